@@ -1,0 +1,85 @@
+# Everything starts here: `make serve` serves the demo model, `make test` runs the tests. `make help` lists the rest.
+#
+#   make serve PORT=8001              another port
+#   make serve CONFIG=my.yaml         another config
+#   make serve GPU=1                  the demo model on a GPU, in an environment of its own (.venv-gpu)
+#   make serve PYTHON=python3.12      another Python (3.11 to 3.13)
+#   make serve TORCH_INDEX=URL        where pip finds a smaller torch (see README: CPU-only Linux)
+#   make chaos ARGS='--minutes 1'     arguments of bench, compare and chaos
+
+PYTHONS := python3.11 python3.12 python3.13
+PYTHON ?= $(firstword $(foreach python,$(PYTHONS),$(if $(shell $(python) -c 'import ensurepip, venv' 2>&1 || echo no),,$(python))))
+TORCH_INDEX ?=
+VENV ?= $(if $(GPU),.venv-gpu,.venv)
+CONFIG ?= $(if $(GPU),configs/serve.gpu.yaml,configs/serve.yaml)
+CONSTRAINTS := constraints/$(if $(GPU),gpu,cpu).txt
+
+# Named by what they were made from, so that a set-up that is done needs neither time nor network, and a changed pin
+# makes it again. Built with the pinned setuptools (no build isolation), for the same reason.
+KEY := $(shell cat pyproject.toml constraints/cpu.txt constraints/gpu.txt | cksum | cut -d ' ' -f 1)
+RUNTIME := $(VENV)/.runtime-$(KEY)
+DEVELOPMENT := $(VENV)/.development-$(KEY)
+PIP_INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check \
+	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --constraint $(CONSTRAINTS)
+
+.PHONY: help serve stop test check bench compare chaos clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make serve   set up, fetch the demo model, and serve it (Ctrl-C stops)'
+	@echo 'make stop    stop what make serve started (PORT=N when several run)'
+	@echo 'make test    set up, and run the tests'
+	@echo 'make check   ruff, mypy, import-linter and the tests'
+	@echo 'make bench   measure the engine and the service (loadtest/README.md)'
+	@echo 'make compare install llama.cpp, transformers serve, vLLM and ray.serve.llm, and measure them beside it'
+	@echo 'make chaos   five minutes of load while replicas die: is any answer lost or changed?'
+	@echo 'make clean   remove the environments and caches in this folder; fetched models stay'
+	@echo 'Variables: PORT, HOST, CONFIG, GPU=1, PYTHON, TORCH_INDEX; see the head of the Makefile.'
+
+serve: $(RUNTIME)
+	@exec $(VENV)/bin/serve-app serve $(CONFIG) $(if $(PORT),--port $(PORT)) $(if $(HOST),--host $(HOST))
+
+stop:
+	@if [ -x $(VENV)/bin/serve-app ]; then exec $(VENV)/bin/serve-app stop $(if $(PORT),--port $(PORT)); \
+	else echo 'nothing to stop: nothing was set up here'; fi
+
+test: $(DEVELOPMENT)
+	$(VENV)/bin/pytest
+
+check: $(DEVELOPMENT)
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/pytest
+
+bench: $(DEVELOPMENT)
+	$(VENV)/bin/python -m loadtest.bench $(ARGS)
+
+compare: $(DEVELOPMENT)
+	TORCH_INDEX='$(TORCH_INDEX)' $(VENV)/bin/python -m loadtest.compare $(ARGS)
+
+chaos: $(DEVELOPMENT)
+	$(VENV)/bin/python -m loadtest.chaos $(ARGS)
+
+clean:
+	rm -rf .venv .venv-gpu build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/pip:
+	@if [ -z "$(PYTHON)" ]; then \
+		echo 'Python 3.11, 3.12 or 3.13 is needed, with its venv module (Debian: apt install python3.11-venv).'; \
+		echo 'If it has another name: make serve PYTHON=/path/to/python'; exit 1; fi
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v <= (3, 13) and \
+		"$(PYTHON) is Python %d.%d; 3.11 to 3.13 are supported (make ... PYTHON=python3.11)" % v)'
+	$(PYTHON) -m venv $(VENV)
+
+$(RUNTIME): | $(VENV)/bin/pip
+	$(PIP_INSTALL) setuptools
+	$(PIP_INSTALL) --no-build-isolation --editable .
+	@touch $@
+
+$(DEVELOPMENT): | $(VENV)/bin/pip
+	$(PIP_INSTALL) setuptools
+	$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
+	@touch $(RUNTIME) $@

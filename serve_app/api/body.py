@@ -1,0 +1,95 @@
+"""Reads a request's JSON: bounded in bytes, depth and time, whatever a client sends.
+
+Promises a decoded JSON object or an `ApiError` that says what is wrong with the bytes. Knows no field.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from pydantic_core import from_json
+from starlette.datastructures import Headers
+from starlette.types import Receive, Scope
+
+from serve_app.api.errors import ApiError, bad_request
+
+BODY_TIMEOUT_S = 30.0
+"""A client that takes longer to send its request is refused: it holds one of the places of `max_streams`."""
+
+_FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
+
+
+class ClientGone(Exception):
+    """The client has closed its connection, or reads no more: nobody waits for an answer."""
+
+    def __init__(self, outcome: str = "disconnected") -> None:
+        super().__init__(outcome)
+        self.outcome = outcome
+        """For the log."""
+
+
+async def read_json_object(scope: Scope, receive: Receive, max_bytes: int) -> dict[str, Any]:
+    """The body as a JSON object.
+
+    Any content type is taken if the bytes are JSON (curl's default is a form's). Raises `ApiError` (400, 408, 413, 415)
+    and `ClientGone`.
+    """
+    headers = Headers(scope=scope)
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    if encoding != "identity":
+        raise ApiError(415, "Compressed request bodies are not accepted; send plain JSON.", code="unsupported_encoding")
+    declared = headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > max_bytes:
+        raise _too_large(max_bytes)
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S) as deadline:
+            body = await _read(receive, max_bytes)
+    except TimeoutError:
+        if not deadline.expired():
+            raise
+        message = f"The request body did not arrive within {BODY_TIMEOUT_S:g} s."
+        raise ApiError(408, message, code="body_timeout", headers={"connection": "close"}) from None
+    return _decode(body, headers.get("content-type", ""))
+
+
+async def _read(receive: Receive, max_bytes: int) -> bytes:
+    chunks: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        chunk: bytes = message.get("body", b"")
+        size += len(chunk)
+        if size > max_bytes:
+            raise _too_large(max_bytes)
+        chunks.append(chunk)
+        if not message.get("more_body", False):
+            return b"".join(chunks)
+
+
+def _decode(body: bytes, content_type: str) -> dict[str, Any]:
+    if not body.strip():
+        raise bad_request("The request body is empty; send a JSON object.", code="invalid_json")
+    try:
+        # pydantic's parser: bounded in depth, and strict about UTF-8, lone surrogates, NaN and Infinity.
+        value = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        if content_type.split(";")[0].strip().lower() in _FORMS:
+            message = "The request body is a form; send a JSON object with the header 'content-type: application/json'."
+            raise ApiError(415, message, code="unsupported_media_type") from None
+        try:
+            body.decode("utf-8")
+        except UnicodeDecodeError as reason:
+            message = f"The request body is not valid UTF-8 (byte {reason.start})."
+            raise bad_request(message, code="invalid_json") from None
+        raise bad_request(f"The request body is not valid JSON: {error}.", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise bad_request("The request body must be a JSON object.", code="invalid_json")
+    return value
+
+
+def _too_large(max_bytes: int) -> ApiError:
+    message = f"The request body is larger than this server's limit of {max_bytes} bytes."
+    return ApiError(413, message, code="body_too_large", headers={"connection": "close"})

@@ -1,0 +1,167 @@
+"""The request fields that every wire format shares, and what the service makes of them.
+
+Promises that what passes is finite, in range and of the right type; an unknown field is refused by name. Knows no
+endpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+from serve_app.api.errors import from_validation
+
+MAX_STOPS = 16
+MAX_STOP_CHARS = 1000
+MAX_CHOICES_PER_PROMPT = 8
+MAX_STOP_TOKEN_IDS = 64
+MAX_LOGIT_BIASES = 1024
+
+
+def _stops(value: Any) -> Any:
+    """None, a string or a list of strings -> a tuple of strings."""
+    if value is None:
+        return ()
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise PydanticCustomError("stop_type", "A string or a list of strings is expected.")
+    if len(stops) > MAX_STOPS or not all(1 <= len(stop) <= MAX_STOP_CHARS for stop in stops):
+        message = f"At most {MAX_STOPS} stop strings of 1 to {MAX_STOP_CHARS} characters each are taken."
+        raise PydanticCustomError("stop_value", "{expected}", {"expected": message})
+    return tuple(stops)
+
+
+def _logit_bias(value: Any) -> Any:
+    """None or {"token id": bias} -> a tuple of pairs."""
+    if value is None:
+        return ()
+    if not isinstance(value, dict) or not all(isinstance(bias, int | float) for bias in value.values()):
+        raise PydanticCustomError("logit_bias_type", "An object of token ids and numbers is expected.")
+    if len(value) > MAX_LOGIT_BIASES or not all(
+        key.isascii() and key.isdigit() and len(key) < 10 and -100 <= bias <= 100 for key, bias in value.items()
+    ):
+        message = f"At most {MAX_LOGIT_BIASES} token ids, each with a bias of -100 to 100, are taken."
+        raise PydanticCustomError("logit_bias_value", "{expected}", {"expected": message})
+    return tuple((int(key), float(bias)) for key, bias in value.items())
+
+
+Stops = Annotated[tuple[str, ...], BeforeValidator(_stops)]
+LogitBias = Annotated[tuple[tuple[int, float], ...], BeforeValidator(_logit_bias)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class RequestModel(BaseModel):
+    """A request body: strict types, no unknown fields, no NaN and no Infinity."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class SamplingFields(RequestModel):
+    """How tokens are chosen. Null or left out: what the model says, else OpenAI's default."""
+
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, lt=2**31)
+    """0 is off."""
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
+    """A negative seed is the same as the unsigned one with its 64 bits."""
+    stop: Stops = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionParams:
+    """What a caller asked for, whatever the wire format."""
+
+    sampling: SamplingFields
+    max_tokens: int | None = None
+    """The caller's own limit: refused when it does not fit the context."""
+    default_max_tokens: int | None = None
+    """The wire format's limit when the caller has none: cut to what fits. None: all that is left of the context."""
+    max_tokens_param: str = "max_tokens"
+    """What the caller called it."""
+    n: int = 1
+    logprobs: int | None = None
+    """As in `SamplingParams`."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+
+
+class StreamOptions(RequestModel):
+    """`stream_options`. `include_obfuscation` pads events against eavesdroppers at OpenAI; here it does nothing."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class OpenAIFields(SamplingFields):
+    """What /v1/chat/completions and /v1/completions share. The last five are extensions, as in vLLM."""
+
+    not_served: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Fields that would change an answer in a way that is not served -> the values, besides null, that would not."""
+
+    model: str | None = None
+    """Left out: the one model that is served."""
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES_PER_PROMPT)
+    logit_bias: LogitBias = ()
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    """These eight change nothing in an answer, and are ignored."""
+    min_tokens: int | None = Field(None, ge=0)
+    ignore_eos: bool | None = None
+    stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_what_is_not_served(cls, value: Any, info: ValidationInfo) -> Any:
+        harmless = cls.not_served.get(info.field_name or "")
+        if harmless is not None and value is not None and value not in harmless:
+            raise PydanticCustomError("unsupported_parameter", "It is not supported by this server.")
+        return value
+
+    def params(self, *, max_tokens: int | None, max_tokens_param: str, logprobs: int | None) -> CompletionParams:
+        """What was asked for; the arguments are what the two schemas write differently."""
+        return CompletionParams(
+            sampling=self,
+            max_tokens=max_tokens,
+            max_tokens_param=max_tokens_param,
+            n=self.n or 1,
+            logprobs=logprobs,
+            logit_bias=self.logit_bias,
+            min_tokens=self.min_tokens or 0,
+            ignore_eos=bool(self.ignore_eos),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+        )
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a chunk that has the usage."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+Model = TypeVar("Model", bound=RequestModel)
+
+
+def validate(model: type[Model], data: Mapping[str, Any], *, from_text: bool = False) -> Model:
+    """`data` as a `model`. `from_text`: the values are strings of a query. Raises `ApiError`."""
+    try:
+        return model.model_validate(data, strict=False if from_text else None)
+    except ValidationError as error:
+        raise from_validation(error) from None

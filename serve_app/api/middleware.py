@@ -1,0 +1,89 @@
+"""The outermost layer: a request's id, its access line and metrics, and the last net for what nobody expected.
+
+Promises that every response has the request's id, and that no traceback leaves the server. Knows no endpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve_app.api.endpoint import RECORD
+from serve_app.api.errors import ApiError, bad_request, internal_error
+from serve_app.observability import metrics as m
+from serve_app.observability.logs import RequestRecord, log_access, request_id_var
+
+logger = logging.getLogger(__name__)
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+PROBES = frozenset({"/health", "/ready"})
+"""Asked every few seconds by machines: their access lines are written at debug level, and they are not counted."""
+
+
+class RequestScope:
+    """Pure ASGI middleware."""
+
+    def __init__(self, app: ASGIApp, metrics: m.MetricsSink) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, whatever happens inside."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        record = RequestRecord(given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex)
+        scope[RECORD] = record
+        token = request_id_var.set(record.request_id)
+        try:
+            await self._guarded(scope, receive, send, record, headers)
+        finally:
+            self._report(record, scope["path"])
+            request_id_var.reset(token)
+
+    async def _guarded(
+        self, scope: Scope, receive: Receive, send: Send, record: RequestRecord, headers: Headers
+    ) -> None:
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                record.status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = record.request_id
+            await send(message)
+
+        try:
+            if "x-request-disconnect-disabled" in headers:
+                message = "The header x-request-disconnect-disabled is not accepted: work stops when its client goes."
+                raise bad_request(message, code="unsupported_header")
+            await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            answer = error if isinstance(error, ApiError) else internal_error(record.request_id)
+            if answer is not error:
+                logger.exception("request %s failed", record.request_id)
+            record.outcome = answer.code or answer.type
+            if not started:
+                await answer.response()(scope, receive, send_with_id)
+
+    def _report(self, record: RequestRecord, path: str) -> None:
+        if path in PROBES:
+            log_access(record, logging.DEBUG)
+            return
+        log_access(record)
+        endpoint = {"endpoint": record.endpoint}
+        self._metrics.count(m.REQUESTS, 1, {**endpoint, "outcome": record.outcome})
+        if record.time_to_first_token_s is not None:
+            self._metrics.count(m.PROMPT_TOKENS, record.prompt_tokens)
+            self._metrics.count(m.CACHED_PROMPT_TOKENS, record.cached_prompt_tokens)
+            self._metrics.count(m.OUTPUT_TOKENS, record.output_tokens)
+            self._metrics.observe(m.TIME_TO_FIRST_TOKEN_S, record.time_to_first_token_s, endpoint)
+        if record.inter_token_latency_s is not None:
+            self._metrics.observe(m.INTER_TOKEN_LATENCY_S, record.inter_token_latency_s, endpoint)

@@ -1,0 +1,144 @@
+"""POST /stream and GET /stream: a prompt document in, one server-sent event a token out.
+
+Promises the documents of DESIGN.md. Knows no replica: the service does the work.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pydantic import Field
+from starlette.datastructures import QueryParams
+from starlette.responses import Response
+
+from serve_app.api.choice_text import Delta
+from serve_app.api.endpoint import Call
+from serve_app.api.errors import ApiError, bad_request
+from serve_app.api.events import EventWriter, WireFormat, events_of
+from serve_app.api.fields import CompletionParams, SamplingFields, validate
+from serve_app.api.resume import RESUME_QUERY, Resume
+from serve_app.api.service import CompletionService, Usage
+from serve_app.api.sse import EventStream, StreamSettings, event_stream, json_text
+from serve_app.messages import FinishReason
+
+DEFAULT_MAX_TOKENS = 256
+
+
+class PromptDocument(SamplingFields):
+    """What a client sends. Exactly one of `prompt` and `messages`."""
+
+    prompt: str | None = None
+    """Text to be continued."""
+    messages: list[dict[str, Any]] | None = None
+    """A chat: {role, content} each; the server writes the model's prompt."""
+    max_tokens: int | None = Field(None, ge=1)
+    """Default 256, or what is left of the context if that is less."""
+    parse_special: bool = False
+    """Whether control tokens in `prompt` are read as such; else they are text."""
+
+
+class QueryDocument(SamplingFields):
+    """The same from a query string: no messages."""
+
+    prompt: str
+    max_tokens: int | None = Field(None, ge=1)
+    parse_special: bool = False
+
+
+class Native:
+    """The handler of both."""
+
+    def __init__(self, service: CompletionService, resume: Resume, settings: StreamSettings) -> None:
+        self._service = service
+        self._resume = resume
+        self._settings = settings
+
+    async def handle(self, call: Call) -> Response | EventStream:
+        """Raises `ApiError`."""
+        resumable = self._resume.wanted(call)
+        if resumable and (continued := await self._resume.continued(call)) is not None:
+            return continued
+        document = _document(call)
+        card = await self._service.ready_model()
+        if document.messages is not None:
+            prompt = await self._service.render_chat(card, document.messages)
+        else:
+            text = document.prompt or ""
+            prompt = await self._service.render_text(card, text, parse_special=document.parse_special)
+        params = CompletionParams(
+            sampling=document, max_tokens=document.max_tokens, default_max_tokens=DEFAULT_MAX_TOKENS
+        )
+        plan = self._service.plan(card, [prompt], params, call.record, call.remaining_s())
+        if resumable:
+            return await self._resume.open(call, plan, NATIVE, {})
+        writer = NativeEvents(plan.seed)
+        chunks = events_of(self._service.start(plan, call.record), writer)
+        return await event_stream(chunks, on_error=writer.failed, settings=self._settings, headers={})
+
+
+def _document(call: Call) -> PromptDocument:
+    if call.body is None:
+        query = validate(QueryDocument, _query_fields(call.query), from_text=True)
+        return PromptDocument.model_construct(**dict(query), messages=None)
+    document = validate(PromptDocument, call.body)
+    if (document.prompt is None) == (document.messages is None):
+        raise bad_request("Give either prompt or messages.", param="prompt", code="invalid_value")
+    if document.parse_special and document.messages is not None:
+        message = "parse_special goes with a prompt; control tokens in messages are always text."
+        raise bad_request(message, param="parse_special", code="invalid_value")
+    return document
+
+
+def _query_fields(query: QueryParams) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name in query:
+        if name == RESUME_QUERY:
+            continue
+        values = query.getlist(name)
+        if name == "stop":
+            fields[name] = values
+        elif len(values) > 1:
+            raise bad_request(f"The parameter '{name[:100]}' is given more than once.", param=name[:100])
+        else:
+            fields[name] = values[0]
+    return fields
+
+
+class NativeEvents(EventWriter):
+    """One event a token, then `done`."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._last_token_id = 0
+        self._finish_reason: FinishReason | None = None
+
+    def opened(self) -> list[bytes]:
+        """Nothing."""
+        return []
+
+    def gained(self, delta: Delta) -> list[bytes]:
+        """Text that became certain after its token came goes out under that token's id again."""
+        token_ids = delta.token_ids
+        if len(delta.texts) > len(token_ids):
+            token_ids = (*token_ids, self._last_token_id)
+        if token_ids:
+            self._last_token_id = token_ids[-1]
+        self._finish_reason = delta.finish_reason
+        return [
+            f'data: {{"token_id":{token_id},"generated_text":{json_text(text)}}}\n\n'.encode()
+            for token_id, text in zip(token_ids, delta.texts, strict=True)
+        ]
+
+    def ended(self, usage: Usage) -> list[bytes]:
+        """The last event."""
+        document = {"finish_reason": self._finish_reason, "usage": usage.document(), "seed": self._seed}
+        return [f"event: done\ndata: {json.dumps(document)}\n\n".encode()]
+
+    @staticmethod
+    def failed(error: ApiError) -> bytes:
+        """The last event of a stream in trouble."""
+        return b"event: error\ndata: " + error.body() + b"\n\n"
+
+
+NATIVE = WireFormat("stream", lambda plan, fields, tokenizer: NativeEvents(plan.seed), NativeEvents.failed)

@@ -1,0 +1,153 @@
+"""POST /v1/chat/completions: OpenAI's chat schema, streamed or whole.
+
+Promises that both ways give the same text. Knows no replica: the service does the work.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pydantic import Field
+from starlette.responses import Response
+
+from serve_app.api.choice_text import Delta
+from serve_app.api.endpoint import Call
+from serve_app.api.errors import bad_request
+from serve_app.api.events import WireFormat
+from serve_app.api.fields import CompletionParams, OpenAIFields, validate
+from serve_app.api.openai_answer import Answerer, ChoiceSchema, ChunkEvents, TokenTexts
+from serve_app.api.service import Plan
+from serve_app.api.sse import EventStream, json_text
+from serve_app.chat.tokenizer import ChatTokenizer
+
+
+class ChatRequest(OpenAIFields):
+    """The body. What of OpenAI's is not here is not known, and refused by name."""
+
+    not_served = {  # noqa: RUF012 - a ClassVar of the parent
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+        "audio": (),
+        "web_search_options": (),
+        "moderation": (),
+        "reasoning_effort": (),
+        "verbosity": (),
+    }
+
+    messages: list[dict[str, Any]]
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    """The newer name of the same."""
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    parallel_tool_calls: bool | None = None
+    prediction: dict[str, Any] | None = None
+    """These two change nothing without tools, or only the speed, and are ignored."""
+    tools: Any = None
+    tool_choice: Any = None
+    functions: Any = None
+    function_call: Any = None
+    response_format: Any = None
+    modalities: Any = None
+    audio: Any = None
+    web_search_options: Any = None
+    moderation: Any = None
+    reasoning_effort: Any = None
+    verbosity: Any = None
+
+
+class ChatCompletions:
+    """The handler."""
+
+    def __init__(self, answerer: Answerer) -> None:
+        self._answerer = answerer
+        self._service = answerer.service
+
+    async def handle(self, call: Call) -> Response | EventStream:
+        """Raises `ApiError`."""
+        if (continued := await self._answerer.resume.continued(call)) is not None:
+            return continued
+        request = validate(ChatRequest, call.body or {})
+        params = _params(request)
+        card = await self._service.ready_model(request.model)
+        prompt = await self._service.render_chat(card, request.messages)
+        plan = self._service.plan(card, [prompt], params, call.record, call.remaining_s())
+        return await self._answerer.answer(call, plan, request, _schema(plan, self._service.tokenizer), CHAT)
+
+
+def _params(request: ChatRequest) -> CompletionParams:
+    max_tokens, param = request.max_tokens, "max_tokens"
+    if request.max_completion_tokens is not None:
+        if max_tokens not in (None, request.max_completion_tokens):
+            raise bad_request("Give max_tokens or max_completion_tokens, not both.", param="max_tokens")
+        max_tokens, param = request.max_completion_tokens, "max_completion_tokens"
+    if request.top_logprobs is not None and not request.logprobs:
+        raise bad_request("top_logprobs needs logprobs to be true.", param="top_logprobs", code="invalid_value")
+    logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    return request.params(max_tokens=max_tokens, max_tokens_param=param, logprobs=logprobs)
+
+
+class _ChatSchema(ChoiceSchema):
+    whole_kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
+    id_prefix = "chatcmpl"
+
+    def __init__(self, tokens: TokenTexts) -> None:
+        self._tokens = tokens
+
+    def whole(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
+        text = "".join(text for delta in deltas for text in delta.texts)
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": text, "refusal": None, "annotations": []},
+            "logprobs": self._logprobs(deltas),
+            "finish_reason": deltas[-1].finish_reason,
+        }
+
+    def opening(self, index: int) -> str:
+        delta = '{"role": "assistant", "content": "", "refusal": null}'
+        return f'{{"index": {index}, "delta": {delta}, "logprobs": null, "finish_reason": null}}'
+
+    def pieces(self, delta: Delta) -> Iterable[str]:
+        start = f'{{"index": {delta.choice}, "delta": '
+        text = "".join(delta.texts)
+        if delta.logprobs:
+            logprobs = json.dumps(self._logprobs([delta]), ensure_ascii=False)
+            yield f'{start}{{"content": {json_text(text)}}}, "logprobs": {logprobs}, "finish_reason": null}}'
+        elif text:
+            yield f'{start}{{"content": {json_text(text)}}}, "logprobs": null, "finish_reason": null}}'
+        if delta.finish_reason is not None:
+            yield f'{start}{{}}, "logprobs": null, "finish_reason": "{delta.finish_reason}"}}'
+
+    def _logprobs(self, deltas: Sequence[Delta]) -> dict[str, Any] | None:
+        """OpenAI's ChoiceLogprobs, or None when none were asked for."""
+        if all(delta.logprobs is None for delta in deltas):
+            return None
+        content = [
+            {**self._entry(token_id, logprob), "top_logprobs": [self._entry(*other) for other in top]}
+            for delta in deltas
+            for token_id, logprob, top in self._tokens.spoken(delta)
+        ]
+        return {"content": content, "refusal": None}
+
+    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+        text = self._tokens.text(token_id)
+        # A part of a character has bytes that its text does not show.
+        return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+
+
+def _schema(plan: Plan, tokenizer: ChatTokenizer) -> ChoiceSchema:
+    return _ChatSchema(TokenTexts(tokenizer, plan.stop_token_ids))
+
+
+def _writer(plan: Plan, fields: Mapping[str, Any], tokenizer: ChatTokenizer) -> ChunkEvents:
+    return ChunkEvents(_schema(plan, tokenizer), plan, fields)
+
+
+CHAT = WireFormat("chat", _writer, ChunkEvents.failed)

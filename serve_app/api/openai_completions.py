@@ -1,0 +1,142 @@
+"""POST /v1/completions: OpenAI's older schema, raw prompts in, streamed or whole.
+
+Promises that both ways give the same text. Knows no replica: the service does the work.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+from starlette.responses import Response
+
+from serve_app.api.choice_text import Delta
+from serve_app.api.endpoint import Call
+from serve_app.api.errors import bad_request
+from serve_app.api.events import WireFormat
+from serve_app.api.fields import OpenAIFields, validate
+from serve_app.api.openai_answer import Answerer, ChoiceSchema, ChunkEvents, TokenTexts
+from serve_app.api.service import MAX_CHOICES, Plan, Prompt
+from serve_app.api.sse import EventStream, json_text
+from serve_app.chat.tokenizer import ChatTokenizer
+from serve_app.messages import ModelCard
+
+PromptItem = str | tuple[int, ...]
+
+
+def _prompts(value: Any) -> Any:
+    """A string, token ids, or a list of either -> a tuple of strings and tuples of ids."""
+    if isinstance(value, str) or _are_ids(value):
+        value = [value]
+    if not isinstance(value, list) or not all(isinstance(item, str) or _are_ids(item) for item in value):
+        expected = "A string, a list of strings, a list of token ids or a list of such lists is expected."
+        raise PydanticCustomError("prompt_type", "{expected}", {"expected": expected})
+    if not 1 <= len(value) <= MAX_CHOICES:
+        raise PydanticCustomError("prompt_value", "{expected}", {"expected": f"1 to {MAX_CHOICES} prompts are taken."})
+    return tuple(item if isinstance(item, str) else tuple(item) for item in value)
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(type(item) is int and item >= 0 for item in value)
+
+
+class CompletionRequest(OpenAIFields):
+    """The body. What of OpenAI's is not here is not known, and refused by name."""
+
+    not_served = {"echo": (False,), "suffix": ("",)}  # noqa: RUF012 - a ClassVar of the parent
+
+    prompt: Annotated[tuple[PromptItem, ...], BeforeValidator(_prompts)]
+    max_tokens: int | None = Field(None, ge=1)
+    """Left out: all that is left of the context (OpenAI's own default of 16 surprises everybody)."""
+    logprobs: int | None = Field(None, ge=0, le=5)
+    best_of: int | None = Field(None, ge=1)
+    """Only as many as `n`: nothing is generated that is not returned."""
+    echo: Any = None
+    suffix: Any = None
+
+
+class Completions:
+    """The handler."""
+
+    def __init__(self, answerer: Answerer) -> None:
+        self._answerer = answerer
+        self._service = answerer.service
+
+    async def handle(self, call: Call) -> Response | EventStream:
+        """Raises `ApiError`."""
+        if (continued := await self._answerer.resume.continued(call)) is not None:
+            return continued
+        request = validate(CompletionRequest, call.body or {})
+        params = request.params(max_tokens=request.max_tokens, max_tokens_param="max_tokens", logprobs=request.logprobs)
+        if request.best_of not in (None, params.n):
+            raise bad_request("best_of must equal n.", param="best_of", code="unsupported_parameter")
+        card = await self._service.ready_model(request.model)
+        prompts = [await self._prompt(card, item) for item in request.prompt]
+        plan = self._service.plan(card, prompts, params, call.record, call.remaining_s())
+        return await self._answerer.answer(call, plan, request, _schema(plan, self._service.tokenizer), TEXT)
+
+    async def _prompt(self, card: ModelCard, item: PromptItem) -> Prompt:
+        if isinstance(item, str):
+            return await self._service.render_text(card, item)
+        return Prompt(item, True, "prompt")
+
+
+class _TextSchema(ChoiceSchema):
+    whole_kind = chunk_kind = "text_completion"
+    id_prefix = "cmpl"
+
+    def __init__(self, tokens: TokenTexts, choices: int) -> None:
+        self._tokens = tokens
+        self._offsets = [0] * choices
+
+    def whole(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
+        text = "".join(text for delta in deltas for text in delta.texts)
+        logprobs = self._logprobs(index, deltas)
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": deltas[-1].finish_reason}
+
+    def opening(self, index: int) -> str:
+        return ""
+
+    def pieces(self, delta: Delta) -> Iterable[str]:
+        text = "".join(delta.texts)
+        if text or delta.logprobs or delta.finish_reason is not None:
+            logprobs = "null"
+            if delta.logprobs:
+                logprobs = json.dumps(self._logprobs(delta.choice, [delta]), ensure_ascii=False)
+            reason = "null" if delta.finish_reason is None else f'"{delta.finish_reason}"'
+            start = f'{{"index": {delta.choice}, "text": {json_text(text)}'
+            yield f'{start}, "logprobs": {logprobs}, "finish_reason": {reason}}}'
+
+    def _logprobs(self, index: int, deltas: Sequence[Delta]) -> dict[str, list[Any]] | None:
+        """Four lists side by side, or None when none were asked for.
+
+        `text_offset` counts characters from the start of the answer.
+        """
+        if all(delta.logprobs is None for delta in deltas):
+            return None
+        lists: dict[str, list[Any]] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
+        for delta in deltas:
+            for token_id, logprob, top in self._tokens.spoken(delta):
+                text = self._tokens.text(token_id)
+                lists["text_offset"].append(self._offsets[index])
+                lists["token_logprobs"].append(logprob)
+                lists["tokens"].append(text)
+                # Of several tokens with one text the likeliest stays; the chosen one is always there.
+                likeliest = {self._tokens.text(other): other_logprob for other, other_logprob in reversed(top)}
+                lists["top_logprobs"].append(likeliest | {text: logprob})
+                self._offsets[index] += len(text)
+        return lists
+
+
+def _schema(plan: Plan, tokenizer: ChatTokenizer) -> ChoiceSchema:
+    return _TextSchema(TokenTexts(tokenizer, plan.stop_token_ids), plan.choices)
+
+
+def _writer(plan: Plan, fields: Mapping[str, Any], tokenizer: ChatTokenizer) -> ChunkEvents:
+    return ChunkEvents(_schema(plan, tokenizer), plan, fields)
+
+
+TEXT = WireFormat("text", _writer, ChunkEvents.failed)

@@ -1,0 +1,238 @@
+"""Resuming over HTTP: who asks for it, ids of events, and answers to `Last-Event-ID`.
+
+Promises that a caller gets only streams that were opened with the same credentials, and that every refusal says
+whether to try again. Knows no store and no owner: `streams.resumable_streams` does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import re
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from starlette.responses import Response
+
+from serve_app.api.endpoint import Call
+from serve_app.api.errors import SERVER_ERROR, ApiError, bad_request, from_failure, not_ready
+from serve_app.api.events import WireFormat
+from serve_app.api.service import CompletionService, Plan
+from serve_app.api.sse import EventStream, StreamSettings, event_stream, slow_reader
+from serve_app.api.transcript import Transcript
+from serve_app.messages import Failure, FailureCode, Fingerprint, LoadStage
+from serve_app.observability.logs import RequestRecord
+from serve_app.streams.journal_records import StreamDocument
+from serve_app.streams.journal_store import StoreUnavailable
+from serve_app.streams.resumable_stream import JournalsFull, ReaderTooSlow, Refused, ResumableStream, StreamGone
+from serve_app.streams.resumable_streams import ResumableStreams
+
+RESUME_HEADER = "x-stream-resume"
+RESUME_QUERY = "resume"
+STREAM_ID_HEADER = "x-stream-id"
+LAST_EVENT_ID_HEADER = "last-event-id"
+ENDPOINT = "/v1/streams/{stream_id}"
+
+_RETRY = b"retry: 1000\n"
+"""How long an EventSource waits before it connects again; left to itself 3 to 5 s."""
+_STREAM_ID = re.compile(r"[A-Za-z0-9_-]{22}")
+_EVENT_ID = re.compile(r"([A-Za-z0-9_-]{22}):([0-9]{1,9})")
+_UNAVAILABLE_RETRY_AFTER_S = 2.0
+
+
+class Resume:
+    """What the endpoints that stream do for callers that ask for resume."""
+
+    def __init__(
+        self,
+        service: CompletionService,
+        streams: ResumableStreams,
+        formats: Sequence[WireFormat],
+        settings: StreamSettings,
+    ) -> None:
+        self._service = service
+        self._streams = streams
+        self._formats = {wire.name: wire for wire in formats}
+        self._settings = settings
+        self._fingerprint: Fingerprint | None = None
+        """Of the model as last seen: a stream may be resumed while no replica of it is up."""
+
+    def wanted(self, call: Call) -> bool:
+        """Whether the caller asks for a stream that can be resumed. Raises `ApiError`."""
+        asked = {RESUME_HEADER: call.headers.get(RESUME_HEADER)}
+        if call.body is None:
+            asked[RESUME_QUERY] = call.query.get(RESUME_QUERY)
+        for name, value in asked.items():
+            if value not in (None, "", "0", "1"):
+                raise bad_request(f"{name} is 1 or 0.", param=name, code="invalid_value")
+        return "1" in asked.values()
+
+    async def continued(self, call: Call) -> Response | EventStream | None:
+        """The rest of the stream whose last event the caller names; None when it asks for a new one.
+
+        So a client that can only repeat its request (EventSource, fetch-event-source) continues too.
+        """
+        last_event_id = call.headers.get(LAST_EVENT_ID_HEADER)
+        if not last_event_id or not self.wanted(call):
+            return None
+        stream_id, position = _parse_event_id(last_event_id)
+        return await self._rest(call, stream_id, position)
+
+    async def handle(self, call: Call) -> Response | EventStream:
+        """`GET /v1/streams/{stream_id}`. Raises `ApiError`."""
+        stream_id = call.path_params["stream_id"]
+        if not _STREAM_ID.fullmatch(stream_id):
+            raise bad_request("That is not the id of a stream.", param="stream_id", code="invalid_stream_id")
+        position, last_event_id = 0, call.headers.get(LAST_EVENT_ID_HEADER)
+        if last_event_id:
+            of_stream, position = _parse_event_id(last_event_id)
+            if of_stream != stream_id:
+                raise bad_request("Last-Event-ID is of another stream.", code="invalid_event_id")
+        return await self._rest(call, stream_id, position)
+
+    async def open(self, call: Call, plan: Plan, wire: WireFormat, fields: Mapping[str, Any]) -> Response | EventStream:
+        """A new stream that can be resumed. Raises `ApiError`."""
+        self._fingerprint = plan.fingerprint
+        stream_id = self._streams.new_id()
+        document = StreamDocument(plan.requests, _caller(stream_id, call), _write_wire(plan, wire, fields))
+        transcript = Transcript(plan, wire.writer(plan, fields, self._service.tokenizer), self._service.tokenizer)
+        stream = self._streams.new(stream_id, document, transcript)
+        return await self._answer(call.record, stream, None)
+
+    async def _rest(self, call: Call, stream_id: str, position: int) -> Response | EventStream:
+        call.record.endpoint = ENDPOINT
+        fingerprint = await self._model()
+        try:
+            stream = await self._streams.find(stream_id, lambda document: self._transcript(document, fingerprint))
+        except (StreamGone, StoreUnavailable) as trouble:
+            raise _api_error(trouble) from None
+        if not hmac.compare_digest(stream.document.caller, _caller(stream_id, call)):
+            message = "This stream was opened with other credentials; send the Authorization header it was opened with."
+            raise ApiError(404, message, code="stream_not_found")
+        if stream.finished and position >= len(stream.events):
+            call.record.outcome = "delivered"
+            return Response(status_code=204, headers={STREAM_ID_HEADER: stream_id})
+        return await self._answer(call.record, stream, position)
+
+    async def _answer(self, record: RequestRecord, stream: ResumableStream, position: int | None) -> EventStream:
+        """The events from `position` on; None: of a stream that is to begin."""
+        plan, wire, _ = self._read_wire(stream.document)
+        return await event_stream(
+            _chunks(record, stream, position, self._settings.slow_reader_bytes),
+            on_error=wire.failed,
+            settings=self._settings,
+            headers={STREAM_ID_HEADER: stream.id, "x-seed": str(plan.seed)},
+            paced=True,
+        )
+
+    async def _model(self) -> Fingerprint:
+        """The weights that are served. Raises `ApiError` 503 when no replica was ever up while this process was."""
+        if self._fingerprint is None:
+            state = await self._service.state()
+            if isinstance(state, LoadStage):
+                raise not_ready(state)
+            self._fingerprint = state.fingerprint
+        return self._fingerprint
+
+    def _transcript(self, document: StreamDocument, fingerprint: Fingerprint) -> Transcript:
+        """Of a stream that began elsewhere. Raises `ApiError` and `StreamGone`."""
+        if any(request.fingerprint != fingerprint for request in document.requests):
+            message = "The model has been replaced since this stream began, so it can't be continued; send it again."
+            raise ApiError(410, message, type=SERVER_ERROR, code=str(FailureCode.WRONG_WEIGHTS))
+        plan, wire, fields = self._read_wire(document)
+        return Transcript(plan, wire.writer(plan, fields, self._service.tokenizer), self._service.tokenizer)
+
+    def _read_wire(self, document: StreamDocument) -> tuple[Plan, WireFormat, Mapping[str, Any]]:
+        """Raises `StreamGone` for a format of another version of this program."""
+        try:
+            wire = json.loads(document.wire)
+            plan = Plan(
+                wire["model"], document.requests, wire["continues"], tuple(wire["stops"]), wire["choices_per_prompt"]
+            )
+            return plan, self._formats[wire["format"]], wire["fields"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise StreamGone from error
+
+
+def _write_wire(plan: Plan, wire: WireFormat, fields: Mapping[str, Any]) -> str:
+    """What a document needs besides the requests."""
+    return json.dumps(
+        {
+            "model": plan.model,
+            "continues": plan.continues,
+            "stops": plan.stops,
+            "choices_per_prompt": plan.choices_per_prompt,
+            "format": wire.name,
+            "fields": fields,
+        }
+    )
+
+
+async def _chunks(
+    record: RequestRecord, stream: ResumableStream, position: int | None, max_lag_bytes: int
+) -> AsyncGenerator[bytes, None]:
+    """Events with their ids. Empty first, once it is certain that there will be some: headers go out then."""
+    with stream.attended():
+        try:
+            if position is None:
+                await stream.begin()
+            seen = 0 if position is None else stream.tokens
+            yield b""
+            yield _RETRY  # no event of its own, but a field of the first one
+            async with aclosing(stream.read(position or 0, max_lag_bytes)) as pieces:
+                async for first, events in pieces:
+                    if stream.tokens > seen:
+                        record.saw_tokens(stream.tokens - seen)
+                        seen = stream.tokens
+                    yield _numbered(stream.id, first, events)
+        except Refused as refused:
+            raise from_failure(refused.failure) from None
+        except ReaderTooSlow:
+            raise slow_reader(max_lag_bytes) from None
+        except (StreamGone, StoreUnavailable, JournalsFull) as trouble:
+            raise _api_error(trouble) from None
+        record.outcome = stream.outcome
+        record.cached_prompt_tokens = stream.cached_prompt_tokens
+
+
+def _numbered(stream_id: str, first: int, events: Sequence[bytes]) -> bytes:
+    """Each event with the index of the one after it: what a client that has it goes on with."""
+    start = f"id: {stream_id}:".encode()
+    return b"".join(b"%b%d\n%b" % (start, index, event) for index, event in enumerate(events, first + 1))
+
+
+def _parse_event_id(last_event_id: str) -> tuple[str, int]:
+    """(stream id, index of the next event). Raises `ApiError`."""
+    match = _EVENT_ID.fullmatch(last_event_id)
+    if match is None:
+        message = "Last-Event-ID is not the id of an event of this service."
+        raise bad_request(message, param="Last-Event-ID", code="invalid_event_id")
+    return match[1], int(match[2])
+
+
+def _caller(stream_id: str, call: Call) -> str:
+    """Who may have the stream: a digest, so that the store holds no key, and another one for each stream."""
+    scheme, _, token = call.headers.get("authorization", "").strip().partition(" ")
+    credentials = token.strip() if scheme.lower() == "bearer" else f"{scheme} {token}"
+    return hmac.digest(stream_id.encode(), credentials.encode(), hashlib.sha256).hex()
+
+
+def _api_error(trouble: StreamGone | StoreUnavailable | JournalsFull) -> ApiError:
+    if isinstance(trouble, StreamGone):
+        message = (
+            "There is no such stream: it has expired, its journal was lost, or it never was. Send the request again."
+        )
+        return ApiError(410, message, code="stream_gone")
+    if isinstance(trouble, JournalsFull):
+        message = "The service keeps as many resumable streams as it may; try again, or without X-Stream-Resume."
+        return from_failure(Failure(FailureCode.OVERLOADED, message))
+    message = "The journals of resumable streams can't be reached; try again, or without X-Stream-Resume."
+    return ApiError(
+        503,
+        message,
+        type=SERVER_ERROR,
+        code="journal_unavailable",
+        retry_after_s=_UNAVAILABLE_RETRY_AFTER_S,
+    )

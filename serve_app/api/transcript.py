@@ -1,0 +1,116 @@
+"""A resumable stream's text and events: the `streams.transcript.Transcript` of one plan in one wire format.
+
+Promises the same events for the same ids, whatever the batches, attempts and ingresses they came by: a token at a time,
+choices taking turns, and the end of a choice a turn of its own. Pure: no I/O.
+"""
+
+from __future__ import annotations
+
+from serve_app.api.choice_text import Delta
+from serve_app.api.errors import from_failure
+from serve_app.api.events import EventWriter
+from serve_app.api.service import Plan, Usage, choice_texts
+from serve_app.chat.tokenizer import ChatTokenizer
+from serve_app.messages import Failure, FinishReason, TokenBatch
+from serve_app.streams.journal import Journal
+
+
+class Transcript:
+    """See `streams.transcript.Transcript`.
+
+    Several choices go round by round: token i of each that has not ended, then token i + 1. So the order of events
+    does not depend on which choice was faster, and costs at most the wait for the slowest.
+    """
+
+    def __init__(self, plan: Plan, writer: EventWriter, tokenizer: ChatTokenizer) -> None:
+        """Raises `ApiError` for stop strings that can't be used."""
+        self._plan = plan
+        self._writer = writer
+        self._texts = choice_texts(plan, tokenizer)
+        self._outputs = [
+            Journal(request.max_new_tokens, with_logprobs=request.sampling.logprobs is not None)
+            for request in plan.requests
+        ]
+        self._told = [0] * plan.choices
+        """Tokens of each choice whose events are out."""
+        self._last_words: list[FinishReason | None] = [None] * plan.choices
+        self._cached_tokens = [0] * plan.choices
+        self._ended = [False] * plan.choices
+        self._turn = 0
+        self.finished = False
+        """See the protocol."""
+        self.tokens = 0
+        """See the protocol."""
+        self.outcome = ""
+        """The finish reason or error code that came last."""
+
+    @property
+    def cached_prompt_tokens(self) -> int:
+        """See the protocol. Of each prompt's first choice."""
+        return sum(self._cached_tokens[:: self._plan.choices_per_prompt])
+
+    def opening(self) -> list[bytes]:
+        """See the protocol."""
+        return self._writer.opened()
+
+    def push(self, choice: int, batch: TokenBatch) -> list[bytes]:
+        """See the protocol."""
+        if self.finished or self._ended[choice]:
+            return []
+        known = len(self._outputs[choice])
+        self._outputs[choice].append(batch)
+        self.tokens += len(self._outputs[choice]) - known
+        if batch.finish_reason is not None:
+            self._last_words[choice] = batch.finish_reason
+            self._cached_tokens[choice] = batch.stats.cached_prompt_tokens if batch.stats else 0
+        return self._advance()
+
+    def fail(self, failure: Failure) -> list[bytes]:
+        """See the protocol."""
+        self.finished = True
+        error = from_failure(failure)
+        self.outcome = error.code or error.type
+        return [self._writer.failed(error)]
+
+    def ended(self, choice: int) -> bool:
+        """See the protocol."""
+        return self._ended[choice]
+
+    def output(self, choice: int) -> TokenBatch:
+        """See the protocol."""
+        journal = self._outputs[choice]
+        with_logprobs = self._plan.requests[choice].sampling.logprobs is not None
+        return TokenBatch(0, tuple(journal.token_ids), tuple(journal.logprobs) if with_logprobs else None)
+
+    def _advance(self) -> list[bytes]:
+        """The events of all turns that can be taken now."""
+        events: list[bytes] = []
+        while not self.finished and (delta := self._next_delta(self._turn)) is not None:
+            events += self._writer.gained(delta)
+            if delta.finish_reason is not None:
+                self._ended[self._turn] = True
+                self.outcome = delta.finish_reason
+            if all(self._ended):
+                self.finished = True
+                tokens = sum(text.tokens for text in self._texts)
+                usage = Usage(self._plan.prompt_tokens, self.cached_prompt_tokens, tokens)
+                events += self._writer.ended(usage)
+            else:
+                self._pass_on()
+        return events
+
+    def _pass_on(self) -> None:
+        """The next choice that has not ended has its turn."""
+        self._turn = (self._turn + 1) % len(self._ended)
+        while self._ended[self._turn]:
+            self._turn = (self._turn + 1) % len(self._ended)
+
+    def _next_delta(self, choice: int) -> Delta | None:
+        """What the choice says in its turn; None when that has not come yet."""
+        output, told = self._outputs[choice], self._told[choice]
+        if told < len(output):
+            self._told[choice] += 1
+            logprobs = (output.logprobs[told],) if output.logprobs else None
+            return self._texts[choice].push(TokenBatch(told, (output.token_ids[told],), logprobs))
+        reason = self._last_words[choice]
+        return None if reason is None else self._texts[choice].push(TokenBatch(told, finish_reason=reason))

@@ -1,0 +1,121 @@
+"""Wires the deployments together: `import_path: serve_app.app:build` in a Serve config; its `args` are an `AppConfig`.
+
+Promises that nothing is fetched, loaded or opened here. Serve calls it in a process of its own, once per deploy.
+"""
+
+# No `from __future__ import annotations`: Serve reads the annotation of `args` to make an AppConfig of the YAML.
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+from ray import serve
+from ray._private import state as ray_state
+from ray.serve.config import AutoscalingConfig
+
+from serve_app.config import AppConfig, ReplicasConfig
+from serve_app.deployments.ingress import Ingress
+from serve_app.deployments.model_server import ModelServer
+from serve_app.deployments.request_router import ModelRouter
+
+HEALTH_CHECK_PERIOD_S = 2.0
+"""Three failed checks replace a replica; one of a dead process does. A check costs a millisecond."""
+HEALTH_CHECK_TIMEOUT_S = 10.0
+"""A replica that is frozen or cut off is replaced after three of them. Its streams have left it after 5 s."""
+SURGE_PERCENT = 25
+"""Rounded up by Serve: one extra replica up to four, two up to eight."""
+
+Resources = Mapping[str, float]
+"""Of Ray: name -> amount."""
+
+
+def build(args: AppConfig) -> serve.Application:
+    """The application of one config: an ingress in front of a model server."""
+    surge_percent = SURGE_PERCENT if _room_for_one_more(args) else 0
+    health = {"health_check_period_s": HEALTH_CHECK_PERIOD_S, "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S}
+    model_server = serve.deployment(
+        name="ModelServer",
+        **replica_options(args.model_server, surge_percent) | health,
+        request_router_config={"request_router_class": f"{ModelRouter.__module__}.ModelRouter"},
+        # A model that can't be loaded won't heal by loading it again: say so at once.
+        max_constructor_retry_count=1,
+    )(ModelServer)
+    # Serve's own count of tries stays: an ingress that was killed while it started must not end an update, and one that
+    # refuses an update whose model can't be served does so at once each time.
+    ingress = serve.deployment(name="Ingress", **replica_options(args.ingress, surge_percent) | health)(Ingress)
+    return ingress.bind(args, model_server.bind(args))
+
+
+def _room_for_one_more(args: AppConfig) -> bool:
+    """Whether one more replica of both deployments is sure to find a place in what the cluster has free now.
+
+    Without a cluster, as in a check of a config, yes. Knows no node that an autoscaler would add: who needs one sets
+    `max_surge_percent`.
+    """
+    if not ray.is_initialized():
+        return True
+    return room_for_both(_needs(args.model_server), _needs(args.ingress), _free_by_node())
+
+
+def room_for_both(one: Resources, other: Resources, free_by_node: Sequence[Resources]) -> bool:
+    """Whether both find a node whichever Ray gives to the first of them.
+
+    A sum over the nodes would not do: an update whose new replica fits on no single node waits for it for ever, with
+    the new ingress waiting for the new model and the old ones, which take the room, for both.
+    """
+
+    def second_fits_wherever_first_is(first: Resources, second: Resources) -> bool:
+        places = [node for node in free_by_node if _fits(first, node)]
+        return bool(places) and all(
+            _fits(Counter(first) + Counter(second), node)
+            or any(_fits(second, another) for another in free_by_node if another is not node)
+            for node in places
+        )
+
+    return second_fits_wherever_first_is(one, other) and second_fits_wherever_first_is(other, one)
+
+
+def _needs(replicas: ReplicasConfig) -> Resources:
+    return {"CPU": replicas.num_cpus, "GPU": replicas.num_gpus} | replicas.resources
+
+
+def _fits(needs: Resources, free: Resources) -> bool:
+    return all(free.get(resource, 0.0) >= need for resource, need in needs.items() if need > 0)
+
+
+def _free_by_node() -> list[Resources]:
+    """What each node has free that takes new replicas: one that is being drained does not."""
+    draining = ray_state.state.get_draining_nodes()
+    free = ray_state.available_resources_per_node()  # type: ignore[no-untyped-call]
+    return [resources for node, resources in free.items() if node not in draining]
+
+
+def replica_options(replicas: ReplicasConfig, surge_percent: int = 0) -> dict[str, Any]:
+    """`replicas` as the options of a Serve deployment; `surge_percent` unless it says its own."""
+    options: dict[str, Any] = {
+        "ray_actor_options": {
+            "num_cpus": replicas.num_cpus,
+            "num_gpus": replicas.num_gpus,
+            "resources": replicas.resources,
+        },
+        "max_ongoing_requests": replicas.max_ongoing_requests,
+        "max_queued_requests": replicas.max_queued_requests,
+        "graceful_shutdown_timeout_s": replicas.graceful_shutdown_timeout_s,
+        "max_surge_percent": surge_percent if replicas.max_surge_percent is None else replicas.max_surge_percent,
+    }
+    scaling = replicas.autoscaling
+    if scaling is None:
+        return options | {"num_replicas": replicas.num_replicas or 1}
+    return options | {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=scaling.min_replicas,
+            max_replicas=scaling.max_replicas,
+            # Where none is the minimum, one starts all the same: the model's card has to become known, and a mistake
+            # in the config has to show now and not at the first request.
+            initial_replicas=max(1, scaling.min_replicas),
+            target_ongoing_requests=scaling.target_ongoing_requests,
+            upscale_delay_s=scaling.upscale_delay_s,
+            downscale_delay_s=scaling.downscale_delay_s,
+        )
+    }

@@ -1,0 +1,24 @@
+"""What can go wrong between text and ids: a prompt the caller must change, or a tokenizer nobody can serve with.
+
+Promises that every message is one a user may see. Knows no HTTP; `serve_app.api.errors` gives `PromptError` its status.
+"""
+
+from __future__ import annotations
+
+CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+"""The code OpenAI's clients look for when a prompt is too long."""
+
+
+class PromptError(Exception):
+    """The caller's messages or prompt can't be served as they are (HTTP 400)."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        """`message` is one sentence for the caller; `param` the offending field, e.g. `messages[2].content`."""
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code
+
+
+class TokenizerError(Exception):
+    """The model's tokenizer or chat template can't be used: said once, at start-up, to whoever runs the service."""

@@ -1,0 +1,91 @@
+"""What a request says -> the ids of its prompt: the door to this room for everything that starts a generation.
+
+Promises ids that leave room for an answer, or a `PromptError`. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from serve_app.chat.conversation import ChatMessage, parse_messages
+from serve_app.chat.detokenizer import Detokenizer
+from serve_app.chat.errors import CONTEXT_LENGTH_EXCEEDED, PromptError
+from serve_app.chat.llama2 import Llama2Format
+from serve_app.chat.templates import ChatTemplate
+from serve_app.chat.tokenizer import ChatTokenizer
+from serve_app.config import ChatConfig
+
+
+class ChatFormat(Protocol):
+    """How one family of models writes a chat."""
+
+    def encode(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """The prompt's ids, BOS included where the format has one. Raises `PromptError`."""
+        ...
+
+
+class PromptFormatter:
+    """Turns messages and raw prompts into ids. Safe to use from any number of threads at once."""
+
+    def __init__(self, tokenizer: ChatTokenizer, chat_format: ChatFormat | None) -> None:
+        """`chat_format` None: the model has no chat template, and chats are refused."""
+        self.tokenizer = tokenizer
+        self._chat_format = chat_format
+
+    @classmethod
+    def from_config(cls, tokenizer: ChatTokenizer, config: ChatConfig) -> PromptFormatter:
+        """The format that the config names; `auto` is `llama2` only when the template contains `<<SYS>>`.
+
+        Raises `TokenizerError` when the model can't be served in that format or its text can't be streamed,
+        `ValueError` when the tokenizer was loaded without the config's template.
+        """
+        Detokenizer(tokenizer)  # says now, not at the first answer, when this tokenizer's text can't be streamed
+        template = tokenizer.template
+        if config.template is not None and config.template != template:
+            raise ValueError("load the tokenizer with the config's template: its control tokens depend on it")
+        if config.format == "llama2" or (config.format == "auto" and template is not None and "<<SYS>>" in template):
+            return cls(tokenizer, Llama2Format(tokenizer, tags=config.llama2_tags))
+        if template is None and config.format == "auto":
+            return cls(tokenizer, None)
+        return cls(tokenizer, ChatTemplate(tokenizer))
+
+    def render_chat(self, messages: Sequence[Mapping[str, object]], *, context_tokens: int | None = None) -> list[int]:
+        """The ids of a chat, from the request's `messages` as decoded from JSON.
+
+        With `context_tokens`, prompts that leave no room for an answer in the context are refused, the hopeless ones
+        before they are encoded. Raises `PromptError`.
+        """
+        if self._chat_format is None:
+            raise PromptError(
+                "This model has no chat template, so it can't take messages; send a prompt instead.", param="messages"
+            )
+        parsed = parse_messages(messages)
+        # Every message costs a token at least, and templates may take more than linear time in their number.
+        fewest = sum(max(1, self.tokenizer.fewest_tokens(message.content)) for message in parsed)
+        _require_room(fewest, context_tokens, "messages", counted="at least ")
+        ids = self._chat_format.encode(parsed)
+        _require_room(len(ids), context_tokens, "messages")
+        return ids
+
+    def render_text(self, prompt: str, *, parse_special: bool = False, context_tokens: int | None = None) -> list[int]:
+        """The ids of a raw prompt, with the BOS that the model's prompts normally begin with.
+
+        Control tokens in it are text unless `parse_special`. Raises `PromptError`, also for a prompt without any id.
+        """
+        _require_room(self.tokenizer.fewest_tokens(prompt), context_tokens, "prompt", counted="at least ")
+        ids = self.tokenizer.encode_text(prompt, add_bos=True, parse_special=parse_special)
+        if not ids:
+            raise PromptError("The prompt is empty.", param="prompt")
+        _require_room(len(ids), context_tokens, "prompt")
+        return ids
+
+
+def _require_room(tokens: int, context_tokens: int | None, param: str, counted: str = "") -> None:
+    if context_tokens is not None and tokens >= context_tokens:
+        raise PromptError(
+            f"The prompt has {counted}{tokens:,} tokens; the model's context is {context_tokens:,} tokens, prompt and "
+            "answer together.",
+            param=param,
+            code=CONTEXT_LENGTH_EXCEEDED,
+        )

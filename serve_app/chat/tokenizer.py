@@ -1,0 +1,245 @@
+"""A model's tokenizer: text to ids and ids to text, with control tokens under our control.
+
+Promises that nothing in it changes after loading, so threads share it freely, and that text encoded as text never
+becomes a control token. Knows no network: it loads from a folder that is already here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from serve_app.chat.conversation import require_unicode
+from serve_app.chat.errors import PromptError, TokenizerError
+from serve_app.chat.rendering import try_render
+
+_PROBES = [
+    [{"role": role, "content": "a"} for role in roles]
+    for roles in (("user", "assistant", "user"), ("system", "user"), ("developer", "user"))
+]
+"""Chats to see which tokens a template writes; it may refuse some."""
+_RARE_TEXT = "\U0010fffd\U0001242b"
+"""Characters that no vocabulary without byte tokens knows: the last of Unicode's private ones, a cuneiform sign."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of a prompt: `literal` text can't become a control token, other text can."""
+
+    text: str
+    literal: bool
+
+
+class ChatTokenizer:
+    """Make one with `load`. Safe to use from any number of threads at once.
+
+    It holds two copies of the tokenizer, one that knows control tokens and one that reads them as text, because
+    transformers keeps that choice in a flag on the one tokenizer it has: two threads that set it differently would let
+    control tokens through, or fail with "Already borrowed".
+    """
+
+    def __init__(
+        self,
+        backend: str,
+        *,
+        control_tokens: Iterable[str],
+        template: str | None,
+        special_tokens: Mapping[str, str],
+        adds_bos: bool,
+        eos_token_ids: Sequence[int],
+    ) -> None:
+        """From the JSON of a tokenizers.Tokenizer. `control_tokens`: the added tokens that text must not become."""
+        description = json.loads(backend)
+        control = frozenset(control_tokens)
+        self._encoder = _copy(description, control, as_text=False)
+        self._literal_encoder = _copy(description, control, as_text=True)
+        self._newline_ids = self._encoder.encode("\n", add_special_tokens=False).ids
+        vocabulary = self._encoder.get_vocab(with_added_tokens=True)
+
+        self.template = template
+        self.special_tokens = dict(special_tokens)
+        """Variables for the template, e.g. `bos_token`."""
+        self.skipped_tokens = frozenset(token["content"] for token in description["added_tokens"] if token["special"])
+        """Those that `decode` leaves out: the special ones. A model's `<think>` often isn't one."""
+        self.control_tokens = control
+        unknown = self._literal_encoder.encode(_RARE_TEXT, add_special_tokens=False).ids
+        self.control_ids = frozenset(vocabulary[token] for token in control).difference(unknown)
+        """Ids that no text may give. The token for unknown characters is not among them: text does give that one."""
+        self.bos_token_id: int | None = vocabulary.get(special_tokens.get("bos_token", ""))
+        self.eos_token_id: int | None = vocabulary.get(special_tokens.get("eos_token", ""))
+        self.adds_bos = adds_bos and self.bos_token_id is not None
+        """Whether this model's prompts normally begin with BOS."""
+        self.eos_token_ids = tuple(eos_token_ids)
+        """Every id that ends an answer: the tokenizer's EOS and those of generation_config.json."""
+        self.vocab_size = max(vocabulary.values()) + 1
+        """Ids are below this. A model's embedding may be larger (padded); those ids have no text."""
+        self.longest_token_chars = max(map(len, vocabulary))
+        self.decoder: Mapping[str, Any] | None = description["decoder"]
+        """How token strings become text, as tokenizers describes it."""
+
+    @classmethod
+    def load(cls, folder: Path, *, trust_remote_code: bool = False, template: str | None = None) -> ChatTokenizer:
+        """The tokenizer in `folder`. `template` replaces its own chat template (`ChatConfig.template`).
+
+        Raises `TokenizerError` when there is none, when it has no fast (tokenizers) form, or when the template is
+        broken.
+        """
+        try:
+            loaded = AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, use_fast=True, trust_remote_code=trust_remote_code
+            )
+        except Exception as error:  # tokenizers raises a bare Exception for a broken file
+            raise TokenizerError(f"No tokenizer can be loaded from {folder}: {_first_line(error)}") from error
+        if not loaded.is_fast:
+            raise TokenizerError(
+                f"{type(loaded).__name__} is a pure Python tokenizer; serve_app needs a fast one (a tokenizer.json)."
+            )
+        if template is None and loaded.chat_template is not None:
+            template = _own_template(loaded)
+        backend = loaded.backend_tokenizer.to_str()
+        special_tokens = {key: str(token) for key, token in loaded.special_tokens_map.items() if isinstance(token, str)}
+        listed = getattr(loaded, "chat_control_tokens", None) or ()
+        return cls(
+            backend,
+            control_tokens=_control_tokens(backend, template, special_tokens, frozenset(listed)),
+            template=template,
+            special_tokens=special_tokens,
+            adds_bos=loaded.bos_token_id is not None and loaded("a")["input_ids"][:1] == [loaded.bos_token_id],
+            eos_token_ids=_eos_token_ids(folder, loaded.eos_token_id),
+        )
+
+    def encode_text(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
+        """A raw prompt. Control tokens in it stay text unless `parse_special`.
+
+        `add_bos` gives it the BOS that this tokenizer normally adds, once: not when the text already begins with it.
+        Raises `PromptError` for text that is not valid Unicode.
+        """
+        require_unicode(text, "prompt")
+        ids = self._encoder.encode(text, add_special_tokens=False).ids if parse_special else self._encode_literal(text)
+        if add_bos and self.adds_bos and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
+            ids.insert(0, self.bos_token_id)
+        return ids
+
+    def encode_pieces(self, pieces: Iterable[Piece]) -> list[int]:
+        """A prompt in stretches, as if it were one text wherever that is possible. No BOS is added."""
+        ids: list[int] = []
+        for index, piece in enumerate(piece for piece in pieces if piece.text):
+            if index == 0:
+                ids += self._encode_piece(piece)
+            else:
+                ids += self._encode_later_piece(piece)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens skipped and spaces as they are. Ids without a token have no text."""
+        return self._encoder.decode(ids, skip_special_tokens=True)
+
+    def visible_token(self, token_id: int) -> str | None:
+        """The token's string in the vocabulary (not its text), or None when `decode` skips it."""
+        token = self.token_at(token_id)
+        return None if token in self.skipped_tokens else token
+
+    def token_at(self, token_id: int) -> str | None:
+        """The string of any token in the vocabulary; None for ids without one."""
+        token: str | None = self._encoder.id_to_token(token_id)
+        return token
+
+    def fewest_tokens(self, text: str) -> int:
+        """A lower bound on the tokens of `text`, without the work of encoding it: as if all were the longest there is.
+
+        It counts what the tokenizer drops (SmolLM2's has no token for the byte 0x06) or shortens (normalising composed
+        characters, to a third at most) as if it stayed; prompts mostly of such text may be refused without need.
+        """
+        return -(-len(text) // self.longest_token_chars)
+
+    def _encode_piece(self, piece: Piece) -> list[int]:
+        if piece.literal:
+            return self._encode_literal(piece.text)
+        return self._encoder.encode(piece.text, add_special_tokens=False).ids
+
+    def _encode_later_piece(self, piece: Piece) -> list[int]:
+        """SentencePiece models put a space before whatever they are given; so give them a newline and take it away.
+
+        The same device as in transformers' `encode_marked_chat`.
+        """
+        ids = self._encode_piece(Piece("\n" + piece.text, piece.literal))
+        if ids[: len(self._newline_ids)] == self._newline_ids:
+            return ids[len(self._newline_ids) :]
+        return self._encode_piece(piece)
+
+    def _encode_literal(self, text: str) -> list[int]:
+        ids: list[int] = self._literal_encoder.encode(text, add_special_tokens=False).ids
+        if not self.control_ids.isdisjoint(ids):  # some vocabularies (Unigram) hold control tokens as words
+            raise PromptError("The text contains a control token that this model's tokenizer can't read as text.")
+        return ids
+
+
+def _copy(description: Mapping[str, Any], control: frozenset[str], *, as_text: bool) -> Tokenizer:
+    """A tokenizer that reads control tokens as tokens or as text.
+
+    Control tokens are matched in the text as it is, never in its normalised form: else a look-alike (fullwidth
+    letters under NFKC) would become one without being the string that `templates` looks for.
+    """
+    added = []
+    for token in description["added_tokens"]:
+        is_control = token["content"] in control
+        special = is_control if as_text else token["special"]
+        added.append({**token, "normalized": token["normalized"] and not is_control, "special": special})
+    plain = {**description, "added_tokens": added, "truncation": None, "padding": None}
+    tokenizer = Tokenizer.from_str(json.dumps(plain))
+    tokenizer.encode_special_tokens = as_text
+    return tokenizer
+
+
+def _control_tokens(
+    backend: str, template: str | None, special_tokens: Mapping[str, str], listed: frozenset[str]
+) -> frozenset[str]:
+    """Special tokens, those the tokenizer lists, and those the template writes, whole or built from pieces.
+
+    Whitespace tokens (Gemma's newlines) are ordinary text even where a template writes them. The rule is that of
+    transformers' `sanitize_control_tokens`, and the probe finds what it misses ('<|' + role + '|>').
+    """
+    tokenizer = Tokenizer.from_str(backend)
+    written: set[int] = set()
+    for probe in _PROBES:
+        written.update(
+            tokenizer.encode(try_render(template or "", probe, special_tokens), add_special_tokens=False).ids
+        )
+    return frozenset(
+        token.content
+        for token_id, token in tokenizer.get_added_tokens_decoder().items()
+        if token.special
+        or token.content in listed
+        or (token.content.strip(" \t\r\n▁") and (token_id in written or token.content in (template or "")))
+    )
+
+
+def _own_template(loaded: Any) -> str:
+    """The tokenizer's template for plain chats: some bring several, by name."""
+    try:
+        return str(loaded.get_chat_template())
+    except ValueError as error:
+        raise TokenizerError(f"The tokenizer has no default chat template: {_first_line(error)}") from error
+
+
+def _eos_token_ids(folder: Path, tokenizer_eos: int | None) -> list[int]:
+    """The tokenizer's EOS and generation_config.json's `eos_token_id`, an id or a list of them."""
+    ids = [] if tokenizer_eos is None else [tokenizer_eos]
+    path = folder / "generation_config.json"
+    if path.is_file():
+        try:
+            configured = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise TokenizerError(f"{path} is not a JSON object: {_first_line(error)}") from error
+        ids += configured if isinstance(configured, list) else [configured] if configured is not None else []
+    return sorted(set(ids))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,1 @@
+"""The serve-app command: one module per subcommand, and what they share."""

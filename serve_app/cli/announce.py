@@ -1,0 +1,46 @@
+"""What the terminal says when a service is ready, and where that is.
+
+Prints the card that the server itself gives of its model; makes no claims of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from serve_app.cli.config_file import ConfigFile
+from serve_app.client import Readiness
+from serve_app.deployments.banner import banner
+from serve_app.messages import Fingerprint, ModelCard
+from serve_app.models.cache import cache_directory
+
+_WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+_STOP = "Ctrl-C here, or serve-app stop in another terminal"
+
+
+def address(file: ConfigFile, host: str, port: int) -> str:
+    """The URL of the first application, as reached from this machine."""
+    host = _WILDCARDS.get(host, host)
+    prefix = (file.apps[0].route_prefix or "/").rstrip("/")
+    return f"http{'s' if file.https else ''}://{f'[{host}]' if ':' in host else host}:{port}{prefix}"
+
+
+def ready(file: ConfigFile, url: str, serve_pid: int, state: Readiness) -> None:
+    """Print what is served at `url`, from what /ready said."""
+    card = (state.details or {}).get("model")
+    if not isinstance(card, dict):
+        print(f"\nserve_app is ready at {url}\n", flush=True)
+        return
+    card = ModelCard(**{**card, "fingerprint": Fingerprint(card["fingerprint"]), "notes": tuple(card["notes"])})
+    cache = cache_directory(file.apps[0].config.cache_dir)
+    print(banner(card, url, _log_folder(serve_pid), cache, stop=_STOP), flush=True)
+
+
+def _log_folder(serve_pid: int) -> Path:
+    """Ray names a session's folder after the process that started it; without one the cluster is someone else's."""
+    places = [os.environ.get("RAY_TMPDIR"), tempfile.gettempdir(), "/tmp"]  # Ray's own order, but for macOS
+    for place in filter(None, places):
+        for session in Path(place, "ray").glob(f"session_*_{serve_pid}"):
+            return session / "logs" / "serve"
+    return Path("/tmp/ray/session_latest/logs/serve")

@@ -1,0 +1,175 @@
+"""Start the service from a config file with `serve run`, show how far it is, and say when it is ready. Ctrl-C stops it,
+and the Ray that it started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import yaml
+
+from serve_app.cli import announce
+from serve_app.cli.check import shortages
+from serve_app.cli.config_file import LAST_PORT, ConfigFile, load
+from serve_app.cli.environment import own_cluster, server_environment
+from serve_app.cli.errors import CommandError
+from serve_app.cli.state import claim, state_directory
+from serve_app.client import Client, ConnectionLost, Readiness, ServeAppError
+
+DEFAULT_CONFIG = "configs/serve.yaml"
+SERVE_RUN = (sys.executable, "-m", "ray.serve.scripts", "run")
+"""`serve run`, of this very environment, whatever PATH holds."""
+DEFAULT_PORT = 8000
+_POLL_S = 0.5
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("config", nargs="?", default=DEFAULT_CONFIG, help=f"default: {DEFAULT_CONFIG}")
+    parser.add_argument("--port", type=int, help="serve on this port in place of the config's")
+    parser.add_argument("--host", help="listen on this address in place of the config's (0.0.0.0: on all)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Validate, fetch, start, and stay until the service ends."""
+    file = load(Path(arguments.config))
+    host = arguments.host if arguments.host is not None else file.host
+    port = arguments.port if arguments.port is not None else file.port
+    environment = server_environment(os.environ)
+    with claim(port) as held:
+        if own_cluster(environment):  # on a running cluster the port and the weights are needed on its nodes, not here
+            require_free(host, port)
+            if missing := shortages(file):  # Ray would wait for a machine that has it, for ever
+                raise CommandError("; ".join(missing))
+            _fetch_models(file)
+        path = _derived_config(file, host, port) if (host, port) != (file.host, file.port) else file.path
+        with _Stopping() as stopping:
+            # A session of its own keeps the terminal's Ctrl-C to this process, which passes it on once.
+            child = subprocess.Popen(
+                [*SERVE_RUN, str(path)],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                pass_fds=(held.descriptor,),
+                start_new_session=True,
+            )
+            stopping.of(child)
+            held.record(child.pid, file.path)
+            failed = _watch(child, file, announce.address(file, host, port), stopping)
+            status = child.wait()
+    return 1 if failed or (status and not stopping.begun) else 0
+
+
+def require_free(host: str, port: int) -> None:
+    """Raise CommandError unless this process could listen there."""
+    if not 0 < port <= LAST_PORT:  # getaddrinfo takes them modulo 65536, and 0 would be any port
+        raise CommandError(f"there is no port {port}; ports go from 1 to {LAST_PORT}", status=2)
+    other = port + 1 if port < LAST_PORT else DEFAULT_PORT
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise CommandError(f"{host}:{port} is no address to listen on: {error}", status=2) from error
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that has just ended is no obstacle
+        try:
+            probe.bind(address)
+        except OSError as error:
+            raise CommandError(
+                f"port {port} on {host} can't be used ({error.strerror}); choose another one, with --port {other} "
+                f"or `make serve PORT={other}`"
+            ) from error
+
+
+def _fetch_models(file: ConfigFile) -> None:
+    """Fetch here, where the terminal shows it, and where a refusal comes before Ray has started."""
+    from serve_app.cli.fetch import fetch  # not for a port that is taken
+
+    for app in file.apps:
+        fetch(app.config)
+
+
+def _derived_config(file: ConfigFile, host: str, port: int) -> Path:
+    """A copy of the config with another address."""
+    data = copy.deepcopy(file.data)
+    data["http_options"] = {**(data.get("http_options") or {}), "host": host, "port": port}
+    path = state_directory() / "servers" / f"{port}.yaml"
+    path.write_text(f"# {file.path}, with another address\n{yaml.safe_dump(data, sort_keys=False)}", encoding="utf-8")
+    return path
+
+
+def _watch(child: subprocess.Popen[bytes], file: ConfigFile, url: str, stopping: _Stopping) -> bool:
+    """Until the service is ready or ends, show its stages. Returns whether it failed for good (and was stopped)."""
+    if file.https:
+        print(f"serving {file.path} on {url}; /ready there says when the model is loaded")
+        return False
+    said = None
+    with Client(url, retries=0, timeout_s=10.0) as client:
+        while child.poll() is None and not stopping.begun:
+            state = _look(client)
+            if state is not None and state.ready:
+                announce.ready(file, url, child.pid, state)
+                return False
+            if state is not None and state.error:
+                print(f"\nserve-app serve: {state.error}", file=sys.stderr)
+                child.send_signal(signal.SIGINT)
+                return True
+            if state is not None and state.stage != said:
+                said = state.stage
+                print(f"serve-app: {said}", flush=True)
+            time.sleep(_POLL_S)
+    return False
+
+
+def _look(client: Client) -> Readiness | None:
+    """What /ready says; None while nothing there speaks for the application yet."""
+    try:
+        return client.ready()
+    except ConnectionLost:
+        return None  # Serve's proxy does not listen yet
+    except ServeAppError:
+        return None  # it does, and has no route to the application yet
+
+
+class _Stopping:
+    """Passes a stop on to `serve run`: the first as SIGINT, which lets streams finish, further ones as SIGTERM.
+
+    Entered before the child starts: a signal that has a handler here is at its default there, also where a shell
+    started this program with SIGINT ignored, as it does with jobs in the background of a script.
+    """
+
+    def __init__(self) -> None:
+        self._child: subprocess.Popen[bytes] | None = None
+        self._before: dict[signal.Signals, Any] = {}
+        self.begun = 0
+        """How many signals have come."""
+
+    def of(self, child: subprocess.Popen[bytes]) -> None:
+        """From now on `child` is what is stopped; a signal that came before reaches it now."""
+        self._child = child
+        if self.begun:
+            child.send_signal(signal.SIGINT)
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._forward) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _forward(self, number: int, _: FrameType | None) -> None:
+        self.begun += 1
+        if self._child is not None and self._child.poll() is None:
+            self._child.send_signal(signal.SIGINT if self.begun == 1 else signal.SIGTERM)
+        if self.begun == 1:
+            os.write(2, b"\nserve-app: stopping; streams in progress may finish (Ctrl-C again ends them)\n")

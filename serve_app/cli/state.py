@@ -1,0 +1,103 @@
+"""Which services `serve-app serve` has started on this machine: one small file per port, in the user's state folder.
+
+A file counts only while its lock is held, by the process that it names or by the one that watches it. So a crash
+leaves nothing that `stop` would believe, and a process id that was given to someone else is never signalled.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TextIO
+
+from serve_app.cli.errors import CommandError
+
+
+def state_directory() -> Path:
+    """$SERVE_APP_STATE, else $XDG_STATE_HOME/serve_app, else ~/.local/state/serve_app."""
+    if own := os.environ.get("SERVE_APP_STATE"):
+        return Path(own).expanduser()
+    if xdg := os.environ.get("XDG_STATE_HOME"):
+        return Path(xdg).expanduser() / "serve_app"
+    return Path("~/.local/state/serve_app").expanduser()
+
+
+@dataclass(frozen=True, slots=True)
+class RunningServer:
+    """One service on this machine."""
+
+    port: int
+    pid: int
+    """Of `serve run`; SIGINT makes it shut down Serve and its own Ray."""
+    config: str
+
+
+class Claim:
+    """This process's hold on one port's file."""
+
+    def __init__(self, port: int, file: TextIO) -> None:
+        self._port = port
+        self._file = file
+
+    @property
+    def descriptor(self) -> int:
+        """To hand to the child, so that the lock outlives this process if the child does."""
+        return self._file.fileno()
+
+    def record(self, pid: int, config: Path) -> None:
+        """Write down which process serves."""
+        self._file.seek(0)
+        self._file.truncate()
+        json.dump(asdict(RunningServer(self._port, pid, str(config))), self._file)
+        self._file.flush()
+
+
+@contextmanager
+def claim(port: int) -> Iterator[Claim]:
+    """Hold the file of `port`. Raises CommandError when another service has it, or when it can't be written."""
+    folder = state_directory() / "servers"
+    path = folder / f"{port}.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise CommandError(
+            f"{path} can't be written ({error.strerror}); set SERVE_APP_STATE to a folder of yours"
+        ) from error
+    with file:
+        if not _lock(file):
+            raise CommandError(
+                f"serve-app already serves on port {port}; stop it with `serve-app stop --port {port}`, "
+                "or choose another port with --port"
+            )
+        try:
+            yield Claim(port, file)
+        finally:
+            file.truncate(0)
+
+
+def running_servers() -> list[RunningServer]:
+    """The services of this user that are alive, by port."""
+    found = []
+    for path in (state_directory() / "servers").glob("*.json"):
+        with path.open("a+", encoding="utf-8") as file:
+            if _lock(file):  # nobody holds it: its process has ended
+                continue
+            file.seek(0)
+            text = file.read()
+        if text:  # empty: claimed, and not started yet
+            found.append(RunningServer(**json.loads(text)))
+    return sorted(found, key=lambda server: server.port)
+
+
+def _lock(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

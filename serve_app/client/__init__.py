@@ -1,0 +1,44 @@
+"""A Python client for serve_app's HTTP API, sync and async, over httpx.
+
+Streams documents as the server makes them, raises typed errors, and ends the work on the server when an iterator is
+closed. Imports nothing of the server, so it can be copied out or installed alone.
+"""
+
+from serve_app.client.asynchronous import AsyncClient, AsyncStream
+from serve_app.client.documents import Completion, Done, Message, Model, ModelOutputDocument, Options, Readiness, Usage
+from serve_app.client.errors import (
+    APIError,
+    BadRequest,
+    ConnectionLost,
+    ContextLengthExceeded,
+    NotReady,
+    Overloaded,
+    ServeAppError,
+    ServerError,
+    StreamError,
+)
+from serve_app.client.synchronous import Client, Stream
+
+__all__ = [
+    "APIError",
+    "AsyncClient",
+    "AsyncStream",
+    "BadRequest",
+    "Client",
+    "Completion",
+    "ConnectionLost",
+    "ContextLengthExceeded",
+    "Done",
+    "Message",
+    "Model",
+    "ModelOutputDocument",
+    "NotReady",
+    "Options",
+    "Overloaded",
+    "Readiness",
+    "ServeAppError",
+    "ServerError",
+    "Stream",
+    "StreamError",
+    "Usage",
+]

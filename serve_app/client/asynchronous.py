@@ -1,0 +1,252 @@
+"""The asynchronous client: `async for document in AsyncClient().stream(prompt=...)`.
+
+Closing a stream, or cancelling its task, closes its connection, and with it the work on the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+import httpx
+
+from serve_app.client import protocol
+from serve_app.client.documents import Completion, Done, Message, Model, ModelOutputDocument, Options, Readiness
+from serve_app.client.errors import ConnectionLost, NotReady, Overloaded, ServeAppError, ServerError, StreamError
+from serve_app.client.resume import SILENCE_S, Position
+from serve_app.client.sse import EventParser
+
+
+class AsyncStream(AsyncIterator[ModelOutputDocument]):
+    """One answer, document by document. The request is sent when the first is asked for.
+
+    Raises the errors of `serve_app.client.errors` while it is iterated. Leave a loop early only inside
+    `async with client.stream(...) as stream`, or call `aclose()`: that is what ends the work on the server at once.
+    """
+
+    def __init__(self, items: AsyncGenerator[ModelOutputDocument | Done, None]) -> None:
+        self._items = items
+        self.done: Done | None = None
+        """Finish reason, usage and seed: set once the stream has ended well."""
+
+    async def __anext__(self) -> ModelOutputDocument:
+        async for item in self._items:
+            if isinstance(item, ModelOutputDocument):
+                return item
+            self.done = item
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """End the stream, and the work on the server. Safe to repeat."""
+        await self._items.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+class AsyncClient:
+    """A connection pool to one server, for the tasks of one event loop."""
+
+    def __init__(
+        self,
+        base_url: str = protocol.DEFAULT_URL,
+        *,
+        headers: Mapping[str, str] | None = None,
+        retries: int = 2,
+        timeout_s: float = 600.0,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        """`timeout_s` bounds silence, not a whole answer. Raises ValueError when `base_url` is no address."""
+        self._http = httpx.AsyncClient(**protocol.client_settings(base_url, headers, timeout_s), transport=transport)
+        self._retries = retries
+        self._timeout_s = timeout_s
+
+    def stream(
+        self,
+        *,
+        prompt: str | None = None,
+        messages: Sequence[Message] | None = None,
+        request_id: str | None = None,
+        resume: bool = False,
+        **options: Unpack[Options],
+    ) -> AsyncStream:
+        """Stream the continuation of `prompt` or the answer to `messages` (exactly one of them).
+
+        `resume`: after a lost connection go on where the stream was; every document still comes once. The server then
+        generates for a while (`streams.grace_s`) after the stream was closed here, too.
+        """
+        body = protocol.stream_body(prompt, messages, options)
+        headers = protocol.request_headers(request_id, resume=resume)
+        return AsyncStream(self._items(body, headers, Position() if resume else None))
+
+    async def complete(
+        self,
+        *,
+        prompt: str | None = None,
+        messages: Sequence[Message] | None = None,
+        request_id: str | None = None,
+        resume: bool = False,
+        **options: Unpack[Options],
+    ) -> Completion:
+        """The same as `stream`, joined."""
+        async with self.stream(
+            prompt=prompt, messages=messages, request_id=request_id, resume=resume, **options
+        ) as stream:
+            documents = [document async for document in stream]
+        if stream.done is None:
+            raise protocol.ended_early()
+        return protocol.joined(documents, stream.done)
+
+    async def models(self) -> tuple[Model, ...]:
+        """What the server serves."""
+        response = await self._send("GET", "/v1/models")
+        try:
+            async with aclosing(response):
+                content = await response.aread()
+        except httpx.TransportError as reason:
+            raise protocol.lost(reason, self._http.base_url) from reason
+        return protocol.read_models(content)
+
+    async def ready(self) -> Readiness:
+        """Whether the server can answer now, and how far it is with loading. Raises ConnectionLost without a server."""
+        try:
+            response = await self._http.get("/ready")
+        except httpx.TransportError as reason:
+            raise protocol.lost(reason, self._http.base_url) from reason
+        return protocol.read_readiness(response.status_code, response.content)
+
+    async def wait_until_ready(
+        self, timeout_s: float = 600.0, poll_s: float = 0.5, progress: Callable[[Readiness], None] | None = None
+    ) -> Readiness:
+        """Ask again each `poll_s` until the server is ready; `progress` hears every answer.
+
+        Raises NotReady when `timeout_s` has passed, ServerError when loading failed for good, and ConnectionLost
+        when nothing listens at the address.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            state = await self.ready()
+            if progress is not None:
+                progress(state)
+            if state.ready:
+                return state
+            if state.error is not None:
+                raise ServerError(state.error, status=503)
+            if time.monotonic() + poll_s > deadline:
+                raise NotReady(f"not ready after {timeout_s:g} s: {state.stage or 'starting'}", status=503)
+            await asyncio.sleep(poll_s)
+
+    async def aclose(self) -> None:
+        """Close the connections, and with them every stream."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def _items(
+        self, body: dict[str, Any], headers: dict[str, str], position: Position | None
+    ) -> AsyncGenerator[ModelOutputDocument | Done, None]:
+        """The documents of one stream, over as many connections as it takes where there is a `position`."""
+        silence_s = SILENCE_S if position is not None else None
+        response = await self._send("POST", "/stream", body, headers, silence_s)
+        while True:
+            try:
+                async with aclosing(self._documents(response, position)) as documents:
+                    async for document in documents:
+                        yield document
+                return
+            except (ConnectionLost, StreamError) as error:
+                pause_s = position.pause_s(error) if position is not None else None
+                if position is None or pause_s is None:
+                    raise
+            response = await self._reconnect(position, headers, pause_s)
+
+    async def _reconnect(self, position: Position, headers: dict[str, str], pause_s: float) -> httpx.Response:
+        """A response with the rest of the stream. Raises what ends the stream."""
+        while True:
+            await asyncio.sleep(pause_s)
+            try:
+                return await self._send_once("GET", position.path, None, headers | position.headers, SILENCE_S)
+            except ServeAppError as error:
+                next_pause_s = position.pause_s(error)
+                if next_pause_s is None:
+                    raise
+                pause_s = next_pause_s
+
+    async def _documents(
+        self, response: httpx.Response, position: Position | None
+    ) -> AsyncGenerator[ModelOutputDocument | Done, None]:
+        """What comes over one connection. Raises ConnectionLost when that ends before the stream does."""
+        request_id = response.headers.get("x-request-id")
+        parser, done = EventParser(), False
+        if position is not None:
+            position.began(response.headers)
+        async with aclosing(response):
+            try:
+                async for chunk in response.aiter_bytes():
+                    # Read to the end even after the last event, so that the connection can be used again.
+                    for event in parser.feed(chunk):
+                        item = None if done else protocol.read_event(event, request_id)
+                        if item is not None and (position is None or position.take(event.id)):
+                            done = isinstance(item, Done)
+                            yield item
+            except httpx.TransportError as reason:
+                if not done:
+                    raise protocol.lost(reason, self._http.base_url) from reason
+        if not done:
+            raise protocol.ended_early()
+
+    async def _send(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        headers: dict[str, str] | None = None,
+        silence_s: float | None = None,
+    ) -> httpx.Response:
+        """The response to read from, its status 200; whatever can be repeated is, here and only here."""
+        attempt = 0
+        while True:
+            try:
+                return await self._send_once(method, path, body, headers, silence_s)
+            except (Overloaded, ConnectionLost) as error:
+                delay_s = protocol.retry_delay_s(error, attempt, self._retries)
+                if delay_s is None:
+                    raise
+            await asyncio.sleep(delay_s)
+            attempt += 1
+
+    async def _send_once(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None,
+        headers: dict[str, str] | None,
+        silence_s: float | None,
+    ) -> httpx.Response:
+        """`silence_s`: the longest silence on this connection, where that is less than the client's."""
+        timeout = protocol.timeout(self._timeout_s, silence_s)
+        try:
+            request = self._http.build_request(method, path, json=body, headers=headers, timeout=timeout)
+            response = await self._http.send(request, stream=True)
+            if response.status_code == 200:
+                return response
+            async with aclosing(response):
+                content = await response.aread()
+        except httpx.TransportError as reason:
+            raise protocol.lost(reason, self._http.base_url) from reason
+        raise protocol.error_of(response.status_code, response.headers, content)

@@ -1,0 +1,74 @@
+"""What can go wrong between a caller and the server, as one hierarchy: ServeAppError is all of it.
+
+An APIError is the server's own answer; a ConnectionLost is the lack of one. Knows no HTTP library.
+"""
+
+from __future__ import annotations
+
+
+class ServeAppError(Exception):
+    """Anything this client raises on purpose."""
+
+
+class ConnectionLost(ServeAppError):
+    """No server at the address, or the connection ended before the answer did. What was yielded stays valid."""
+
+
+class APIError(ServeAppError):
+    """The server answered with an error."""
+
+    def __init__(
+        self, message: str, *, status: int | None = None, code: str | None = None, request_id: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        """The server's sentence: what is wrong and what to do."""
+        self.status = status
+        """HTTP status; None when the error came inside a stream that had begun with 200."""
+        self.code = code
+        """The server's machine-readable code, e.g. `context_length_exceeded`."""
+        self.request_id = request_id
+        """Stands in every log line of the server about this request."""
+
+    def __str__(self) -> str:
+        details = [str(self.status)] if self.status is not None else []
+        details += [self.code] if self.code else []
+        details += [f"request {self.request_id}"] if self.request_id else []
+        return f"{self.message} ({', '.join(details)})" if details else self.message
+
+
+class BadRequest(APIError):
+    """4xx: the request itself is wrong; repeating it does not help."""
+
+
+class ContextLengthExceeded(BadRequest):
+    """Prompt plus max_tokens do not fit the model's context or the server's cache; the message has the limit."""
+
+
+class ServerError(APIError):
+    """5xx: the server failed."""
+
+
+class Overloaded(ServerError):
+    """429 or 503: the server is full. Nothing was computed."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        code: str | None = None,
+        request_id: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message, status=status, code=code, request_id=request_id)
+        self.retry_after_s = retry_after_s
+        """Seconds after which the server asks to be tried again."""
+
+
+class NotReady(Overloaded):
+    """503: no replica has loaded the model yet; `wait_until_ready` waits for one."""
+
+
+class StreamError(APIError):
+    """The server reported an error in the middle of a stream, and ended it."""

@@ -1,0 +1,187 @@
+"""What the sync and the async client share: requests, answers, errors and retries, without doing any I/O.
+
+Promises that a retry happens only while nothing has been delivered, a bounded number of times, and as the server asks.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from serve_app.client.documents import Completion, Done, Message, Model, ModelOutputDocument, Options, Readiness
+from serve_app.client.errors import (
+    APIError,
+    BadRequest,
+    ConnectionLost,
+    ContextLengthExceeded,
+    NotReady,
+    Overloaded,
+    ServeAppError,
+    ServerError,
+    StreamError,
+)
+from serve_app.client.sse import Event
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+CONNECT_TIMEOUT_S = 5.0
+LONGEST_RETRY_AFTER_S = 30.0  # asked to wait longer, the caller is told instead of being kept
+FIRST_BACKOFF_S = 0.25
+
+_LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+
+
+def client_settings(base_url: str, headers: Mapping[str, str] | None, timeout_s: float) -> dict[str, Any]:
+    """Arguments for httpx's clients. Raises ValueError for an address that is none."""
+    parts = urlsplit(base_url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{base_url!r} is not an address; write e.g. {DEFAULT_URL}")
+    return {
+        "base_url": base_url,
+        "headers": dict(headers or {}),
+        "timeout": timeout(timeout_s, None),
+        "trust_env": parts.hostname not in _LOOPBACK,  # a proxy for the outside can't reach this machine's loopback
+    }
+
+
+def timeout(timeout_s: float, silence_s: float | None) -> httpx.Timeout:
+    """Of one request: `timeout_s` for each step but to connect; `silence_s` to read, where that is less."""
+    read_s = timeout_s if silence_s is None else min(timeout_s, silence_s)
+    return httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S, read=read_s)
+
+
+def stream_body(prompt: str | None, messages: Sequence[Message] | None, options: Options) -> dict[str, Any]:
+    """The PromptDocument; whatever is None is left out, so that the server's defaults hold."""
+    body: dict[str, Any] = {"prompt": prompt, "messages": None if messages is None else list(messages), **options}
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def request_headers(request_id: str | None, *, resume: bool) -> dict[str, str]:
+    """`X-Request-Id`, when the caller chose one; whether the stream is to be resumable."""
+    headers = {} if request_id is None else {"X-Request-Id": request_id}
+    return headers | {"X-Stream-Resume": "1"} if resume else headers
+
+
+def read_event(event: Event, request_id: str | None) -> ModelOutputDocument | Done | None:
+    """What an event of /stream means; None for one that this client does not know. Raises StreamError on an error."""
+    if event.event not in ("message", "done", "error"):
+        return None
+    try:
+        body = json.loads(event.data)
+    except ValueError as reason:
+        raise ServerError(f"an event of the stream is not JSON: {event.data[:80]!r}", request_id=request_id) from reason
+    if not isinstance(body, dict):
+        raise ServerError(f"an event of the stream is not an object: {event.data[:80]!r}", request_id=request_id)
+    if event.event == "error" or "error" in body:
+        message, code = _message_and_code(body)
+        raise StreamError(message or "the stream failed", code=code, request_id=request_id)
+    return Done.parse(body) if event.event == "done" else ModelOutputDocument.parse(body)
+
+
+def joined(documents: Sequence[ModelOutputDocument], done: Done) -> Completion:
+    """A whole answer from its documents.
+
+    Text that became certain only as the answer ended comes in one more document, which repeats the last id.
+    """
+    text = "".join(document.generated_text for document in documents)
+    token_ids = tuple(document.token_id for document in documents[: done.usage.completion_tokens])
+    return Completion(text, token_ids, done)
+
+
+def read_models(content: bytes) -> tuple[Model, ...]:
+    """The answer of /v1/models. Raises ServerError when it is none."""
+    entries = _json_object(content).get("data")
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ServerError("the server's /v1/models is not a list of models; is this a serve_app?")
+    return tuple(Model.parse(entry) for entry in entries)
+
+
+def read_readiness(status: int, content: bytes) -> Readiness:
+    """The answer of /ready: 200 when ready, 503 with the stage before."""
+    body = _json_object(content)
+    if status not in (200, 503) or not body:
+        raise ServerError(f"/ready answered {status}; is this a serve_app?", status=status)
+    fraction, error = body.get("fraction"), body.get("error")
+    return Readiness(
+        ready=status == 200,
+        stage=str(body.get("stage") or ""),
+        fraction=float(fraction) if isinstance(fraction, int | float) else None,
+        error=error if isinstance(error, str) else _message_and_code(body)[0],
+        details=body,
+    )
+
+
+def error_of(status: int, headers: Mapping[str, str], content: bytes) -> APIError:
+    """The typed error for an answer that is not 200."""
+    request_id = headers.get("x-request-id")
+    message, code = _message_and_code(_json_object(content))
+    message = message or f"the server answered {status}"
+    if status in (429, 503):
+        kind = NotReady if code == "not_ready" else Overloaded
+        return kind(
+            message, status=status, code=code, request_id=request_id, retry_after_s=_seconds(headers.get("retry-after"))
+        )
+    if 400 <= status < 500:
+        refusal = ContextLengthExceeded if code == "context_length_exceeded" else BadRequest
+        return refusal(message, status=status, code=code, request_id=request_id)
+    return ServerError(message, status=status, code=code, request_id=request_id)
+
+
+def lost(reason: httpx.TransportError, base_url: httpx.URL) -> ConnectionLost:
+    """The typed error for a connection that failed."""
+    if isinstance(reason, httpx.ConnectError | httpx.ConnectTimeout):
+        return ConnectionLost(f"no server answers at {base_url} ({reason})")
+    if isinstance(reason, httpx.TimeoutException):
+        return ConnectionLost(f"the server at {base_url} has been silent for too long ({type(reason).__name__})")
+    return ConnectionLost(f"the connection to {base_url} was lost ({reason or type(reason).__name__})")
+
+
+def ended_early() -> ConnectionLost:
+    """The typed error for a stream whose bytes ended before its last event."""
+    return ConnectionLost("the stream ended before its last event; the server or something between has closed it")
+
+
+def retry_delay_s(error: ServeAppError, attempt: int, retries: int) -> float | None:
+    """Seconds to wait before attempt number `attempt` + 1 (the first is 0), or None to give up.
+
+    Only for errors before the first delivered byte. Repeated are refusals for lack of room, and connections that
+    failed at once; not a read that timed out, since the server may be at work on it.
+    """
+    if attempt >= retries:
+        return None
+    if isinstance(error, Overloaded) and error.retry_after_s is not None:
+        return error.retry_after_s if error.retry_after_s <= LONGEST_RETRY_AFTER_S else None
+    timed_out = isinstance(error.__cause__, httpx.TimeoutException)
+    if isinstance(error, Overloaded) or (isinstance(error, ConnectionLost) and not timed_out):
+        return float(FIRST_BACKOFF_S * 2**attempt * random.uniform(0.5, 1.5))
+    return None
+
+
+def _message_and_code(body: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    error = body.get("error")
+    if not isinstance(error, dict):
+        return None, None
+    message, code = error.get("message"), error.get("code")
+    return (message if isinstance(message, str) else None), (code if isinstance(code, str) else None)
+
+
+def _json_object(content: bytes) -> dict[str, Any]:
+    """An error page may come from something in between, so anything that is no JSON object counts as empty."""
+    try:
+        body = json.loads(content)
+    except ValueError:
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def _seconds(value: str | None) -> float | None:
+    """`Retry-After` in seconds; its HTTP-date form is not sent by serve_app and counts as absent."""
+    try:
+        seconds = float(value) if value is not None else None
+    except ValueError:
+        return None
+    return seconds if seconds is not None and 0 <= seconds < float("inf") else None

@@ -1,0 +1,75 @@
+"""Where a resumable stream stands, and whether to go on after an error: for both clients, without doing any I/O.
+
+Promises that every event is taken once, and that attempts without progress are bounded.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+from serve_app.client.errors import ConnectionLost, Overloaded, ServeAppError, ServerError, StreamError
+from serve_app.client.protocol import LONGEST_RETRY_AFTER_S
+
+SILENCE_S = 30.0
+"""A connection without a byte for this long is dead: the server sends a heartbeat each 10 s."""
+ATTEMPTS = 10
+"""In a row, without one new event. With the pauses between them that is about 25 s."""
+FIRST_PAUSE_S = 0.1
+LONGEST_PAUSE_S = 5.0
+
+
+class Position:
+    """How far one stream has been read."""
+
+    def __init__(self) -> None:
+        self._stream_id: str | None = None
+        self._next = 0
+        """Index of the event that is to come."""
+        self._failures = 0
+
+    @property
+    def path(self) -> str:
+        """Of the rest of the stream."""
+        return f"/v1/streams/{self._stream_id}"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What to send for the rest of the stream."""
+        return {"Last-Event-ID": f"{self._stream_id}:{self._next}"}
+
+    def began(self, headers: Mapping[str, str]) -> None:
+        """The headers of a response are there."""
+        self._stream_id = headers.get("x-stream-id", self._stream_id)
+
+    def take(self, event_id: str) -> bool:
+        """Whether the event with this id is a new one."""
+        stream_id, _, following = event_id.rpartition(":")
+        if stream_id != self._stream_id or not following.isdecimal():
+            return self._stream_id is None  # not a server that numbers its events
+        if int(following) <= self._next:
+            return False
+        self._next = int(following)
+        self._failures = 0
+        return True
+
+    def pause_s(self, error: ServeAppError) -> float | None:
+        """Seconds to wait before the next attempt, or None when `error` ends the stream."""
+        if self._stream_id is None or not _may_pass(error):
+            return None
+        self._failures += 1
+        if self._failures > ATTEMPTS:
+            return None
+        if isinstance(error, Overloaded) and error.retry_after_s is not None:
+            return error.retry_after_s if error.retry_after_s <= LONGEST_RETRY_AFTER_S else None
+        pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** (self._failures - 1))
+        return pause_s * random.uniform(0.5, 1.5)
+
+
+def _may_pass(error: ServeAppError) -> bool:
+    """Whether the stream may still be there after this error."""
+    if isinstance(error, StreamError):
+        return error.code == "slow_reader"
+    if isinstance(error, ServerError):
+        return error.status is not None and error.status >= 500
+    return isinstance(error, ConnectionLost)

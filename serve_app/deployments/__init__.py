@@ -1,0 +1,1 @@
+"""What Ray Serve runs; the only importers of ray."""

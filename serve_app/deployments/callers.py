@@ -1,0 +1,80 @@
+"""Whether those who wait for a model replica's answers still live.
+
+Serve tells a replica that a caller has cancelled, but nothing when its process was killed: the replica would compute
+its streams to their ends (measured: all of 1,000 tokens), and whoever continues them elsewhere would wait for their
+places. Promises that such work ends within about two seconds (P5). Knows no request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import Context
+
+import ray
+
+logger = logging.getLogger(__name__)
+
+SERVE_NAMESPACE = "serve"
+"""Where Serve's replicas have their names, whatever the namespace of the code in them."""
+PERIOD_S = 0.5
+"""Between two looks at the callers that wait for something: one short call to the GCS for each of them."""
+
+
+def own_name() -> str:
+    """This process as `Callers` knows it; "" outside of a named actor (a script), which nobody watches."""
+    return str(ray.get_runtime_context().get_actor_name() or "")
+
+
+class Callers:
+    """The callers of one replica, for the callers of its event loop."""
+
+    def __init__(self) -> None:
+        self._waiting: Counter[str] = Counter()
+        self._found: set[str] = set()
+        self._gone: set[str] = set()
+        self._watching: asyncio.Task[None] | None = None
+
+    @contextmanager
+    def waiting(self, name: str) -> Iterator[None]:
+        """The caller `name` waits for something as long as the block runs."""
+        if not name:
+            yield
+            return
+        self._waiting[name] += 1
+        if self._watching is None or self._watching.done():
+            # It belongs to no request, whoever started it.
+            self._watching = asyncio.create_task(self._watch(), name="callers", context=Context())
+        try:
+            yield
+        finally:
+            self._waiting[name] -= 1
+            if not self._waiting[name]:
+                del self._waiting[name]
+                self._found.discard(name)
+                self._gone.discard(name)
+
+    def gone(self, name: str) -> bool:
+        """Whether that caller waits no more, since it has died."""
+        return name in self._gone
+
+    async def _watch(self) -> None:
+        while self._waiting:
+            for name in [name for name in self._waiting if name not in self._gone]:
+                if await asyncio.to_thread(_lives, name):
+                    self._found.add(name)
+                elif name in self._found and name in self._waiting:  # one that was never found is somewhere else
+                    logger.warning("%s has died; what it waited for is given up", name)
+                    self._gone.add(name)
+            await asyncio.sleep(PERIOD_S)
+
+
+def _lives(name: str) -> bool:
+    try:
+        ray.get_actor(name, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return False
+    return True

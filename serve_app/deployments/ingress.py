@@ -1,0 +1,245 @@
+"""The deployment that speaks HTTP: text lives here. Up long before the model, and says how far that is.
+
+Promises an answer to every request from the start: the application's, or 503 with the stage while the tokenizer or
+the model is not there. Wires the rooms together; what they do is theirs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from typing import TYPE_CHECKING, Any
+
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.handle import DeploymentHandle
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve_app.api.loading import create_loading_app
+from serve_app.config import AppConfig
+from serve_app.deployments.banner import banner, log_folder, say, service_url
+from serve_app.deployments.journal_actor import open_streams
+from serve_app.deployments.logs import use_serve_log
+from serve_app.deployments.metrics import RayMetrics
+from serve_app.deployments.progress import ProgressBoard, Reporter
+from serve_app.deployments.readiness import Readiness, answers
+from serve_app.deployments.replica_client import RayReplicaClient
+from serve_app.deployments.serve_settings import missing
+from serve_app.messages import LoadStage, ModelCard
+from serve_app.models.cache import cache_directory
+from serve_app.models.errors import ModelError
+from serve_app.observability.metrics import JOURNAL_BYTES, JOURNALS
+from serve_app.streams.journal_store import StoreUnavailable
+from serve_app.streams.resumable_streams import ResumableStreams
+
+if TYPE_CHECKING:
+    from serve_app.chat.prompts import PromptFormatter
+    from serve_app.models.defaults import GenerationDefaults
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.5
+"""Between two looks at the model while whoever started the service waits for its banner."""
+COUNT_S = 2.0
+"""Between two counts of the journals: one call to their store."""
+RETRY_S = 30.0
+"""After a tokenizer that could not be fetched: the network may come back."""
+
+
+@serve.ingress()
+class Ingress:
+    """One replica, on a CPU. Holds no state that outlives a request."""
+
+    async def __init__(self, config: AppConfig, model_server: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
+        """Return at once while no model is there, to say how far it is; else when this replica can serve it.
+
+        Raises `RuntimeError` in an update whose model can't be served.
+        """
+        use_serve_log()
+        replica = serve.get_replica_context()
+        scaling = config.model_server.autoscaling
+        self._config = config
+        self._app_name = replica.app_name
+        board = ProgressBoard(replica.app_name, config)
+        may_sleep = scaling is not None and scaling.min_replicas == 0
+        readiness = Readiness(board, replica.app_name, model_server.deployment_name, may_sleep=may_sleep)
+        self._client = RayReplicaClient(model_server, readiness)
+        self._metrics = RayMetrics()
+        self._text_stage: LoadStage | None = LoadStage("loading the tokenizer")
+        self._front = _Front(create_loading_app(self._state, self._metrics))
+        self._streams: ResumableStreams | None = None
+        tried = asyncio.Event()
+        self._tasks = {asyncio.create_task(self._load_text(tried))}
+        if replica.rank.rank == 0:  # one of the replicas speaks for all
+            self._tasks.add(asyncio.create_task(self._announce()))
+            self._tasks.add(asyncio.create_task(self._count_journals()))
+        if await asyncio.to_thread(board.card) is not None:
+            # Others serve this model already: Serve must not send requests here that they could answer.
+            await tried.wait()
+        elif await asyncio.to_thread(board.is_update):
+            await self._let_others_answer(replica.deployment)
+
+    async def __del__(self) -> None:
+        """Awaited by Serve when this replica goes: streams that were left without a client may go on elsewhere."""
+        if self._streams is not None:
+            await self._streams.aclose()
+
+    async def _let_others_answer(self, deployment: str) -> None:
+        """In an update, wait for the new model while ingress replicas of the old one answer.
+
+        Raises `RuntimeError` when the new model can't be served: Serve then keeps what it has.
+        """
+        while await asyncio.to_thread(_answers, self._app_name, deployment):
+            state = await self._state()
+            if isinstance(state, ModelCard):
+                return
+            if state.error:
+                raise RuntimeError(state.error)
+            await asyncio.sleep(POLL_S)
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        """Serve's hook for an application that is made in the replica."""
+        return self._front
+
+    async def _state(self) -> ModelCard | LoadStage:
+        """Of the model and of this replica's tokenizer together."""
+        text, state = self._text_stage, await self._client.model()
+        if text is None or (isinstance(state, LoadStage) and state.error):
+            return state
+        # Of two that load, the one that knows how far it is: the other waits for it to fetch the demo model.
+        if isinstance(state, ModelCard) or text.error or (text.fraction is not None and state.fraction is None):
+            return text
+        return state
+
+    async def _load_text(self, tried: asyncio.Event) -> None:
+        """Make the application, which needs what turns text into ids, and put it in the place of the loading one.
+
+        `tried` is set after the first attempt, however it ended; it is repeated until one succeeds.
+        """
+        while self._text_stage is not None:
+            try:
+                self._front.app = await asyncio.to_thread(self._make_app)
+                self._text_stage = None
+            except Exception as error:
+                expected = isinstance(error, ModelError)
+                reason = str(error) if expected else f"the tokenizer can't be loaded: {type(error).__name__}: {error}"
+                logger.error("%s", reason, exc_info=None if expected else error)
+                self._text_stage = LoadStage("failed", error=reason)
+            tried.set()
+            if self._text_stage is not None:
+                await asyncio.sleep(RETRY_S)
+
+    def _make_app(self) -> ASGIApp:
+        """On a thread: imports transformers, and may fetch the demo model, which the model server then finds."""
+        from serve_app.chat.light_transformers import import_without_torch
+
+        import_without_torch()
+        from serve_app.api.app import create_app
+        from serve_app.api.service import CompletionService, ModelDefaults
+
+        formatter, defaults = _load_tokenizer(self._config, Reporter(self._note))
+        service = CompletionService(self._client, formatter, ModelDefaults(**dataclasses.asdict(defaults)))
+        self._streams = open_streams(self._client, self._config.streams, self._app_name)
+        return create_app(service, self._streams, self._config.api, self._metrics)
+
+    def _note(self, stage: LoadStage) -> None:
+        self._text_stage = stage
+
+    async def _announce(self) -> None:
+        """Tell the terminal once that the model can serve. Why it can't, the model server logs itself."""
+        while True:
+            state = await self._state()
+            if isinstance(state, ModelCard):
+                break
+            await asyncio.sleep(POLL_S)
+        try:
+            url = await asyncio.to_thread(service_url, self._app_name)
+        except Exception:  # whatever Serve's inner call says: a greeting is not worth a replica
+            logger.exception("the service's URL is not known")
+            return
+        if settings := missing():
+            logger.warning(
+                "a streamed token costs up to three times the CPU here: start Ray with %s (docs/operations.md)",
+                " ".join(settings),
+            )
+        say(banner(state, url, log_folder(), cache_directory(self._config.cache_dir)))
+
+    async def _count_journals(self) -> None:
+        while True:
+            if self._streams is not None:
+                try:
+                    journals, size_bytes = await self._streams.journals()
+                    self._metrics.gauge(JOURNALS, journals)
+                    self._metrics.gauge(JOURNAL_BYTES, size_bytes)
+                except StoreUnavailable as error:  # said louder by the calls that need the store
+                    logger.debug("the journals can't be counted: %s", error)
+            await asyncio.sleep(COUNT_S)
+
+
+class _Front:
+    """The one ASGI application that Serve knows; `app` is what answers at the moment."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on to `app`."""
+        if scope["type"] == "http":
+            receive, send = _with_disconnects(receive), _without_second_request_id(scope, send)
+        await self.app(scope, receive, send)
+
+
+def _load_tokenizer(config: AppConfig, report: Reporter) -> tuple[PromptFormatter, GenerationDefaults]:
+    """What turns text into ids, and what requests leave out. Raises `ModelError`."""
+    # Here and not above: transformers takes seconds, and the replica should answer before.
+    from serve_app.chat.errors import TokenizerError
+    from serve_app.chat.prompts import PromptFormatter
+    from serve_app.chat.tokenizer import ChatTokenizer
+    from serve_app.models.defaults import read_generation_defaults
+    from serve_app.models.source import resolve
+
+    model, chat = config.model, config.chat
+    files = resolve(model, cache_directory(config.cache_dir), tokenizer_only=True, progress=report)
+    report(LoadStage("loading the tokenizer"))
+    try:
+        tokenizer = ChatTokenizer.load(
+            files.tokenizer_folder, trust_remote_code=model.trust_remote_code, template=chat.template
+        )
+        formatter = PromptFormatter.from_config(tokenizer, chat)
+    except TokenizerError as error:
+        raise ModelError(str(error)) from error
+    return formatter, read_generation_defaults(files.folder, files.tokenizer_folder)
+
+
+def _with_disconnects(receive: Receive) -> Receive:
+    """`receive` reads from the proxy over Ray: when the client goes, or the proxy, that call may fail with it."""
+
+    async def receive_or_disconnect() -> Message:
+        try:
+            return await receive()
+        except RayError:
+            return {"type": "http.disconnect"}
+
+    return receive_or_disconnect
+
+
+def _answers(app_name: str, deployment: str) -> bool:
+    """Whether any replica of this deployment takes requests now. Blocks for a round trip."""
+    application = serve.status().applications.get(app_name)
+    return answers(application.deployments.get(deployment) if application else None)
+
+
+def _without_second_request_id(scope: Scope, send: Send) -> Send:
+    """Serve's proxy appends the request's X-Request-Id to every response; a client should see it once."""
+    given = Headers(scope=scope).get("x-request-id")
+
+    async def send_once(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            if headers.get("x-request-id") == given:
+                del headers["x-request-id"]
+        await send(message)
+
+    return send_once

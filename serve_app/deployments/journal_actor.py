@@ -1,0 +1,184 @@
+"""The journals of resumable streams in one detached actor: started when first needed, ended when long unneeded.
+
+Promises that they outlive ingress replicas and redeploys (deployment actors don't), and that what goes wrong with the
+actor reaches callers as `StoreUnavailable`. When it dies, its journals are gone; their owners write them again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+
+from serve_app.config import StreamsConfig
+from serve_app.models.errors import ModelError
+from serve_app.streams.journal_store import (
+    Append,
+    Held,
+    Hold,
+    JournalLimits,
+    JournalStore,
+    JournalView,
+    StoreUnavailable,
+)
+from serve_app.streams.memory_journals import MemoryJournalStore
+from serve_app.streams.replica import ReplicaClient
+from serve_app.streams.resumable_stream import ResumeSettings
+from serve_app.streams.resumable_streams import ResumableStreams
+
+NAMESPACE = "serve_app"
+VERSION = 1
+"""Of the actor's methods and what they take. It outlives redeploys, so another version needs another actor."""
+MAX_CALLS = 10_000
+"""At a time: each reader at another ingress than the owner's is a call that waits."""
+IDLE_EXIT_S = 3600.0
+"""Without a journal and a call for this long the actor ends: `serve shutdown` leaves it behind."""
+CALL_TIMEOUT_S = 5.0
+START_TIMEOUT_S = 60.0
+"""Of a call that may have to start the actor: a process and its imports, 1 to 3 s on the 2-core machine."""
+
+
+class JournalActor:
+    """What runs in the actor."""
+
+    def __init__(self, limits: JournalLimits) -> None:
+        self._store = MemoryJournalStore(limits)
+        self._called_at = time.monotonic()
+        self._tidying = asyncio.get_running_loop().create_task(self._tidy())
+
+    async def configure(self, limits: JournalLimits) -> None:
+        """Of the application as it is configured now; whoever speaks last is right."""
+        self._store.journals.limits = limits
+
+    async def create(self, stream_id: str, owner: str, document: bytes) -> Hold:
+        """See `JournalStore`."""
+        self._called_at = time.monotonic()
+        return await self._store.create(stream_id, owner, document)
+
+    async def append(self, appends: Sequence[Append]) -> list[Held]:
+        """See `JournalStore`."""
+        self._called_at = time.monotonic()
+        return await self._store.append(appends)
+
+    async def read(self, stream_id: str, position: int, wait_s: float) -> JournalView | None:
+        """See `JournalStore`."""
+        self._called_at = time.monotonic()
+        return await self._store.read(stream_id, position, wait_s)
+
+    async def acquire(self, stream_id: str, owner: str) -> bool:
+        """See `JournalStore`."""
+        return await self._store.acquire(stream_id, owner)
+
+    async def size(self) -> tuple[int, int]:
+        """See `JournalStore`. Whoever only counts does not keep the actor from ending."""
+        return await self._store.size()
+
+    async def _tidy(self) -> None:
+        while True:
+            await asyncio.sleep(min(60.0, self._store.journals.limits.expiry_s))
+            self._store.journals.expire()
+            if not len(self._store.journals) and time.monotonic() - self._called_at > IDLE_EXIT_S:
+                ray.kill(ray.get_runtime_context().current_actor)
+
+
+class RayJournalStore:
+    """A `streams.journal_store.JournalStore` over the actor of one application."""
+
+    def __init__(self, app_name: str, limits: JournalLimits) -> None:
+        self._name = f"journals of {app_name}, version {VERSION}"
+        self._limits = limits
+        self._actor: Any = None
+
+    async def create(self, stream_id: str, owner: str, document: bytes) -> Hold:
+        """See `JournalStore`. Starts the actor when there is none."""
+        answer: Hold = await self._call(lambda actor: actor.create.remote(stream_id, owner, document), start=True)
+        return answer
+
+    async def append(self, appends: Sequence[Append]) -> list[Held]:
+        """See `JournalStore`. Starts the actor when it has gone, so that owners can write their journals again."""
+        answer: list[Held] = await self._call(lambda actor: actor.append.remote(appends), start=True)
+        return answer
+
+    async def read(self, stream_id: str, position: int, wait_s: float = 0.0) -> JournalView | None:
+        """See `JournalStore`. No actor: no journals."""
+        answer: JournalView | None = await self._call(
+            lambda actor: actor.read.remote(stream_id, position, wait_s), start=False, wait_s=wait_s
+        )
+        return answer
+
+    async def acquire(self, stream_id: str, owner: str) -> bool:
+        """See `JournalStore`."""
+        answer: bool = await self._call(lambda actor: actor.acquire.remote(stream_id, owner), start=False)
+        return bool(answer)
+
+    async def size(self) -> tuple[int, int]:
+        """See `JournalStore`."""
+        answer: tuple[int, int] | None = await self._call(lambda actor: actor.size.remote(), start=False)
+        return answer or (0, 0)
+
+    async def aclose(self) -> None:
+        """Nothing to let go of: the actor is not this process's."""
+
+    async def _call(self, call: Callable[[Any], Awaitable[Any]], *, start: bool, wait_s: float = 0.0) -> Any:
+        """The actor's answer; None when there is no actor and `start` is false. Raises `StoreUnavailable`."""
+        try:
+            for last in (False, True):
+                if self._actor is None:
+                    self._actor = await asyncio.to_thread(self._connect, start)
+                    if self._actor is None:
+                        return None
+                try:
+                    async with asyncio.timeout(CALL_TIMEOUT_S + wait_s):
+                        return await call(self._actor)
+                except RayError:
+                    # It has died, perhaps long ago. All calls may be repeated, and a new actor is as good.
+                    self._actor = None
+                    if last:
+                        raise
+        except (RayError, GetTimeoutError, TimeoutError, ValueError) as error:
+            raise StoreUnavailable(f"the journal actor: {type(error).__name__}") from error
+
+    def _connect(self, start: bool) -> Any:
+        """On a thread: the actor, or None when there is none and it is not to be started."""
+        if not start:
+            try:
+                return ray.get_actor(self._name, namespace=NAMESPACE)
+            except ValueError:
+                return None
+        actor: Any = (
+            ray.remote(JournalActor)
+            .options(
+                name=self._name,
+                namespace=NAMESPACE,
+                lifetime="detached",
+                get_if_exists=True,
+                num_cpus=0,
+                max_concurrency=MAX_CALLS,
+            )
+            .remote(self._limits)
+        )
+        ray.get(actor.configure.remote(self._limits), timeout=START_TIMEOUT_S)
+        return actor
+
+
+def open_streams(client: ReplicaClient, config: StreamsConfig, app_name: str) -> ResumableStreams:
+    """The resumable streams of an ingress replica, with their journals where the config says.
+
+    Raises `ModelError` when that takes a package that is not installed.
+    """
+    limits = JournalLimits(max_journals=config.max_streams, max_bytes=config.max_bytes, expiry_s=config.expiry_s)
+    settings = ResumeSettings(config.grace_s, config.max_unattended, lease_s=limits.lease_s)
+    store: JournalStore
+    if config.store == "ray":
+        store = RayJournalStore(app_name, limits)
+    else:
+        try:
+            from serve_app.streams.redis_journals import RedisJournalStore
+        except ModuleNotFoundError as error:
+            raise ModelError("streams.store is Redis, which needs: pip install 'serve_app[redis]'.") from error
+        store = RedisJournalStore(config.store, limits)
+    return ResumableStreams(client, store, settings)

@@ -1,0 +1,31 @@
+"""Where a replica's log lines go, and which libraries are told to be quiet.
+
+Our loggers write where Serve's own do: the terminal of `serve run`, and the replica's file in the session's log folder,
+with Serve's format, level and request id.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+QUIET = {"transformers": logging.ERROR, "huggingface_hub": logging.ERROR, "httpx": logging.WARNING}
+"""Libraries whose advice is for people who write programs with them, and the level from which they are heard."""
+
+
+def use_serve_log() -> None:
+    """Send this process's `serve_app` log lines to Serve's handlers. For the start of a replica's constructor.
+
+    Serve's own access line of each call is left out: the ingress writes one per request that says more.
+    """
+    serve = logging.getLogger("ray.serve")
+    serve.addFilter(lambda record: not getattr(record, "serve_access_log", False))
+    ours = logging.getLogger("serve_app")
+    ours.handlers = serve.handlers
+    ours.setLevel(serve.getEffectiveLevel())
+    ours.propagate = False
+    for name, level in QUIET.items():
+        logging.getLogger(name).setLevel(level)
+    # Read when these are imported, which a replica does later. Bars are for terminals; stages are logged instead.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

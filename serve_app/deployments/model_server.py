@@ -1,0 +1,180 @@
+"""The deployment that owns a model: its weights, its KV cache and one engine. Ids in, ids out.
+
+Promises visible progress while it loads, one clear sentence when it can't, and that a closed stream stops its work
+within one engine step. Knows no text and no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from functools import partial
+from typing import TYPE_CHECKING
+
+import ray
+from ray import serve
+
+from serve_app.config import AppConfig
+from serve_app.deployments.callers import Callers
+from serve_app.deployments.logs import use_serve_log
+from serve_app.deployments.metrics import RayMetrics
+from serve_app.deployments.progress import ProgressBoard, Reporter
+from serve_app.deployments.request_router import FINGERPRINT_KEY
+from serve_app.deployments.suspects import SuspectNotes
+from serve_app.deployments.token_channels import ChannelItem, ChannelRequest, TokenChannels
+from serve_app.engine.errors import EngineError
+from serve_app.messages import GenerationRequest, LoadStage, ModelCard, Reply
+from serve_app.models.errors import ModelError
+from serve_app.observability.metrics import ACCEPTED_TOKENS, CACHE_USE, DRAFTED_TOKENS, RUNNING, WAITING, MetricsSink
+
+if TYPE_CHECKING:
+    from serve_app.engine.engine import Engine, EngineStats
+    from serve_app.models.loader import LoadedModel
+
+logger = logging.getLogger(__name__)
+
+STALL_LIMIT_S = 120.0
+"""A step that runs longer has hung. Steps are bounded by `max_step_tokens`: 512 tokens take about 1 s with the demo
+model on the 2-core machine, so a model 50 times as large is still called healthy there."""
+METRICS_PERIOD_S = 1.0
+
+
+class ModelServer:
+    """One replica. Its constructor returns when the model can serve."""
+
+    async def __init__(self, config: AppConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        """Fetch, load and check the model, and start the engine. Raises `ModelError` or `EngineError`."""
+        use_serve_log()
+        replica = serve.get_replica_context()
+        self._replica = replica.replica_id.unique_id
+        board = ProgressBoard(replica.app_name, config)
+        note_suspect = partial(SuspectNotes(replica.app_name).write, replica.replica_id.unique_id)
+        try:
+            # In a thread: this loop goes on answering Serve, which asks whether the replica lives.
+            self._engine, card = await asyncio.to_thread(self._start, config, Reporter(board.report), note_suspect)
+        except (ModelError, EngineError) as error:
+            logger.error("the model can't be served: %s", error)
+            board.report(LoadStage("failed", error=str(error)))
+            raise error from None  # the sentence says it all; its causes would bury it in `serve status`
+        except Exception as error:
+            board.report(LoadStage("failed", error=f"loading the model failed with {type(error).__name__}: {error}"))
+            raise
+        self._fingerprint = card.fingerprint
+        board.publish(card)
+        self._callers = Callers()
+        self._channels = TokenChannels()
+        self._metrics = asyncio.create_task(self._report_metrics(RayMetrics()))
+
+    def _start(
+        self, config: AppConfig, report: Reporter, before_alone: Callable[[GenerationRequest], None]
+    ) -> tuple[Engine, ModelCard]:
+        """All that takes long, on a thread of its own. Raises `ModelError` and `EngineError`."""
+        return _start_engine(config, report, before_alone)
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Reply, None]:
+        """The replies of one attempt; see `streams.replica.ReplicaClient.open`."""
+        caller = request.caller
+        with self._callers.waiting(caller), self._channels.stream(caller):
+            async with aclosing(self._engine.generate(request)) as replies:
+                async for reply in replies:  # one each second at least
+                    if self._callers.gone(caller):
+                        return
+                    if not self._channels.put(request, reply):
+                        yield reply
+
+    async def tokens(self, request: ChannelRequest) -> AsyncGenerator[tuple[ChannelItem, ...], None]:
+        """The tokens of all this caller's streams, as long as it has some, in place of their own ways."""
+        if request.replica != self._replica:  # the one that was meant is no longer there
+            return
+        async with aclosing(self._channels.read(request.caller)) as messages:
+            async for items in messages:
+                yield items
+
+    def record_replica_metadata(self) -> dict[str, str]:
+        """Serve's hook: what every router learns of this replica. A stream goes on only with its own weights."""
+        return {FINGERPRINT_KEY: self._fingerprint}
+
+    async def stats(self) -> EngineStats:
+        """What the engine is doing, for operators and tests."""
+        return self._engine.stats()
+
+    async def check_health(self) -> None:
+        """Raise when the engine is dead or hangs, so that Serve replaces this replica. A long prompt is neither."""
+        health = self._engine.health()
+        if not health.alive:
+            raise RuntimeError(health.error or "the engine's thread has ended")
+        if health.step_running_s > STALL_LIMIT_S:
+            raise RuntimeError(f"an engine step has been running for {health.step_running_s:.0f} s")
+
+    async def _report_metrics(self, metrics: MetricsSink) -> None:
+        drafted = accepted = 0
+        while True:
+            stats = self._engine.stats()
+            metrics.count(DRAFTED_TOKENS, stats.drafted_tokens - drafted)
+            metrics.count(ACCEPTED_TOKENS, stats.accepted_tokens - accepted)
+            drafted, accepted = stats.drafted_tokens, stats.accepted_tokens
+            metrics.gauge(RUNNING, stats.running)
+            metrics.gauge(WAITING, stats.waiting)
+            metrics.gauge(CACHE_USE, stats.used_pages / stats.total_pages)
+            await asyncio.sleep(METRICS_PERIOD_S)
+
+    def __del__(self) -> None:
+        """Called by Serve when the replica's streams have finished, or their time is over."""
+        if hasattr(self, "_metrics"):
+            self._metrics.cancel()
+            self._engine.stop()
+
+
+def _start_engine(
+    config: AppConfig, report: Reporter, before_alone: Callable[[GenerationRequest], None]
+) -> tuple[Engine, ModelCard]:
+    """All that takes long, on a thread of its own. Raises `ModelError` and `EngineError`."""
+    report(LoadStage("starting torch"))
+    # Here and not above: seconds of imports that only a replica needs, not whoever wires the application.
+    import torch
+
+    from serve_app.engine.cpu.threads import default_threads
+    from serve_app.engine.engine import Engine
+    from serve_app.models.cache import cache_directory
+    from serve_app.models.loader import load
+    from serve_app.models.source import resolve
+
+    # The engine's thread computes with `threads`; a second pool beside it would slow both (see `Engine`).
+    torch.set_num_threads(1)
+    resources: dict[str, float] = ray.get_runtime_context().get_assigned_resources()  # type: ignore[no-untyped-call]
+    cache = cache_directory(config.cache_dir)
+    files = resolve(config.model, cache, progress=report)
+    loaded = load(files, config.model, has_gpu=resources.get("GPU", 0) > 0, progress=report)
+    replicas = config.model_server
+    only_replica = replicas.autoscaling is None and replicas.num_replicas in (None, 1)
+    threads = config.engine.threads or default_threads(given_cpus=resources.get("CPU", 1), only_replica=only_replica)
+    engine = Engine(
+        loaded.model,
+        config.engine.model_copy(update={"threads": threads}),
+        context_tokens=loaded.context_tokens,
+        fingerprint=loaded.fingerprint,
+        on_stage=report,
+        before_alone=before_alone,
+        kernel_cache=cache / "kernels",
+    )
+    return engine, _card(loaded, engine)
+
+
+def _card(loaded: LoadedModel, engine: Engine) -> ModelCard:
+    capacity = engine.capacity
+    return ModelCard(
+        name=loaded.name,
+        fingerprint=loaded.fingerprint,
+        context_tokens=capacity.context_tokens,
+        kv_capacity_tokens=capacity.kv_capacity_tokens,
+        vocab_size=loaded.model.config.get_text_config().vocab_size,
+        weights_bytes=loaded.weights_bytes,
+        kv_cache_bytes=capacity.kv_cache_bytes,
+        device=str(loaded.device),
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        attention_backend=capacity.attention_backend,
+        exact=capacity.exact,
+        notes=(*loaded.notes, *capacity.notes),
+    )

@@ -1,0 +1,172 @@
+"""Opens attempts on model replicas through a Serve handle, and turns Serve's ways to fail into ours.
+
+Promises: what reaches the caller is a reply, a `Failure` or `ReplicaLost`, never an exception of Ray's; a closed
+attempt is cancelled on its replica. Knows no text; the journal, the deadline and silence are `streams.generation`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import grpc
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+
+from serve_app.deployments.callers import own_name
+from serve_app.deployments.calls import cancel, in_its_own_right
+from serve_app.deployments.channel_reader import ChannelReader
+from serve_app.deployments.inbox import Inbox
+from serve_app.deployments.readiness import Readiness
+from serve_app.deployments.replica_table import Attempt, replica_table
+from serve_app.deployments.suspects import SuspectNotes
+from serve_app.deployments.token_channels import ChannelRequest
+from serve_app.messages import Failure, FailureCode, GenerationRequest, LoadStage, ModelCard, Reply, TokenBatch
+from serve_app.streams.replica import ReplicaLost
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = 1.0
+"""How often an attempt that no replica has answered yet says that it is alive, as the contract asks."""
+SILENCE_S = 4 * HEARTBEAT_S
+"""A replica that has a request says something each second. One whose attempt is given up after this long without a word
+gets no others for a while: it is frozen, or cut off."""
+RETRY_AFTER_S = 1.0
+"""What a refused client is told to wait when Serve names no time."""
+_OUT_OF_ORDER = {FailureCode.REPLICA_LOST: True, FailureCode.NOT_READY: False}
+"""What a replica says that can compute nothing more -> whether it had taken the request."""
+
+
+class RayReplicaClient:
+    """A `streams.replica.ReplicaClient` over the model server's deployment handle."""
+
+    def __init__(self, model_server: DeploymentHandle[Any], readiness: Readiness) -> None:
+        self._generate = model_server.options(method_name="generate", stream=True)
+        self._readiness = readiness
+        self._table = replica_table(model_server.app_name, model_server.deployment_name)
+        self._suspects = SuspectNotes(model_server.app_name)
+        self._name = own_name()
+        self._channels = ChannelReader(self._open_channel, self._name)
+
+    async def model(self) -> ModelCard | LoadStage:
+        """The card of the model, or how far the first replica is; never waits for a replica."""
+        return await self._readiness.model()
+
+    async def open(self, request: GenerationRequest) -> AsyncGenerator[Reply, None]:
+        """Start one attempt and yield its replies; see `ReplicaClient.open`.
+
+        While no replica has been given the request (all are full, or none is up: the last one died, or a deployment
+        that was scaled to zero wakes for it) it yields empty batches, for as long as the caller wants to wait. From
+        then on only what the replica says counts. A stream whose replica is leaving is lost to it as soon as another
+        can continue it.
+        """
+        with self._channels.attempt(len(request.output_token_ids)) as (number, inbox):
+            request = replace(request, caller=self._name, attempt=number)
+            with self._table.track(request) as attempt:
+                response = in_its_own_right(lambda: self._generate.remote(request))
+                reading = asyncio.create_task(_read(response, inbox), name=f"attempt {number}")
+                reading.add_done_callback(partial(_ended, inbox))
+                try:
+                    async with aclosing(self._replies(attempt, number, inbox, reading)) as replies:
+                        async for reply in replies:
+                            yield reply
+                finally:
+                    if not reading.done():
+                        reading.cancel()
+                        cancel(response)
+
+    async def _replies(
+        self, attempt: Attempt, number: int, inbox: Inbox, reading: asyncio.Task[None]
+    ) -> AsyncGenerator[Reply, None]:
+        """What comes for one attempt, and how it ends. Raises `ReplicaLost`."""
+        answered = ended = False
+        heard_at = time.monotonic()
+        try:
+            while not ended:
+                reply = await inbox.take(HEARTBEAT_S)
+                if reply is not None:
+                    heard_at = time.monotonic()
+                    self._table.heard(attempt, tokens=isinstance(reply, TokenBatch) and bool(reply.token_ids))
+                    if not answered and attempt.replica is not None:
+                        answered = True
+                        self._channels.answered(number, attempt.replica)
+                    ended = isinstance(reply, Failure) or reply.finish_reason is not None
+                    if isinstance(reply, Failure) and reply.code in _OUT_OF_ORDER:
+                        self._table.out_of_order(attempt)
+                        raise await self._lost(reply.message, attempt, taken=_OUT_OF_ORDER[reply.code])
+                    yield reply
+                elif inbox.lost:
+                    raise await self._lost("its channel broke", attempt)
+                elif reading.done() and not inbox.torn:
+                    ended = True
+                    yield await self._last_word(attempt, reading)
+                elif attempt.replica is None:
+                    heard_at = time.monotonic()
+                    yield TokenBatch(first_index=len(attempt.request.output_token_ids))
+                if not ended and self._table.should_leave(attempt):
+                    raise ReplicaLost(f"replica {attempt.replica} is leaving and another goes on", taken=False)
+        finally:
+            if not ended and time.monotonic() - heard_at > SILENCE_S:
+                self._table.fell_silent(attempt)
+
+    async def _last_word(self, attempt: Attempt, reading: asyncio.Task[None]) -> Failure:
+        """The failure that the end of the replica's stream, before its last batch, stands for. Raises `ReplicaLost`."""
+        if reading.cancelled():
+            raise await self._lost("the replica cancelled the attempt", attempt)
+        error = reading.exception()
+        if error is None:
+            raise await self._lost("the replica's stream ended without a last word", attempt)
+        failure = _refusal(error, attempt.request)
+        if failure is None:
+            raise await self._lost(type(error).__name__, attempt) from error
+        return failure
+
+    def _open_channel(self, request: ChannelRequest) -> Any:
+        # Made from a handle that was used, so that both have one router.
+        return self._generate.options(method_name="tokens").remote(request)
+
+    async def _lost(self, reason: str, attempt: Attempt, *, taken: bool = True) -> ReplicaLost:
+        self._readiness.doubt()
+        blamed = (
+            attempt.request.alone
+            and attempt.replica is not None
+            and await asyncio.to_thread(self._suspects.names, attempt.replica, attempt.request)
+        )
+        taken = taken and attempt.replica is not None
+        return ReplicaLost(f"replica {attempt.replica}: {reason}", taken=taken, blamed=blamed)
+
+
+async def _read(response: DeploymentResponseGenerator[Reply], inbox: Inbox) -> None:
+    """Read eagerly: Serve drops what was delivered but not read when a replica dies."""
+    async for reply in response:
+        inbox.put(reply)
+        if isinstance(reply, Failure) or reply.finish_reason is not None:
+            return  # the last word: whoever takes it finds nothing left to cancel
+
+
+def _ended(inbox: Inbox, reading: asyncio.Task[None]) -> None:
+    """Looks at the exception, so that asyncio does not report that of an attempt that was closed before."""
+    if not reading.cancelled():
+        reading.exception()
+    inbox.close()
+
+
+def _refusal(error: BaseException, request: GenerationRequest) -> Failure | None:
+    """The last word that an exception of the attempt stands for; None when another replica can go on."""
+    if isinstance(error, BackPressureError):
+        message = "The service is at its limit of waiting requests; try again in a moment."
+        return Failure(FailureCode.OVERLOADED, message, retry_after_s=error.retry_after_s or RETRY_AFTER_S)
+    if isinstance(error, DeploymentUnavailableError):
+        return Failure(FailureCode.NOT_READY, "The model could not be loaded; GET /ready says why.")
+    if isinstance(error, RayTaskError) or not isinstance(error, RayError | RayServeException | grpc.RpcError | OSError):
+        logger.error("request %s: the model replica raised an error", request.request_id, exc_info=error)
+        message = "The model replica failed on this request; its log has the details under the request's id."
+        return Failure(FailureCode.ENGINE_FAILED, message)
+    return None  # RayActorError and its like, RequestCancelledError, ReplicaUnavailableError, a broken connection

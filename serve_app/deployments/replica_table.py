@@ -1,0 +1,123 @@
+"""Which model replicas are live as this process knows it, and at which of them each of its attempts is.
+
+Where the router, which Serve makes on a loop of its own and hands to nobody, meets the replica client. Says when a
+stream should leave a replica that is going. Knows no Ray and no text.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from serve_app.messages import Fingerprint, GenerationRequest
+
+SILENT_FOR_S = 60.0
+"""How long a replica that fell silent, or is out of order, gets no requests, if there is another and it says nothing
+else. Serve takes three failed health checks to replace it."""
+MOVING_AT_ONCE = 2
+"""Streams that leave a draining replica together; the others go on there meanwhile. If all left at once, each would
+wait while the prompts of all are computed again."""
+MOVE_S = 10.0
+"""A stream that has not arrived after this long no longer keeps others from moving."""
+
+
+class Attempt:
+    """Where one attempt is: at no replica as long as it waits for a place."""
+
+    __slots__ = ("replica", "request")
+
+    def __init__(self, request: GenerationRequest) -> None:
+        self.request = request
+        self.replica: str | None = None
+        """The id of the replica that it was sent to."""
+
+    @property
+    def stream(self) -> tuple[str, int]:
+        """What all attempts of one choice share."""
+        return self.request.request_id, self.request.choice
+
+
+class ReplicaTable:
+    """The replicas of one deployment as this process knows them, and its attempts on them.
+
+    The router's thread writes `update`, `sent` and `waiting`, the ingress's loop the rest; each is a single assignment
+    or dictionary operation, so that neither waits for the other.
+    """
+
+    def __init__(self) -> None:
+        self._live: Mapping[str, Fingerprint | None] = {}
+        self._silent_until: dict[str, float] = {}
+        self._attempts: dict[int, Attempt] = {}
+        self._moving_until: dict[tuple[str, int], float] = {}
+
+    @property
+    def live(self) -> Mapping[str, Fingerprint | None]:
+        """Replicas that take requests, with their weights. A draining one is not among them."""
+        return self._live
+
+    def update(self, live: Mapping[str, Fingerprint | None]) -> None:
+        """What the router knows now."""
+        self._live = live
+
+    @contextmanager
+    def track(self, request: GenerationRequest) -> Iterator[Attempt]:
+        """Follow `request`, this very object, from before it is sent until it has ended."""
+        attempt = self._attempts[id(request)] = Attempt(request)
+        try:
+            yield attempt
+        finally:
+            self._attempts.pop(id(request), None)
+
+    def sent(self, request: object, replica: str) -> None:
+        """The router has handed it to this replica, which may still reject it."""
+        if (attempt := self._attempts.get(id(request))) is not None:
+            attempt.replica = replica
+
+    def waiting(self, request: object) -> None:
+        """The router is looking for a replica."""
+        if (attempt := self._attempts.get(id(request))) is not None:
+            attempt.replica = None
+
+    def heard(self, attempt: Attempt, *, tokens: bool) -> None:
+        """Its replica has said something, if only that it is alive."""
+        if attempt.replica in self._silent_until:
+            self._silent_until.pop(attempt.replica, None)
+        if tokens and attempt.stream in self._moving_until:
+            del self._moving_until[attempt.stream]
+
+    def fell_silent(self, attempt: Attempt) -> None:
+        """Its replica has said nothing for longer than a living one does."""
+        if attempt.replica is not None:
+            self._silent_until[attempt.replica] = time.monotonic() + SILENT_FOR_S
+
+    def out_of_order(self, attempt: Attempt) -> None:
+        """Its replica says that it can compute nothing more. Idle, it would be the first to be given what comes."""
+        self.fell_silent(attempt)
+
+    def silent(self, replica: str) -> bool:
+        """Whether this replica should get no requests for now."""
+        until = self._silent_until.get(replica)
+        return until is not None and time.monotonic() < until
+
+    def should_leave(self, attempt: Attempt) -> bool:
+        """Whether its replica is going and another can continue it: asked after each reply. It must leave on True."""
+        if attempt.replica is None or attempt.replica in self._live:
+            return False
+        fingerprint = attempt.request.fingerprint
+        if not any(known == fingerprint and not self.silent(replica) for replica, known in self._live.items()):
+            return False  # the last one: it may finish what it has
+        now = time.monotonic()
+        self._moving_until = {stream: until for stream, until in self._moving_until.items() if until > now}
+        if len(self._moving_until) >= MOVING_AT_ONCE:
+            return False
+        self._moving_until[attempt.stream] = now + MOVE_S
+        return True
+
+
+_tables: dict[tuple[str, str], ReplicaTable] = {}
+
+
+def replica_table(app_name: str, deployment_name: str) -> ReplicaTable:
+    """This process's table of one deployment. Its routers, one per handle, say the same."""
+    return _tables.setdefault((app_name, deployment_name), ReplicaTable())

@@ -1,0 +1,90 @@
+"""PyTorch's scaled dot product attention, one sequence at a time, reading contiguous runs of pages in place.
+
+No mask over several sequences and no copy of the cache: the cost of a sequence depends on its own tokens only.
+The query heads that share a key head are packed as rows of one product, so keys are read once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from serve_app.engine.attention.base import AttentionBackend, Heads, Span, visible
+from serve_app.engine.attention.plain import gather, plain_attention
+
+
+def _slots(cache: torch.Tensor) -> torch.Tensor:
+    return cache.view(-1, *cache.shape[2:])
+
+
+def read(cache: torch.Tensor, span: Span) -> torch.Tensor:
+    """The span's tokens `[kv_len, kv_heads, dim]`: a view where they lie in one run, a copy otherwise."""
+    if len(span.runs) == 1:
+        start, size = span.runs[0]
+        return _slots(cache)[start : start + size]
+    return gather(cache, span)
+
+
+class SdpaAttention(AttentionBackend):
+    """CPU, and CUDA where the varlen kernel can't be used."""
+
+    name = "sdpa"
+    page_tokens = 16
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        spans: SequenceOf[Span],
+        heads: Heads,
+        prepared: Any,
+    ) -> torch.Tensor:
+        outputs = []
+        for span in spans:
+            rows = query[span.query_start : span.query_start + span.query_len]
+            if heads.softcap is not None:
+                mask = visible(span, heads.sliding_window, query.device)
+                outputs.append(plain_attention(rows, read(keys, span), read(values, span), mask, heads))
+            elif span.query_len == 1:
+                outputs.append(self._decode(rows, keys, values, span, heads))
+            else:
+                outputs.append(self._prefill(rows, keys, values, span, heads))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _decode(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, span: Span, heads: Heads
+    ) -> torch.Tensor:
+        key, value = read(keys, span), read(values, span)
+        if heads.sliding_window is not None and span.kv_len > heads.sliding_window:
+            key, value = key[-heads.sliding_window :], value[-heads.sliding_window :]
+        packed = query.view(1, key.shape[1], -1, query.shape[-1])
+        output = F.scaled_dot_product_attention(
+            packed, key.transpose(0, 1)[None], value.transpose(0, 1)[None], scale=heads.scaling
+        )
+        return output.reshape(1, query.shape[1], -1)
+
+    def _prefill(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, span: Span, heads: Heads
+    ) -> torch.Tensor:
+        key, value = read(keys, span), read(values, span)
+        first_key = 0
+        if heads.sliding_window is not None:
+            first_key = max(0, span.kv_len - span.query_len - heads.sliding_window + 1)
+            key, value = key[first_key:], value[first_key:]
+        windowed = heads.sliding_window is not None and span.kv_len > heads.sliding_window
+        from_start = span.kv_len == span.query_len and not windowed
+        mask = None if from_start else visible(span, heads.sliding_window, query.device, first_key)
+        output = F.scaled_dot_product_attention(
+            query.transpose(0, 1)[None],
+            key.transpose(0, 1)[None],
+            value.transpose(0, 1)[None],
+            attn_mask=mask,
+            is_causal=from_start,
+            scale=heads.scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return output[0].transpose(0, 1)

@@ -1,0 +1,226 @@
+"""What an engine is made of, chosen and checked before it may serve: the attention kernel and the KV cache."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from serve_app.config import EngineConfig
+from serve_app.engine.attention.base import AttentionBackend, TabledAttention
+from serve_app.engine.attention.check import check_attention
+from serve_app.engine.attention.cpu import CpuAttention
+from serve_app.engine.attention.plain import PlainAttention
+from serve_app.engine.attention.sdpa import SdpaAttention
+from serve_app.engine.attention.triton import TritonAttention
+from serve_app.engine.attention.varlen import VarlenAttention
+from serve_app.engine.cpu.fusion import fuse_modules
+from serve_app.engine.cpu.library import Kernels, load_kernels
+from serve_app.engine.cpu.linear import pack_linears
+from serve_app.engine.cpu.memory import ask_for_huge_pages, page_out_mapped_weights
+from serve_app.engine.cuda.build import graph_bytes, record_graphs
+from serve_app.engine.errors import EngineError, UnsupportedModelError
+from serve_app.engine.kv_cache import KVCache
+from serve_app.engine.load_check import check_exact, check_model
+from serve_app.engine.model_runner import ModelRunner
+from serve_app.messages import LoadStage
+
+logger = logging.getLogger(__name__)
+
+CPU_KV_CACHE_BYTES = 2**30
+"""Where the config is silent: 2.8 streams of 8,192 tokens of the demo model."""
+_SAMPLING_COPIES = 6
+"""Float32 copies of a step's logits that sampling holds at its peak (probabilities, float64 sums, sorts)."""
+
+Backends = SequenceOf[Callable[[], AttentionBackend]]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCapacity:
+    """What a replica holds."""
+
+    kv_capacity_tokens: int
+    kv_cache_bytes: int
+    context_tokens: int
+    page_tokens: int
+    attention_backend: str
+    exact: bool
+    """A request's logits are the same bits in any company; see `load_check.check_exact`."""
+    notes: tuple[str, ...] = ()
+    """Fallbacks taken, one sentence each."""
+
+
+def use_cpu_kernels(
+    model: PreTrainedModel, config: EngineConfig, cache_dir: Path | None
+) -> tuple[Kernels | None, tuple[str, ...]]:
+    """Pack the float32 linear layers of a model on a CPU for our kernels; what to tell the user when that can't be.
+
+    A quantised model computes in float32 too: its output head and its attention are the kernels' then.
+    """
+    on_cpu = all(
+        p.device.type == "cpu" and (p.dtype == torch.float32 or not p.is_floating_point()) for p in model.parameters()
+    )
+    if cache_dir is None or not config.cpu_kernels or not on_cpu:
+        return None, ()
+    try:
+        kernels = load_kernels(cache_dir)
+        pack_linears(model, kernels)
+        fuse_modules(model, kernels)
+        page_out_mapped_weights()
+    except EngineError as error:
+        note = f"{error}; torch's own kernels serve, about half as fast with several streams"
+        logger.warning(note)
+        return None, (note,)
+    return kernels, ()
+
+
+def prepare(
+    runner: ModelRunner,
+    config: EngineConfig,
+    context_tokens: int,
+    on_stage: Callable[[LoadStage], None],
+    kernels: Kernels | None = None,
+    backends: Backends | None = None,
+) -> EngineCapacity:
+    """Give the runner the first attention kernel that passes its checks, and a KV cache in its page size.
+
+    Raises:
+        UnsupportedModelError: even the plain path doesn't reproduce the model.
+        EngineError: the memory for the KV cache doesn't hold a page.
+    """
+    if runner.device.type == "cuda":
+        # cuDNN's attention plans anew for every length it meets: 108 ms a decode step instead of 20 (H100, 22 layers).
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    notes: list[str] = []
+    complaint: str | None = None
+    on_stage(LoadStage("checking attention"))
+    for make in backends or _candidates(config, kernels):
+        backend = make()
+        if (complaint := _refused(backend, runner)) is not None:
+            if config.attention != "auto":
+                notes.append(f"engine.attention {backend.name} can't be used: {complaint}")
+            continue
+        if (complaint := _fails(backend, runner)) is None:
+            on_stage(LoadStage("allocating the KV cache"))
+            page_tokens = _page_tokens(backend, config)
+            cache = _allocate(runner, config, context_tokens, page_tokens)
+            runner.use(backend, cache)
+            on_stage(LoadStage("checking the model"))
+            complaint = check_model(runner, num_pages=cache.num_pages - 1, page_tokens=page_tokens)
+            if complaint is None:
+                if config.cuda_graphs and isinstance(backend, TabledAttention):
+                    on_stage(LoadStage("recording CUDA graphs"))
+                    notes += record_graphs(runner, backend, cache, config, context_tokens)
+                exact = check_exact(runner, num_pages=cache.num_pages - 1, page_tokens=page_tokens)
+                if config.batch_invariant and not exact:
+                    notes.append(
+                        "engine.batch_invariant does not hold on this device: a request's tokens may depend on others"
+                    )
+                for note in notes:
+                    logger.warning(note)
+                tokens = (cache.num_pages - 1) * page_tokens
+                context_tokens = min(context_tokens, tokens)
+                return EngineCapacity(
+                    tokens, cache.bytes, context_tokens, page_tokens, backend.name, exact, tuple(notes)
+                )
+        notes.append(f"attention kernel {backend.name} failed its check and is not used: {complaint}")
+    raise UnsupportedModelError(f"{runner.name} can't be served: {complaint}")
+
+
+def _candidates(config: EngineConfig, kernels: Kernels | None) -> Backends:
+    """What to try for `engine.attention`, in order. The plain path comes last, whatever was asked for."""
+    known: dict[str, Callable[[], AttentionBackend]] = {
+        "triton": partial(TritonAttention, exact=config.batch_invariant),
+        "varlen": VarlenAttention,
+    }
+    if kernels is not None:
+        known["cpu"] = partial(CpuAttention, kernels, config.page_tokens or CpuAttention.page_tokens)
+    known |= {"sdpa": SdpaAttention, "plain": PlainAttention}
+    if config.attention == "auto":
+        return list(known.values())
+    if config.attention not in known:
+        raise EngineError(f"engine.attention {config.attention} needs engine.cpu_kernels and a C++ compiler")
+    return [known[config.attention], PlainAttention]
+
+
+def _refused(backend: AttentionBackend, runner: ModelRunner) -> str | None:
+    for layer in runner.layers.values():
+        if (reason := backend.refusal(layer.shape, layer.heads)) is not None:
+            return reason
+    return None
+
+
+def _fails(backend: AttentionBackend, runner: ModelRunner) -> str | None:
+    if isinstance(backend, PlainAttention):
+        return None
+    for layer in dict.fromkeys(runner.layers.values()):
+        if (complaint := check_attention(backend, layer.shape, layer.query_heads, layer.heads)) is not None:
+            return complaint
+    return None
+
+
+def _page_tokens(backend: AttentionBackend, config: EngineConfig) -> int:
+    if config.page_tokens is None:
+        return backend.page_tokens
+    if config.page_tokens % backend.page_multiple:
+        raise EngineError(
+            f"engine.page_tokens {config.page_tokens} must be a multiple of {backend.page_multiple} "
+            f"for the {backend.name} attention kernel"
+        )
+    return config.page_tokens
+
+
+def _allocate(runner: ModelRunner, config: EngineConfig, context_tokens: int, page_tokens: int) -> KVCache:
+    shapes = {index: layer.shape for index, layer in runner.layers.items()}
+    page_bytes = page_tokens * sum(shape.bytes_per_token for shape in shapes.values())
+    budget = config.kv_cache_memory
+    if budget is None:
+        budget = _gpu_budget(runner, config) if runner.device.type == "cuda" else CPU_KV_CACHE_BYTES
+    useful = -(-context_tokens // page_tokens) * config.max_running
+    num_pages = min(budget // page_bytes, useful)
+    if num_pages * page_tokens < max(64, page_tokens):
+        raise EngineError(
+            f"{budget / 2**20:.0f} MiB of KV cache hold only {num_pages * page_tokens} tokens "
+            f"({page_bytes / page_tokens / 1024:.0f} KiB each): raise engine.kv_cache_memory"
+        )
+    try:
+        # One page more than is handed out takes the keys and values of padding rows.
+        cache = KVCache(shapes, num_pages + 1, page_tokens)
+    except RuntimeError as error:  # torch raises it, or its subclass OutOfMemoryError, when memory is short
+        raise EngineError(
+            f"there is no memory for {num_pages * page_bytes / 2**30:.1f} GiB of KV cache: lower "
+            "engine.kv_cache_memory or engine.gpu_memory_fraction"
+        ) from error
+    if runner.device.type == "cpu":
+        for index in shapes:
+            for tensor in cache.layer(index):
+                ask_for_huge_pages(tensor)
+    return cache
+
+
+def _gpu_budget(runner: ModelRunner, config: EngineConfig) -> int:
+    """Bytes of the fraction of the GPUs' memory that weights, activations and other processes leave."""
+    devices = {layer.shape.device for layer in runner.layers.values()}
+    step = max(config.max_step_tokens, config.max_running)
+    reserve = runner.peak_bytes(step) + _SAMPLING_COPIES * 4 * config.max_running * runner.vocab_size
+    if config.cuda_graphs:
+        reserve += graph_bytes(runner, config)
+    torch.cuda.empty_cache()
+    shares = []
+    for device in devices:
+        free, total = torch.cuda.mem_get_info(device)
+        shares.append(free - int(total * (1 - config.gpu_memory_fraction)) - reserve)
+    # Layers are spread evenly enough for the fullest device to decide.
+    budget = min(shares) * len(devices)
+    if budget <= 0:
+        raise EngineError(
+            f"the weights leave no room for a KV cache within {config.gpu_memory_fraction:.0%} of the GPU's memory: "
+            "use a quantization, more GPUs with model.device_map, or a higher engine.gpu_memory_fraction"
+        )
+    return budget

@@ -1,0 +1,120 @@
+"""Forwards of norms, gated MLPs and attention modules in few kernels instead of many tensor operations.
+
+They compute what the modules' own forwards compute, each row on its own, over the weights that `linear.py` packed.
+Whether one suits a module is not decided here but in `fusion.py`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from serve_app.engine.attention.base import STEP_KEYWORD, AttentionStep, Heads
+from serve_app.engine.cpu.library import Kernels
+from serve_app.engine.cpu.linear import PackedLinear, Products
+
+
+class FusedNorm:
+    """`x / sqrt(mean(x^2) + eps) * scale` over the last dimension."""
+
+    def __init__(self, kernels: Kernels, scale: torch.Tensor, eps: float) -> None:
+        self._kernels = kernels
+        self.scale = scale.contiguous()
+        self.eps = eps
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        self.into(x.data_ptr(), y.data_ptr(), x.numel() // x.shape[-1])
+        return y
+
+    def into(self, x: int, y: int, rows: int) -> None:
+        """The same between addresses, which may be one."""
+        self._kernels.rms_norm(x, self.scale.data_ptr(), self.eps, y, rows, self.scale.numel())
+
+
+class FusedGatedMLP:
+    """`down(act(gate(x)) * up(x))`: gate and up in one pass, the activation while their results are at hand."""
+
+    def __init__(
+        self, kernels: Kernels, gate: PackedLinear, up: PackedLinear, down: PackedLinear, activation: int
+    ) -> None:
+        """`activation`: 0 is SiLU, 1 the GELU by tanh."""
+        self._kernels = kernels
+        self.gate, self.up, self.down, self.activation = gate, up, down, activation
+        self._parts = (gate.part(), up.part())
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        x, inner = x.contiguous(), self.gate.in_features
+        y = torch.empty((*x.shape[:-1], self.gate.out_features))
+        gate, up = (ctypes.addressof(part) for part in self._parts)
+        self._kernels.gated(
+            x.data_ptr(), inner, gate, up, self.activation, y.data_ptr(), x.numel() // inner, inner
+        )  # fmt: skip
+        result: torch.Tensor = self.down(y)
+        return result
+
+
+def paged_step(
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_embeddings: Any,
+    head_dim: int,
+    keywords: Mapping[str, Any],
+) -> AttentionStep | None:
+    """The step that a module is called in, if it is one of the paged path, and its heads are rotated as a whole."""
+    step: AttentionStep | None = keywords.get(STEP_KEYWORD)
+    if step is None or attention_mask is not None or position_embeddings is None:
+        return None
+    whole = (1, hidden_states.shape[1], head_dim)
+    return step if all(tensor.shape == whole for tensor in position_embeddings) else None
+
+
+class FusedAttention:
+    """Projections of one input in one pass, norms and rotary positions in place, then the paged attention.
+
+    Where there is no `paged_step`, the module's own forward is called.
+    """
+
+    def __init__(self, kernels: Kernels, module: Any, own: Callable[..., Any], heads: Heads) -> None:
+        """`own`: the module's forward. `heads`: what it hands to the attention interface."""
+        self._kernels = kernels
+        self._own = own
+        self.heads = heads
+        self.layer: int = module.layer_idx
+        self.head_dim: int = module.head_dim
+        self.projections: list[PackedLinear] = [module.q_proj, module.k_proj, module.v_proj]
+        norms = (getattr(module, name, None) for name in ("q_norm", "k_norm"))
+        self.norms: list[FusedNorm | None] = [None if norm is None else norm.forward for norm in norms]
+        self.output: PackedLinear = module.o_proj
+        self._products = Products(self.projections)
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        **others: Any,
+    ) -> Any:
+        step = paged_step(hidden_states, attention_mask, position_embeddings, self.head_dim, others)
+        if step is None:
+            return self._own(
+                hidden_states=hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                **others,
+            )
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key, value = (result.view(shape) for result in self._products(hidden_states))
+        cos, sin = (tensor.contiguous() for tensor in position_embeddings)
+        for x, norm in zip((query, key), self.norms, strict=True):
+            if norm is not None:
+                norm.into(x.data_ptr(), x.data_ptr(), x.shape[1] * x.shape[2])
+            self._kernels.rotate(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), *x.shape[1:])
+        attended = step.attend(
+            self.layer, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), self.heads
+        )
+        return self.output(attended.reshape(*hidden_states.shape[:-1], -1)), None

@@ -1,0 +1,194 @@
+"""Gives modules the fused forwards of `forwards.py` and `layer.py` where those are right.
+
+A module is known by what it is made of, not by its model's name, and keeps its own forward unless the fused one
+gives the same numbers for random inputs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from serve_app.engine.attention.base import ATTENTION_NAME, STEP_KEYWORD, Heads, PagedStep, Span, register
+from serve_app.engine.attention.cpu import CpuAttention
+from serve_app.engine.cpu.forwards import FusedAttention, FusedGatedMLP, FusedNorm
+from serve_app.engine.cpu.layer import FusedLayer, StepPlans
+from serve_app.engine.cpu.library import Kernels
+from serve_app.engine.cpu.linear import PackedLinear
+from serve_app.engine.kv_cache import KVCache, LayerShape
+
+logger = logging.getLogger(__name__)
+
+_CHECKED_TOKENS = 7
+_TOLERANCE = 1e-5
+"""Largest |a - b| / |b| against the module's own forward. Float32 rounding gives about 1e-7, another formula 1e-3."""
+_ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
+"""In the order of the kernel's numbers; which of them a module's own is, is found out by trying."""
+
+Forward = Callable[..., Any]
+
+
+class _Unsuitable(Exception):
+    """This module can't be fused; the message says why. Its own forward serves."""
+
+
+class _Recorder:
+    """An attention step that keeps what it is handed and answers with noise."""
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: Heads
+    ) -> torch.Tensor:
+        self.layer, self.heads = layer, heads
+        self.inputs = tuple(tensor.clone() for tensor in (query, key, value))
+        return _noise(1, query.shape[2], query.shape[1], value.shape[3], seed=1)
+
+
+@torch.inference_mode()
+def fuse_modules(model: PreTrainedModel, kernels: Kernels) -> dict[str, int]:
+    """Give the model's modules fused forwards where those are right; how many of each kind.
+
+    The linear layers must be packed already. The model's attention implementation becomes the paged one.
+    """
+    register()
+    model.set_attn_implementation(ATTENTION_NAME)
+    plans = StepPlans()
+    kinds: tuple[tuple[str, Callable[[nn.Module], Forward | None]], ...] = (
+        ("norms", lambda module: _norm(module, kernels)),
+        ("MLPs", lambda module: _gated_mlp(module, kernels)),
+        ("attention modules", lambda module: _attention(module, kernels)),
+        ("layers", lambda module: _layer(module, kernels, plans)),
+    )
+    fused = dict.fromkeys((kind for kind, _ in kinds), 0)
+    for kind, make in kinds:
+        for name, module in model.named_modules():
+            if hasattr(module, "_hf_hook"):
+                continue
+            try:
+                forward = make(module)
+            except _Unsuitable as reason:
+                logger.info("%s keeps its own forward: %s", name, reason)
+                continue
+            if forward is not None:
+                module.forward = forward
+                fused[kind] += 1
+    return fused
+
+
+def _noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _agree(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and bool((a - b).norm() <= _TOLERANCE * b.norm())
+
+
+def _norm(module: nn.Module, kernels: Kernels) -> Forward | None:
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    weights = dict(module.named_parameters())
+    if not isinstance(eps, float) or list(weights) != ["weight"] or weights["weight"].dim() != 1:
+        return None
+    weight = weights["weight"].detach()
+    # With a mean, and small enough in one row for eps to matter.
+    x = (_noise(3, len(weight)) + 0.5) * torch.tensor([[1.0], [30.0], [eps**0.5]])
+    expected = module(x)
+    for scale in (weight, 1 + weight):  # Gemma's weights are differences from 1
+        fused = FusedNorm(kernels, scale, eps)
+        if all(_agree(*rows) for rows in zip(fused(x), expected, strict=True)):
+            return fused
+    raise _Unsuitable(f"{type(module).__name__} is another norm")
+
+
+def _gated_mlp(module: nn.Module, kernels: Kernels) -> Forward | None:
+    if (linears := _linears(module, "gate_proj", "up_proj", "down_proj")) is None:
+        return None
+    gate, up, down = linears
+    x = _noise(_CHECKED_TOKENS, gate.in_features)
+    x *= 2 / gate(x).abs().mean()  # where activations bend, and on both sides of it
+    expected = module(x)
+    for activation in range(len(_ACTIVATIONS)):
+        fused = FusedGatedMLP(kernels, gate, up, down, activation)
+        if _agree(fused(x), expected):
+            return fused
+    raise _Unsuitable(f"{type(module).__name__} is more than a gated MLP with one of {', '.join(_ACTIVATIONS)}")
+
+
+def _attention(module: nn.Module, kernels: Kernels) -> Forward | None:
+    linears = _linears(module, "q_proj", "k_proj", "v_proj", "o_proj")
+    if linears is None or not hasattr(module, "head_dim"):
+        return None
+    norms = [getattr(module, name).forward for name in ("q_norm", "k_norm") if hasattr(module, name)]
+    if not all(isinstance(norm, FusedNorm) for norm in norms):
+        raise _Unsuitable("the norms of its queries and keys are of another kind")
+    own, head_dim = module.forward, int(module.head_dim)  # type: ignore[arg-type]
+    return _if_alike(
+        module, linears[0].in_features, head_dim, lambda heads: FusedAttention(kernels, module, own, heads)
+    )
+
+
+def _layer(module: nn.Module, kernels: Kernels, plans: StepPlans) -> Forward | None:
+    names = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+    parts: dict[str, Any] = dict(module.named_children())
+    if set(parts) != names or next(module.parameters(recurse=False), None) is not None:
+        return None
+    kinds = (FusedNorm, FusedAttention, FusedGatedMLP)
+    if not all(isinstance(part.forward, kinds) for part in parts.values()):
+        return None
+    attention: FusedAttention = parts["self_attn"].forward
+    dim = attention.head_dim
+    shape = LayerShape(attention.projections[1].out_features // dim, dim, dim, torch.float32, torch.device("cpu"))
+    if attention.projections[2].out_features != shape.kv_heads * dim:
+        raise _Unsuitable("its values are of another size than its keys")
+    if (refusal := CpuAttention.refusal(shape, attention.heads)) is not None:
+        raise _Unsuitable(refusal)
+    x, embeddings = _inputs(attention.projections[0].in_features, dim)
+    fused = FusedLayer(kernels, module, module.forward, plans)
+
+    def outcome(forward: Forward) -> torch.Tensor:
+        span = Span(0, _CHECKED_TOKENS, _CHECKED_TOKENS, ((0, _CHECKED_TOKENS),), (0,))
+        cache = KVCache({attention.layer: shape}, 1, CpuAttention.page_tokens)
+        step = PagedStep(CpuAttention(kernels), cache, [span], torch.arange(_CHECKED_TOKENS))
+        result: Any = forward(x.clone(), position_embeddings=embeddings, attention_mask=None, **{STEP_KEYWORD: step})
+        return result  # type: ignore[no-any-return]
+
+    expected = outcome(module.forward)
+    if not isinstance(expected, torch.Tensor) or not _agree(outcome(fused), expected):
+        raise _Unsuitable(f"{type(module).__name__} does more than what is fused")
+    return fused
+
+
+def _inputs(inner: int, head_dim: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Hidden states `[1, tokens, inner]`, and a cosine and a sine that are none, for any positions."""
+    embeddings = tuple(_noise(1, _CHECKED_TOKENS, head_dim, seed=seed) for seed in (2, 3))
+    return _noise(1, _CHECKED_TOKENS, inner), embeddings
+
+
+def _linears(module: nn.Module, *names: str) -> list[PackedLinear] | None:
+    found = [linear for name in names if isinstance(linear := getattr(module, name, None), PackedLinear)]
+    return found if len(found) == len(names) else None
+
+
+def _if_alike(module: nn.Module, inner: int, head_dim: int, make: Callable[[Heads], Forward]) -> Forward:
+    """The fused forward, if it asks the same of the attention interface and answers the same as the module's own."""
+    x, embeddings = _inputs(inner, head_dim)
+
+    def outcome(forward: Forward) -> tuple[_Recorder, torch.Tensor]:
+        recorder = _Recorder()
+        keywords = {"position_embeddings": embeddings, "attention_mask": None, STEP_KEYWORD: recorder}
+        result = forward(hidden_states=x.clone(), **keywords)
+        return recorder, result[0] if isinstance(result, tuple) else result
+
+    try:
+        recorded, expected = outcome(module.forward)
+        fused = make(recorded.heads)
+        found, result = outcome(fused)
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise _Unsuitable(f"{type(module).__name__} is called in another way ({error})") from error
+    pairs = [*zip(found.inputs, recorded.inputs, strict=True), (result, expected)]
+    if (found.layer, found.heads) != (recorded.layer, recorded.heads) or not all(_agree(*pair) for pair in pairs):
+        raise _Unsuitable(f"{type(module).__name__} does more than what is fused")
+    return fused

@@ -1,0 +1,48 @@
+// Vectors of floats of this processor's width, and what all kernels share.
+//
+// Everything here and in the kernels is batch-invariant by construction: each output is one chain of operations in an
+// order that depends on its own row only, never on how many rows are computed beside it, or by how many threads.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__AVX512F__)
+constexpr int VL = 16;
+#elif defined(__AVX2__)
+constexpr int VL = 8;
+#else
+constexpr int VL = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(VL * 4)));
+typedef int32_t vi __attribute__((vector_size(VL * 4)));
+
+static inline vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
+static inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+static inline vf splat(float x) { return x - vf{}; }
+
+// e^x for x <= 0, within 2 units in the last place; 0 below -87. After Cephes' expf (Moshier).
+static inline vf exp_negative(vf x) {
+    const vi tiny = x < splat(-87.0f);
+    x = tiny ? splat(-87.0f) : x;
+    const vf scaled = x * splat(1.44269504088896341f) - splat(0.5f);
+    const vi n = __builtin_convertvector(scaled, vi);  // towards zero: x <= 0, so this rounds to nearest
+    const vf whole = __builtin_convertvector(n, vf);
+    vf r = x - whole * splat(0.693359375f);
+    r = r - whole * splat(-2.12194440e-4f);
+    vf y = splat(1.9875691500e-4f);
+    y = y * r + splat(1.3981999507e-3f);
+    y = y * r + splat(8.3334519073e-3f);
+    y = y * r + splat(4.1665795894e-2f);
+    y = y * r + splat(1.6666665459e-1f);
+    y = y * r + splat(5.0000001201e-1f);
+    y = y * r * r + r + splat(1.0f);
+    const vi power = (n + 127) << 23;
+    vf two_to_n;
+    std::memcpy(&two_to_n, &power, sizeof two_to_n);
+    return tiny ? vf{} : y * two_to_n;
+}

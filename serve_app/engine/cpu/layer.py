@@ -1,0 +1,114 @@
+"""A decoder layer in one call of `kernels/layer.cpp`, for the usual order of its parts and our own attention kernel.
+
+It computes what the layer's own forward computes over its fused parts, bit for bit. Whether it suits a layer is not
+decided here but in `fusion.py`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from serve_app.engine.attention.base import STEP_KEYWORD, AttentionStep, PagedStep
+from serve_app.engine.attention.cpu import CpuAttention
+from serve_app.engine.cpu.forwards import FusedAttention, FusedGatedMLP, FusedNorm, paged_step
+from serve_app.engine.cpu.library import Kernels, LayerPlan, NormPlan, StepPlan
+
+
+class StepPlans:
+    """The plan of the step that is being computed; layers of one shape share it and its memory."""
+
+    def __init__(self) -> None:
+        self._step: AttentionStep | None = None
+        self._rotary: Any = None
+        self._alive: tuple[torch.Tensor, ...] = ()
+        self._memory: list[torch.Tensor] = []
+        self._shape: tuple[int, ...] = ()
+        self._sizes: tuple[int, ...] = ()
+        self._plan = StepPlan()
+
+    def known(self, step: AttentionStep | None, position_embeddings: Any, sizes: tuple[int, ...]) -> int | None:
+        """Address of the plan, when it was made for just these."""
+        same = step is self._step and position_embeddings is self._rotary and sizes == self._sizes
+        return ctypes.addressof(self._plan) if same and step is not None else None
+
+    def make(self, step: PagedStep, position_embeddings: Any, sizes: tuple[int, ...]) -> int | None:
+        """Address of the plan of a step in which `sizes` floats a token lie between the kernels.
+
+        None where another kernel than ours attends.
+        """
+        found = step.prepared_by(CpuAttention, torch.device("cpu"))
+        if found is None:
+            return None
+        slots, prepared = found
+        cos, sin = (tensor.contiguous() for tensor in position_embeddings)
+        tokens = cos.shape[1]
+        if self._shape != (tokens, *sizes):
+            self._memory = [torch.empty(tokens, size) for size in sizes]
+            self._shape = (tokens, *sizes)
+        self._step, self._rotary, self._sizes = step, position_embeddings, sizes
+        self._alive = (cos, sin, slots, prepared.spans, prepared.pages)
+        self._plan = StepPlan(
+            *(tensor.data_ptr() for tensor in self._alive), tokens, len(prepared.spans),
+            *(tensor.data_ptr() for tensor in self._memory),
+        )  # fmt: skip
+        return ctypes.addressof(self._plan)
+
+
+class FusedLayer:
+    """`h + attention(norm(h))`, then that plus `mlp(norm(.))`.
+
+    Where there is no `paged_step`, or another kernel attends, the layer's own forward is called.
+    """
+
+    def __init__(self, kernels: Kernels, module: Any, own: Callable[..., Any], plans: StepPlans) -> None:
+        """`module`: its four parts have fused forwards already. `own`: its forward."""
+        self._kernels = kernels
+        self._own = own
+        self._plans = plans
+        attention: FusedAttention = module.self_attn.forward
+        mlp: FusedGatedMLP = module.mlp.forward
+        norms: list[FusedNorm | None] = [
+            module.input_layernorm.forward, module.post_attention_layernorm.forward, *attention.norms,
+        ]  # fmt: skip
+        linears = [*attention.projections, attention.output, mlp.gate, mlp.up, mlp.down]
+        dim, heads = attention.head_dim, attention.heads
+        queries, keys, values = (linear.out_features for linear in attention.projections)
+        hidden = attention.output.out_features
+        self._plan = LayerPlan(
+            *(NormPlan(None, 0.0) if n is None else NormPlan(n.scale.data_ptr(), n.eps) for n in norms),
+            *(linear.part() for linear in linears),
+            hidden, mlp.activation, queries // dim, keys // dim, dim, heads.sliding_window or 0,
+            heads.scaling, heads.softcap or 0.0,
+        )  # fmt: skip
+        self._address = ctypes.addressof(self._plan)
+        self._layer, self._head_dim = attention.layer, dim
+        self._sizes = (hidden, mlp.gate.out_features, hidden, queries, keys, values, queries)
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: Any = None,
+        **others: Any,
+    ) -> Any:
+        step: AttentionStep | None = others.get(STEP_KEYWORD)
+        plan = None if attention_mask is not None else self._plans.known(step, position_embeddings, self._sizes)
+        if plan is None:
+            step = paged_step(hidden_states, attention_mask, position_embeddings, self._head_dim, others)
+            if isinstance(step, PagedStep):
+                plan = self._plans.make(step, position_embeddings, self._sizes)
+        if plan is None:
+            return self._own(
+                hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **others
+            )
+        keys, values = step.layer(self._layer)  # type: ignore[union-attr]
+        hidden_states = hidden_states.contiguous()
+        result = torch.empty_like(hidden_states)
+        self._kernels.layer(
+            self._address, plan, hidden_states.data_ptr(), result.data_ptr(), keys.data_ptr(), values.data_ptr()
+        )
+        return result

@@ -1,0 +1,1 @@
+"""What only a CUDA device has: kernels written in Triton, and steps replayed from captured graphs."""

@@ -1,0 +1,52 @@
+"""Recording a computation on a CUDA device once, to repeat it with one launch.
+
+What it computes is a function of the memory it reads: whoever replays writes the inputs there first. Knows no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+
+class Replay(Protocol):
+    """A recorded computation."""
+
+    def __call__(self) -> torch.Tensor:
+        """Compute again; the result lies in the same memory each time, and in that of other recordings of its kind."""
+        ...
+
+
+Capture = Callable[[Callable[[], torch.Tensor]], Replay]
+"""Records a computation. Raises RuntimeError when that can't be."""
+
+_WARM_UPS = 2
+"""Runs before the recording: they compile kernels and allocate what libraries keep."""
+
+
+class CudaCapture:
+    """CUDA graphs of one device that share their memory: the result of one is lost when another is replayed."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+    def __call__(self, run: Callable[[], torch.Tensor]) -> Replay:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(_WARM_UPS):
+                run()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads' work on the device, if any, is no part of the recording and does not end it.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            output = run()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return output
+
+        return replay

@@ -1,0 +1,11 @@
+"""What can go wrong while an engine is built or runs, told in one sentence to whoever operates the replica."""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """The engine can't serve this model or has stopped serving it. The message says what to do."""
+
+
+class UnsupportedModelError(EngineError):
+    """The model does something the paged attention path can't reproduce. It is refused, never served wrongly."""

@@ -1,0 +1,20 @@
+"""A step as numbers on the host: what the scheduler's chunks become before they go to the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from serve_app.engine.attention.base import Span
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """The tokens of a step, one row each, the spans' rows one after the other."""
+
+    ids: list[int]
+    positions: list[int]
+    slots: list[int]
+    """Where each token's key and value go: page * page_tokens + place."""
+    spans: list[Span]
+    kept: list[int]
+    """The rows whose logits are wanted."""

@@ -1,0 +1,163 @@
+"""Pages of KV cache: who holds which, which may be shared, and the tensors behind them.
+
+`PagePool` is plain bookkeeping, tested without a device. Full pages are named by a chained hash of the tokens up to
+their end, so an equal prefix is computed once. A page that nobody holds keeps its contents until it is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import torch
+
+_FREE, _USED, _CACHED = 0, 1, 2
+_FREE_EXTENT = re.compile(rb"\x00+")
+
+
+def page_hash(parent: bytes, token_ids: SequenceOf[int]) -> bytes:
+    """The name of a full page: a hash of its tokens and of the page before it (of the salt, for the first)."""
+    return hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=16, key=parent).digest()
+
+
+def root_hash(salt: str) -> bytes:
+    """The parent of a first page. Different salts never share a page."""
+    return hashlib.blake2b(salt.encode(), digest_size=16).digest()
+
+
+class PagePool:
+    """Hands out pages 0 to `num_pages - 1`, counts who holds each, and remembers the contents of full ones.
+
+    A page is free (contents meaningless), used (held at least once) or cached (held by nobody, contents still valid;
+    the least recently used is given away first).
+    """
+
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages = num_pages
+        self._state = bytearray(num_pages)
+        self._holders = [0] * num_pages
+        self._free = num_pages
+        self._hash_of: dict[int, bytes] = {}
+        self._page_of: dict[bytes, int] = {}
+        self._evictable: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def available(self) -> int:
+        """Pages that can be handed out now."""
+        return self._free + len(self._evictable)
+
+    @property
+    def used(self) -> int:
+        return self.num_pages - self.available
+
+    def allocate(self, count: int, after: int | None = None) -> list[int] | None:
+        """`count` pages, each held once, or None when there are not that many.
+
+        Prefers a run that continues `after` (the holder's last page), then room to grow: attention reads a contiguous
+        run in place.
+        """
+        if count > self.available:
+            return None
+        pages: list[int] = []
+        while len(pages) < count:
+            last = pages[-1] if pages else after
+            page = self._next(last, count - len(pages))
+            self._state[page] = _USED
+            self._holders[page] = 1
+            pages.append(page)
+        return pages
+
+    def _next(self, last: int | None, count: int) -> int:
+        if last is not None and last + 1 < self.num_pages and self._state[last + 1] == _FREE:
+            page = last + 1
+        elif self._free:
+            page = self._roomy_start(count)
+        else:
+            page, _ = self._evictable.popitem(last=False)
+            del self._page_of[self._hash_of.pop(page)]
+            return page
+        self._free -= 1
+        return page
+
+    def _roomy_start(self, count: int) -> int:
+        # The middle of the largest free extent leaves its left neighbour and this run room to grow in place.
+        extent = max(_FREE_EXTENT.finditer(self._state), key=lambda m: m.end() - m.start())
+        start, size = extent.start(), extent.end() - extent.start()
+        return start if start == 0 else start + max(0, min(size // 2, size - count))
+
+    def hold(self, pages: SequenceOf[int]) -> None:
+        """One more holder for each of these (used or cached) pages."""
+        for page in pages:
+            if self._state[page] == _FREE:
+                raise ValueError(f"page {page} is free and can't be held")
+            if self._holders[page] == 0:
+                del self._evictable[page]
+                self._state[page] = _USED
+            self._holders[page] += 1
+
+    def release(self, pages: SequenceOf[int]) -> None:
+        """One holder less for each. Later pages of a prefix are given away before earlier ones."""
+        for page in reversed(pages):
+            if self._holders[page] == 0:
+                raise ValueError(f"page {page} is held by nobody and can't be released")
+            self._holders[page] -= 1
+            if self._holders[page] == 0:
+                if page in self._hash_of:
+                    self._state[page] = _CACHED
+                    self._evictable[page] = None
+                else:
+                    self._state[page] = _FREE
+                    self._free += 1
+
+    def publish(self, page: int, name: bytes) -> None:
+        """Let others share this full page under its hash. The first page of a name keeps it."""
+        if page not in self._hash_of and name not in self._page_of:
+            self._hash_of[page] = name
+            self._page_of[name] = page
+
+    def lookup(self, names: SequenceOf[bytes]) -> list[int]:
+        """The pages of the longest known prefix of a hash chain. They are not held yet."""
+        pages: list[int] = []
+        for name in names:
+            page = self._page_of.get(name)
+            if page is None:
+                break
+            pages.append(page)
+        return pages
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What one attention layer stores per token."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+class KVCache:
+    """The tensors: for each layer keys and values `[pages, page_tokens, kv_heads, head_dim]`, zeros at first."""
+
+    def __init__(self, layers: dict[int, LayerShape], num_pages: int, page_tokens: int) -> None:
+        self.num_pages = num_pages
+        self.page_tokens = page_tokens
+        self._keys: dict[int, torch.Tensor] = {}
+        self._values: dict[int, torch.Tensor] = {}
+        for index, layer in layers.items():
+            shape = (num_pages, page_tokens, layer.kv_heads)
+            self._keys[index] = torch.zeros((*shape, layer.key_dim), dtype=layer.dtype, device=layer.device)
+            self._values[index] = torch.zeros((*shape, layer.value_dim), dtype=layer.dtype, device=layer.device)
+        self.bytes = num_pages * page_tokens * sum(layer.bytes_per_token for layer in layers.values())
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._keys[index], self._values[index]

@@ -1,0 +1,112 @@
+"""What is checked before an engine may serve: its paged path gives the logits that the model's own code gives, and
+whether it gives them bit for bit the same in any company.
+
+A mismatch of a kernel falls back to the plain path; a mismatch of the plain path means that the model does something
+unknown to us, and it is refused. Inexactness is only said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+
+import torch
+
+from serve_app.engine.kv_cache import PagePool
+from serve_app.engine.model_runner import ModelRunner
+from serve_app.engine.scheduler import Scheduler
+from serve_app.engine.sequence import Sequence
+from serve_app.messages import Fingerprint, GenerationRequest, SamplingParams
+
+TOLERANCE = {torch.float32: 2e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+"""Largest |a - b| / |b| of a row of logits. A wrong mask or page gives 0.3 and more."""
+ROUNDED_TOLERANCE = 1e-1
+"""The same for quantised weights. A last bit of the input can move what a layer rounds by a whole step: paging alone
+gave 0.012 with int8 activations and 0.003 with 4-bit weights, which some CPUs compute in bfloat16."""
+_LENGTHS = (41, 23, 7)
+_STEP_TOKENS = 16
+_DECODED = {0: 12, 2: 6}
+"""How many of which sequence's last tokens the check of exactness decodes: contexts of 1 to 7 and of 30 to 41 tokens,
+all remainders by 8. Decoding all 71 tokens took 1.5 s more of every start and met no other kernel."""
+
+
+def check_model(runner: ModelRunner, *, num_pages: int, page_tokens: int) -> str | None:
+    """Run three sequences in chunks through the paged path, side by side; what is wrong, or None."""
+    sequences = [_sequence(runner, arrival, length) for arrival, length in enumerate(_LENGTHS)]
+    rows = _run(runner, sequences, PagePool(num_pages), page_tokens, _STEP_TOKENS)
+    for sequence in sequences:
+        if (complaint := _compare(runner, sequence, rows[sequence.arrival])) is not None:
+            return complaint
+    return None
+
+
+def check_exact(runner: ModelRunner, *, num_pages: int, page_tokens: int) -> bool:
+    """Whether the logits are the same bits alone, in a shuffled batch, in chunks, and decoded token by token."""
+
+    def rows(lengths: Mapping[int, int], step_tokens: int, decoded: int = 0) -> dict[int, torch.Tensor]:
+        sequences = [_sequence(runner, arrival, length) for arrival, length in lengths.items()]
+        return _run(runner, sequences, PagePool(num_pages), page_tokens, step_tokens, decoded)
+
+    lengths = dict(enumerate(_LENGTHS))
+    alone = {arrival: rows({arrival: length}, 512)[arrival] for arrival, length in lengths.items()}
+    shuffled = dict(reversed(lengths.items()))
+    for step_tokens in (5, _STEP_TOKENS, 33, 512):
+        batch = rows(shuffled, step_tokens)
+        if not all(torch.equal(alone[arrival], batch[arrival]) for arrival in lengths):
+            return False
+    return all(
+        torch.equal(alone[arrival], rows({arrival: lengths[arrival]}, 512, decoded)[arrival])
+        for arrival, decoded in _DECODED.items()
+    )
+
+
+def _sequence(runner: ModelRunner, arrival: int, length: int) -> Sequence:
+    ids = tuple((17 * arrival + 7 * i * i + 3) % runner.vocab_size for i in range(length))
+    return Sequence(GenerationRequest(str(arrival), Fingerprint(""), ids, SamplingParams(seed=0), 1), arrival)
+
+
+def _run(
+    runner: ModelRunner,
+    sequences: SequenceOf[Sequence],
+    pool: PagePool,
+    page_tokens: int,
+    step_tokens: int,
+    decoded: int = 0,
+) -> dict[int, torch.Tensor]:
+    """Prefill all of them together, but for their last `decoded` tokens, which follow one a step.
+
+    The logits that follow the last token, by arrival.
+    """
+    step_tokens = min(step_tokens, runner.most_tokens or step_tokens)
+    scheduler = Scheduler(pool, page_tokens=page_tokens, max_running=len(sequences), max_step_tokens=step_tokens)
+    following: dict[int, list[int]] = {}
+    for sequence in sequences:
+        split = len(sequence.token_ids) - decoded
+        following[sequence.arrival] = sequence.token_ids[split:]
+        del sequence.token_ids[split:]
+        scheduler.add(sequence)
+    rows: dict[int, torch.Tensor] = {}
+    while chunks := scheduler.plan():
+        logits = runner.step(chunks)
+        finished = [chunk.sequence for chunk in chunks if chunk.completes]
+        for chunk in chunks:
+            scheduler.computed(chunk)
+        for sequence, row in zip(finished, logits, strict=True):
+            if following[sequence.arrival]:
+                sequence.token_ids.append(following[sequence.arrival].pop(0))
+                continue
+            rows[sequence.arrival] = row
+            scheduler.remove(sequence)
+    return rows
+
+
+def _compare(runner: ModelRunner, sequence: Sequence, row: torch.Tensor) -> str | None:
+    expected = runner.reference_logits(sequence.token_ids)[-1]
+    difference = ((row - expected).norm() / expected.norm()).item()
+    dtypes = {layer.shape.dtype for layer in runner.layers.values()}
+    tolerance = max(TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16]) for dtype in dtypes)
+    if runner.quantized:
+        tolerance = max(tolerance, ROUNDED_TOLERANCE)
+    if not difference <= tolerance:  # NaN too
+        return f"its logits differ from the model's own attention by {difference:.2g} (at most {tolerance:g})"
+    return None

@@ -1,0 +1,231 @@
+"""One forward pass over the unmodified transformers model: a step's chunks in, logits of the last rows out.
+
+Finds out by running it what the model's attention layers store and how they attend, and refuses a model that the
+paged path can't reproduce. Knows no scheduling and no sampling.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel
+
+from serve_app.engine.attention.base import (
+    ATTENTION_NAME,
+    STEP_KEYWORD,
+    AttentionBackend,
+    AttentionStep,
+    Heads,
+    PagedStep,
+    Span,
+    contiguous_runs,
+    register,
+)
+from serve_app.engine.attention.plain import plain_attention
+from serve_app.engine.cuda.graphs import StepGraphs
+from serve_app.engine.errors import UnsupportedModelError
+from serve_app.engine.inputs import StepInputs
+from serve_app.engine.kv_cache import KVCache, LayerShape
+from serve_app.engine.scheduler import Chunk
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionLayer:
+    """One attention layer, as seen in a forward pass."""
+
+    shape: LayerShape
+    query_heads: int
+    heads: Heads
+
+
+@dataclass(slots=True)
+class _Probe:
+    """An attention step that computes one sequence from its start, plainly, and writes down what it is handed."""
+
+    layers: dict[int, AttentionLayer] = field(default_factory=dict)
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: Heads
+    ) -> torch.Tensor:
+        if layer in self.layers:
+            raise UnsupportedModelError(f"attention layer {layer} is computed twice in one pass")
+        shape = LayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device)
+        self.layers[layer] = AttentionLayer(shape, query.shape[1], heads)
+        position = torch.arange(query.shape[2], device=query.device)
+        mask = position[None, :] <= position[:, None]
+        if heads.sliding_window is not None:
+            mask &= position[None, :] > position[:, None] - heads.sliding_window
+        return plain_attention(query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), mask, heads)[
+            None
+        ]
+
+
+class ModelRunner:
+    """The model on its device or devices, and the KV cache once it is allocated."""
+
+    def __init__(self, model: PreTrainedModel, fixed_rows: tuple[int, int] | None = None) -> None:
+        """Find out how the model attends.
+
+        Args:
+            model: in eval mode; its attention implementation is changed.
+            fixed_rows: compute every step with this many tokens and this many rows of logits, so that matrix products
+                have one shape and a row's bits never depend on how many others there are.
+
+        Raises:
+            UnsupportedModelError: the model's attention never reaches the paged path.
+        """
+        register()
+        self._fixed_rows = fixed_rows
+        self._model = model
+        self._device: torch.device = next(model.get_input_embeddings().parameters()).device
+        self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._cache: KVCache | None = None
+        self._backend: AttentionBackend | None = None
+        self.graphs: StepGraphs | None = None
+        """Steps that fit them are served from these recordings."""
+        model.set_attn_implementation(ATTENTION_NAME)
+        self.vocab_size = 0
+        self.layers = self._probe_layers()
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Tokens that a step can have, where their number is fixed."""
+        return None if self._fixed_rows is None else self._fixed_rows[0]
+
+    @property
+    def quantized(self) -> bool:
+        return getattr(self._model, "hf_quantizer", None) is not None
+
+    @property
+    def fixed_rows(self) -> tuple[int, int] | None:
+        """Tokens and rows of logits that every step is padded to, where it is."""
+        return self._fixed_rows
+
+    @property
+    def name(self) -> str:
+        return type(self._model).__name__
+
+    def _probe_layers(self) -> dict[int, AttentionLayer]:
+        probe = _Probe()
+        try:
+            self.vocab_size = self._forward([1, 2, 3, 4], [0, 1, 2, 3], probe, [3]).shape[-1]
+        except TypeError as error:
+            raise UnsupportedModelError(f"{self.name} can't be served: {error}") from error
+        expected = self._model.config.get_text_config().num_hidden_layers
+        if len(probe.layers) != expected:
+            raise UnsupportedModelError(
+                f"{self.name} can't be served: {len(probe.layers)} of its {expected} layers use transformers' "
+                f"attention interface (models with recurrent or their own attention are not supported)"
+            )
+        return probe.layers
+
+    def peak_bytes(self, tokens: int) -> int:
+        """Memory that a step of `tokens` tokens takes on the busiest CUDA device beyond what is held now."""
+        devices = {layer.shape.device for layer in self.layers.values()}
+        before = {}
+        for device in devices:
+            torch.cuda.reset_peak_memory_stats(device)
+            before[device] = torch.cuda.memory_allocated(device)
+        ids = [1] * tokens
+        self._forward(ids, list(range(tokens)), _Probe(), [tokens - 1])
+        return max(torch.cuda.max_memory_allocated(device) - before[device] for device in devices)
+
+    def use(self, backend: AttentionBackend, cache: KVCache) -> None:
+        """Serve from this cache with this kernel from now on."""
+        self._backend, self._cache = backend, cache
+
+    def step(self, chunks: SequenceOf[Chunk]) -> torch.Tensor:
+        """Compute the chunks; logits in float32, a row for each of `Chunk.rows` of those that complete, in order."""
+        assert self._backend is not None, "use() comes first"
+        assert self._cache is not None
+        page_tokens = self._cache.page_tokens
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        spans: list[Span] = []
+        rows: list[int] = []
+        for chunk in chunks:
+            sequence, known = chunk.sequence, chunk.sequence.computed + chunk.tokens
+            end = known + len(chunk.draft)
+            runs = contiguous_runs(sequence.pages, end, page_tokens) if self._backend.reads_runs else ()
+            spans.append(Span(len(ids), end - sequence.computed, end, runs, tuple(sequence.pages)))
+            ids.extend(sequence.token_ids[sequence.computed : known])
+            ids.extend(chunk.draft)
+            positions.extend(range(sequence.computed, end))
+            slots.extend(
+                sequence.pages[position // page_tokens] * page_tokens + position % page_tokens
+                for position in range(sequence.computed, end)
+            )
+            if chunk.completes:
+                rows.extend(range(len(ids) - 1 - len(chunk.draft), len(ids)))
+        inputs = StepInputs(ids, positions, slots, spans, rows)
+        if self.graphs is not None and (logits := self.graphs.run(inputs)) is not None:
+            return logits
+        return self.compute(inputs)
+
+    def replays(self, chunks: SequenceOf[Chunk]) -> bool:
+        """Whether such a step is launched at once, from a recording, and computed while the caller goes on."""
+        return (
+            bool(chunks)
+            and self.graphs is not None
+            and self.graphs.reaches(sum(chunk.tokens + len(chunk.draft) for chunk in chunks))
+        )
+
+    def compute(self, inputs: StepInputs) -> torch.Tensor:
+        """A step without graphs: logits in float32 `[kept, vocab]`."""
+        assert self._backend is not None, "use() comes first"
+        assert self._cache is not None
+        ids, positions, slots = inputs.ids, inputs.positions, inputs.slots
+        rows = inputs.kept or [len(ids) - 1]
+        if self._fixed_rows is not None:
+            tokens, logit_rows = self._fixed_rows
+            padding = [0] * (tokens - len(ids))
+            scratch = (self._cache.num_pages - 1) * self._cache.page_tokens
+            ids, positions, slots = ids + padding, positions + padding, slots + [scratch] * len(padding)
+            rows = rows + [0] * (logit_rows - len(rows))
+        step = PagedStep(self._backend, self._cache, inputs.spans, self._host(slots))
+        return self._forward(ids, positions, step, rows)[: len(inputs.kept)]
+
+    def _host(self, numbers: list[int]) -> torch.Tensor:
+        """`[n]` of int64, in memory from which a copy to a GPU doesn't wait."""
+        return torch.tensor(numbers, pin_memory=self._device.type == "cuda")
+
+    def _forward(self, ids: list[int], positions: list[int], step: AttentionStep, rows: list[int]) -> torch.Tensor:
+        on_device = [self._host(numbers).to(self._device, non_blocking=True) for numbers in (ids, positions, rows)]
+        return self.forward(on_device[0], on_device[1], step, on_device[2]).float()
+
+    def forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, step: AttentionStep, rows: torch.Tensor
+    ) -> torch.Tensor:
+        """The model on tensors of its device: ids and positions `[tokens]`, and which rows of logits to keep.
+
+        Returns:
+            `[kept rows, vocab]` in the model's own dtype.
+        """
+        arguments = {STEP_KEYWORD: step} | ({"logits_to_keep": rows} if self._keeps_rows else {})
+        output = self._model(input_ids=ids[None], position_ids=positions[None], use_cache=False, **arguments)
+        logits: torch.Tensor = output.logits[0]
+        return logits if self._keeps_rows else logits[rows]
+
+    def reference_logits(self, ids: list[int]) -> torch.Tensor:
+        """The model's own eager attention over one sequence, no cache: logits in float32 `[tokens, vocab]`."""
+        with self._implementation("eager"):
+            inputs = torch.tensor([ids], device=self._device)
+            return self._model(input_ids=inputs, use_cache=False).logits[0].float()  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _implementation(self, name: str) -> Iterator[None]:
+        self._model.set_attn_implementation(name)
+        try:
+            yield
+        finally:
+            self._model.set_attn_implementation(ATTENTION_NAME)

@@ -1,0 +1,73 @@
+"""The way of replies from the engine's thread to the event loops of its callers.
+
+One wake-up per loop and step, whatever the number of streams; a slow caller finds what has come as one batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
+
+from serve_app.messages import Reply, TokenBatch
+
+
+class ReplyStream:
+    """What one caller waits for. Filled on its loop, by callbacks from the engine's thread."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._replies: deque[Reply] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, reply: Reply) -> None:
+        self._replies.append(reply)
+        self._wake()
+
+    async def take(self, timeout_s: float) -> Reply | None:
+        """Everything that has come, as one reply; None when nothing comes in time."""
+        if not self._replies:
+            self._waiter = self.loop.create_future()
+            timer = self.loop.call_later(timeout_s, self._wake)
+            try:
+                await self._waiter
+            finally:
+                timer.cancel()
+                self._waiter = None
+            if not self._replies:
+                return None
+        first = self._replies.popleft()
+        while isinstance(first, TokenBatch) and self._replies and isinstance(self._replies[0], TokenBatch):
+            first = _join(first, self._replies.popleft())  # type: ignore[arg-type]
+        return first
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+def _join(first: TokenBatch, second: TokenBatch) -> TokenBatch:
+    logprobs = None if first.logprobs is None else (*first.logprobs, *(second.logprobs or ()))
+    return replace(
+        second, first_index=first.first_index, token_ids=first.token_ids + second.token_ids, logprobs=logprobs
+    )
+
+
+def deliver(replies: SequenceOf[tuple[ReplyStream, Reply]]) -> list[asyncio.AbstractEventLoop]:
+    """Put each reply into its stream, on the stream's loop; the loops that are closed, whose callers are gone."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[ReplyStream, Reply]]] = {}
+    for stream, reply in replies:
+        by_loop.setdefault(stream.loop, []).append((stream, reply))
+    closed = []
+    for loop, deliveries in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_put_all, deliveries)
+        except RuntimeError:
+            closed.append(loop)
+    return closed
+
+
+def _put_all(deliveries: list[tuple[ReplyStream, Reply]]) -> None:
+    for stream, reply in deliveries:
+        stream.put(reply)

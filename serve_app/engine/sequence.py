@@ -1,0 +1,126 @@
+"""One request inside the engine: its tokens, how many of them are in the KV cache, and its pages.
+
+Owned by the engine's thread. Knows nothing of devices or of who waits for it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+from serve_app.engine.prompt_lookup import Lookup
+from serve_app.messages import FinishReason, GenerationRequest, GenerationStats
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """The state of one attempt. `token_ids` is prompt plus output; `computed` of them have keys and values cached."""
+
+    request: GenerationRequest
+    arrival: int
+    """Number of its arrival, rising."""
+    deadline: float | None = None
+    """On this process's monotonic clock."""
+    token_ids: list[int] = field(default_factory=list)
+    computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    page_hashes: list[bytes] = field(default_factory=list)
+    """Chained hashes of the full pages seen so far; a prefix of the pages' contents."""
+    submitted_at: float = field(default_factory=time.monotonic)
+    started_at: float | None = None
+    first_token_at: float | None = None
+    cached_prompt_tokens: int = 0
+    preemptions: int = 0
+    lookup: Lookup | None = None
+    """Made when guesses are first wanted."""
+    may_guess: bool = True
+
+    def __post_init__(self) -> None:
+        self.token_ids = [*self.request.prompt_token_ids, *self.request.output_token_ids]
+
+    @property
+    def order(self) -> tuple[int, bool, int]:
+        """Sorts by priority, then those that somebody reads before those that have not begun, then by arrival.
+
+        So a stream whose replica died goes on before new ones begin, and a page that is wanted comes from the latter.
+        It changes with the first token.
+        """
+        return (self.request.priority, self.output_len == 0, self.arrival)
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def output_len(self) -> int:
+        return len(self.token_ids) - len(self.request.prompt_token_ids)
+
+    @property
+    def alone(self) -> bool:
+        """It may not share a step yet."""
+        return self.request.alone and self.output_len == len(self.request.output_token_ids)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens not yet in the cache: 1 while decoding, more while prefilling."""
+        return len(self.token_ids) - self.computed
+
+    def append(self, token_id: int) -> FinishReason | None:
+        """Add a sampled token; returns why the sequence ends with it, if it does."""
+        self.token_ids.append(token_id)
+        return finish_reason(self.request, token_id, self.output_len)
+
+    def guesses(self, count: int) -> list[tuple[int, float]]:
+        """Up to `count` ids that may come next, none of which would end it, and how likely: see `Lookup.guess`."""
+        if not self.may_guess:
+            return []
+        if self.lookup is None:
+            self.lookup = Lookup(self.token_ids)
+        self.lookup.follow()
+        # The id after the last guess is sampled too: with it the output may be complete.
+        guesses = self.lookup.guess(min(count, self.request.max_new_tokens - self.output_len - 1))
+        stops = self.request.stop_token_ids
+        return guesses[: next((place for place, (token_id, _) in enumerate(guesses) if token_id in stops), None)]
+
+    def stats(self, now: float) -> GenerationStats:
+        started = self.started_at if self.started_at is not None else now
+        first = self.first_token_at if self.first_token_at is not None else now
+        return GenerationStats(
+            cached_prompt_tokens=self.cached_prompt_tokens,
+            queued_s=started - self.submitted_at,
+            prefill_s=first - started,
+            decode_s=now - first,
+            preemptions=self.preemptions,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Supposed:
+    """A sequence as it will be if it goes on with `guesses`: what the next row of a draft is sampled for."""
+
+    sequence: Sequence
+    guesses: SequenceOf[int]
+
+    @property
+    def request(self) -> GenerationRequest:
+        return self.sequence.request
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [*self.sequence.token_ids, *self.guesses]
+
+    @property
+    def prompt_len(self) -> int:
+        return self.sequence.prompt_len
+
+    @property
+    def output_len(self) -> int:
+        return self.sequence.output_len + len(self.guesses)
+
+
+def finish_reason(request: GenerationRequest, last: int | None, output_len: int) -> FinishReason | None:
+    """Why an output of `output_len` tokens whose last is `last` is complete, if it is."""
+    if last in request.stop_token_ids and output_len > request.sampling.min_tokens:
+        return FinishReason.STOP
+    return FinishReason.LENGTH if output_len >= request.max_new_tokens else None

@@ -1,0 +1,196 @@
+"""What passes between the ingress and a model server: ids and numbers, never text.
+
+Everything here is immutable and crosses a process boundary. Nothing here may import another room.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NewType
+
+Fingerprint = NewType("Fingerprint", str)
+"""Identity of a set of weights: source, revision, contents, dtype and quantisation. A stream never changes it."""
+
+
+class FinishReason(StrEnum):
+    """Why a generation ended; the values are OpenAI's."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class FailureCode(StrEnum):
+    """Why a generation could not go on. `serve_app.api.errors` maps each to an HTTP status."""
+
+    CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+    INVALID_REQUEST = "invalid_request"
+    OVERLOADED = "overloaded"
+    NOT_READY = "not_ready"
+    WRONG_WEIGHTS = "wrong_weights"
+    DEADLINE_EXCEEDED = "deadline_exceeded"
+    REPLICA_LOST = "replica_lost"
+    POISON = "request_killed_replica"
+    ENGINE_FAILED = "engine_failed"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose each token. Every default is resolved and the seed drawn before this object is made.
+
+    The draw for output position i is a pure function of (seed, choice, i) and the logits at i.
+    """
+
+    seed: int
+    """64-bit unsigned."""
+    temperature: float = 1.0
+    """0 is greedy: the largest logit, the lowest id on a tie."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 is off."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    """Over prompt and output, as in transformers: positive logits divided, negative ones multiplied."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    """Both over the output only, as OpenAI defines them."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    """Stop ids can't be chosen before this many output tokens."""
+    logprobs: int | None = None
+    """None: no logprobs. k >= 0: the chosen token's, and the k most likely ones."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for values that no sampler could honour, so that none reaches the device."""
+        bounds: tuple[tuple[str, float, float], ...] = (
+            ("seed", 0, 2**64 - 1),
+            ("temperature", 0, 100),
+            ("top_p", 0, 1),
+            ("top_k", 0, math.inf),
+            ("min_p", 0, 1),
+            ("repetition_penalty", 1e-2, 100),
+            ("presence_penalty", -100, 100),
+            ("frequency_penalty", -100, 100),
+            ("min_tokens", 0, math.inf),
+        )
+        for name, low, high in bounds:
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} must be between {low:g} and {high:g}, not {getattr(self, name)}")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise ValueError(f"logprobs must not be negative, not {self.logprobs}")
+        if not all(math.isfinite(bias) for _, bias in self.logit_bias):
+            raise ValueError("logit_bias must hold finite numbers")
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One choice of one request: all that a replica needs to produce the rest of its output.
+
+    An attempt that starts with k `output_token_ids` behaves as the attempt that made them.
+    """
+
+    request_id: str
+    fingerprint: Fingerprint
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    max_new_tokens: int
+    """Of the whole output, `output_token_ids` included."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Any of these ends the output (it is emitted, counted, and has no text). EOS is among them unless ignored."""
+    output_token_ids: tuple[int, ...] = ()
+    """Already delivered by an earlier attempt; empty on the first."""
+    choice: int = 0
+    alone: bool = False
+    """Until its first new token it is computed in steps of its own: a suspect of having killed replicas must not take
+    others with it."""
+    caller: str = ""
+    """Who waits for it, so that its replica stops when that process dies; empty: nobody knows."""
+    attempt: int = 0
+    """Which of its caller's attempts this is."""
+    cache_salt: str = ""
+    """Requests share cached prefixes only with requests of the same salt."""
+    priority: int = 0
+    """Lower is served first; equal ones in order of arrival."""
+    remaining_s: float | None = None
+    """Time left, recomputed at each hop (clocks of two machines are never compared). None: no limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural-log probabilities under the model's own distribution, before penalties, bias and temperature."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, logprob), most likely first."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationStats:
+    """What the engine counted for one attempt; comes with the batch that finishes it."""
+
+    cached_prompt_tokens: int = 0
+    queued_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """Consecutive output tokens. An empty one means "alive": it comes each second while nothing else does."""
+
+    first_index: int
+    """Position of the first token of this batch in the output (0 is the first token after the prompt)."""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    """One per token, when the request asked."""
+    finish_reason: FinishReason | None = None
+    stats: GenerationStats | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error that is an answer: it travels in the stream, since exception types differ by transport. It ends it."""
+
+    code: FailureCode
+    message: str
+    """One sentence for the caller: what is wrong and what to do. No traceback, no path."""
+    retry_after_s: float | None = None
+
+
+Reply = TokenBatch | Failure
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What a ready replica says of itself."""
+
+    name: str
+    fingerprint: Fingerprint
+    context_tokens: int
+    """Prompt plus output of one request can't be longer."""
+    kv_capacity_tokens: int
+    """Tokens of KV cache the replica holds, over all requests."""
+    vocab_size: int
+    weights_bytes: int
+    kv_cache_bytes: int
+    device: str
+    dtype: str
+    attention_backend: str
+    exact: bool = False
+    """Checked at load: a request's tokens are the same bits alone, in a batch, in chunks and continued (P3)."""
+    notes: tuple[str, ...] = field(default=())
+    """What a user should know: fallbacks taken, checks that failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadStage:
+    """How far a replica is with loading: shown while nothing can be served yet."""
+
+    stage: str
+    """For people: "fetching weights", "loading weights", "checking attention"."""
+    fraction: float | None = None
+    """0 to 1 within the stage, None when unknown."""
+    error: str | None = None
+    """One sentence, when loading failed for good."""

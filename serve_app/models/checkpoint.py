@@ -1,0 +1,152 @@
+"""A model folder as files: which hold the weights, what their headers say, and whether all of it is there.
+
+Reads headers only, never a tensor; knows nothing of torch. The safetensors format:
+https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from serve_app.models.errors import ModelError
+
+SAFETENSORS_WEIGHTS = ("model.safetensors.index.json", "model.safetensors")
+PICKLE_WEIGHTS = ("pytorch_model.bin.index.json", "pytorch_model.bin")
+"""The index of a sharded checkpoint, or its only file."""
+_MAX_HEADER_BYTES = 100_000_000
+"""The format's own limit."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+"""Any one of them makes a tokenizer."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of a safetensors file; `begin` and `end` are bytes after the header."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements; 1 for a scalar."""
+        return math.prod(self.shape)
+
+
+def is_safetensors(path: Path) -> bool:
+    """By name: this room never guesses a format from contents."""
+    return path.suffix == ".safetensors"
+
+
+def header_bytes(path: Path) -> int:
+    """Length of a safetensors file's header, its 8-byte length field included. Raises `ModelError`."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if not 2 <= length <= _MAX_HEADER_BYTES or path.stat().st_size < 8 + length:
+        raise _damaged(path)
+    return 8 + length
+
+
+def tensors(path: Path) -> list[TensorEntry]:
+    """What a safetensors file's header lists. Raises `ModelError` when the header is damaged."""
+    length = header_bytes(path)
+    with path.open("rb") as file:
+        raw = file.read(length)[8:]
+    try:
+        header = json.loads(raw)
+        return [
+            TensorEntry(name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+            for name, entry in header.items()
+            if name != "__metadata__"
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path) from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights, safetensors if there are any, in name order; empty when there are none."""
+    for index, single in (SAFETENSORS_WEIGHTS, PICKLE_WEIGHTS):
+        if (folder / index).is_file():
+            return [folder / name for name in _shards(folder / index)]
+        if (folder / single).is_file():
+            return [folder / single]
+    return []
+
+
+def is_pickle(files: list[Path]) -> bool:
+    """Whether weights come as pickles, which can run code when they are loaded."""
+    return any(path.suffix == ".bin" for path in files)
+
+
+def check_model_folder(folder: Path, *, allow_pickle: bool) -> None:
+    """Raise `ModelError` unless config.json and every whole weight file are there."""
+    _read_json(folder, "config.json", f"{folder} holds no model: it has no config.json.")
+    files = weight_files(folder)
+    if not files:
+        adapter = (
+            " It holds an adapter only; merge it into its base model." * (folder / "adapter_config.json").is_file()
+        )
+        raise ModelError(f"{folder} holds no weights (model.safetensors or its shards).{adapter}")
+    for path in files:
+        if not path.is_file():
+            raise ModelError(f"{folder} lacks the shard {path.name}, which its index names; fetch the model again.")
+    if is_pickle(files) and not allow_pickle:
+        raise pickle_refused(str(folder))
+    for path in files:
+        if is_safetensors(path):
+            _check_length(path)
+
+
+def check_tokenizer_folder(folder: Path) -> None:
+    """Raise `ModelError` unless there is something to make a tokenizer from."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ModelError(
+            f"{folder} holds no tokenizer (tokenizer.json or tokenizer.model); add the model's, or set model.tokenizer."
+        )
+
+
+def pickle_refused(source: str) -> ModelError:
+    """The refusal of weights that only exist as pickles."""
+    return ModelError(
+        f"{source} has only pickle weights (pytorch_model.bin), which can run code when they are loaded; use a "
+        "safetensors version, or set model.allow_pickle_weights: true if you trust who made them."
+    )
+
+
+def _check_length(path: Path) -> None:
+    expected = header_bytes(path) + max((entry.end for entry in tensors(path)), default=0)
+    actual = path.stat().st_size
+    if actual != expected:
+        raise ModelError(
+            f"{path} is cut off or damaged: it has {actual:,} bytes and its header speaks of {expected:,}; "
+            "fetch the file again."
+        )
+
+
+def _shards(index: Path) -> list[str]:
+    content = _read_json(index.parent, index.name, f"{index} is missing.")
+    names = content.get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ModelError(f"{index} names no shards; fetch the file again.")
+    return sorted(set(names.values()))
+
+
+def _read_json(folder: Path, name: str, missing: str) -> dict[str, object]:
+    try:
+        content = json.loads((folder / name).read_text())
+    except FileNotFoundError as error:
+        raise ModelError(missing) from error
+    except ValueError as error:
+        raise ModelError(f"{folder / name} is not valid JSON; fetch the file again.") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{folder / name} is not a JSON object; fetch the file again.")
+    return content
+
+
+def _damaged(path: Path) -> ModelError:
+    return ModelError(f"{path} is not a whole safetensors file; fetch the file again.")

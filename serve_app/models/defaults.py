@@ -1,0 +1,97 @@
+"""What a request leaves out: the model's own generation settings, then OpenAI's defaults.
+
+Reads generation_config.json, config.json and the tokenizer's settings as they lie in the folder; loads nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from serve_app.models.errors import ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """Sampling parameters for requests that don't give them, and the ids that end an answer."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 is off."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    eos_token_ids: tuple[int, ...] = ()
+    """Sorted; empty when the model says none."""
+
+
+def read_generation_defaults(folder: Path, tokenizer_folder: Path) -> GenerationDefaults:
+    """The defaults of the model in `folder`. Raises `ModelError` for a file that isn't what it should be.
+
+    Only what the files state counts: transformers' class defaults (top_k 50, greedy unless `do_sample`) are not the
+    model's own.
+    """
+    generation = _read(folder / "generation_config.json")
+    config = _read(folder / "config.json")
+    eos_token_ids = (
+        _ids(generation.get("eos_token_id"))
+        or _ids(config.get("eos_token_id"))
+        or _ids(_nested(config).get("eos_token_id"))
+        or _tokenizer_eos(tokenizer_folder)
+    )
+    try:
+        return GenerationDefaults(
+            temperature=_number(generation, "temperature", 1.0),
+            top_p=_number(generation, "top_p", 1.0),
+            top_k=int(_number(generation, "top_k", 0)),
+            min_p=_number(generation, "min_p", 0.0),
+            repetition_penalty=_number(generation, "repetition_penalty", 1.0),
+            eos_token_ids=tuple(sorted(eos_token_ids)),
+        )
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{folder / 'generation_config.json'} has a value that is no number: {error}.") from error
+
+
+def _number(settings: dict[str, Any], name: str, default: float) -> float:
+    value = settings.get(name)
+    return default if value is None else float(value)
+
+
+def _ids(value: Any) -> set[int]:
+    """One id, a list of them, or nothing."""
+    if value is None:
+        return set()
+    return {int(item) for item in (value if isinstance(value, list) else [value])}
+
+
+def _nested(config: dict[str, Any]) -> dict[str, Any]:
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else {}
+
+
+def _tokenizer_eos(folder: Path) -> set[int]:
+    """The id of the tokenizer's eos token, looked up among its added tokens and its vocabulary."""
+    token = _read(folder / "tokenizer_config.json").get("eos_token")
+    if isinstance(token, dict):  # older files keep an AddedToken
+        token = token.get("content")
+    tokenizer = _read(folder / "tokenizer.json")
+    known = {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens", [])}
+    vocabulary = tokenizer.get("model", {}).get("vocab", {})
+    if isinstance(vocabulary, dict):
+        known = {**vocabulary, **known}
+    return {known[token]} if token in known else set()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object; a file that isn't there is an empty one."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON; fetch the file again.") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} is not a JSON object; fetch the file again.")
+    return content

@@ -1,0 +1,87 @@
+"""`model.quantization` as bitsandbytes does it: what transformers is told, and what is put right once it has loaded.
+
+Promises that nothing of the unquantised weights stays in memory, that a layer computes on the device it is on, and one
+sentence for the user where a kind costs speed there. What each kind costs: docs/quantization.md.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import platform
+from typing import Any
+
+import torch
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from serve_app.config import ModelConfig
+from serve_app.models.int8_linear import use_int8_linears
+
+logger = logging.getLogger(__name__)
+
+_PACKED_ROWS = 32
+"""bitsandbytes' bfloat16 kernel for CPUs takes weights in blocks of this many rows, and stops at others."""
+
+
+def quantization_config(model: ModelConfig, dtype: torch.dtype) -> Any:
+    """What transformers takes for `model.quantization`; None for none."""
+    settings: dict[str, Any]
+    if model.quantization == "none":
+        return None
+    if model.quantization == "bnb-int8":
+        settings = {"load_in_8bit": True, "llm_int8_threshold": model.llm_int8_threshold}
+    else:
+        kind = model.quantization.removeprefix("bnb-")
+        settings = {"load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_compute_dtype": dtype}
+    return BitsAndBytesConfig(**settings)  # type: ignore[no-untyped-call]
+
+
+def settle(loaded: PreTrainedModel, model: ModelConfig) -> tuple[str, ...]:
+    """Make a quantised model that has just been loaded ready to serve; what the user should know of it."""
+    # A line for each layer of each step says that float32 is cast to float16; it is meant to be.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    _return_freed_memory()
+    if loaded.device.type != "cpu":
+        return ()
+    if model.quantization != "bnb-int8":
+        fast = _use_packed_kernel_where_it_fits(loaded)
+    else:
+        fast = model.llm_int8_threshold == 0 and use_int8_linears(loaded) > 0
+    if fast:
+        return ()
+    note = (
+        f"model.quantization {model.quantization} saves memory on this CPU and costs speed: answers come slower than "
+        "with none (docs/quantization.md)"
+    )
+    logger.warning(note)
+    return (note,)
+
+
+def held_bytes(model: PreTrainedModel) -> int:
+    """Bytes of parameters, buffers and bitsandbytes' scales, a shared (tied) tensor counted once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for parameter in model.parameters():
+        scales = (getattr(parameter, "SCB", None), getattr(getattr(parameter, "quant_state", None), "absmax", None))
+        tensors.extend(tensor for tensor in scales if tensor is not None)
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+
+
+def _use_packed_kernel_where_it_fits(loaded: PreTrainedModel) -> bool:
+    """Whether this processor has bitsandbytes' 4-bit kernel; layers whose shape it can't take are kept from it."""
+    from bitsandbytes.nn.modules import Linear4bit  # a second of imports, only for those who quantise
+
+    fast = False
+    for module in loaded.modules():
+        if isinstance(module, Linear4bit) and module.support_avx512bf16_for_cpu:
+            weight: Any = module.weight
+            rows, columns = weight.quant_state.shape
+            fits = rows % _PACKED_ROWS == 0 and columns % weight.quant_state.blocksize == 0
+            module.support_avx512bf16_for_cpu = fits
+            fast |= fits
+    return fast
+
+
+def _return_freed_memory() -> None:
+    """glibc keeps what was freed: 220 MB of the demo model's float32 weights after they were quantised."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

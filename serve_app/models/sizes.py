@@ -1,0 +1,154 @@
+"""What a model needs: bytes of weights, bytes of KV cache a token, and what a machine has to give.
+
+Pure functions of a config and file headers; `available_memory_bytes` alone asks the machine.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from serve_app.models.checkpoint import TensorEntry, is_safetensors, tensors, weight_files
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_WEIGHT_BYTES = {"bnb-int8": 1.0, "bnb-nf4": 0.5625, "bnb-fp4": 0.5625}
+"""Bytes of a quantised weight; in 4 bits each block of 64 has a float32 scale."""
+_FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+_STORED_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What one replica of a model takes, and how much it can hold at once."""
+
+    weights_bytes: int
+    kv_cache_bytes: int
+    kv_bytes_per_token: int
+    context_tokens: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights and KV cache; activations and libraries come on top (some hundred MB)."""
+        return self.weights_bytes + self.kv_cache_bytes
+
+    @property
+    def kv_capacity_tokens(self) -> int:
+        """Tokens of cache over all requests, not rounded to pages."""
+        return self.kv_cache_bytes // self.kv_bytes_per_token
+
+    @property
+    def full_streams(self) -> int:
+        """Requests of `context_tokens` each that the cache holds at once."""
+        return self.kv_capacity_tokens // self.context_tokens
+
+
+def own_context_tokens(config: Any) -> int | None:
+    """The context the model was trained for; None when its config states none."""
+    value = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(value) if value else None
+
+
+def kv_bytes_per_token(config: Any, dtype: str) -> int:
+    """Layers x KV heads x head width x 2 (keys and values) x bytes of `dtype`; sliding layers count in full."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    if getattr(text, "multi_query", False):  # GPTBigCode's way to say one KV head
+        kv_heads = 1
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return int(text.num_hidden_layers * kv_heads * width * 2 * DTYPE_BYTES[dtype])
+
+
+def stored_weights_bytes(folder: Path, dtype: str, quantization: str = "none") -> int:
+    """Bytes the folder's weights take once loaded in `dtype`, exact for safetensors; pickles by their file size."""
+    total = 0.0
+    for path in weight_files(folder):
+        if is_safetensors(path):
+            total += sum(_loaded_bytes(entry, dtype, quantization) for entry in tensors(path))
+        else:
+            total += path.stat().st_size
+    return int(total)
+
+
+def config_weights_bytes(config: Any, dtype: str, quantization: str = "none") -> int:
+    """The same from a config alone, when the weights are not on this machine: builds the model without storage."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    factory: Any = AutoModelForCausalLM  # its methods carry no types
+    with torch.device("meta"):
+        model = factory.from_config(config)
+    entries = (TensorEntry(n, "F32", tuple(p.shape), 0, 0) for n, p in model.named_parameters())
+    return int(sum(_loaded_bytes(entry, dtype, quantization) for entry in entries))
+
+
+def available_memory_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Main memory this process could still take: the machine's and every control group's above it.
+
+    None when the system doesn't tell (macOS has no counterpart in the standard library).
+    """
+    limits = [free for free in (_free_of_machine(proc), _free_of_cgroups(proc, cgroups)) if free is not None]
+    return min(limits, default=None)
+
+
+def _free_of_machine(proc: Path) -> int | None:
+    try:
+        lines = (proc / "meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _free_of_cgroups(proc: Path, cgroups: Path) -> int | None:
+    """The tightest limit on the way up, less what is used there and can't be dropped (cgroup v2, then v1)."""
+    try:
+        lines = (proc / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    free: list[int] = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, limit, usage = cgroups, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            root, limit, usage = cgroups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        folder = root / path.lstrip("/")
+        for group in (folder, *folder.parents):
+            if (left := _left(group, limit, usage)) is not None:
+                free.append(left)
+            if group == root:
+                break
+    return min(free, default=None)
+
+
+def _left(group: Path, limit_file: str, usage_file: str) -> int | None:
+    """Limit less usage of one control group; None when it has no limit (or, in a container, isn't visible)."""
+    try:
+        limit = (group / limit_file).read_text().strip()
+        used = int((group / usage_file).read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except OSError:
+        return None
+    if limit == "max" or int(limit) >= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        return None
+    droppable = int(stat.get("inactive_file", stat.get("total_inactive_file", 0)))
+    return max(int(limit) - used + droppable, 0)
+
+
+def _loaded_bytes(entry: TensorEntry, dtype: str, quantization: str) -> float:
+    if entry.dtype not in _FLOAT_DTYPES:
+        return entry.numel * _STORED_BYTES.get(entry.dtype, 1)
+    per_weight = _WEIGHT_BYTES.get(quantization)
+    if per_weight is not None and _is_linear(entry):
+        return entry.numel * per_weight
+    return entry.numel * DTYPE_BYTES[dtype]
+
+
+def _is_linear(entry: TensorEntry) -> bool:
+    """bitsandbytes takes linear layers, but never the output head; embeddings are no linear layers."""
+    kept = ("embed", "lm_head", "wte", "wpe")
+    return len(entry.shape) == 2 and not any(part in entry.name for part in kept)

@@ -1,0 +1,154 @@
+"""From `model.source` to folders on this machine: the demo model, the hub, a local folder, a GGUF file.
+
+Promises that what it returns is whole (config, tokenizer, every shard at full length). Loads no weights.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+
+from serve_app.config import ModelConfig
+from serve_app.messages import LoadStage
+from serve_app.models.cache import Progress, build_once, find_built
+from serve_app.models.checkpoint import check_model_folder, check_tokenizer_folder
+from serve_app.models.conversion import CONVERSION_VERSION, convert
+from serve_app.models.demo import DEMO_NAME, ensure_demo_model, find_demo_model
+from serve_app.models.errors import ModelError
+from serve_app.models.fingerprint import sampled_digest
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+class SourceKind(StrEnum):
+    """Where weights come from."""
+
+    DEMO = "demo"
+    HUB = "hub"
+    FOLDER = "folder"
+    GGUF = "gguf"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model on this machine's disk."""
+
+    folder: Path
+    """config.json, generation_config.json and, unless only the tokenizer was asked for, the weights."""
+    tokenizer_folder: Path
+    name: str
+    """What clients call it."""
+    kind: SourceKind
+    revision: str | None = None
+    """The hub's commit."""
+    notes: tuple[str, ...] = ()
+    """What a user should know, e.g. what a conversion lost."""
+
+
+def source_kind(source: str) -> SourceKind:
+    """Where a `model.source` points. Raises `ModelError` when it is neither a name nor a path that exists."""
+    if source == SourceKind.DEMO:
+        return SourceKind.DEMO
+    path = Path(source).expanduser()
+    if source.lower().endswith(".gguf"):
+        if not path.is_file():
+            raise ModelError(f"There is no file {path.absolute()}; model.source names a GGUF file on this machine.")
+        return SourceKind.GGUF
+    if source and path.is_dir():
+        return SourceKind.FOLDER
+    if path.is_file():
+        raise ModelError(f"{path} is a file; model.source is a model's folder, a .gguf file, a hub id or `demo`.")
+    if _HUB_ID.fullmatch(source):
+        return SourceKind.HUB
+    raise ModelError(
+        f"model.source {source!r} is no folder on this machine and no hub id (owner/name); give one of them, a .gguf "
+        "file or `demo`."
+    )
+
+
+def resolve(model: ModelConfig, cache_dir: Path, *, tokenizer_only: bool = False, progress: Progress) -> ModelFiles:
+    """Fetch and convert what is not here yet, and check that it is whole.
+
+    `tokenizer_only` leaves a hub model's weights where they are: an ingress needs only config and tokenizer.
+    Raises `ModelError`.
+    """
+    files = _resolve_source(model, cache_dir, tokenizer_only, progress)
+    if model.tokenizer is not None:
+        other = ModelConfig(source=model.tokenizer)
+        folder = _resolve_source(other, cache_dir, True, progress).tokenizer_folder
+        files = replace(files, tokenizer_folder=folder)
+    check_tokenizer_folder(files.tokenizer_folder)
+    if not tokenizer_only:
+        check_model_folder(files.folder, allow_pickle=model.allow_pickle_weights)
+    return files
+
+
+def find(model: ModelConfig, cache_dir: Path) -> ModelFiles | None:
+    """The same if everything is on this machine already, else None: nothing is fetched or converted.
+
+    Raises `ModelError` for a source that is neither a name nor a path that exists, and for a damaged one.
+    """
+    kind = source_kind(model.source)
+    path = Path(model.source).expanduser()
+    name, folder = path.stem, None
+    if kind is SourceKind.DEMO:
+        name, folder = DEMO_NAME, find_demo_model(cache_dir)
+    elif kind is SourceKind.GGUF:
+        built = find_built(*_converted_folder(path, cache_dir))
+        folder = built.path if built is not None else None
+    elif kind is SourceKind.FOLDER:
+        name, folder = path.resolve().name, path.resolve()
+    else:
+        from serve_app.models import hub  # seconds of imports that no other source needs
+
+        name, folder = model.source.rsplit("/", 1)[-1], hub.cached(model, tokenizer_only=False)
+    if folder is None:
+        return None
+    try:
+        check_model_folder(folder, allow_pickle=model.allow_pickle_weights)
+    except ModelError:
+        if kind is SourceKind.HUB:  # a fetch that was broken off is gone on with, so it is no damage
+            return None
+        raise
+    return ModelFiles(folder, folder, model.served_model_name or name, kind)
+
+
+def _resolve_source(model: ModelConfig, cache_dir: Path, tokenizer_only: bool, progress: Progress) -> ModelFiles:
+    kind = source_kind(model.source)
+    path = Path(model.source).expanduser()
+    revision: str | None = None
+    notes: tuple[str, ...] = ()
+    if kind is SourceKind.DEMO:
+        name, folder = DEMO_NAME, ensure_demo_model(cache_dir, progress)
+    elif kind is SourceKind.GGUF:
+        name, (folder, notes) = path.stem, _converted(path, cache_dir, progress)
+    elif kind is SourceKind.FOLDER:
+        name, folder = path.resolve().name, path.resolve()
+    else:
+        from serve_app.models import hub
+
+        name, (folder, revision) = (
+            model.source.rsplit("/", 1)[-1],
+            hub.fetch(model, tokenizer_only=tokenizer_only, progress=progress),
+        )
+    return ModelFiles(folder, folder, model.served_model_name or name, kind, revision, notes)
+
+
+def _converted(gguf: Path, cache_dir: Path, progress: Progress) -> tuple[Path, tuple[str, ...]]:
+    progress(LoadStage("reading the GGUF file"))
+    folder, version = _converted_folder(gguf, cache_dir)
+    built = build_once(
+        folder,
+        version,
+        lambda folder: convert(gguf.resolve(), folder, progress),
+        progress,
+    )
+    return built.path, built.notes
+
+
+def _converted_folder(gguf: Path, cache_dir: Path) -> tuple[Path, str]:
+    """Where the conversion of these very bytes is kept, and the version it must have."""
+    digest = sampled_digest(gguf)
+    return cache_dir / "models" / f"{gguf.stem}-{digest[:16]}", f"{digest}/{CONVERSION_VERSION}"

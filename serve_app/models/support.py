@@ -1,0 +1,108 @@
+"""Which architectures can be served, as far as a config and a class can tell, without any weights.
+
+Promises a refusal by name for what the engine would compute wrongly: it keeps one paged cache of keys and values and
+computes attention through transformers' AttentionInterface. The engine checks by computing, in addition.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
+
+from serve_app.models.errors import ModelError
+
+LOAD_ERRORS = (
+    ValueError,
+    KeyError,
+    OSError,
+    ImportError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    StrictDataclassError,
+)
+"""What transformers and the libraries below it raise for a folder they can't load."""
+_SAID_CHARACTERS = 300
+_SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+
+
+def read_config(folder: Path, name: str, *, trust_remote_code: bool) -> Any:
+    """The transformers config in `folder`. Raises `ModelError`, with the setting to change if there is one."""
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except LOAD_ERRORS as error:
+        raise explain(name, folder, error) from error
+
+
+def built_in_class(config: Any) -> type[Any] | None:
+    """The class transformers would load for `config`; None when the model brings its own code.
+
+    Raises `ModelError` when transformers knows the config but no causal language model for it.
+    """
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        return found[0] if isinstance(found, tuple) else found
+    if getattr(config, "auto_map", None):
+        return None
+    kind = "an encoder-decoder model" if config.is_encoder_decoder else "no causal language model"
+    raise ModelError(f"{config.model_type} can't be served: it is {kind}, and only text decoders are served.")
+
+
+def check_architecture(config: Any, model_class: type[Any]) -> None:
+    """Raise `ModelError`, naming the class and the reason, when this transformers config and class can't be served."""
+    if (reason := _reason(config, model_class)) is not None:
+        raise ModelError(f"{model_class.__name__} ({config.model_type}) can't be served: {reason}.")
+
+
+def explain(name: str, folder: Path, error: Exception) -> ModelError:
+    """One sentence from what transformers said."""
+    said = " ".join(str(error).split())[:_SAID_CHARACTERS] or type(error).__name__
+    if "trust_remote_code" in str(error):
+        return ModelError(
+            f"{name} comes with its own Python code; read it, and if you trust it set model.trust_remote_code: true."
+        )
+    if "does not recognize this architecture" in str(error) or "Unrecognized model" in said:
+        return ModelError(
+            f"{name} has an architecture that this version of transformers doesn't know; upgrade transformers, "
+            "or use another model."
+        )
+    return ModelError(f"{name} can't be loaded from {folder}: {said}")
+
+
+def _reason(config: Any, model_class: type[Any]) -> str | None:
+    text = config.get_text_config()
+    other_layers = sorted(set(getattr(text, "layer_types", None) or ()) - _SERVED_LAYER_TYPES)
+    reasons = {
+        "it is an encoder-decoder model, and only text decoders are served": config.is_encoder_decoder,
+        "it reads images or sound; only text models are served": _is_multimodal(config),
+        "it keeps a recurrent state, which has no place in a paged cache": getattr(model_class, "_is_stateful", False),
+        f"it has layers of type {', '.join(other_layers)}": other_layers,
+        "its attention is chunked": getattr(text, "attention_chunk_size", None) and not hasattr(text, "layer_types"),
+        "its attention reads in both directions": _is_encoder(text),
+        "its keys and values have different widths (latent attention)": getattr(text, "kv_lora_rank", None),
+        "its layers share keys and values": getattr(text, "num_kv_shared_layers", 0),
+        "its heads differ in width between layers": _differs(text, "global_head_dim", "head_dim"),
+        "it doesn't compute attention through transformers' AttentionInterface": not getattr(
+            model_class, "_supports_attention_backend", False
+        ),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _is_multimodal(config: Any) -> bool:
+    return config.get_text_config() is not config or any(
+        getattr(config, name, None) is not None for name in ("vision_config", "audio_config")
+    )
+
+
+def _is_encoder(config: Any) -> bool:
+    """BERT and its kin are masked language models that `is_decoder` turns into causal ones."""
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+
+
+def _differs(config: Any, first: str, second: str) -> bool:
+    one, other = getattr(config, first, None), getattr(config, second, None)
+    return one is not None and one != other

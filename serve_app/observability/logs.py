@@ -1,0 +1,88 @@
+"""What the log says of a request: its id in every line, and one access line when it ends.
+
+Promises that no line holds a prompt, an answer or a key. Imports no other room.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from time import monotonic
+
+request_id_var: ContextVar[str] = ContextVar("request_id", default="-")
+"""The id of the request that the running task works for; "-" outside of any."""
+
+access_logger = logging.getLogger("serve_app.access")
+
+DISCONNECTED = 499
+"""The status in the access line of a client that went before its answer began (nginx's number for it)."""
+
+
+class RequestIdFilter(logging.Filter):
+    """Gives every record a `request_id`, so that a format may name it. Lets every record through."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Add the id; never refuses."""
+        if not hasattr(record, "request_id"):
+            record.request_id = request_id_var.get()
+        return True
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """What happened to one request, filled in while it is served and read once when it has ended.
+
+    Times are of `time.monotonic`, in seconds.
+    """
+
+    request_id: str
+    endpoint: str = "-"
+    status: int = DISCONNECTED
+    """Of the HTTP response; stays `DISCONNECTED` when none was begun."""
+    outcome: str = "disconnected"
+    """A finish reason, an error's code, or "disconnected"."""
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    output_tokens: int = 0
+    arrived: float = field(default_factory=monotonic)
+    first_token: float | None = None
+    last_token: float | None = None
+
+    def saw_tokens(self, count: int) -> None:
+        """Count tokens that have just come from the model."""
+        self.last_token = monotonic()
+        if self.first_token is None:
+            self.first_token = self.last_token
+        self.output_tokens += count
+
+    @property
+    def time_to_first_token_s(self) -> float | None:
+        """Seconds from arrival to the first token; None when there was none."""
+        return None if self.first_token is None else self.first_token - self.arrived
+
+    @property
+    def inter_token_latency_s(self) -> float | None:
+        """Mean seconds between tokens; None with fewer than two."""
+        if self.first_token is None or self.last_token is None or self.output_tokens < 2:
+            return None
+        return (self.last_token - self.first_token) / (self.output_tokens - 1)
+
+
+def log_access(record: RequestRecord, level: int = logging.INFO) -> None:
+    """Write the one line of a request that has ended."""
+    ttft_s = record.time_to_first_token_s
+    access_logger.log(
+        level,
+        "request_id=%s endpoint=%s status=%d outcome=%s prompt_tokens=%d cached_prompt_tokens=%d output_tokens=%d"
+        " ttft_s=%s duration_s=%.3f",
+        record.request_id,
+        record.endpoint,
+        record.status,
+        record.outcome,
+        record.prompt_tokens,
+        record.cached_prompt_tokens,
+        record.output_tokens,
+        "-" if ttft_s is None else f"{ttft_s:.3f}",
+        monotonic() - record.arrived,
+    )

@@ -1,0 +1,1 @@
+"""One client-visible stream over one or more attempts on replicas."""

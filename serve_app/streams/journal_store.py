@@ -1,0 +1,121 @@
+"""The seam between resumable streams and whatever keeps their journals: bytes in order, one owner at a time.
+
+A store promises that only the owner of a journal's lease writes it, and that a lease that is not renewed can be
+taken. It knows no ids and no text: a document and records are bytes. Its clock is the only one that counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+
+class StoreUnavailable(Exception):
+    """The store can't be reached, or did not answer: whether the last call had an effect is not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class JournalLimits:
+    """How much a store keeps, and for how long."""
+
+    max_journals: int = 1024
+    max_bytes: int = 64 * 2**20
+    """Of documents and records together."""
+    expiry_s: float = 600.0
+    """A journal that nobody owns is forgotten this long after it was last written or read."""
+    lease_s: float = 1.0
+    """An owner that has not written for this long may be replaced. Owners renew four times in it, so a shorter one
+    would be lost to the pauses of a busy process; a longer one is a longer pause when an ingress dies."""
+
+
+class Hold(StrEnum):
+    """What became of an owner's hold on a journal."""
+
+    HELD = "held"
+    LOST = "lost"
+    """Another owner has taken it: stop writing."""
+    GONE = "gone"
+    """The store no longer has it (it was restarted): create it again to go on."""
+    FULL = "full"
+    """The store's limits are used up by other journals that are in use; this one was dropped."""
+
+
+class Then(StrEnum):
+    """What becomes of a lease after an append."""
+
+    HOLD = "hold"
+    RELEASE = "release"
+    """The owner stops; another may take the journal at once."""
+    FINISH = "finish"
+    """Nothing more will come: nobody owns it any longer."""
+    DROP = "drop"
+    """The stream was refused: forget it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Append:
+    """One owner's new records of one journal; without records it renews the lease."""
+
+    stream_id: str
+    owner: str
+    position: int
+    """Records before these: an append that is repeated adds nothing twice."""
+    records: tuple[bytes, ...] = ()
+    then: Then = Then.HOLD
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The answer to an append."""
+
+    hold: Hold
+    unread_s: float | None = None
+    """Since somebody last read the journal; None: nobody has."""
+
+
+@dataclass(frozen=True, slots=True)
+class JournalView:
+    """What a reader sees of a journal."""
+
+    document: bytes
+    """Given with the first record only: empty when the reader asked for a later position."""
+    records: tuple[bytes, ...]
+    """All from the position that was asked for."""
+    finished: bool
+    leased: bool
+    """Somebody owns it and renews the lease."""
+    age_s: float
+    """Since the journal was created."""
+
+
+class JournalStore(Protocol):
+    """Where journals are. Every method raises `StoreUnavailable`, within a few seconds."""
+
+    async def create(self, stream_id: str, owner: str, document: bytes) -> Hold:
+        """Begin an empty journal and hold its lease; replaces one that `owner` holds. HELD, LOST or FULL."""
+        ...
+
+    async def append(self, appends: Sequence[Append]) -> list[Held]:
+        """Write to many journals in one call; one answer each, in order."""
+        ...
+
+    async def read(self, stream_id: str, position: int, wait_s: float = 0.0) -> JournalView | None:
+        """The records from `position`; None when there is no such journal.
+
+        Without new ones it waits for some, for the end, or for the lease to lapse, at most `wait_s`.
+        """
+        ...
+
+    async def acquire(self, stream_id: str, owner: str) -> bool:
+        """Take the lease if nobody holds it (compare-and-swap). False when somebody does, or nothing is there."""
+        ...
+
+    async def size(self) -> tuple[int, int]:
+        """(journals, bytes of all together) without those that have expired."""
+        ...
+
+    async def aclose(self) -> None:
+        """Let go of connections; the journals stay."""
+        ...

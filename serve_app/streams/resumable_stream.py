@@ -1,0 +1,428 @@
+"""Streams that outlive their client's connection, and their ingress: one owner generates, anybody may read (P2).
+
+Promises that event k of a stream is the same wherever it is read: at its owner, at another ingress that follows the
+journal, or at one that took it over. A stream that nobody reads stops after a grace period, and can be taken up again
+until its journal expires. Knows no text, no HTTP and no store's kind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from bisect import bisect
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import AsyncExitStack, aclosing, contextmanager
+from contextvars import Context
+from dataclasses import dataclass, field, replace
+
+from serve_app.messages import Failure, FailureCode, TokenBatch
+from serve_app.streams.generation import FailoverSettings, Generation, interleave
+from serve_app.streams.journal import JournalError
+from serve_app.streams.journal_records import (
+    RecordError,
+    StreamDocument,
+    read_record,
+    write_document,
+    write_reply,
+)
+from serve_app.streams.journal_store import Hold, JournalStore, JournalView, StoreUnavailable, Then
+from serve_app.streams.journal_writer import TICK_S, JournalWriter, OwnedJournal
+from serve_app.streams.replica import ReplicaClient
+from serve_app.streams.transcript import Transcript
+
+logger = logging.getLogger(__name__)
+
+FOLLOW_WAIT_S = 10.0
+"""How long a follower waits for news in one call to the store; a lapsed lease ends the wait at once."""
+PIECE_BYTES = 2**16
+"""A reader gets about so much at a time: a long answer from the start goes out in pieces."""
+
+
+class Refused(Exception):
+    """A new stream ended before a replica had accepted it."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+class JournalsFull(Exception):
+    """The store has no room for another stream."""
+
+
+class StreamGone(Exception):
+    """There is no such stream: it never was, it has expired, or its journal was lost."""
+
+
+class ReaderTooSlow(Exception):
+    """A reader is too far behind what is there for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeSettings:
+    """How long streams live without a reader, and how many."""
+
+    grace_s: float = 30.0
+    """A stream goes on this long after its last reader went."""
+    max_unattended: int = 64
+    """Streams without a reader that one process goes on with; of more, those longest without one stop."""
+    settle_s: float = 5.0
+    """How long the last words of a stream are kept for a store that can't be reached."""
+    lease_s: float = 1.0
+    """The store's."""
+    tick_s: float = TICK_S
+
+
+@dataclass(slots=True)
+class Home:
+    """What all streams of a process share."""
+
+    client: ReplicaClient
+    failover: FailoverSettings
+    store: JournalStore
+    writer: JournalWriter
+    settings: ResumeSettings
+    streams: dict[str, ResumableStream] = field(default_factory=dict)
+    """Those that this process generates or follows."""
+
+
+class ResumableStream:
+    """One stream at one ingress: its events so far, and the task that gets more of them."""
+
+    def __init__(self, stream_id: str, document: StreamDocument, transcript: Transcript, home: Home) -> None:
+        self.id = stream_id
+        self.document = document
+        self.events: list[bytes] = transcript.opening()
+        self._sizes = [0]
+        """Bytes of the first k events."""
+        self._transcript = transcript
+        self._home = home
+        self._readers = 0
+        self._records: list[bytes] = []
+        self._created = self._left_at = asyncio.get_running_loop().time()
+        self._accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._news = asyncio.Event()
+        self._creation: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._journal: OwnedJournal | None = None
+        self._patience: asyncio.Timeout | None = None
+        self._given_up = False
+        self._dropped = False
+        self._over = False
+        self._trouble: StreamGone | StoreUnavailable | None = None
+        self._measure(self.events)
+
+    @property
+    def finished(self) -> bool:
+        """All events are there."""
+        return self._transcript.finished
+
+    @property
+    def tokens(self) -> int:
+        """See `Transcript`."""
+        return self._transcript.tokens
+
+    @property
+    def outcome(self) -> str:
+        """See `Transcript`."""
+        return self._transcript.outcome
+
+    @property
+    def cached_prompt_tokens(self) -> int:
+        """See `Transcript`."""
+        return self._transcript.cached_prompt_tokens
+
+    @property
+    def lives(self) -> bool:
+        """All events are there, or a task gets more of them."""
+        return not self._over or self.finished
+
+    @property
+    def unattended_since(self) -> float | None:
+        """When the last reader here went, if this process generates for nobody."""
+        return self._left_at if self._journal is not None and not self._readers else None
+
+    @contextmanager
+    def attended(self) -> Iterator[None]:
+        """A reader is here for as long as the block runs."""
+        self._readers += 1
+        self._given_up = False
+        self._judge()
+        try:
+            yield
+        finally:
+            self._readers -= 1
+            self._left_at = asyncio.get_running_loop().time()
+            self._judge()
+            _limit_unattended(self._home)
+
+    async def read(self, start: int, max_lag_bytes: int) -> AsyncGenerator[tuple[int, list[bytes]], None]:
+        """(index of the first, events) from event `start` on, as they come. To be used inside `attended`.
+
+        Raises `StreamGone` and `StoreUnavailable` when no more can be known here, and `ReaderTooSlow` for a reader
+        that was up to date once and is now more than `max_lag_bytes` behind, apart from what came all at once then.
+        """
+        position, caught_up, at_once_bytes = start, False, 0
+        while True:
+            news = self._news
+            if position < len(self.events):
+                if caught_up and self._sizes[-1] - self._sizes[position] > max_lag_bytes + at_once_bytes:
+                    raise ReaderTooSlow
+                events = self.events[position : bisect(self._sizes, self._sizes[position] + PIECE_BYTES)]
+                yield position, events
+                position += len(events)
+            elif self._over:
+                if self._trouble is not None:
+                    raise self._trouble
+                return
+            else:
+                caught_up = True
+                await news.wait()
+                # A reader may know more than this process does yet.
+                at_once_bytes = self._sizes[-1] - self._sizes[min(position, len(self.events))]
+
+    async def begin(self) -> None:
+        """A new stream: generate it. Returns when a replica has accepted it and the journal is there.
+
+        Raises `Refused`, `JournalsFull` and `StoreUnavailable`, and leaves nothing behind then.
+        """
+        journal = self._home.writer.own(self.id, self._home.writer.new_owner(), write_document(self.document))
+        self._home.streams[self.id] = self
+        # Beside the first step of the model, which takes longer.
+        self._creation = asyncio.create_task(self._home.writer.create(journal), name="journal creation")
+        self._task = self._start(journal)
+        try:
+            await self._accepted
+            await asyncio.wait({self._creation})
+            self._creation.result()
+            if journal.hold is not Hold.HELD:
+                raise JournalsFull
+        except BaseException:
+            self._dropped = True
+            if self._is_accepted or self._accepted.cancelled():
+                self._task.cancel()  # refused, it ends by itself
+            raise
+
+    def follow(self, view: JournalView) -> None:
+        """A stream that was found in the store: get the rest of it. Raises `RecordError` when it can't be read."""
+        self._accepted.set_result(None)
+        self._created = asyncio.get_running_loop().time() - view.age_s
+        self._feed(view)
+        if self.finished:
+            self._over = True
+            return
+        self._home.streams[self.id] = self
+        self._task = self._start(None)
+
+    @property
+    def _is_accepted(self) -> bool:
+        done = self._accepted.done() and not self._accepted.cancelled()
+        return done and self._accepted.exception() is None
+
+    def give_up(self) -> None:
+        """Stop generating as soon as nobody reads."""
+        self._given_up = True
+        self._judge()
+
+    async def closed(self) -> None:
+        """Wait until this process does nothing more for the stream."""
+        if self._task is not None:
+            await asyncio.wait({self._task})
+
+    async def aclose(self) -> None:
+        """Stop at once; another ingress may take the stream over."""
+        if self._task is not None and not self._task.done():
+            self._task.cancel()
+            await asyncio.wait({self._task})
+
+    def _start(self, journal: OwnedJournal | None) -> asyncio.Task[None]:
+        # A context of its own: Serve cancels all that was called in the context of a request when its client goes.
+        return asyncio.create_task(self._run(journal), name=f"stream {self.id}", context=Context())
+
+    async def _run(self, journal: OwnedJournal | None) -> None:
+        """The task: owner or follower, until the end, or until nobody reads."""
+        try:
+            while not self.finished:
+                if journal is not None:
+                    await self._own(journal)
+                    journal = journal if journal.hold is not Hold.LOST else None
+                    if not self._readers and self._patience_s(journal) <= 0:
+                        break
+                else:
+                    journal = await self._follow()
+                    if journal is None:
+                        break
+        except Refused as refused:
+            self._dropped = True
+            if not self._accepted.done():
+                self._accepted.set_exception(refused)
+        except (StreamGone, StoreUnavailable) as trouble:
+            self._trouble = trouble
+        finally:
+            self._over = True
+            self._tell()
+            if not self._accepted.done():
+                self._accepted.cancel()
+            try:
+                await self._part(journal)
+            finally:
+                self._home.streams.pop(self.id, None)
+
+    async def _part(self, journal: OwnedJournal | None) -> None:
+        """Write what is left to be written, and leave the journal to others."""
+        if journal is None:
+            return
+        if self._creation is not None:
+            await asyncio.wait({self._creation})
+            if self._creation.cancelled() or self._creation.exception() or journal.hold is Hold.FULL:
+                return
+        journal.end(Then.DROP if self._dropped else Then.FINISH if self.finished else Then.RELEASE)
+        try:
+            async with asyncio.timeout(self._home.settings.settle_s):
+                await journal.settled()
+        except TimeoutError:
+            logger.warning("the end of stream %s could not be written to its journal", self.id)
+        finally:
+            self._home.writer.forget(journal)
+
+    async def _own(self, journal: OwnedJournal) -> None:
+        """Generate until the end, until nobody wants it, or until another owner has it. Raises `Refused`."""
+        self._journal = journal
+        self._records = []
+        journal.on_news = self._judge
+        try:
+            async with asyncio.timeout(None) as self._patience:
+                self._judge()
+                await self._generate(journal)
+        except TimeoutError:
+            if self._patience is None or not self._patience.expired():
+                raise
+        except Refused:
+            raise
+        except Exception:
+            request_id = self.document.requests[0].request_id
+            logger.exception("request %s failed in the middle of its stream", request_id)
+            message = f"The server made a mistake. Its log has the details of request {request_id}."
+            failure = Failure(FailureCode.ENGINE_FAILED, message)
+            if not self._is_accepted:
+                raise Refused(failure) from None
+            self._fail(journal, failure)
+        finally:
+            self._patience = journal.on_news = self._journal = None
+            self._records = journal.written_records
+
+    async def _generate(self, journal: OwnedJournal) -> None:
+        changed = asyncio.Event()
+        choices = [choice for choice in range(len(self.document.requests)) if not self._transcript.ended(choice)]
+        async with AsyncExitStack() as running:
+            generations = [await running.enter_async_context(self._generation(choice, changed)) for choice in choices]
+            replies = await running.enter_async_context(aclosing(interleave(generations, changed)))
+            async for place, reply in replies:
+                if isinstance(reply, Failure):
+                    if not self._is_accepted:
+                        raise Refused(reply)
+                    self._fail(journal, reply)
+                    return
+                if not self._accepted.done():
+                    self._accepted.set_result(None)
+                    self._left_at = asyncio.get_running_loop().time()
+                    self._judge()
+                if reply.token_ids or reply.finish_reason is not None:
+                    journal.write(write_reply(choices[place], reply))
+                    self._push(choices[place], reply)
+                if self._transcript.ended(choices[place]):
+                    await generations[place].aclose()  # by a stop string: the model would go on
+
+    def _generation(self, choice: int, changed: asyncio.Event) -> Generation:
+        request = self.document.requests[choice]
+        if request.remaining_s is not None:
+            age_s = asyncio.get_running_loop().time() - self._created
+            request = replace(request, remaining_s=max(0.0, request.remaining_s - age_s))
+        prior = self._transcript.output(choice) if self._is_accepted else None
+        return Generation(self._home.client, request, changed, self._home.failover, prior)
+
+    async def _follow(self) -> OwnedJournal | None:
+        """Read what the owner writes; take over when it stops. None: it has finished, or nobody reads here."""
+        store, writer = self._home.store, self._home.writer
+        while self._readers:
+            self._feed(await store.read(self.id, len(self._records), FOLLOW_WAIT_S))
+            owner = writer.new_owner()
+            if not self.finished and await store.acquire(self.id, owner):
+                # The old owner may have written between the two, and the document is needed to write it again.
+                self._feed(await store.read(self.id, len(self._records)))
+                logger.warning("stream %s is continued here after %d tokens", self.id, self.tokens)
+                journal = writer.own(self.id, owner, write_document(self.document), self._records)
+                writer.keep(journal)
+                return journal
+            if self.finished:
+                break
+        return None
+
+    def _feed(self, view: JournalView | None) -> None:
+        """Take in records. Raises `StreamGone`."""
+        if view is None:
+            raise StreamGone
+        try:
+            for record in view.records:
+                self._records.append(record)
+                for choice, reply in read_record(record):
+                    if isinstance(reply, Failure):
+                        self._add(self._transcript.fail(reply))
+                    else:
+                        self._push(choice, reply)
+        except (RecordError, JournalError) as error:
+            logger.error("the journal of stream %s can't be read", self.id, exc_info=error)
+            raise StreamGone from error
+        if view.finished and not self.finished:
+            logger.error("the journal of stream %s ends before the stream does", self.id)
+            raise StreamGone
+
+    def _push(self, choice: int, batch: TokenBatch) -> None:
+        if not self.finished:
+            self._add(self._transcript.push(choice, batch))
+
+    def _fail(self, journal: OwnedJournal, failure: Failure) -> None:
+        journal.write(write_reply(0, failure))
+        self._add(self._transcript.fail(failure))
+
+    def _add(self, events: Sequence[bytes]) -> None:
+        self.events.extend(events)
+        self._measure(events)
+        self._tell()
+
+    def _measure(self, events: Sequence[bytes]) -> None:
+        for event in events:
+            self._sizes.append(self._sizes[-1] + len(event))
+
+    def _tell(self) -> None:
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+
+    def _judge(self) -> None:
+        """Stop generating when another owner has the journal, or once nobody has wanted the stream for long."""
+        journal, patience = self._journal, self._patience
+        if journal is None or patience is None or patience.expired():
+            return
+        now = asyncio.get_running_loop().time()
+        if journal.hold is Hold.LOST:
+            patience.reschedule(now)
+        else:
+            waited_for = self._readers or not self._accepted.done()  # whoever begins it waits until it is accepted
+            patience.reschedule(None if waited_for else now + self._patience_s(journal))
+
+    def _patience_s(self, journal: OwnedJournal | None) -> float:
+        """How much longer to go on without a reader here."""
+        if self._given_up:
+            return 0.0
+        last_read = self._left_at
+        if journal is not None and journal.last_read is not None:
+            last_read = max(last_read, journal.last_read)  # somebody reads at another ingress
+        return last_read + self._home.settings.grace_s - asyncio.get_running_loop().time()
+
+
+def _limit_unattended(home: Home) -> None:
+    """Stop those streams that have been without a reader longest, beyond the limit."""
+    left = [(since, stream) for stream in home.streams.values() if (since := stream.unattended_since) is not None]
+    left.sort(key=lambda item: item[0])
+    for _, stream in left[: max(0, len(left) - home.settings.max_unattended)]:
+        stream.give_up()

@@ -1,0 +1,86 @@
+"""All resumable streams of one ingress: begins new ones, finds those that began here or elsewhere.
+
+Promises one object for each stream, however many readers it has. Knows no text and no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable
+
+from serve_app.streams.generation import FailoverSettings
+from serve_app.streams.journal_records import RecordError, StreamDocument, read_document
+from serve_app.streams.journal_store import JournalStore
+from serve_app.streams.journal_writer import JournalWriter
+from serve_app.streams.replica import ReplicaClient
+from serve_app.streams.resumable_stream import Home, ResumableStream, ResumeSettings, StreamGone
+from serve_app.streams.transcript import Transcript
+
+logger = logging.getLogger(__name__)
+
+ID_BYTES = 16
+"""Of randomness in a stream's id: whoever has one may ask for the stream."""
+
+
+class ResumableStreams:
+    """All resumable streams of one process, used from its event loop."""
+
+    def __init__(
+        self,
+        client: ReplicaClient,
+        store: JournalStore,
+        settings: ResumeSettings | None = None,
+        failover: FailoverSettings | None = None,
+    ) -> None:
+        settings = settings or ResumeSettings()
+        writer = JournalWriter(store, settings.lease_s, settings.tick_s)
+        self._home = Home(client, failover or FailoverSettings(), store, writer, settings)
+
+    @staticmethod
+    def new_id() -> str:
+        """An unguessable id: 22 characters of base64url."""
+        return secrets.token_urlsafe(ID_BYTES)
+
+    def __len__(self) -> int:
+        """Streams that are generated or followed here."""
+        return len(self._home.streams)
+
+    async def journals(self) -> tuple[int, int]:
+        """(journals, their bytes) of all processes that share the store. Raises `StoreUnavailable`."""
+        return await self._home.store.size()
+
+    def new(self, stream_id: str, document: StreamDocument, transcript: Transcript) -> ResumableStream:
+        """A new stream; its `begin` starts it."""
+        return ResumableStream(stream_id, document, transcript, self._home)
+
+    async def find(self, stream_id: str, make: Callable[[StreamDocument], Transcript]) -> ResumableStream:
+        """The stream, whoever owns it. `make` gives an empty transcript for a document, or raises.
+
+        The caller enters its `attended` before it awaits anything: a stream that is followed for nobody ends.
+        Raises `StreamGone` and `StoreUnavailable`.
+        """
+        while (stream := self._home.streams.get(stream_id)) is not None:
+            if stream.lives:
+                return stream
+            await stream.closed()
+        view = await self._home.store.read(stream_id, 0)
+        if view is None:
+            raise StreamGone
+        there = self._home.streams.get(stream_id)
+        if there is not None and there.lives:  # another request for it came first
+            return there
+        try:
+            document = read_document(view.document)
+        except RecordError as error:
+            logger.error("the journal of stream %s can't be read", stream_id, exc_info=error)
+            raise StreamGone from error
+        stream = ResumableStream(stream_id, document, make(document), self._home)
+        stream.follow(view)
+        return stream
+
+    async def aclose(self) -> None:
+        """Stop all, so that other ingresses take them over at once."""
+        await asyncio.gather(*(stream.aclose() for stream in list(self._home.streams.values())))
+        await self._home.store.aclose()

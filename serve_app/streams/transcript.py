@@ -1,0 +1,54 @@
+"""The seam between a resumable stream and what it says: ids in, numbered events out.
+
+Implemented by `serve_app.api.transcript`, where text and wire formats live, and by fakes in tests.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from serve_app.messages import Failure, TokenBatch
+
+
+class Transcript(Protocol):
+    """What a stream says, as events: a pure function of the ids, in whatever batches they come."""
+
+    @property
+    def finished(self) -> bool:
+        """Nothing more can come."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """Of all choices, so far."""
+        ...
+
+    @property
+    def outcome(self) -> str:
+        """For the log: the finish reason or error code that came last."""
+        ...
+
+    @property
+    def cached_prompt_tokens(self) -> int:
+        """For the log: prompt tokens that the replicas found in their caches."""
+        ...
+
+    def opening(self) -> list[bytes]:
+        """The events before the first token."""
+        ...
+
+    def push(self, choice: int, batch: TokenBatch) -> list[bytes]:
+        """The events that `batch` adds; tokens that are known are dropped. Raises `JournalError` for a gap."""
+        ...
+
+    def fail(self, failure: Failure) -> list[bytes]:
+        """The stream ends with an error: its events."""
+        ...
+
+    def ended(self, choice: int) -> bool:
+        """Whether this choice has said all."""
+        ...
+
+    def output(self, choice: int) -> TokenBatch:
+        """All tokens of this choice so far."""
+        ...

@@ -1,0 +1,183 @@
+"""The whole HTTP application over a scripted replica and a real tokenizer that is trained here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+from fake_replica import FakeReplica, Script, Step, card
+from small_tokenizers import CHATML, byte_level_backend
+from starlette.applications import Starlette
+from transformers import PreTrainedTokenizerFast
+
+from serve_app.api.app import create_app
+from serve_app.api.service import CompletionService, ModelDefaults
+from serve_app.api.sse import StreamSettings
+from serve_app.chat.prompts import PromptFormatter
+from serve_app.chat.tokenizer import ChatTokenizer
+from serve_app.config import ApiConfig, ChatConfig
+from serve_app.messages import FinishReason, GenerationRequest, GenerationStats, TokenBatch, TokenLogprobs
+from serve_app.observability.metrics import MemoryMetrics
+from serve_app.streams.generation import FailoverSettings
+from serve_app.streams.journal_store import JournalLimits, JournalStore
+from serve_app.streams.memory_journals import MemoryJournalStore
+from serve_app.streams.resumable_stream import ResumeSettings
+from serve_app.streams.resumable_streams import ResumableStreams
+
+ANSWER = "The quick brown fox says 🙂 and naïve."
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
+    """Byte-level, with ChatML's template."""
+    folder: Path = tmp_path_factory.mktemp("tokenizer")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level_backend(), eos_token="<|im_end|>", unk_token="<|endoftext|>"
+    )
+    fast.chat_template = CHATML
+    fast.save_pretrained(folder)
+    return ChatTokenizer.load(folder)
+
+
+@pytest.fixture(scope="session")
+def eos(tokenizer: ChatTokenizer) -> int:
+    (token_id,) = tokenizer.eos_token_ids
+    return token_id
+
+
+Writes = Callable[..., Script]
+
+
+@pytest.fixture(scope="session")
+def writes(tokenizer: ChatTokenizer, eos: int) -> Writes:
+    """A model that answers a text: writes("Hi", batch=2, pause_s=0.01, end=...). It ends with EOS, or with `end`."""
+
+    def make(text: str = ANSWER, *, batch: int = 1, pause_s: float | None = None, end: Step | str = "eos") -> Script:
+        def script(request: GenerationRequest) -> list[Step]:
+            ids = tokenizer.encode_text(text, add_bos=False, parse_special=False)
+            ids = [*ids, eos] if end == "eos" else ids
+            ids = ids[: request.max_new_tokens]
+            steps: list[Step] = []
+            for first in range(len(request.output_token_ids), len(ids), batch):
+                some = tuple(ids[first : first + batch])
+                last = first + batch >= len(ids) and end == "eos"
+                reason = (FinishReason.STOP if some[-1] == eos else FinishReason.LENGTH) if last else None
+                logprobs = None
+                if (top := request.sampling.logprobs) is not None:
+                    pairs = [tuple((id_ + k, -0.25 - k) for k in range(top)) for id_ in some]
+                    logprobs = tuple(TokenLogprobs(-0.25, pair) for pair in pairs)
+                if pause_s is not None:
+                    steps.append(pause_s)
+                stats = GenerationStats(cached_prompt_tokens=2) if last else None
+                steps.append(TokenBatch(first, some, logprobs, reason, stats))
+            return steps if end == "eos" else [*steps, end]
+
+        return script
+
+    return make
+
+
+@pytest.fixture
+def metrics() -> MemoryMetrics:
+    return MemoryMetrics()
+
+
+MakeApp = Callable[..., Starlette]
+
+
+@pytest.fixture
+async def make_app(tokenizer: ChatTokenizer, eos: int, metrics: MemoryMetrics) -> AsyncIterator[MakeApp]:
+    """make_app(replica, stream={...}, defaults={...}, journals=store, **fields of ApiConfig)."""
+    made: list[ResumableStreams] = []
+
+    def make(
+        replica: FakeReplica,
+        *,
+        stream: dict[str, float] | None = None,
+        defaults: dict[str, float] | None = None,
+        failover: FailoverSettings | None = None,
+        journals: JournalStore | None = None,
+        resume: ResumeSettings | None = None,
+        **config: object,
+    ) -> Starlette:
+        failover = failover or FailoverSettings(silence_s=2, max_attempts=3, first_backoff_s=0.001, max_backoff_s=0.01)
+        service = CompletionService(
+            replica,
+            PromptFormatter.from_config(tokenizer, ChatConfig()),
+            ModelDefaults(**(defaults or {}), eos_token_ids=(eos,)),  # type: ignore[arg-type]
+            failover,
+        )
+        streams = ResumableStreams(
+            replica,
+            journals or MemoryJournalStore(JournalLimits(lease_s=0.2)),
+            resume or ResumeSettings(lease_s=0.2, tick_s=0.01),
+            failover,
+        )
+        made.append(streams)
+        api_config = ApiConfig.model_validate(config)
+        settings = None
+        if stream is not None:
+            settings = StreamSettings(**{"slow_reader_bytes": api_config.slow_reader_bytes, **stream})  # type: ignore[arg-type]
+        return create_app(service, streams, api_config, metrics, settings)
+
+    yield make
+    for streams in made:
+        await streams.aclose()
+
+
+@pytest.fixture
+def replica(writes: Writes, tokenizer: ChatTokenizer) -> FakeReplica:
+    """Answers ANSWER."""
+    return FakeReplica([writes()], state=card(vocab_size=tokenizer.vocab_size))
+
+
+Http = Callable[[Starlette], httpx.AsyncClient]
+
+
+@pytest.fixture
+async def http() -> AsyncIterator[Http]:
+    """A client of an application in this process."""
+    async with AsyncExitStack() as clients:
+
+        def make(app: Starlette) -> httpx.AsyncClient:
+            client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=10)
+            clients.push_async_callback(client.aclose)
+            return client
+
+        yield make
+
+
+@pytest.fixture
+async def api(replica: FakeReplica, make_app: MakeApp, http: Http) -> httpx.AsyncClient:
+    """A client of the application over `replica`."""
+    return http(make_app(replica))
+
+
+Serve = Callable[[Starlette], Awaitable[str]]
+
+
+@pytest.fixture
+async def serve() -> AsyncIterator[Serve]:
+    """serve(app) -> its URL on 127.0.0.1, by uvicorn in this loop."""
+    async with AsyncExitStack() as servers:
+
+        async def start(app: Starlette) -> str:
+            server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="off"))
+            running = asyncio.create_task(server.serve())
+
+            async def stop() -> None:
+                server.should_exit = server.force_exit = True
+                await running
+
+            servers.push_async_callback(stop)
+            while not server.started:  # noqa: ASYNC110 - uvicorn offers no event
+                await asyncio.sleep(0.01)
+            (socket,) = server.servers[0].sockets
+            return f"http://127.0.0.1:{socket.getsockname()[1]}"
+
+        yield start

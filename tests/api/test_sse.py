@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+from asgi_driver import Exchange
+from fake_replica import ALIVE, FakeReplica, Script, says, tokens
+from starlette.applications import Starlette
+
+from serve_app.api.sse import HEARTBEAT, json_text
+from serve_app.messages import FinishReason, TokenBatch
+from serve_app.observability.metrics import MemoryMetrics
+from serve_app.streams.replica import ReplicaLost
+
+HI = {"prompt": "Hi", "max_tokens": 200}
+CHAT = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
+MakeApp = Callable[..., Starlette]
+
+streaming = pytest.mark.parametrize(
+    ("path", "body", "headers"),
+    [
+        (path, body, headers)
+        for path, body in (("/stream", HI), ("/v1/chat/completions", CHAT))
+        for headers in ({}, {"X-Stream-Resume": "1"})
+    ],
+    ids=["native", "native, resumable", "chat", "chat, resumable"],
+)
+
+
+async def test_heartbeats_while_nothing_comes_and_never_inside_an_event(
+    replica: FakeReplica, make_app: MakeApp
+) -> None:
+    replica.scripts = [says(tokens(0, 84), 0.07, tokens(1, 85), 0.07, tokens(2, 86, finish=FinishReason.STOP))]
+    exchange = Exchange(make_app(replica, stream={"heartbeat_s": 0.02}), "POST", "/stream", HI)
+    await exchange.end()
+    assert exchange.complete
+    assert exchange.body.count(HEARTBEAT) >= 4
+    for message in exchange.sent[1:]:
+        for block in message["body"].split(b"\n\n"):
+            assert block.replace(HEARTBEAT, b"").startswith((b"data: ", b"event: ")) or block in (b"", HEARTBEAT)
+
+
+async def test_no_heartbeat_while_tokens_come(
+    replica: FakeReplica, make_app: MakeApp, writes: Callable[..., Script]
+) -> None:
+    replica.scripts = [writes("The quick brown fox", pause_s=0.01)]
+    exchange = Exchange(make_app(replica, stream={"heartbeat_s": 1.0}), "POST", "/stream", HI)
+    await exchange.end()
+    assert HEARTBEAT not in exchange.body
+
+
+async def test_a_waiting_client_sees_heartbeats_before_the_first_token(replica: FakeReplica, make_app: MakeApp) -> None:
+    replica.scripts = [says(ALIVE, 0.05, tokens(0, 84, finish=FinishReason.LENGTH))]
+    exchange = Exchange(make_app(replica, stream={"heartbeat_s": 0.01}), "POST", "/stream", HI)
+    await exchange.until(HEARTBEAT)
+    assert exchange.status == 200
+    assert b"token_id" not in exchange.body
+    await exchange.end()
+
+
+@streaming
+async def test_heartbeats_while_it_is_queued_and_while_no_replica_is_left(
+    replica: FakeReplica, make_app: MakeApp, path: str, body: dict[str, object], headers: dict[str, str]
+) -> None:
+    first, last = tokens(0, 84), tokens(1, 85, finish=FinishReason.LENGTH)
+    replica.scripts = [
+        says(ALIVE, 0.05, ALIVE, 0.05, first, ReplicaLost("died")),
+        says(TokenBatch(1), 0.05, TokenBatch(1), 0.05, ReplicaLost("the next one died young", taken=False)),
+        says(TokenBatch(1), 0.05, last),
+    ]
+    exchange = Exchange(make_app(replica, stream={"heartbeat_s": 0.02}), "POST", path, body, headers)
+    await exchange.end()
+    assert exchange.complete
+    assert len(replica.requests) == 3
+    queued, waiting = [sum(HEARTBEAT in part for part in parts) for parts in _around(exchange, b"r")]
+    assert queued >= 2
+    assert waiting >= 4
+    assert HEARTBEAT + b"\n" not in exchange.body
+    assert b"error" not in exchange.body
+
+
+def _around(exchange: Exchange, text: bytes) -> tuple[list[bytes], list[bytes]]:
+    """What was sent before and after the piece with this text, piece by piece."""
+    pieces = [message["body"] for message in exchange.sent[1:]]
+    (place,) = [place for place, piece in enumerate(pieces) if b'"%b"' % text in piece]
+    return pieces[:place], pieces[place + 1 :]
+
+
+async def test_the_first_token_goes_out_at_once(replica: FakeReplica, make_app: MakeApp) -> None:
+    replica.scripts = [says(tokens(0, 84), None)]
+    exchange = Exchange(make_app(replica), "POST", "/stream", HI)
+    await exchange.until(b'"token_id":84')
+    assert replica.closed == 0
+    exchange.disconnect()
+    await exchange.end()
+
+
+async def test_what_piles_up_behind_a_slow_reader_goes_out_in_one_piece(
+    replica: FakeReplica, make_app: MakeApp, writes: Callable[..., Script]
+) -> None:
+    replica.scripts = [writes("The quick brown fox jumps over the lazy dog", pause_s=0.001)]
+    exchange = Exchange(make_app(replica), "POST", "/stream", HI)
+    await exchange.until(b"data: ")
+    exchange.reading.clear()
+    while replica.closed == 0:  # noqa: ASYNC110 - the replica is a fake without an event
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0.01)
+    exchange.reading.set()
+    await exchange.end()
+    assert exchange.complete
+    assert len(exchange.sent) < 6
+    assert exchange.body.count(b"data: ") > 10
+
+
+@pytest.mark.parametrize("reads_again", [True, False])
+async def test_a_client_that_does_not_read_is_cut_at_the_limit_and_told_why(
+    replica: FakeReplica, make_app: MakeApp, writes: Callable[..., Script], metrics: MemoryMetrics, reads_again: bool
+) -> None:
+    replica.scripts = [writes("word " * 150, pause_s=0.0, end=None)]
+    app = make_app(replica, slow_reader_bytes=2000, stream={"drain_s": 5 if reads_again else 0.05})
+    exchange = Exchange(app, "POST", "/stream", HI)
+    exchange.reading.clear()
+    while not replica.cancelled:  # noqa: ASYNC110 - the work ends before the client has read the rest
+        await asyncio.sleep(0.001)
+    if reads_again:
+        exchange.reading.set()
+    await exchange.end()
+    assert exchange.complete is reads_again
+    assert (b'event: error\ndata: {"error"' in exchange.body) is reads_again
+    assert len(exchange.body) < 2500
+    assert replica.cancelled == 1
+    assert metrics.counters["serve_app_requests", ("/stream", "slow_reader")] == 1
+
+
+@streaming
+async def test_a_slow_reader_costs_its_neighbours_nothing(
+    replica: FakeReplica,
+    make_app: MakeApp,
+    writes: Callable[..., Script],
+    path: str,
+    body: dict[str, object],
+    headers: dict[str, str],
+) -> None:
+    replica.scripts = [writes("word " * 150, pause_s=0.001)]
+    app = make_app(replica, slow_reader_bytes=2000)
+    slow, beside = (Exchange(app, "POST", path, body, headers) for _ in range(2))
+    await slow.until(b"data: ")
+    slow.reading.clear()
+    await beside.end()
+    slow.reading.set()
+    await slow.end()
+    assert slow.complete
+    assert slow.body.count(b"data: ") < beside.body.count(b"data: ")
+    assert b'"code": "slow_reader"' in slow.body.strip().split(b"\n\n")[-1]
+    assert b"more than 2000 bytes of it were waiting to be read" in slow.body
+    assert beside.complete
+    assert b"slow_reader" not in beside.body
+    assert beside.body.strip().endswith(b"[DONE]" if path != "/stream" else b"}")
+    assert len(replica.requests) == 2
+
+
+async def test_a_client_that_never_reads_the_rest_is_given_up(replica: FakeReplica, make_app: MakeApp) -> None:
+    exchange = Exchange(make_app(replica, stream={"drain_s": 0.02}), "POST", "/stream", HI)
+    exchange.reading.clear()
+    await exchange.end()
+    assert replica.closed == 1
+    assert not exchange.complete
+
+
+def test_json_text_keeps_events_on_one_line() -> None:
+    assert json_text('a"\\\n\r\u2028é🙂\x00') == '"a\\"\\\\\\n\\r\u2028é🙂\\u0000"'
+    assert "\n" not in json_text("\n\r")

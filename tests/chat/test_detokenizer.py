@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import time
+from itertools import takewhile
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+
+from serve_app.chat.detokenizer import Detokenizer
+from serve_app.chat.errors import TokenizerError
+from serve_app.chat.tokenizer import ChatTokenizer
+
+TEXTS = ["Hello, world!", "  leading", "I am here", "naïve café 你好", "👩‍👩‍👧 🙂", "é\n\n1. x", "\ufffd", "ﷺ\x00"]
+FAMILIES = ["demo_tokenizer", "byte_level", "metaspace"]
+slow = settings(deadline=None, max_examples=400)
+
+
+def pieces(tokenizer: ChatTokenizer, ids: list[int], prompt_ids: list[int]) -> list[str]:
+    detokenizer = Detokenizer(tokenizer, prompt_ids)
+    return [*(detokenizer.push(token_id) for token_id in ids), detokenizer.flush()]
+
+
+def less(whole: str, shown: str) -> str:
+    """`whole` without the beginning that it shares with `shown`."""
+    return whole[sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole, shown, strict=False))) :]
+
+
+@pytest.fixture(params=FAMILIES, scope="session")
+def tokenizer(request: pytest.FixtureRequest) -> ChatTokenizer:
+    loaded: ChatTokenizer = request.getfixturevalue(request.param)
+    return loaded
+
+
+def some_ids(tokenizer: ChatTokenizer) -> st.SearchStrategy[list[int]]:
+    """Any ids, many of them single bytes and special tokens, and ids past the vocabulary; some real text."""
+    anything = st.lists(st.integers(0, tokenizer.vocab_size + 5) | st.integers(0, 270), max_size=24)
+    real = st.sampled_from(TEXTS).map(lambda text: tokenizer.encode_text(text, add_bos=False, parse_special=False))
+    return st.lists(anything | real, max_size=3).map(lambda lists: [token_id for ids in lists for token_id in ids])
+
+
+@slow
+@given(data=st.data())
+def test_the_pieces_of_a_chat_answer_are_its_decode(tokenizer: ChatTokenizer, data: st.DataObject) -> None:
+    ids = data.draw(some_ids(tokenizer))
+    assert "".join(pieces(tokenizer, ids, [])) == tokenizer.decode(ids)
+
+
+@slow
+@given(data=st.data())
+def test_the_pieces_after_a_raw_prompt_are_what_it_adds(tokenizer: ChatTokenizer, data: st.DataObject) -> None:
+    prompt, ids = data.draw(some_ids(tokenizer)), data.draw(some_ids(tokenizer))
+    whole, shown = tokenizer.decode(prompt + ids), tokenizer.decode(prompt)
+    assert "".join(pieces(tokenizer, ids, prompt)) == less(whole, shown)
+
+
+@slow
+@given(text=st.text(max_size=40))
+def test_text_survives_both_ways(tokenizer: ChatTokenizer, text: str) -> None:
+    ids = tokenizer.encode_text(text, add_bos=False, parse_special=False)
+    assert "".join(pieces(tokenizer, ids, [])) == tokenizer.decode(ids)
+
+
+def test_words_keep_their_spaces(tokenizer: ChatTokenizer) -> None:
+    ids = tokenizer.encode_text("I am here", add_bos=False, parse_special=False)
+    assert "".join(pieces(tokenizer, ids, [])) == "I am here"
+
+
+def test_a_continued_prompt_keeps_the_space_between(tokenizer: ChatTokenizer) -> None:
+    prompt = tokenizer.encode_text("the quick", add_bos=True, parse_special=False)
+    whole = tokenizer.encode_text("the quick brown", add_bos=True, parse_special=False)
+    assert whole[: len(prompt)] == prompt
+    assert "".join(pieces(tokenizer, whole[len(prompt) :], prompt)) == " brown"
+
+
+def test_a_character_comes_whole_or_not_at_all(tokenizer: ChatTokenizer) -> None:
+    ids = tokenizer.encode_text("🙂 then 👩‍👩‍👧!", add_bos=False, parse_special=False)
+    parts = pieces(tokenizer, ids, [])
+    assert not any("\ufffd" in part for part in parts)
+    assert "".join(parts) == "🙂 then 👩‍👩‍👧!"
+
+
+@pytest.mark.parametrize("text", ["a 🦊", "🦊🦊b", "ʒe€", "你a"])
+def test_a_prompt_cut_anywhere_is_continued(tokenizer: ChatTokenizer, text: str) -> None:
+    """Also within a character, as a client's own token ids may be."""
+    ids = tokenizer.encode_text(text, add_bos=False, parse_special=False)
+    for cut in range(len(ids) + 1):
+        expected = less(tokenizer.decode(ids), tokenizer.decode(ids[:cut]))
+        assert "".join(pieces(tokenizer, ids[cut:], ids[:cut])) == expected
+
+
+def test_a_genuine_replacement_character_does_not_stall(byte_level: ChatTokenizer) -> None:
+    ids = byte_level.encode_text("\ufffd and on", add_bos=False, parse_special=False)
+    detokenizer = Detokenizer(byte_level)
+    assert "".join(detokenizer.push(token_id) for token_id in ids) == "\ufffd and on"
+    assert detokenizer.flush() == ""
+
+
+def test_what_stays_incomplete_comes_with_the_flush(byte_level: ChatTokenizer, metaspace: ChatTokenizer) -> None:
+    for tokenizer in (byte_level, metaspace):
+        cut = tokenizer.encode_text("🦊", add_bos=False, parse_special=False)[:-1]
+        detokenizer = Detokenizer(tokenizer)
+        assert "".join(detokenizer.push(token_id) for token_id in cut) == ""
+        assert detokenizer.flush() == tokenizer.decode(cut) != ""
+        assert detokenizer.flush() == ""
+
+
+def test_special_tokens_have_no_text(byte_level: ChatTokenizer) -> None:
+    end = byte_level.eos_token_id
+    assert end is not None
+    assert pieces(byte_level, [end, end], []) == ["", "", ""]
+
+
+def test_a_token_costs_the_same_in_a_long_answer(tokenizer: ChatTokenizer) -> None:
+    """A wide margin: this is to catch a cost that grows with the answer, not to time anything."""
+    ids = tokenizer.encode_text("brown fox 🙂 again. " * 3000, add_bos=False, parse_special=False)
+    detokenizer = Detokenizer(tokenizer, ids)
+    start = time.perf_counter()
+    for token_id in ids:
+        detokenizer.push(token_id)
+    assert (time.perf_counter() - start) / len(ids) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [None, decoders.Metaspace(), decoders.WordPiece(), decoders.BPEDecoder(), decoders.Fuse()],
+    ids=["none", "metaspace", "wordpiece", "bpe", "fuse"],
+)
+@slow
+@given(data=st.data())
+def test_other_decoders_are_followed_too(decoder: object, data: st.DataObject) -> None:
+    tokenizer = tiny(decoder)
+    prompt, ids = (data.draw(st.lists(st.integers(0, tokenizer.vocab_size), max_size=12)) for _ in range(2))
+    whole, shown = tokenizer.decode(prompt + ids), tokenizer.decode(prompt)
+    assert "".join(pieces(tokenizer, ids, prompt)) == less(whole, shown)
+
+
+def test_a_decoder_that_can_not_be_followed_is_refused() -> None:
+    with pytest.raises(TokenizerError, match="CTC"):
+        Detokenizer(tiny(decoders.CTC()))
+
+
+def tiny(decoder: object) -> ChatTokenizer:
+    words = ["▁", "▁a", "a", "##b", ".", "n't", "c</w>", " d", "<0x0A>", "▁▁e", "</s>"]
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="a"))
+    if decoder is not None:
+        backend.decoder = decoder
+    backend.add_special_tokens(["</s>"])
+    return ChatTokenizer(
+        backend.to_str(),
+        control_tokens=["</s>"],
+        template=None,
+        special_tokens={"eos_token": "</s>"},
+        adds_bos=False,
+        eos_token_ids=[],
+    )

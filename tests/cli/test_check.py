@@ -1,0 +1,132 @@
+"""serve-app check and fetch, on a tiny model in a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from serve_app.cli import check
+from serve_app.cli.capacity import size, streams
+from serve_app.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 2 layers and 2 KV heads of width 8, context 64; its tokenizer is only there to be found."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {}, "merges": []}}')
+    return folder
+
+
+def write(tmp_path: Path, **args: object) -> str:
+    path = tmp_path / "c.yaml"
+    application = {"name": "a", "route_prefix": "/", "import_path": "serve_app.app:build", "args": args}
+    path.write_text(yaml.safe_dump({"applications": [application]}))
+    return str(path)
+
+
+def test_it_says_what_a_replica_needs(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write(tmp_path, model={"source": str(model)}, engine={"kv_cache_memory": "1MiB", "max_running": 100})
+    assert main(["check", config]) == 0
+    output = capsys.readouterr().out
+    assert f"{config} is valid." in output
+    assert "a at http://127.0.0.1:8000" in output
+    assert "model         tiny, in " in output
+    assert "1 MB of KV cache" in output
+    # 2 layers x 2 heads x 8 x 2 x 4 bytes = 256 a token: 4,096 tokens in a MiB
+    assert "holds         64 streams of 64 tokens, or 100 of 40" in output
+    assert "model server  1 x (1 CPU)" in output
+
+
+def test_on_a_gpu_it_says_what_a_gib_holds(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "_gpus", lambda: 1)
+    scaling = {"min_replicas": 2, "max_replicas": 5}
+    config = write(
+        tmp_path,
+        model={"source": str(model), "dtype": "bfloat16"},
+        model_server={"num_gpus": 1, "num_cpus": 0, "autoscaling": scaling, "resources": {"A100": 0.5}},
+        ingress={"num_cpus": 0},
+    )
+    assert main(["check", config]) == 0
+    output = capsys.readouterr().out
+    assert "8,388,608 tokens in each GiB of KV cache; a stream has up to 64" in output
+    assert "model server  2 to 5 x (0 CPU, 1 GPU, 0.5 A100)" in output
+    assert "warning: GPUs needed: 2; this machine has 1" in output
+
+
+def test_too_few_cpus_is_a_warning(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write(tmp_path, model={"source": str(model)}, model_server={"num_cpus": 10_000})
+    assert main(["check", config]) == 0
+    assert "warning: CPUs needed: 10001; this machine has" in capsys.readouterr().out
+
+
+def test_a_model_that_is_not_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert main(["check", write(tmp_path, model={"source": "nobody/nothing-of-this-name"})]) == 0
+    assert "nobody/nothing-of-this-name: not on this machine" in capsys.readouterr().out
+
+
+def test_the_demo_model_in_an_empty_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", write(tmp_path, cache_dir=str(tmp_path / "cache"))]) == 0
+    assert "demo: not on this machine" in capsys.readouterr().out
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "said"), [("./nowhere/x.gguf", "There is no file"), ("a b c", "is no folder on this machine")]
+)
+def test_a_source_that_is_none(tmp_path: Path, source: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", write(tmp_path, model={"source": source})]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_context_longer_than_the_models_own(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", write(tmp_path, model={"source": str(model), "max_model_len": 65})]) == 2
+    assert "application 'a'" in capsys.readouterr().err
+
+
+def test_fetch_a_folder(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fetch", str(model)]) == 0
+    assert capsys.readouterr().out == f"tiny: {model}\n"
+    assert main(["fetch", write(tmp_path, model={"source": str(model)})]) == 0
+    assert capsys.readouterr().out == f"tiny: {model}\n"
+
+
+def test_fetch_what_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fetch", "./nowhere/x.gguf"]) == 1
+    assert "There is no file" in capsys.readouterr().err
+
+
+def test_fetch_a_revision_of_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fetch", write(tmp_path), "--revision", "main"]) == 2
+    assert "model.revision" in capsys.readouterr().err
+
+
+def test_streams() -> None:
+    assert streams(23_301, 8192, 16) == "2 streams of 8,192 tokens, or 16 of 1,456"
+    assert streams(100_000, 1000, 4) == "4 streams of 1,000 tokens"
+    assert streams(500, 1000, 4) == "1 stream of 500 tokens, or 4 of 125"
+
+
+def test_sizes() -> None:
+    assert size(2**30) == "1.07 GB"
+    assert size(538_000_000) == "538 MB"

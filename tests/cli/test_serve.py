@@ -1,0 +1,299 @@
+"""serve-app serve and stop, with a stand-in for `serve run`: what they say, what they signal, how they end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import fake_serve_run
+import pytest
+import yaml
+
+from serve_app.cli import serve
+from serve_app.cli.environment import own_cluster, server_environment
+from serve_app.cli.errors import CommandError
+from serve_app.cli.main import main
+from serve_app.cli.state import RunningServer, claim, running_servers
+
+PROGRAM = f"""
+import sys
+from serve_app.cli import serve
+serve.SERVE_RUN = (sys.executable, {fake_serve_run.__file__!r}, "run")
+serve._fetch_models = lambda file: print("fetching")
+from serve_app.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def config(tmp_path: Path, port: int) -> Path:
+    document = {
+        "http_options": {"host": "127.0.0.1", "port": port},
+        "applications": [{"name": "a", "route_prefix": "/", "import_path": "serve_app.app:build", "args": {}}],
+    }
+    path = tmp_path / "serve.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+class Serving:
+    """A `serve-app serve` in a process of its own."""
+
+    def __init__(self, *arguments: str, mode: str = "ready", **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, "serve", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "FAKE_SERVE_RUN": mode, **environment},
+        )
+        self.output = ""
+
+    def wait_for(self, text: str) -> None:
+        assert self.process.stdout is not None
+        while text not in self.output:
+            line = self.process.stdout.readline()
+            assert line, f"it ended before {text!r}:\n{self.output}"
+            self.output += line
+
+    def end(self) -> int:
+        """Read to the end; the exit status."""
+        assert self.process.stdout is not None
+        self.output += self.process.stdout.read()
+        return self.process.wait(30)
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Serving]]:
+    """Start services; what is left of them ends with the test."""
+    started: list[Serving] = []
+
+    def begin(*arguments: str, **settings: str) -> Serving:
+        started.append(Serving(*arguments, **settings))
+        watchdog = threading.Timer(60, started[-1].process.kill)
+        watchdog.daemon = True
+        watchdog.start()
+        return started[-1]
+
+    yield begin
+    for server in running_servers():
+        os.kill(server.pid, signal.SIGKILL)
+    for serving in started:
+        serving.process.kill()
+        serving.process.wait(10)
+
+
+def test_it_shows_the_stages_and_what_it_holds(config: Path, port: int, start: Callable[..., Serving]) -> None:
+    serving = start(str(config))
+    serving.wait_for(f"curl -N http://127.0.0.1:{port}/stream")
+    for text in ("fetching", "serve-app: loading weights", f"serve_app is ready at http://127.0.0.1:{port}", "fake-1"):
+        assert text in serving.output
+    assert "2 streams of 2,048 tokens" in serving.output
+    assert "0.54 GB of weights and 1.07 GB of KV cache" in serving.output
+    assert "Ctrl-C here, or serve-app stop in another terminal" in serving.output
+    assert "a note" in serving.output
+    assert f"fake serve run: run {config}, RAY_ADDRESS=local" in serving.output
+    (running,) = running_servers()
+    assert running == RunningServer(port, running.pid, str(config))
+    serving.process.send_signal(signal.SIGINT)
+    assert serving.end() == 0
+    assert serving.output.count("got SIGINT") == 1
+    assert running_servers() == []
+
+
+def test_another_port_goes_into_a_copy_of_the_config(
+    config: Path, port: int, state: Path, start: Callable[..., Serving]
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        other = int(probe.getsockname()[1])
+    serving = start(str(config), "--port", str(other), "--host", "localhost")
+    serving.wait_for(f"serve_app is ready at http://localhost:{other}")
+    derived = yaml.safe_load((state / "servers" / f"{other}.yaml").read_text())
+    assert derived.pop("http_options") == {"host": "localhost", "port": other}
+    original = yaml.safe_load(config.read_text())
+    assert original.pop("http_options") == {"host": "127.0.0.1", "port": port}
+    assert derived == original
+
+
+def test_two_services_and_stop(
+    config: Path, port: int, tmp_path: Path, start: Callable[..., Serving], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = start(str(config))
+    first.wait_for("serve_app is ready")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        other = int(probe.getsockname()[1])
+    second = start(str(config), "--port", str(other))
+    second.wait_for("serve_app is ready")
+    assert [server.port for server in running_servers()] == sorted([port, other])
+
+    assert main(["stop"]) == 1
+    assert "several services run" in capsys.readouterr().err
+    assert main(["stop", "--port", "1"]) == 1
+    assert "serves nothing on port 1" in capsys.readouterr().err
+
+    assert main(["stop", "--port", str(other)]) == 0
+    assert second.end() == 0
+    assert main(["stop"]) == 0
+    assert first.end() == 0
+    assert main(["stop"]) == 0
+    assert "nothing to stop" in capsys.readouterr().out
+
+
+def test_stop_all(config: Path, start: Callable[..., Serving]) -> None:
+    serving = start(str(config))
+    serving.wait_for("serve_app is ready")
+    assert main(["stop", "--all"]) == 0
+    assert serving.end() == 0
+
+
+def test_stop_insists(config: Path, start: Callable[..., Serving]) -> None:
+    serving = start(str(config), mode="stubborn")
+    serving.wait_for("serve_app is ready")
+    assert main(["stop", "--timeout", "0.5"]) == 0
+    serving.end()
+    assert "got SIGINT" in serving.output
+    assert "got SIGTERM" in serving.output
+
+
+def test_a_service_in_the_background_of_a_script_can_be_stopped(config: Path, start: Callable[..., Serving]) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # what a shell without job control gives to `command &`
+    try:
+        serving = start(str(config))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    serving.wait_for("serve_app is ready")
+    assert main(["stop", "--timeout", "20"]) == 0
+    assert serving.end() == 0
+    assert "got SIGINT" in serving.output
+
+
+def test_ctrl_c_twice_ends_what_does_not_end(config: Path, start: Callable[..., Serving]) -> None:
+    serving = start(str(config), mode="stubborn")
+    serving.wait_for("serve_app is ready")
+    serving.process.send_signal(signal.SIGINT)
+    serving.wait_for("got SIGINT")
+    serving.process.send_signal(signal.SIGINT)
+    assert serving.end() == 0
+    assert "got SIGTERM" in serving.output
+
+
+def test_stop_reaches_a_service_whose_watcher_was_killed(config: Path, start: Callable[..., Serving]) -> None:
+    serving = start(str(config))
+    serving.wait_for("serve_app is ready")
+    serving.process.kill()
+    serving.process.wait(10)
+    assert len(running_servers()) == 1
+    assert main(["stop"]) == 0
+    assert running_servers() == []
+
+
+def test_a_model_that_can_not_be_loaded_ends_it(config: Path, start: Callable[..., Serving]) -> None:
+    serving = start(str(config), mode="fails")
+    assert serving.end() == 1
+    assert "serve-app serve: There is no folder /x." in serving.output
+    assert "got SIGINT" in serving.output
+
+
+def test_a_serve_run_that_dies_is_an_error(config: Path, start: Callable[..., Serving]) -> None:
+    assert start(str(config), mode="dies").end() == 1
+
+
+def test_the_same_port_twice(config: Path, port: int, start: Callable[..., Serving]) -> None:
+    start(str(config)).wait_for("serve_app is ready")
+    second = start(str(config))
+    assert second.end() == 1
+    assert f"already serves on port {port}; stop it with `serve-app stop --port {port}`" in second.output
+
+
+def test_a_port_that_something_else_has(config: Path, port: int, start: Callable[..., Serving]) -> None:
+    with socket.create_server(("127.0.0.1", port)):
+        serving = start(str(config))
+        assert serving.end() == 1
+    assert f"port {port} on 127.0.0.1 can't be used (Address already in use)" in serving.output
+    assert f"make serve PORT={port + 1}" in serving.output
+    assert "fetching" not in serving.output
+
+
+@pytest.mark.parametrize("port", [-1, 0, 65536])
+def test_ports_that_do_not_exist(port: int) -> None:
+    with pytest.raises(CommandError, match=f"there is no port {port}"):
+        serve.require_free("127.0.0.1", port)
+
+
+def test_free_ports(port: int) -> None:
+    serve.require_free("127.0.0.1", port)
+    serve.require_free("localhost", port)
+    serve.require_free("0.0.0.0", port)
+
+
+def test_a_host_that_is_none(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(config), "--host", "no such host"]) == 2
+    assert "is no address to listen on" in capsys.readouterr().err
+
+
+def test_a_config_with_mistakes_starts_nothing(config: Path, start: Callable[..., Serving]) -> None:
+    config.write_text(config.read_text().replace("args: {}", "args: {engin: {}}"))
+    serving = start(str(config))
+    assert serving.end() == 2
+    assert "did you mean `engine`?" in serving.output
+    assert "fake serve run" not in serving.output
+
+
+def test_a_machine_without_what_the_config_needs_starts_nothing(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = yaml.safe_load(config.read_text())
+    document["applications"][0]["args"] = {"model_server": {"num_gpus": 99, "num_cpus": 0}, "ingress": {"num_cpus": 0}}
+    config.write_text(yaml.safe_dump(document))
+    monkeypatch.setattr(serve, "_fetch_models", lambda file: pytest.fail("nothing may be fetched for it"))
+    assert main(["serve", str(config)]) != 0
+    said = capsys.readouterr().err
+    assert "GPUs needed: 99" in said
+    assert "set num_gpus: 0" in said
+
+
+def test_what_the_user_has_set_stays() -> None:
+    environment = server_environment({"RAY_ADDRESS": "10.0.0.1:6379", "HOME": "/home/me"})
+    assert environment["RAY_ADDRESS"] == "10.0.0.1:6379"
+    assert environment["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert environment["HOME"] == "/home/me"
+    assert not own_cluster(environment)
+    assert own_cluster(server_environment({}))
+
+
+def test_a_crash_leaves_nothing_that_stop_believes(state: Path) -> None:
+    (state / "servers").mkdir(parents=True)
+    (state / "servers" / "8000.json").write_text(f'{{"port": 8000, "pid": {os.getpid()}, "config": "x"}}')
+    assert running_servers() == []
+    assert main(["stop"]) == 0
+
+
+def test_a_claim_that_has_not_started_yet_is_no_server(state: Path) -> None:
+    with claim(8000):
+        assert running_servers() == []
+        with pytest.raises(CommandError, match="already serves on port 8000"), claim(8000):
+            pass
+    with claim(8000):
+        pass
+
+
+def test_a_state_folder_that_can_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SERVE_APP_STATE", str(tmp_path / "file"))
+    with pytest.raises(CommandError, match="SERVE_APP_STATE"), claim(8000):
+        pass

@@ -1,0 +1,80 @@
+"""The session's Ray cluster, for the tests marked `ray`: one, small, HTTP on loopback, started when first asked for."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nothing listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running Ray Serve. Each application of a test has a route prefix of its own."""
+
+    base_url: str
+
+    def url(self, app_name: str) -> str:
+        """Where the application deployed under `/app_name` answers."""
+        return f"{self.base_url}/{app_name}"
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Ray with 4 logical CPUs and Serve's proxy on a free port."""
+    # Ray listens on the machine's own address. A token of our own: no file in the home folder of who runs the tests.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Replicas import the tests' stand-ins.
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(Path(__file__).parent / "support"), os.environ.get("PYTHONPATH", "")]
+    )
+    import ray
+    from ray import serve
+
+    ray.init(
+        address="local",  # not a cluster that somebody else has on this machine
+        num_cpus=4,
+        num_gpus=0,
+        resources={"a_place_for_a_replica": 1},  # a test of another node says where its replicas may go
+        object_store_memory=100 * 2**20,
+        include_dashboard=False,
+        _system_config={"metrics_report_interval_ms": 500},
+    )
+    port = free_port()
+    # All nodes that a test adds are this machine, and could not each have a proxy on that port.
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+    try:
+        yield Cluster(f"http://127.0.0.1:{port}")
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def deployed(cluster: Cluster) -> Iterator[Callable[..., str]]:
+    """`deployed(app, name)` runs an application at /name and returns its URL; the module's last test takes it away."""
+    from ray import serve
+
+    names: list[str] = []
+
+    def deploy(app: serve.Application, name: str, *, wait: bool = True) -> str:
+        names.append(name)
+        target = serve.RunTarget(app, name=name, route_prefix=f"/{name}")
+        serve.run_many([target], wait_for_applications_running=wait)
+        return cluster.url(name)
+
+    yield deploy
+    for name in names:
+        serve.delete(name)

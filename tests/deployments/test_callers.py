@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+import ray
+
+from serve_app.deployments.callers import Callers, own_name
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
+
+
+@ray.remote(num_cpus=0)
+class Caller:
+    """Somebody with a name."""
+
+    def name(self) -> str:
+        return own_name()
+
+
+async def test_a_caller_that_died_is_noticed_and_others_are_not() -> None:
+    dying, living = (Caller.options(name=name, namespace="serve").remote() for name in ("dying", "living"))
+    callers = Callers()
+    names = [await dying.name.remote(), await living.name.remote()]
+    assert names == ["dying", "living"]
+    with callers.waiting("dying"), callers.waiting("dying"), callers.waiting("living"), callers.waiting("unknown"):
+        async with asyncio.timeout(20):
+            while callers._found != {"dying", "living"}:  # noqa: ASYNC110 - a look at each, which a kill must follow
+                await asyncio.sleep(0.01)
+        assert not callers.gone("dying")
+        ray.kill(dying)
+        killed = time.monotonic()
+        while not callers.gone("dying"):
+            assert time.monotonic() - killed < 5
+            await asyncio.sleep(0.01)
+        assert not callers.gone("living")
+        assert not callers.gone("unknown")
+    assert not callers.gone("dying")  # nobody of that name waits: nothing is remembered
+    ray.kill(living)
+
+
+def test_a_script_has_no_name_and_is_not_watched() -> None:
+    assert own_name() == ""

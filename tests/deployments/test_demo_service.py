@@ -1,0 +1,96 @@
+"""The whole service with the demo model, as a user meets it: `serve run`'s application, HTTP, the official client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+from ray import serve
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from serve_app.app import build
+from serve_app.config import AppConfig, ModelConfig
+from serve_app.models.cache import cache_directory
+from serve_app.models.source import resolve
+
+pytestmark = [pytest.mark.ray, pytest.mark.demo]
+
+APP = "demo"
+MESSAGES = [{"role": "user", "content": "What is a prime number?"}]
+TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    """The demo model on disk; fetched when it is not there."""
+    return resolve(ModelConfig(), cache_directory(), progress=lambda stage: None).folder
+
+
+@pytest.fixture(scope="module")
+def url(deployed: Callable[..., str], until: Callable[..., httpx.Response], folder: Path) -> str:
+    config = {"engine": {"kv_cache_memory": "300MB", "max_running": 4}, "ingress": {"num_cpus": 0.5}}
+    url = deployed(build(AppConfig.model_validate(config)), APP)
+    until(f"{url}/ready", lambda response: response.status_code == 200)
+    return url
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> str:
+    """What transformers' own `generate` answers, greedily."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+    with torch.inference_mode():
+        output = model.generate(ids, max_new_tokens=TOKENS, do_sample=False)
+    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def test_a_greedy_stream_is_what_generate_says(url: str, reference: str) -> None:
+    body = {"messages": MESSAGES, "max_tokens": TOKENS, "temperature": 0}
+    text = ""
+    with httpx.stream("POST", f"{url}/stream", json=body, timeout=60) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: "):
+                text += json.loads(line[6:]).get("generated_text", "")
+    assert text == reference
+
+
+def test_the_official_client(url: str, reference: str) -> None:
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=60)
+    name = client.models.list().data[0].id
+    whole = client.chat.completions.create(model=name, messages=MESSAGES, max_tokens=TOKENS, temperature=0)  # type: ignore[arg-type]
+    assert whole.choices[0].message.content == reference
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == TOKENS
+    chunks = client.chat.completions.create(
+        model=name,
+        messages=MESSAGES,  # type: ignore[arg-type]
+        max_tokens=TOKENS,
+        temperature=0,
+        stream=True,
+    )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == reference
+
+
+async def test_a_disconnect_leaves_the_engine_within_a_step(url: str) -> None:
+    handle = serve.get_deployment_handle("ModelServer", APP)
+    assert (await handle.stats.remote()).running == 0
+    body = {"prompt": "Once upon a time", "max_tokens": 2000, "temperature": 0}
+    async with httpx.AsyncClient() as client, client.stream("POST", f"{url}/stream", json=body) as response:
+        pieces = response.aiter_bytes()  # held: a collected generator would close the connection
+        await anext(pieces)
+        before = await handle.stats.remote()
+        assert before.running == 1
+    gone = time.monotonic()
+    while (after := await handle.stats.remote()).running:
+        assert time.monotonic() - gone < 5
+        await asyncio.sleep(0.01)
+    assert after.output_tokens < 2000
+    assert after.used_pages < before.used_pages or after.used_pages <= before.total_pages // 2

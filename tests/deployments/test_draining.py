@@ -1,0 +1,128 @@
+"""Replicas that go while streams run on them: scaled away, redeployed, with the same weights and with others."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_model_server import FakeModelServer
+from ray import serve
+from running_streams import Service, flowing, moves
+
+from serve_app.config import AppConfig
+from serve_app.messages import FailureCode, Fingerprint
+
+pytestmark = pytest.mark.ray
+
+APP = "draining"
+TOKEN_S = 0.02
+LONG = 200
+"""Tokens: four seconds."""
+OTHER = Fingerprint("other")
+
+
+def application(
+    replicas: int | dict[str, Any] = 1, grace_s: float = 30, loaded: Path | None = None, **changes: Any
+) -> Any:
+    """`replicas`: their number, or a configuration of the autoscaler."""
+    number = {"num_replicas": replicas} if isinstance(replicas, int) else {"autoscaling_config": replicas}
+    deployment = serve.deployment(FakeModelServer).options(
+        name="ModelServer",
+        **number,
+        max_ongoing_requests=32,
+        max_surge_percent=100,
+        ray_actor_options={"num_cpus": 0.1},
+        graceful_shutdown_timeout_s=grace_s,
+        graceful_shutdown_wait_loop_s=0.2,
+        request_router_config={"request_router_class": "serve_app.deployments.request_router.ModelRouter"},
+    )
+    return deployment.bind(AppConfig(), TOKEN_S, loaded, **changes)
+
+
+def deploy(app: Any, *, wait: bool = True) -> None:
+    serve.run_many([serve.RunTarget(app, name=APP, route_prefix=f"/{APP}")], wait_for_applications_running=wait)
+
+
+@pytest.fixture
+def service(deployed: Callable[..., str]) -> Callable[..., Service]:
+    def start(*args: Any, **options: Any) -> Service:
+        deployed(application(*args, **options), APP)
+        return Service(APP)
+
+    return start
+
+
+SHRINKS = {
+    "min_replicas": 1,
+    "initial_replicas": 2,
+    "max_replicas": 2,
+    "target_ongoing_requests": 100,
+    "metrics_interval_s": 0.2,
+    "look_back_period_s": 0.5,
+    "downscale_delay_s": 1.0,
+}
+
+
+async def test_streams_leave_a_replica_that_is_scaled_away(
+    service: Callable[..., Service], caplog: pytest.LogCaptureFixture
+) -> None:
+    running = await asyncio.to_thread(service, SHRINKS)
+    assert len(await running.each("pid")) == 2
+    with caplog.at_level(logging.WARNING, "serve_app.streams.generation"):
+        streams = running.start(8, LONG)
+        await asyncio.gather(*(stream.done for stream in streams))
+    assert [stream.tokens for stream in streams] == [stream.expected for stream in streams]
+    assert 0 < moves(caplog) < 8
+    assert max(stream.longest_pause_s for stream in streams) < 2
+    assert len(await running.each("pid")) == 1
+
+
+async def test_streams_move_to_the_replica_of_an_update_which_comes_up_first(
+    service: Callable[..., Service], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    loaded = tmp_path / "loaded"
+    running = await asyncio.to_thread(service, 1)
+    [old] = await running.each("pid")
+    streams = running.start(3, LONG)
+    await flowing(streams)
+    with caplog.at_level(logging.WARNING, "serve_app.streams.generation"):
+        await asyncio.to_thread(deploy, application(1, loaded=loaded), wait=False)
+        [short] = Service(APP).start(1, tokens=5)
+        await short.done
+        assert short.tokens == short.expected  # the old one serves while the new one loads
+        assert moves(caplog) == 0
+        loaded.touch()
+        await asyncio.gather(*(stream.done for stream in streams))
+    assert [stream.tokens for stream in streams] == [stream.expected for stream in streams]
+    assert moves(caplog) == 3
+    assert old not in await running.each("pid")
+
+
+async def test_a_stream_ends_on_its_own_weights_when_others_are_deployed(
+    service: Callable[..., Service], caplog: pytest.LogCaptureFixture
+) -> None:
+    running = await asyncio.to_thread(service, 1)
+    streams = running.start(2, LONG)
+    await flowing(streams)
+    with caplog.at_level(logging.WARNING, "serve_app.streams.generation"):
+        await asyncio.to_thread(deploy, application(1, fingerprint=OTHER))
+        await asyncio.gather(*(stream.done for stream in streams))
+    assert [stream.tokens for stream in streams] == [stream.expected for stream in streams]
+    assert moves(caplog) == 0
+
+
+async def test_a_stream_whose_weights_are_gone_ends_with_a_clear_error(service: Callable[..., Service]) -> None:
+    running = await asyncio.to_thread(service, 1, grace_s=0.5)
+    streams = running.start(2, LONG)
+    await flowing(streams)
+    await asyncio.to_thread(deploy, application(1, grace_s=0.5, fingerprint=OTHER))
+    await asyncio.gather(*(stream.done for stream in streams))
+    for stream in streams:
+        assert stream.failure is not None
+        assert stream.failure.code is FailureCode.WRONG_WEIGHTS
+        assert stream.tokens == stream.expected[: len(stream.tokens)]
+        assert 3 < len(stream.tokens) < LONG

@@ -1,0 +1,106 @@
+"""The model server's health over a real engine: dead and hung are ill, busy is not."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FINGERPRINT, request_for, tiny_model, until
+
+from serve_app.config import EngineConfig
+from serve_app.deployments import model_server
+from serve_app.deployments.callers import Callers
+from serve_app.deployments.model_server import ModelServer
+from serve_app.deployments.token_channels import TokenChannels
+from serve_app.engine.attention.base import Heads, Span
+from serve_app.engine.attention.sdpa import SdpaAttention
+from serve_app.engine.engine import Engine
+from serve_app.messages import SamplingParams
+from serve_app.observability.metrics import ACCEPTED_TOKENS, DRAFTED_TOKENS, MemoryMetrics
+
+
+class Gated(SdpaAttention):
+    """Waits for leave in each layer; breaks where it is told to."""
+
+    leave = threading.Event()
+    broken = False
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        spans: Sequence[Span],
+        heads: Heads,
+        prepared: Any,
+    ) -> torch.Tensor:
+        Gated.leave.wait()
+        if Gated.broken:
+            raise RuntimeError("the device is gone")
+        return super().attend(query, keys, values, spans, heads, prepared)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModelServer]:
+    """A replica without Ray around it: only its engine."""
+    monkeypatch.setattr(Gated, "broken", False)
+    Gated.leave.set()
+    made = object.__new__(ModelServer)
+    made._callers = Callers()
+    made._channels = TokenChannels()
+    made._engine = Engine(
+        tiny_model("llama"),
+        EngineConfig(kv_cache_memory=2**24, threads=1),
+        context_tokens=256,
+        fingerprint=FINGERPRINT,
+        backends=(Gated,),
+    )
+    yield made
+    Gated.leave.set()
+    made._engine.stop()
+
+
+async def test_a_busy_engine_is_healthy_and_a_hung_one_is_not(
+    server: ModelServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await server.check_health()
+    Gated.leave.clear()
+    stream = server.generate(request_for([1] * 200, 3))
+    first = asyncio.create_task(anext(stream))
+    await until(lambda: server._engine.health().step_running_s > 0)
+    await server.check_health()
+    monkeypatch.setattr(model_server, "STALL_LIMIT_S", 0.0)
+    with pytest.raises(RuntimeError, match="an engine step has been running"):
+        await server.check_health()
+    Gated.leave.set()
+    await first
+    await stream.aclose()
+
+
+async def test_a_dead_engine_is_ill_and_says_of_what(server: ModelServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = server.generate(request_for([1, 2, 3], 50))
+    await anext(stream)
+    monkeypatch.setattr(Gated, "broken", True)
+    async for _ in stream:
+        pass
+    await until(lambda: not server._engine.health().alive)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        await server.check_health()
+
+
+async def test_guessed_tokens_are_counted_once(server: ModelServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_server, "METRICS_PERIOD_S", 0.0)
+    metrics = MemoryMetrics()
+    reports = asyncio.create_task(server._report_metrics(metrics))
+    sampling = SamplingParams(seed=0, temperature=0, logit_bias=((9, 50.0),))
+    async for _ in server._engine.generate(request_for([1, 2, 3], 60, sampling=sampling)):
+        pass
+    stats = server._engine.stats()
+    assert stats.accepted_tokens > 0
+    for metric, count in ((DRAFTED_TOKENS, stats.drafted_tokens), (ACCEPTED_TOKENS, stats.accepted_tokens)):
+        await until(lambda metric=metric, count=count: metrics.counters[metric.name, ()] == count)  # type: ignore[misc]
+    reports.cancel()

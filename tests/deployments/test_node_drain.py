@@ -1,0 +1,124 @@
+"""A node that is drained while streams run on it: they are on another one before its deadline, none of them cut."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from fake_model_server import CARD, FakeModelServer
+from ray import serve
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+from running_streams import Service, flowing, moves
+
+from serve_app.app import _free_by_node
+from serve_app.config import AppConfig
+
+pytestmark = pytest.mark.ray
+
+GRACES_S = {"drain-start-first": 5.0, "drain-stop-first": 600.0}
+"""Application -> how long its replicas may take to end. Serve stops one so long before its node's deadline at the
+latest: the first after its successor has come up, the second at once."""
+PLACE = "a_place_for_a_replica"
+"""A resource: the session's node has one, and each node that joins."""
+TOKENS = 600
+"""Twelve seconds."""
+NOTICE_S = 60.0
+
+
+class Occupant:
+    """An actor that takes the place of the session's node."""
+
+    def here(self) -> None:
+        return
+
+
+@pytest.fixture(scope="module")
+def occupant(cluster: Any) -> Any:
+    occupant = ray.remote(Occupant).options(num_cpus=0, resources={PLACE: 1}).remote()
+    ray.get(occupant.here.remote())
+    return occupant
+
+
+@pytest.fixture(scope="module")
+def node(occupant: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The id of a node that joins the session's cluster, and is gone with the module."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=0", "--num-gpus=0"]
+    command += [f"--address={ray.get_runtime_context().gcs_address}", f'--resources={{"{PLACE}": 1}}']
+    command += ["--object-store-memory=80000000", "--min-worker-port=0", "--max-worker-port=0"]
+    log = tmp_path_factory.mktemp("node") / "log"
+    with log.open("w") as output:
+        joining = psutil.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 60
+        here = ray.get_runtime_context().get_node_id()
+        while not (joined := [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]):
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield joined[0]
+    finally:
+        family = [joining, *joining.children(recursive=True)]
+        joining.terminate()
+        _, left = psutil.wait_procs(family, timeout=10)
+        for process in left:
+            process.kill()
+
+
+def application(grace_s: float) -> serve.Application:
+    deployment = serve.deployment(FakeModelServer).options(
+        name="ModelServer",
+        max_ongoing_requests=32,
+        ray_actor_options={"num_cpus": 0, "resources": {PLACE: 0.5}},
+        graceful_shutdown_timeout_s=grace_s,
+        graceful_shutdown_wait_loop_s=0.2,
+        request_router_config={"request_router_class": "serve_app.deployments.request_router.ModelRouter"},
+    )
+    return deployment.bind(AppConfig(), 0.02)
+
+
+def drain(node_id: str) -> None:
+    """What `ray drain-node` does, and an autoscaler whose cloud takes a node back."""
+    deadline_ms = int((time.time() + NOTICE_S) * 1000)
+    preempted = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    gcs = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
+    accepted, why_not = gcs.drain_node(node_id, preempted, "the cloud wants it back", deadline_ms)
+    assert accepted, why_not
+
+
+async def test_streams_leave_a_node_that_is_drained(
+    node: str, occupant: Any, deployed: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, grace_s in GRACES_S.items():
+        await asyncio.to_thread(deployed, application(grace_s), name)
+    start_first, stop_first = services = [Service(name) for name in GRACES_S]
+    assert [await service.each("node") for service in services] == [{node}] * 2
+    ray.kill(occupant)
+    places = len(_free_by_node())
+    streams = [stream for service in services for stream in service.start(4, TOKENS)]
+    await flowing(streams)
+    with caplog.at_level(logging.WARNING, "serve_app.streams.generation"):
+        drain(node)
+        began = time.monotonic()
+        while not all(stream.done.done() for stream in streams):
+            assert await start_first.client.model() == CARD
+            (short,) = start_first.start(1, 3)  # its replica takes new work until the next one does
+            await short.done
+            assert short.tokens == short.expected
+            await asyncio.sleep(0.2)
+    assert time.monotonic() - began < NOTICE_S
+    for stream in streams:
+        await stream.done
+        assert stream.tokens == stream.expected
+    assert moves(caplog) == 8
+    assert max(stream.longest_pause_s for stream in streams) < 2
+    here = ray.get_runtime_context().get_node_id()
+    assert [await service.each("node") for service in services] == [{here}] * 2
+    assert len(_free_by_node()) == places - 1, "an update must not count on room that is going"
+    assert await stop_first.client.model() == CARD

@@ -1,0 +1,55 @@
+"""What clients are told, from what Serve and the board say."""
+
+from __future__ import annotations
+
+import pytest
+from fake_model_server import CARD
+from ray.serve.schema import DeploymentStatusOverview
+
+from serve_app.deployments.readiness import judge
+from serve_app.messages import LoadStage, ModelCard
+
+LOADING = LoadStage("loading weights", 0.5)
+FAILED = LoadStage("failed", error="there is no such model")
+
+
+def deployment(status: str = "HEALTHY", message: str = "", **replicas: int) -> DeploymentStatusOverview:
+    return DeploymentStatusOverview(status, "CONFIG_UPDATE_STARTED", dict(replicas), message)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("overview", "card", "stage", "may_sleep", "answer"),
+    [
+        (deployment(RUNNING=1), CARD, None, False, CARD),
+        (deployment(RUNNING=1, STARTING=1), CARD, LOADING, False, CARD),
+        (deployment(PENDING_MIGRATION=1, STARTING=1), CARD, LOADING, False, CARD),
+        (deployment(STOPPING=1, STARTING=1), CARD, LOADING, False, LOADING),
+        (deployment(STARTING=1), None, LOADING, False, LOADING),
+        (deployment(STARTING=1), CARD, LOADING, False, LOADING),
+        (deployment("DEPLOY_FAILED"), None, FAILED, False, FAILED),
+        (deployment(), CARD, None, True, CARD),
+        (deployment("UPSCALING", STARTING=1), CARD, LOADING, True, CARD),
+        (deployment(), CARD, None, False, LoadStage("starting a model replica")),
+        (None, None, None, False, LoadStage("starting a model replica")),
+    ],
+)
+def test_judge(
+    overview: DeploymentStatusOverview | None,
+    card: ModelCard | None,
+    stage: LoadStage | None,
+    may_sleep: bool,
+    answer: ModelCard | LoadStage,
+) -> None:
+    assert judge(overview, card, stage, may_sleep=may_sleep) == answer
+
+
+def test_a_failure_without_a_note_is_told_by_its_last_line() -> None:
+    overview = deployment("DEPLOY_FAILED", "Traceback:\n  a line\nMemoryError: no\n")
+    assert judge(overview, None, LOADING, may_sleep=False) == LoadStage("failed", error="MemoryError: no")
+
+
+def test_a_replica_that_has_no_place_says_what_it_waits_for() -> None:
+    overview = deployment("UPDATING", "waiting for 1 GPU", STARTING=1)
+    answer = judge(overview, None, None, may_sleep=False)
+    assert isinstance(answer, LoadStage)
+    assert "1 GPU" in answer.stage

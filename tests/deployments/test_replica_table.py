@@ -1,0 +1,107 @@
+"""When a stream should leave its replica, as a function of what the router said: no Ray needed."""
+
+from __future__ import annotations
+
+import pytest
+from fake_model_server import CARD, request
+
+from serve_app.deployments import replica_table
+from serve_app.deployments.replica_table import MOVE_S, MOVING_AT_ONCE, SILENT_FOR_S, Attempt, ReplicaTable
+from serve_app.messages import Fingerprint
+
+OURS, OTHERS = CARD.fingerprint, Fingerprint("other")
+
+
+class Clock:
+    now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(replica_table, "time", clock)
+    return clock
+
+
+def at(replica: str | None, choice: int = 0) -> Attempt:
+    attempt = Attempt(request(seed=choice))
+    attempt.request = type(attempt.request)(f"r{choice}", OURS, (0,), attempt.request.sampling, 5)
+    attempt.replica = replica
+    return attempt
+
+
+@pytest.mark.parametrize(
+    ("live", "leaves"),
+    [
+        ({"a": OURS, "b": OURS}, False),
+        ({"b": OURS}, True),
+        ({"b": OTHERS}, False),
+        ({"b": None}, False),
+        ({"b": OTHERS, "c": OURS}, True),
+        ({}, False),
+    ],
+)
+def test_it_leaves_a_replica_that_goes_when_another_has_its_weights(
+    live: dict[str, Fingerprint | None], leaves: bool
+) -> None:
+    table = ReplicaTable()
+    table.update(live)
+    assert table.should_leave(at("a")) is leaves
+
+
+def test_one_that_waits_for_a_place_has_nothing_to_leave() -> None:
+    table = ReplicaTable()
+    table.update({"b": OURS})
+    assert not table.should_leave(at(None))
+
+
+def test_few_move_at_once_and_each_that_arrives_makes_room(clock: Clock) -> None:
+    table = ReplicaTable()
+    table.update({"b": OURS})
+    movers = [at("a", choice) for choice in range(MOVING_AT_ONCE + 2)]
+    assert [table.should_leave(mover) for mover in movers] == [True] * MOVING_AT_ONCE + [False] * 2
+    table.heard(at("b", 0), tokens=False)
+    assert not table.should_leave(movers[-1])
+    table.heard(at("b", 0), tokens=True)
+    assert table.should_leave(movers[-1])
+    assert not table.should_leave(movers[-2])
+    clock.now += MOVE_S + 1  # those that never arrived hold up nobody
+    assert table.should_leave(movers[-2])
+
+
+def test_nobody_moves_to_a_silent_replica_until_it_speaks_or_time_is_over(clock: Clock) -> None:
+    table = ReplicaTable()
+    table.update({"b": OURS})
+    table.fell_silent(at("b"))
+    assert not table.should_leave(at("a"))
+    table.heard(at("b"), tokens=False)
+    assert table.should_leave(at("a", 1))
+    table.fell_silent(at("b"))
+    clock.now += SILENT_FOR_S + 1
+    assert not table.silent("b")
+
+
+def test_nobody_is_given_to_a_replica_that_is_out_of_order(clock: Clock) -> None:
+    table = ReplicaTable()
+    table.update({"b": OURS})
+    table.heard(at("b"), tokens=False)
+    table.out_of_order(at("b"))
+    assert table.silent("b")
+    assert not table.should_leave(at("a"))
+
+
+def test_an_attempt_is_followed_by_its_very_request_until_it_ends() -> None:
+    table = ReplicaTable()
+    wanted, equal = request(), request()
+    with table.track(wanted) as attempt:
+        table.sent(equal, "x")
+        assert attempt.replica is None
+        table.sent(wanted, "a")
+        assert attempt.replica == "a"
+        table.waiting(wanted)
+        assert attempt.replica is None
+    table.sent(wanted, "b")
+    assert attempt.replica is None

@@ -1,0 +1,131 @@
+"""The check that stands between a kernel and the users: right kernels pass, wrong ones are named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from serve_app.engine.attention.base import AttentionBackend, Heads, Span, contiguous_runs
+from serve_app.engine.attention.check import check_attention
+from serve_app.engine.attention.plain import PlainAttention
+from serve_app.engine.attention.sdpa import SdpaAttention
+from serve_app.engine.attention.varlen import PAGED, VarlenAttention
+from serve_app.engine.kv_cache import LayerShape
+
+LAYER = LayerShape(2, 16, 16, torch.float32, torch.device("cpu"))
+HEADS = [Heads(0.25), Heads(0.25, sliding_window=4096), Heads(0.25, softcap=5.0), Heads(0.1, 9, 3.0)]
+
+
+class Wrong(PlainAttention):
+    """The plain path with one thing broken."""
+
+    def __init__(self, fault: str) -> None:
+        self._fault = fault
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        spans: Sequence[Span],
+        heads: Heads,
+        prepared: Any,
+    ) -> torch.Tensor:
+        match self._fault:
+            case "window ignored":
+                heads = replace(heads, sliding_window=None)
+            case "window one too long":
+                heads = replace(heads, sliding_window=heads.sliding_window + 1) if heads.sliding_window else heads
+            case "softcap ignored":
+                heads = replace(heads, softcap=None)
+            case "scaling ignored":
+                heads = replace(heads, scaling=1.0)
+            case "pages swapped":
+                spans = [replace(s, pages=(*s.pages[1::-1], *s.pages[2:])) for s in spans]
+            case "last page of another sequence":
+                spans = [replace(s, pages=(*s.pages[:-1], spans[0].pages[0])) for s in spans]
+            case "sequences swapped":
+                spans = [replace(s, pages=o.pages) for s, o in zip(spans, [*spans[1:], spans[0]], strict=True)]
+            case "a value changed":
+                values = values.clone()
+                values[spans[0].pages[0], 0] += 1.0
+            case "steps of decodes":
+                heads = replace(heads, scaling=1.0) if all(span.query_len == 1 for span in spans) else heads
+            case "raises":
+                raise RuntimeError("CUDA error: an illegal memory access\nand a long trace")
+        output = super().attend(query, keys, values, spans, heads, prepared)
+        match self._fault:
+            case "one row is NaN":
+                output[-1, 0, 0] = float("nan")
+            case "one row unwritten":
+                output[3] = 0.0
+            case "shape":
+                output = output[:, :1]
+        return output
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("backend", [SdpaAttention(), PlainAttention()])
+@pytest.mark.parametrize("shape", [(2, 16, 16), (4, 8, 24), (1, 32, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_right_kernels_pass(
+    heads: Heads, backend: AttentionBackend, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    layer = LayerShape(*shape, dtype, torch.device("cpu"))
+    assert check_attention(backend, layer, 4, heads) is None
+
+
+@pytest.mark.parametrize(
+    ("fault", "heads"),
+    [
+        ("window ignored", Heads(0.25, sliding_window=64)),
+        ("window one too long", Heads(0.25, sliding_window=8)),
+        ("softcap ignored", Heads(0.25, softcap=2.0)),
+        ("scaling ignored", Heads(0.25)),
+        ("pages swapped", Heads(0.25)),
+        ("last page of another sequence", Heads(0.25)),
+        ("sequences swapped", Heads(0.25)),
+        ("a value changed", Heads(0.25)),
+        ("one row is NaN", Heads(0.25)),
+        ("one row unwritten", Heads(0.25)),
+        ("shape", Heads(0.25)),
+        ("steps of decodes", Heads(0.25)),
+        ("raises", Heads(0.25)),
+    ],
+)
+def test_wrong_kernels_are_found(fault: str, heads: Heads) -> None:
+    complaint = check_attention(Wrong(fault), LAYER, 4, heads)
+    assert complaint is not None
+    assert "\n" not in complaint
+
+
+def test_pages_become_runs_cut_to_the_tokens_there_are() -> None:
+    assert contiguous_runs([4, 5, 6], 10, 4) == ((16, 10),)
+    assert contiguous_runs([4, 6, 7, 3], 15, 4) == ((16, 4), (24, 8), (12, 3))
+    assert contiguous_runs([4, 6, 7], 4, 4) == ((16, 4),), "pages reserved ahead hold nothing yet"
+
+
+@pytest.mark.skipif(not PAGED, reason="needs a PyTorch with paged varlen_attn")
+def test_varlen_says_why_it_can_not_serve() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+
+    def refusal(heads: Heads, dtype: torch.dtype, device: torch.device) -> str:
+        return VarlenAttention.refusal(LayerShape(2, 64, 64, dtype, device), heads) or ""
+
+    assert "CUDA" in refusal(HEADS[0], torch.bfloat16, cpu)
+    assert "float16" in refusal(HEADS[0], torch.float32, cuda)
+    assert "softcap" in refusal(HEADS[2], torch.bfloat16, cuda)
+    assert refusal(HEADS[1], torch.bfloat16, cuda) == ""
+
+
+def test_varlen_hands_the_kernel_a_padded_block_table() -> None:
+    spans = [Span(0, 1, 300, ((0, 300),), (0, 1)), Span(1, 3, 3, ((512, 3),), (2,))]
+    step = VarlenAttention().prepare(spans, torch.device("cpu"))
+    assert step.block_table.tolist() == [[0, 1], [2, 0]]
+    assert step.query_starts.tolist() == [0, 1, 4]
+    assert step.kv_lens.tolist() == [300, 3]
+    assert (step.max_query, step.max_kv) == (3, 300)

@@ -1,0 +1,150 @@
+"""Fused forwards: given to the modules that they are right for, equal to the modules' own, and the same row by row."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, tiny_model
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from serve_app.engine.attention.base import STEP_KEYWORD
+from serve_app.engine.cpu.forwards import FusedAttention, FusedGatedMLP, FusedNorm, paged_step
+from serve_app.engine.cpu.fusion import fuse_modules
+from serve_app.engine.cpu.layer import FusedLayer
+from serve_app.engine.cpu.library import Kernels
+from serve_app.engine.cpu.linear import PackedLinear, Products, pack_linears
+
+IDS = torch.tensor([[5, 9, 2, 77, 31, 8, 8, 100, 3]])
+WHOLE_LAYERS = {"llama", "mistral", "qwen2", "qwen3"}
+
+
+def fused_model(model: PreTrainedModel, kernels: Kernels) -> tuple[PreTrainedModel, dict[str, int]]:
+    model = copy.deepcopy(model)
+    pack_linears(model, kernels)
+    return model, fuse_modules(model, kernels)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_what_is_fused_and_that_the_own_path_still_answers(kind: str, kernels: Kernels) -> None:
+    model, fused = fused_model(tiny_model(kind), kernels)
+    if kind == "gpt2":
+        assert set(fused.values()) == {0}, "layer norms, and another MLP and attention"
+    else:
+        assert fused["norms"] >= 7
+        assert (fused["MLPs"], fused["attention modules"]) == (3, 3)
+        assert fused["layers"] == (3 if kind in WHOLE_LAYERS else 0)
+    original = tiny_model(kind)
+    for one in (model, original):
+        one.set_attn_implementation("eager")
+    with torch.inference_mode():
+        assert torch.allclose(model(IDS).logits, original(IDS).logits, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_a_norm_is_its_modules_own_row_by_row(kind: str, kernels: Kernels) -> None:
+    model = tiny_model(kind)
+    norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
+    for norm in norms:
+        nn.init.normal_(norm.weight, std=0.3)
+    fuse_modules(model, kernels)
+    for norm in norms:
+        assert isinstance(norm.forward, FusedNorm)
+        x = torch.randn(70, norm.weight.shape[0], generator=torch.Generator().manual_seed(3)) * 4 + 1
+        with torch.inference_mode():
+            assert torch.allclose(norm(x), type(norm).forward(norm, x), rtol=1e-5, atol=1e-6)
+            assert torch.equal(norm(x[5:6]), norm(x)[5:6])
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_gated_mlp_is_its_modules_own_row_by_row(activation: str, bias: bool, kernels: Kernels) -> None:
+    config = LlamaConfig(**sizes(hidden_act=activation, mlp_bias=bias, hidden_size=48, intermediate_size=100))
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    mlp = model.model.layers[0].mlp
+    x = torch.randn(1, 130, 48, generator=torch.Generator().manual_seed(1)) * 6
+    with torch.inference_mode():
+        expected = mlp(x)
+        pack_linears(model, kernels)
+        fuse_modules(model, kernels)
+        assert isinstance(mlp.forward, FusedGatedMLP)
+        found = mlp(x)
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+        for rows in (1, 2, 13, 49, 97):
+            assert torch.equal(mlp(x[:, 3 : 3 + rows]), found[:, 3 : 3 + rows])
+        assert mlp(torch.full((1, 1, 48), float("nan"))).isnan().all(), "what is not a number stays so"
+
+
+def sizes(**fields: Any) -> dict[str, Any]:
+    small = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": None, "bos_token_id": None}
+    return small | heads | fields
+
+
+def test_another_activation_keeps_its_own_forward(kernels: Kernels) -> None:
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes(hidden_act="relu"))).eval()
+    pack_linears(model, kernels)
+    assert fuse_modules(model, kernels) == {"norms": 3, "MLPs": 0, "attention modules": 1, "layers": 0}
+
+
+class Doubling(nn.Module):
+    """Wraps a module's forward in something that the fused one would leave out."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._own = module.forward
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        result = self._own(*arguments, **keywords)
+        return (2 * result[0], *result[1:]) if isinstance(result, tuple) else 2 * result
+
+
+@pytest.mark.parametrize(("name", "kind"), [("self_attn", "attention modules"), ("mlp", "MLPs"), ("", "layers")])
+def test_a_module_that_does_more_keeps_its_own_forward(name: str, kind: str, kernels: Kernels) -> None:
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes())).eval()
+    pack_linears(model, kernels)
+    module = model.model.layers[0].get_submodule(name)
+    module.forward = Doubling(module).forward
+    fused = fuse_modules(model, kernels)
+    assert fused[kind] == 0
+    assert fused["layers"] == 0
+    assert fused["norms"] == 3
+
+
+def test_only_whole_rotated_heads_of_the_paged_path_are_fused() -> None:
+    x, step = torch.zeros(1, 5, 64), object()
+    whole = (torch.zeros(1, 5, 16), torch.zeros(1, 5, 16))
+    assert paged_step(x, None, whole, 16, {STEP_KEYWORD: step}) is step
+    assert paged_step(x, None, whole, 16, {}) is None
+    assert paged_step(x, torch.zeros(5, 5), whole, 16, {STEP_KEYWORD: step}) is None
+    assert paged_step(x, None, None, 16, {STEP_KEYWORD: step}) is None
+    part = (torch.zeros(1, 5, 8), torch.zeros(1, 5, 8))
+    assert paged_step(x, None, part, 16, {STEP_KEYWORD: step}) is None
+
+
+def test_layers_share_the_plan_of_a_step(kernels: Kernels) -> None:
+    model, _ = fused_model(tiny_model("llama"), kernels)
+    layers = [layer.forward for layer in model.model.layers]
+    assert all(isinstance(layer, FusedLayer) for layer in layers)
+    assert len({id(layer._plans) for layer in layers}) == 1
+    assert all(isinstance(layer.self_attn.forward, FusedAttention) for layer in model.model.layers)
+
+
+def test_products_of_one_input_in_one_pass_are_those_of_each(kernels: Kernels) -> None:
+    generator = torch.Generator().manual_seed(2)
+    weights = [torch.randn(out, 40, generator=generator) for out in (100, 31, 64)]
+    biases = [torch.randn(100, generator=generator), None, torch.randn(64, generator=generator)]
+    linears = [PackedLinear(kernels, *pair) for pair in zip(weights, biases, strict=True)]
+    products = Products(linears)
+    x = torch.randn(1, 61, 40, generator=generator)
+    for found, linear in zip(products(x), linears, strict=True):
+        assert torch.equal(found, linear(x))
+    addend, sums = torch.randn(61, 100, generator=generator), torch.empty(61, 100)
+    linears[0].product.into(x.data_ptr(), [sums.data_ptr()], 61, addend.data_ptr())
+    assert torch.equal(sums, linears[0](x)[0] + addend)
+    assert torch.equal(linears[0](x), products(x)[0]), "the addend is of one call only"

@@ -1,0 +1,200 @@
+"""Guesses from a sequence's own past, what they are thought to be worth, and which of them get a row."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serve_app.engine import prompt_lookup
+from serve_app.engine.prompt_lookup import CANDIDATES, LONGEST_MATCH, ROW_COST, Lookup, agreed, share_rows
+from serve_app.engine.sequence import Sequence
+from serve_app.messages import Fingerprint, GenerationRequest, SamplingParams
+
+
+def ids_of(guesses: list[tuple[int, float]]) -> list[int]:
+    return [token_id for token_id, _ in guesses]
+
+
+def chances(lookup: Lookup, count: int = 31) -> list[float]:
+    return [chance for _, chance in lookup.guess(count)]
+
+
+@pytest.fixture
+def any_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows cost nothing, so that no guess is too uncertain."""
+    monkeypatch.setattr(prompt_lookup, "ROW_COST", 0.0)
+
+
+@pytest.mark.usefixtures("any_chance")
+@pytest.mark.parametrize(
+    ("ids", "guesses"),
+    [
+        ([], []),
+        ([5], []),
+        ([5, 5], []),
+        ([1, 2, 3, 4], []),
+        ([1, 2, 9, 1, 2], [9, 1, 2, 9, 1]),
+        ([1, 2, 3, 9, 2, 3, 4, 1, 2, 3], [9, 2, 3, 4, 1]),  # three ids agree there, two at the later place
+        ([2, 3, 9, 2, 3, 4, 2, 3], [4, 2, 3, 4, 2]),  # of equals the latest
+        ([7, 8, 7, 8], [7, 8, 7, 8, 7]),  # where the past ends it begins again
+        ([6, 6, 6], [6, 6, 6, 6, 6]),
+    ],
+)
+def test_it_goes_on_as_it_did_where_most_of_the_past_agrees(ids: list[int], guesses: list[int]) -> None:
+    assert ids_of(Lookup(ids).guess(5)) == guesses
+    assert Lookup(ids).guess(0) == []
+
+
+@settings(max_examples=200, deadline=None)
+@given(ids=st.lists(st.integers(0, 3), min_size=1, max_size=60), known=st.integers(0, 60), bulk=st.booleans())
+def test_every_guess_has_a_precedent(ids: list[int], known: int, bulk: bool) -> None:
+    given_ids = ids[:known]
+    lookup = Lookup(given_ids)
+    if bulk:
+        given_ids.extend(ids[known:])
+        lookup.follow()
+    for token_id in ids[len(given_ids) :]:
+        given_ids.append(token_id)
+        lookup.follow()
+    guesses = ids_of(lookup.guess(6))
+    history = list(ids)
+    for guess in guesses:
+        assert [*history[-2:], guess] in [history[i : i + 3] for i in range(len(history) - 2)]
+        history.append(guess)
+    pairs = [ids[i : i + 2] for i in range(len(ids) - 2)]
+    assert bool(guesses) == (len(ids) > 1 and ids[-2:] in pairs)
+
+
+def test_only_the_latest_places_of_a_frequent_pair_are_compared() -> None:
+    ids = [9, 9, 1, 2, 50]
+    for filler in range(CANDIDATES):
+        ids += [100 + filler, 1, 2, 60]
+    assert Lookup([*ids, 9, 9, 1, 2]).guess(1)[0][0] == 60
+
+
+def test_what_is_too_far_back_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt_lookup, "REACH", 8)
+    far, near = [1, 2, 3, *range(50, 58), 1, 2], [1, 2, 3, *range(50, 53), 1, 2]
+    assert Lookup(far).guess(1) == []
+    assert ids_of(Lookup([*far, *near]).guess(1)) == [3]
+    lookup = Lookup(far)
+    far.extend([7, 50, 51, 1, 2])
+    lookup.follow()
+    assert ids_of(lookup.guess(1)) == [7]
+
+
+@pytest.mark.usefixtures("any_chance")
+def test_habits_are_learned_from_guesses_that_were_never_drafted() -> None:
+    ids = [1, 2, 3, 4, 5, 6, 7, 8] * 3
+    lookup = Lookup(ids)
+    before = chances(lookup, 8)
+    assert before == sorted(before, reverse=True)
+    for token_id in ids[:20]:
+        ids.append(token_id)
+        lookup.follow()
+    right = chances(lookup, 8)
+    assert right[7] > 0.6
+    assert all(now > then for now, then in zip(right, before, strict=True))
+    for new in range(100, 130):  # each time the past seems to repeat itself, it doesn't
+        ids.extend((1, 2, new))
+        lookup.follow()
+    ids.extend((1, 2))
+    lookup.follow()
+    assert chances(lookup, 1)[0] < 0.1
+
+
+def test_a_request_that_repeats_itself_gets_longer_drafts_and_one_that_does_not_gets_none() -> None:
+    ids = [1, 2, 3, 4, 5, 6, 7, 8, 1, 2]
+    lookup = Lookup(ids)
+    lengths = []
+    for token_id in [3, 4, 5, 6, 7, 8, 1, 2] * 4:
+        lengths.append(share_rows([lookup.guess(31)], 31, 1)[0])
+        ids.append(token_id)
+        lookup.follow()
+    assert lengths[0] < lengths[8] < lengths[31]
+    for new in range(100, 160):
+        ids.extend((1, 2, new))
+        lookup.follow()
+    ids.extend((1, 2))
+    lookup.follow()
+    assert lookup.guess(31) == []
+
+
+guesses = st.lists(st.floats(0, 1), max_size=4).map(
+    lambda factors: [(0, _product(factors[: place + 1])) for place in range(len(factors))]
+)
+
+
+def _product(factors: list[float]) -> float:
+    result = 1.0
+    for factor in factors:
+        result *= factor
+    return result
+
+
+@settings(max_examples=200, deadline=None)
+@given(sequences=st.lists(guesses, min_size=1, max_size=3), rows=st.integers(-1, 14), others=st.integers(0, 8))
+def test_rows_are_shared_out_for_the_most_tokens_per_time(
+    sequences: list[list[tuple[int, float]]], rows: int, others: int
+) -> None:
+    sampled = len(sequences) + others
+    lengths = share_rows(sequences, rows, sampled)
+
+    def rate(lengths: tuple[int, ...] | list[int]) -> float:
+        tokens = sampled + sum(
+            chance for of, length in zip(sequences, lengths, strict=True) for _, chance in of[:length]
+        )
+        return tokens / (1 + ROW_COST * (sampled - 1 + sum(lengths)))
+
+    assert sum(lengths) <= max(0, rows)
+    possible = product(*(range(len(of) + 1) for of in sequences))
+    best = max(rate(option) for option in possible if sum(option) <= max(0, rows))
+    assert rate(lengths) >= best - 1e-9
+
+
+def test_the_fuller_the_step_the_surer_a_guess_must_be() -> None:
+    def shares(rows: int, sampled: int, *of: tuple[float, ...]) -> list[int]:
+        return share_rows([[(0, chance) for chance in one] for one in of], rows, sampled)
+
+    assert shares(30, 1, (0.2, 0.1)) == [2]
+    assert shares(30, 8, (0.2, 0.1)) == [0]
+    assert shares(30, 8, (0.9, 0.2), (0.5,)) == [1, 1]
+    assert shares(1, 2, (0.9, 0.8), (0.95,)) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("draft", "sampled", "right"),
+    [((), [4], 0), ((4, 5), [4, 5, 6], 2), ((4, 5), [4, 6, 7], 1), ((4, 5), [3, 5, 6], 0), ((4,), [-1, 4], 0)],
+)
+def test_guesses_count_up_to_the_first_that_was_wrong(draft: tuple[int, ...], sampled: list[int], right: int) -> None:
+    assert agreed(draft, sampled) == right
+
+
+def request(new: int, stop: tuple[int, ...] = (), output: tuple[int, ...] = ()) -> GenerationRequest:
+    prompt = (1, 2, 3, 4, 5, 6, 1, 2)
+    return GenerationRequest(
+        "r", Fingerprint("x"), prompt, SamplingParams(seed=0), new, stop_token_ids=stop, output_token_ids=output
+    )
+
+
+@pytest.mark.usefixtures("any_chance")
+def test_a_sequence_guesses_no_further_than_it_may_go() -> None:
+    def guesses(request: GenerationRequest) -> list[int]:
+        return ids_of(Sequence(request, 1).guesses(5))
+
+    assert guesses(request(20)) == [3, 4, 5, 6, 1]
+    assert guesses(request(4)) == [3, 4, 5], "and the fourth is sampled behind them"
+    assert guesses(request(1)) == []
+    assert guesses(request(20, stop=(5, 9))) == [3, 4], "what is behind a stop id is never wanted"
+    assert guesses(request(20, output=(3, 4))) == [5, 6, 1, 2, 3], "continued from an earlier attempt"
+
+
+def test_a_long_match_says_no_more_than_the_longest_that_is_told_apart() -> None:
+    ids = list(range(40)) * 2
+    lookup = Lookup(ids)
+    first, second = chances(lookup, 2)
+    assert second == pytest.approx(first**2)
+    assert len(ids) > LONGEST_MATCH

@@ -1,0 +1,383 @@
+"""What the next step holds: a plain function of the queue, the budget and the pages."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serve_app.engine.kv_cache import PagePool
+from serve_app.engine.scheduler import Chunk, Scheduler
+from serve_app.engine.sequence import Sequence
+from serve_app.messages import Fingerprint, GenerationRequest, SamplingParams
+
+PAGE = 4
+
+
+def sequence(
+    arrival: int,
+    prompt: int,
+    new: int = 8,
+    priority: int = 0,
+    salt: str = "",
+    first_id: int = 0,
+    delivered: int = 0,
+) -> Sequence:
+    """`delivered`: how many of the `new` tokens an earlier attempt, on another replica, has brought."""
+    request = GenerationRequest(
+        str(arrival),
+        Fingerprint("x"),
+        tuple(range(first_id, first_id + prompt)),
+        SamplingParams(seed=0),
+        new,
+        output_token_ids=(100_000,) * delivered,
+        priority=priority,
+        cache_salt=salt,
+    )
+    return Sequence(request, arrival)
+
+
+def scheduler(pages: int = 64, running: int = 4, budget: int = 16, lookup: bool = False) -> Scheduler:
+    return Scheduler(
+        PagePool(pages), page_tokens=PAGE, max_running=running, max_step_tokens=budget, prompt_lookup=lookup
+    )
+
+
+def step(scheduler: Scheduler) -> list[tuple[int, int]]:
+    """Plan and pretend to compute: (arrival, tokens) of each chunk. Complete sequences get one token more."""
+    chunks = scheduler.plan()
+    for chunk in chunks:
+        completes = chunk.completes
+        scheduler.computed(chunk)
+        if completes and chunk.sequence.append(100_000) is not None:
+            scheduler.remove(chunk.sequence)
+    return [(chunk.sequence.arrival, chunk.tokens) for chunk in chunks]
+
+
+def test_decodes_come_first_and_prefills_share_what_the_budget_leaves() -> None:
+    s = scheduler(budget=10)
+    s.add(sequence(1, 3))
+    assert step(s) == [(1, 3)]
+    s.add(sequence(2, 20, first_id=500))
+    s.add(sequence(3, 5, first_id=900))
+    assert step(s) == [(1, 1), (2, 9)]
+    assert step(s) == [(1, 1), (2, 9)]
+    assert step(s) == [(1, 1), (2, 2), (3, 5)]
+
+
+def test_no_more_run_than_may_and_lower_priority_numbers_go_first() -> None:
+    s = scheduler(running=2)
+    for arrival, priority in ((1, 5), (2, 5), (3, 1)):
+        s.add(sequence(arrival, 2, priority=priority, first_id=arrival * 100))
+    assert [arrival for arrival, _ in step(s)] == [3, 1]
+    assert [waiting.arrival for waiting in s.waiting] == [2]
+
+
+def test_the_youngest_is_preempted_when_pages_run_out_and_finishes_later() -> None:
+    s = scheduler(pages=5, running=4, budget=32)
+    old, young = sequence(1, 8, new=12), sequence(2, 4, new=12, first_id=500)
+    s.add(old)
+    s.add(young)
+    for _ in range(100):
+        step(s)
+    assert s.preemptions > 0
+    assert young.preemptions > 0
+    assert old.preemptions == 0
+    assert (old.output_len, young.output_len) == (12, 12)
+    assert s.pool.used == 0
+
+
+def test_a_stream_that_somebody_reads_goes_on_before_new_ones_begin() -> None:
+    s = scheduler(running=2)
+    for arrival in (1, 2, 3):
+        s.add(sequence(arrival, 2, first_id=arrival * 100))
+    s.add(sequence(4, 2, delivered=3, first_id=400))
+    assert [arrival for arrival, _ in step(s)] == [4, 1]
+    assert [waiting.arrival for waiting in s.waiting] == [2, 3]
+
+
+def test_what_has_not_begun_makes_way_for_a_stream_that_somebody_reads_and_keeps_its_prefix() -> None:
+    s = scheduler(running=2, budget=8)
+    reading, beginning = sequence(1, 2, new=20), sequence(2, 30, first_id=200)
+    s.add(reading)
+    step(s)
+    s.add(beginning)
+    assert [step(s), step(s)] == [[(1, 1), (2, 7)], [(1, 1), (2, 7)]]
+    s.add(sequence(3, 3, new=4, delivered=2, first_id=300))
+    assert step(s) == [(1, 1), (3, 5)]
+    assert beginning.preemptions == 1
+    assert step(s) == [(1, 1), (3, 1)]
+    assert step(s) == [(1, 1), (2, 7)]
+    assert beginning.computed == 12 + 7, "three full pages were kept"
+
+
+def test_nobody_makes_way_who_has_begun() -> None:
+    s = scheduler(running=1)
+    s.add(sequence(1, 2))
+    step(s)
+    s.add(sequence(2, 2, delivered=5, first_id=200))
+    assert step(s) == [(1, 1)]
+
+
+def test_pages_come_first_from_what_has_not_begun() -> None:
+    s = scheduler(pages=8, running=3, budget=10)
+    s.add(sequence(1, 4, new=8))
+    step(s)
+    beginning = sequence(2, 18, first_id=200)
+    s.add(beginning)
+    step(s)
+    s.add(sequence(3, 3, new=8, delivered=6, first_id=300))
+    assert [arrival for arrival, _ in step(s)] == [1, 3]
+    assert beginning.preemptions == 1
+
+
+def test_a_suspect_has_its_steps_to_itself_until_its_first_token() -> None:
+    s = scheduler(budget=8)
+    s.add(sequence(1, 3))
+    step(s)
+    suspect = sequence(2, 10, first_id=500)
+    suspect.request = replace(suspect.request, alone=True)
+    s.add(suspect)
+    s.add(sequence(3, 2, first_id=900))
+    assert [step(s) for _ in range(4)] == [[(1, 1)], [(2, 8)], [(2, 2)], [(1, 1), (2, 1), (3, 2)]]
+
+
+def test_a_suspect_that_comes_first_starts_at_once_and_alone() -> None:
+    s = scheduler()
+    suspect = sequence(1, 3)
+    suspect.request = replace(suspect.request, alone=True)
+    s.add(suspect)
+    s.add(sequence(2, 3, first_id=500))
+    assert step(s) == [(1, 3)]
+    assert step(s) == [(1, 1), (2, 3)]
+
+
+def test_a_shared_prefix_is_computed_once_but_never_across_salts() -> None:
+    s = scheduler()
+    s.add(sequence(1, 11))
+    step(s)
+    same, salted = sequence(2, 11), sequence(3, 11, salt="other tenant")
+    s.add(same)
+    s.add(salted)
+    chunks = dict(step(s))
+    assert chunks[2] == 3
+    assert chunks[3] == 11
+    assert (same.cached_prompt_tokens, salted.cached_prompt_tokens) == (8, 0)
+    assert same.pages[:2] == s.running[0].pages[:2]
+
+
+def test_a_prompt_that_is_cached_whole_still_computes_its_last_token() -> None:
+    s = scheduler()
+    s.add(sequence(1, 8))
+    step(s)
+    s.add(sequence(2, 8))
+    assert dict(step(s))[2] == 4
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    requests=st.lists(
+        st.tuples(
+            st.integers(1, 24),
+            st.integers(1, 16),
+            st.integers(0, 2),
+            st.integers(0, 3),
+            st.integers(0, 6),
+            st.booleans(),
+        ),
+        min_size=1,
+        max_size=12,
+    ),
+    pages=st.integers(10, 24),
+    running=st.integers(1, 6),
+    budget=st.integers(1, 20),
+    cancelled=st.sets(st.integers(0, 11)),
+)
+def test_every_request_finishes_and_every_page_comes_back(
+    requests: list[tuple[int, int, int, int, int, bool]], pages: int, running: int, budget: int, cancelled: set[int]
+) -> None:
+    s = scheduler(pages, running, budget)
+    sequences = [
+        sequence(i, prompt, new, priority, first_id=10 * family, delivered=new // 2 if moved else 0)
+        for i, (prompt, new, priority, family, _, moved) in enumerate(requests)
+    ]
+    coming = sorted(zip((step for *_, step, _ in requests), sequences, strict=True), key=lambda pair: pair[0])
+    for number in range(5_000):
+        while coming and coming[0][0] <= number:
+            s.add(coming.pop(0)[1])
+        if number == 3:
+            for one in (sequences[i] for i in cancelled if i < len(sequences)):
+                if one in s.running or one in s.waiting:
+                    s.remove(one)
+        if not (s.running or s.waiting):
+            if not coming:
+                break
+            continue
+        chunks = step(s)
+        assert chunks, "work is left and nothing is planned"
+        assert sum(tokens for _, tokens in chunks) <= max(budget, running)
+        holders: dict[int, int] = {}
+        for one in s.running:
+            assert len(one.pages) * PAGE >= one.computed
+            for page in one.pages:
+                holders[page] = holders.get(page, 0) + 1
+        assert s.pool.used == len(holders)
+    assert s.running == s.waiting == []
+    assert s.pool.used == 0
+    for i, one in enumerate(sequences):
+        assert i in cancelled or one.output_len == requests[i][1]
+
+
+def repeating(arrival: int, prompt: int = 9) -> Sequence:
+    """It goes round in threes, each sequence in ids of its own."""
+    one = sequence(arrival, prompt, new=40)
+    ids = tuple(100 * arrival + place % 3 for place in range(prompt))
+    return Sequence(replace(one.request, prompt_token_ids=ids), arrival)
+
+
+def repeat(s: Scheduler, wrong: bool = False) -> dict[int, tuple[int, ...]]:
+    """A step in which each complete sequence goes round: the drafts by arrival. `wrong`: no guess is called right."""
+    chunks = s.plan()
+    complete = [chunk for chunk in chunks if chunk.completes]
+    for chunk in chunks:
+        s.computed(chunk)
+    for chunk in complete:
+        one, right = chunk.sequence, 0 if wrong else len(chunk.draft)
+        known = len(one.token_ids)
+        one.token_ids.extend(100 * one.arrival + place % 3 for place in range(known, known + right + 1))
+        s.verified(one, right)
+    return {chunk.sequence.arrival: chunk.draft for chunk in chunks}
+
+
+def test_guesses_take_the_rows_that_are_empty() -> None:
+    s = scheduler(running=6, budget=32, lookup=True)
+    s.add(repeating(1))
+    s.add(repeating(2))
+    assert repeat(s) == {1: (), 2: ()}, "prefills don't guess"
+    assert repeat(s) == {1: (101, 102), 2: (201, 202)}, "a step has at most as many rows as requests may run"
+    s.add(repeating(3))
+    assert repeat(s)[3] == ()
+    assert sum(len(draft) for draft in repeat(s).values()) == 3
+
+
+def test_a_full_step_guesses_nothing() -> None:
+    s = scheduler(running=2, budget=32, lookup=True)
+    for arrival in (1, 2):
+        s.add(repeating(arrival))
+    for _ in range(3):
+        assert repeat(s) == {1: (), 2: ()}
+
+
+def test_prefills_take_the_budget_before_guesses_do() -> None:
+    s = scheduler(running=12, budget=12, lookup=True)
+    s.add(repeating(1))
+    repeat(s)
+    s.add(sequence(2, 30, first_id=500))
+    assert repeat(s) == {1: (), 2: ()}
+    assert repeat(s) == {1: (), 2: ()}
+    assert len(repeat(s)[1]) == 3, "8 tokens of the prompt were left"
+
+
+def test_guesses_preempt_nobody_and_leave_each_running_sequence_a_page() -> None:
+    s = scheduler(pages=5, running=12, lookup=True)
+    one = repeating(1, prompt=13)
+    s.add(one)
+    repeat(s)
+    assert (len(one.pages), s.pool.available) == (4, 1)
+    assert len(repeat(s)[1]) == 2, "as far as its own pages reach"
+    assert s.preemptions == 0
+
+
+def test_pages_of_wrong_guesses_are_given_back_and_never_shared() -> None:
+    s = scheduler(pages=32, running=24, budget=32, lookup=True)
+    one = repeating(1, prompt=12)
+    s.add(one)
+    repeat(s)
+    for _ in range(6):
+        assert len(repeat(s, wrong=True)[1]) >= PAGE, "beyond the end of a page"
+        assert len(one.pages) == s.pool.used == -(-one.computed // PAGE)
+        assert len(one.page_hashes) == one.computed // PAGE
+    s.remove(one)
+    assert s.pool.used == 0
+
+
+class Contents:
+    """What each slot of the cache holds: the ids that were computed into it, right or wrong."""
+
+    def __init__(self) -> None:
+        self.ids: dict[tuple[int, int], int] = {}
+
+    def write(self, chunk: Chunk) -> None:
+        one = chunk.sequence
+        ids = [*one.token_ids[one.computed : one.computed + chunk.tokens], *chunk.draft]
+        for place, token_id in enumerate(ids, start=one.computed):
+            self.ids[one.pages[place // PAGE], place % PAGE] = token_id
+
+    def check(self, one: Sequence) -> None:
+        for place, token_id in enumerate(one.token_ids[: one.computed]):
+            assert self.ids[one.pages[place // PAGE], place % PAGE] == token_id, "somebody else's keys and values"
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    requests=st.lists(st.tuples(st.integers(1, 24), st.integers(1, 24), st.integers(1, 3)), min_size=1, max_size=10),
+    pages=st.integers(12, 40),
+    running=st.integers(1, 12),
+    budget=st.integers(1, 20),
+    cancelled=st.sets(st.integers(0, 9)),
+    data=st.data(),
+)
+def test_the_cache_holds_the_tokens_of_its_sequences_however_guesses_turn_out(
+    requests: list[tuple[int, int, int]],
+    pages: int,
+    running: int,
+    budget: int,
+    cancelled: set[int],
+    data: st.DataObject,
+) -> None:
+    s, contents = scheduler(pages, running, budget, lookup=True), Contents()
+    sequences = []
+    for arrival, (prompt, new, alphabet) in enumerate(requests):
+        one = sequence(arrival, prompt, new)
+        ids = tuple(place % (alphabet + 1) for place in range(prompt))
+        sequences.append(Sequence(replace(one.request, prompt_token_ids=ids), arrival))
+        s.add(sequences[-1])
+    for number in range(2_000):
+        if number == 5:
+            for one in sequences:
+                if one.arrival in cancelled and (one in s.running or one in s.waiting):
+                    s.remove(one)
+        if not (s.running or s.waiting):
+            break
+        chunks = s.plan()
+        assert chunks, "work is left and nothing is planned"
+        assert sum(chunk.tokens + len(chunk.draft) for chunk in chunks) <= max(budget, running)
+        assert sum(1 + len(chunk.draft) for chunk in chunks if chunk.completes) <= running
+        complete = {chunk.sequence.arrival for chunk in chunks if chunk.completes}
+        for chunk in chunks:
+            contents.write(chunk)
+        for chunk in chunks:
+            s.computed(chunk)
+        for chunk in chunks:
+            one = chunk.sequence
+            if one.arrival not in complete:
+                continue
+            right = data.draw(st.integers(0, len(chunk.draft)))
+            reason, kept = None, 0
+            for token_id in (*chunk.draft[:right], data.draw(st.integers(0, 3))):
+                kept += 1
+                if (reason := one.append(token_id)) is not None:
+                    break
+            s.verified(one, min(right, kept))
+            assert len(one.pages) == -(-one.computed // PAGE)
+            assert reason is not None or one.remaining == 1
+            if reason is not None:
+                s.remove(one)
+        for one in s.running:
+            contents.check(one)
+        assert s.pool.used == len({page for one in s.running for page in one.pages})
+    assert s.running == s.waiting == []
+    assert s.pool.used == 0
+    for one, (_, new, _) in zip(sequences, requests, strict=True):
+        assert one.arrival in cancelled or one.output_len == new

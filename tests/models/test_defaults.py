@@ -1,0 +1,47 @@
+import json
+from pathlib import Path
+
+import pytest
+from model_builders import tiny_tokenizer
+
+from serve_app.models.defaults import GenerationDefaults, read_generation_defaults
+from serve_app.models.errors import ModelError
+
+
+def _read(folder: Path, **files: object) -> GenerationDefaults:
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return read_generation_defaults(folder, folder)
+
+
+def test_openai_defaults_when_nothing_is_said(tmp_path: Path) -> None:
+    assert _read(tmp_path, config={}) == GenerationDefaults()
+    assert GenerationDefaults() == GenerationDefaults(1.0, 1.0, 0, 0.0, 1.0, ())
+
+
+def test_what_the_model_says_is_taken(tmp_path: Path) -> None:
+    settings = {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.1}
+    got = _read(tmp_path, config={"eos_token_id": 7}, generation_config={**settings, "eos_token_id": [9, 3]})
+    assert got == GenerationDefaults(0.6, 0.9, 20, 0.05, 1.1, (3, 9))
+
+
+def test_null_is_nothing_said(tmp_path: Path) -> None:
+    got = _read(tmp_path, config={"eos_token_id": 0}, generation_config={"temperature": None, "eos_token_id": None})
+    assert got == GenerationDefaults(eos_token_ids=(0,))
+
+
+def test_eos_of_a_nested_config(tmp_path: Path) -> None:
+    assert _read(tmp_path, config={"text_config": {"eos_token_id": [5]}}).eos_token_ids == (5,)
+
+
+def test_eos_of_the_tokenizer_comes_last(tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert _read(tmp_path, config={}).eos_token_ids == (2,)
+    assert _read(tmp_path, config={"eos_token_id": 1}).eos_token_ids == (1,)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"temperature": "hot"}', '{"top_k": []}'])
+def test_rubbish_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(ModelError, match=r"generation_config\.json"):
+        read_generation_defaults(tmp_path, tmp_path)

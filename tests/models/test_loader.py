@@ -1,0 +1,191 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from model_builders import ignore_progress, tiny_config, tiny_tokenizer
+from safetensors.torch import load_file, save_file
+
+from serve_app.config import ModelConfig
+from serve_app.messages import LoadStage
+from serve_app.models import loader
+from serve_app.models.errors import ModelError
+from serve_app.models.loader import LoadedModel, choose_device, choose_dtype, load
+from serve_app.models.source import resolve
+
+
+def _load(folder: Path, **settings: Any) -> LoadedModel:
+    model = ModelConfig(source=str(folder), **settings)
+    files = resolve(model, folder / "cache", progress=ignore_progress)
+    return load(files, model, has_gpu=False, progress=ignore_progress)
+
+
+def _save(model: tf.PreTrainedModel, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+IDS = torch.tensor([[5, 9, 200, 31, 7]])
+
+
+def test_a_folder_as_it_was_saved(llama_folder: Path) -> None:
+    stages: list[LoadStage] = []
+    model = ModelConfig(source=str(llama_folder), max_model_len=32)
+    files = resolve(model, llama_folder, progress=ignore_progress)
+    loaded = load(files, model, has_gpu=False, progress=stages.append)
+    assert [stage.stage.split(" (")[0] for stage in stages] == ["loading weights", "fingerprinting weights"]
+    assert (loaded.name, loaded.context_tokens, loaded.notes) == ("tiny-llama", 32, ())
+    assert (loaded.device.type, loaded.dtype) == ("cpu", torch.float32)
+    assert not loaded.model.training
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert loaded.model.config._attn_implementation == "sdpa"
+    numbers = sum(parameter.numel() for parameter in loaded.model.parameters())
+    assert 4 * numbers <= loaded.weights_bytes <= 4 * numbers + 1024  # and the rotary buffers
+    torch.manual_seed(0)
+    same = tf.LlamaForCausalLM(tiny_config()).eval()
+    assert torch.equal(loaded.model(IDS).logits, same(IDS).logits)
+
+
+def test_tied_weights_count_once(tmp_path: Path) -> None:
+    tied = _load(_save(tf.LlamaForCausalLM(tiny_config(tie_word_embeddings=True)), tmp_path / "tied"))
+    apart = _load(_save(tf.LlamaForCausalLM(tiny_config()), tmp_path / "apart"))
+    assert apart.weights_bytes - tied.weights_bytes == 300 * 32 * 4
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [
+        ("GPT2LMHeadModel", tf.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64)),
+        (
+            "Gemma2ForCausalLM",
+            tf.Gemma2Config(
+                vocab_size=300,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=8,
+            ),
+        ),
+    ],
+)
+def test_other_architectures(tmp_path: Path, architecture: str, config: Any) -> None:
+    folder = _save(getattr(tf, architecture)(config), tmp_path / "m")
+    assert type(_load(folder).model).__name__ == architecture
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_dtype(llama_folder: Path, dtype: str) -> None:
+    loaded = _load(llama_folder, dtype=dtype)
+    assert loaded.dtype == loaded.model.dtype == getattr(torch, dtype)
+
+
+def test_dtype_auto() -> None:
+    bf16 = tiny_config(dtype="bfloat16")
+    assert choose_dtype(bf16, ModelConfig(), torch.device("cpu")) == "float32"
+    assert choose_dtype(bf16, ModelConfig(), torch.device("cuda")) == "bfloat16"
+    assert choose_dtype(tiny_config(), ModelConfig(), torch.device("cuda")) == "bfloat16"
+    assert choose_dtype(bf16, ModelConfig(dtype="float16"), torch.device("cuda")) == "float16"
+
+
+@pytest.mark.parametrize(("quantization", "worst"), [("bnb-int8", 0.02), ("bnb-nf4", 0.2), ("bnb-fp4", 0.3)])
+def test_bitsandbytes_on_cpu_is_close(tmp_path: Path, quantization: str, worst: float) -> None:
+    torch.manual_seed(0)
+    config = tiny_config(hidden_size=64, intermediate_size=128, head_dim=16)
+    folder = _save(tf.LlamaForCausalLM(config), tmp_path / "m")
+    exact, quantised = _load(folder), _load(folder, quantization=quantization)
+    assert quantised.weights_bytes < exact.weights_bytes
+    assert quantised.fingerprint != exact.fingerprint
+    with torch.inference_mode():
+        expected, got = exact.model(IDS).logits, quantised.model(IDS).logits
+    error = (got - expected).norm() / expected.norm()
+    assert 0 < error < worst
+
+
+def test_int8_threshold_is_passed_on(llama_folder: Path) -> None:
+    loaded = _load(llama_folder, quantization="bnb-int8")
+    assert loaded.model.config.quantization_config.llm_int8_threshold == 0.0
+
+
+def test_pickles_when_allowed(llama_folder: Path) -> None:
+    state = {k: v for path in llama_folder.glob("*.safetensors") for k, v in load_file(path).items()}
+    expected = _load(llama_folder).model(IDS).logits
+    for path in llama_folder.glob("model*"):
+        path.unlink()
+    torch.save(state, llama_folder / "pytorch_model.bin")
+    assert torch.equal(_load(llama_folder, allow_pickle_weights=True).model(IDS).logits, expected)
+
+
+def test_a_missing_tensor_is_never_left_at_random(llama_folder: Path) -> None:
+    for path in llama_folder.glob("model-*.safetensors"):
+        state = load_file(path)
+        if state.pop("model.layers.1.mlp.up_proj.weight", None) is not None:
+            save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks weights of the model, e\.g\. model\.layers\.1\.mlp\.up_proj"):
+        _load(llama_folder)
+
+
+def test_weights_of_another_shape(llama_folder: Path) -> None:
+    config = json.loads((llama_folder / "config.json").read_text())
+    (llama_folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
+    with pytest.raises(ModelError) as caught:
+        _load(llama_folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "brand-new"}, "this version of transformers doesn't know"),
+        ({}, "this version of transformers doesn't know"),
+        ({"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}, "set model.trust_remote_code: true"),
+        ({"model_type": "llama", "hidden_size": "wide"}, "can't be loaded from"),
+        ({"model_type": "bloom"}, "BloomForCausalLM"),
+        ({"model_type": "t5"}, "encoder-decoder"),
+        (
+            {"model_type": "llama", "max_position_embeddings": 16},
+            "max_model_len is 32 and the model's own context is 16",
+        ),
+    ],
+)
+def test_configs_that_cannot_be_served(llama_folder: Path, config: dict[str, Any], said: str) -> None:
+    (llama_folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=said) as caught:
+        _load(llama_folder, max_model_len=32)
+    assert "\n" not in str(caught.value)
+
+
+def test_not_enough_memory_is_said_before_loading(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "available_memory_bytes", lambda: 1000)
+    with pytest.raises(ModelError, match=r"tiny-llama needs .* main memory .* are free"):
+        _load(llama_folder)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_no_gpu_where_one_is_asked_for() -> None:
+    for model, has_gpu in ((ModelConfig(device="cuda"), False), (ModelConfig(), True)):
+        with pytest.raises(ModelError, match="torch sees none"):
+            choose_device(model, has_gpu=has_gpu)
+    with pytest.raises(ModelError, match="this replica has none"):
+        choose_device(ModelConfig(device_map="auto"), has_gpu=False)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux tells what is shared")
+def test_weights_stay_mapped_and_are_held_once(tmp_path: Path) -> None:
+    """32 MB of weights must not appear in this process's own (anonymous) memory."""
+    folder = _save(tf.LlamaForCausalLM(tiny_config(vocab_size=125_000)), tmp_path / "m")
+    _load(folder)  # what the first load allocates for good is not of interest
+
+    def anonymous_bytes() -> int:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:"))
+
+    before = anonymous_bytes()
+    loaded = _load(folder)
+    loaded.model(IDS)
+    assert loaded.weights_bytes > 32_000_000
+    assert anonymous_bytes() - before < 8_000_000

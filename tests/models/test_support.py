@@ -1,0 +1,69 @@
+from typing import Any
+
+import pytest
+import transformers as tf
+from model_builders import tiny_config
+
+from serve_app.models.errors import ModelError
+from serve_app.models.support import built_in_class, check_architecture
+
+SERVED = [
+    tiny_config(),
+    tf.MistralConfig(),
+    tf.Qwen2Config(),
+    tf.Qwen3Config(),
+    tf.GemmaConfig(),
+    tf.Gemma2Config(),
+    tf.Gemma3TextConfig(),
+    tf.GPT2Config(),
+    tf.GPTNeoXConfig(),
+    tf.PhiConfig(),
+    tf.Phi3Config(),
+    tf.MixtralConfig(),
+    tf.OPTConfig(),
+]
+REFUSED: list[tuple[Any, str]] = [
+    (tf.FalconConfig(), r"FalconForCausalLM .* AttentionInterface"),
+    (tf.BloomConfig(), r"BloomForCausalLM .* AttentionInterface"),
+    (tf.MptConfig(), r"MptForCausalLM .* AttentionInterface"),
+    (tf.GPTJConfig(), r"GPTJForCausalLM .* AttentionInterface"),
+    (tf.MambaConfig(), r"MambaForCausalLM .* recurrent state"),
+    (tf.Mamba2Config(), r"Mamba2ForCausalLM .* recurrent state"),
+    (tf.RwkvConfig(), r"RwkvForCausalLM .* recurrent state"),
+    (tf.JambaConfig(), r"JambaForCausalLM .* recurrent state"),
+    (tf.RecurrentGemmaConfig(), r"RecurrentGemmaForCausalLM .* recurrent state"),
+    (tf.BartConfig(), r"BartForCausalLM .* encoder-decoder"),
+    (tf.T5Config(), r"t5 .* encoder-decoder"),
+    (tf.BertConfig(), r"BertLMHeadModel .* both directions"),
+    (tf.CLIPConfig(), r"clip .* no causal language model"),
+    (tf.Gemma3Config(), r"Gemma3ForConditionalGeneration .* images or sound"),
+    (tf.Llama4TextConfig(), r"Llama4ForCausalLM .* chunked_attention"),
+    (tf.DeepseekV3Config(), r"DeepseekV3ForCausalLM .*latent attention"),
+    (tf.Lfm2Config(layer_types=["conv"] * 32), r"Lfm2ForCausalLM .* type conv"),
+]
+
+
+def _check(config: Any) -> None:
+    found = built_in_class(config)
+    assert found is not None
+    check_architecture(config, found)
+
+
+@pytest.mark.parametrize("config", SERVED, ids=lambda config: config.model_type)
+def test_served(config: Any) -> None:
+    _check(config)
+
+
+@pytest.mark.parametrize(("config", "said"), REFUSED, ids=[config.model_type for config, _ in REFUSED])
+def test_refused_by_name(config: Any, said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        _check(config)
+
+
+def test_remote_code_is_looked_at_once_it_is_loaded() -> None:
+    class Own(tf.PretrainedConfig):
+        model_type = "own"
+
+    config = Own()
+    config.auto_map = {"AutoModelForCausalLM": "modeling_own.Own"}
+    assert built_in_class(config) is None

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from serve_app.observability.metrics import METRICS, PROMPT_TOKENS, REQUESTS, RUNNING, MemoryMetrics, MetricKind
+
+
+def test_every_metric_is_declared_once_and_whole() -> None:
+    names = [metric.name for metric in METRICS]
+    assert len(set(names)) == len(names)
+    for metric in METRICS:
+        assert re.fullmatch(r"serve_app_[a-z_]+", metric.name)
+        assert metric.description.endswith(".")
+        assert bool(metric.boundaries) == (metric.kind is MetricKind.HISTOGRAM)
+        assert list(metric.boundaries) == sorted(set(metric.boundaries))
+
+
+def test_values_are_kept_by_their_tags() -> None:
+    sink = MemoryMetrics()
+    sink.count(REQUESTS, 1, {"endpoint": "/stream", "outcome": "stop"})
+    sink.count(REQUESTS, 2, {"outcome": "stop", "endpoint": "/stream"})
+    sink.count(PROMPT_TOKENS, 5)
+    sink.gauge(RUNNING, 3)
+    sink.gauge(RUNNING, 2)
+    assert sink.counters == {("serve_app_requests", ("/stream", "stop")): 3, ("serve_app_prompt_tokens", ()): 5}
+    assert sink.gauges == {("serve_app_running", ()): 2}
+
+
+def test_a_missing_tag_is_an_error() -> None:
+    with pytest.raises(KeyError):
+        MemoryMetrics().count(REQUESTS, 1, {"endpoint": "/stream"})

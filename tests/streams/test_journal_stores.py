@@ -1,0 +1,324 @@
+"""The rules of a journal store, for each that there is: in memory, and in a real Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack
+
+import pytest
+from redis.asyncio import Redis
+from redis_server import redis_server
+
+from serve_app.streams.journal_store import Append, Hold, JournalLimits, JournalStore, StoreUnavailable, Then
+from serve_app.streams.memory_journals import MemoryJournals, MemoryJournalStore
+from serve_app.streams.redis_journals import RedisJournalStore
+
+MakeStore = Callable[..., JournalStore]
+LEASE_S = 0.15
+
+
+@pytest.fixture(scope="module")
+def redis_url() -> Iterator[str]:
+    with redis_server() as url:
+        yield url
+
+
+@pytest.fixture(params=["memory", "redis"])
+async def make_store(request: pytest.FixtureRequest) -> AsyncIterator[MakeStore]:
+    """make_store(**limits): a new, empty store."""
+    async with AsyncExitStack() as opened:
+        if request.param == "memory":
+            yield lambda **limits: MemoryJournalStore(JournalLimits(**{"lease_s": LEASE_S, **limits}))
+            return
+        url = request.getfixturevalue("redis_url")
+
+        def make(**limits: float) -> JournalStore:
+            store = RedisJournalStore(url, JournalLimits(**{"lease_s": LEASE_S, **limits}))
+            opened.push_async_callback(store.aclose)
+            return store
+
+        await make()._redis.flushall()  # type: ignore[attr-defined]
+        yield make
+
+
+def add(owner: str, position: int, *records: bytes, then: Then = Then.HOLD, stream: str = "s") -> list[Append]:
+    return [Append(stream, owner, position, records, then)]
+
+
+async def hold(store: JournalStore, *args: object, **named: object) -> Hold:
+    (held,) = await store.append(add(*args, **named))  # type: ignore[arg-type]
+    return held.hold
+
+
+async def lapse(store: JournalStore, stream: str = "s") -> None:
+    while (view := await store.read(stream, 0)) is not None and view.leased:  # noqa: ASYNC110 - no event for it
+        await asyncio.sleep(0.01)
+
+
+async def test_what_was_written_is_read_in_order(make_store: MakeStore) -> None:
+    store = make_store()
+    assert await store.create("s", "a", b"doc\x00\xff") is Hold.HELD
+    assert await hold(store, "a", 0, b"one", b"two\n\x00") is Hold.HELD
+    assert await hold(store, "a", 2, b"three") is Hold.HELD
+    view = await store.read("s", 0)
+    assert view is not None
+    assert (view.document, view.records) == (b"doc\x00\xff", (b"one", b"two\n\x00", b"three"))
+    assert (view.finished, view.leased) == (False, True)
+    assert 0 <= view.age_s < 1
+    later = await store.read("s", 2)
+    assert later is not None
+    assert (later.document, later.records) == (b"", (b"three",))
+    past = await store.read("s", 9)
+    assert past is not None
+    assert past.records == ()
+
+
+async def test_a_repeated_append_adds_nothing_twice(make_store: MakeStore) -> None:
+    store = make_store()
+    await store.create("s", "a", b"")
+    await hold(store, "a", 0, b"one")
+    assert await hold(store, "a", 0, b"one") is Hold.HELD
+    assert await hold(store, "a", 0, b"one", b"two") is Hold.HELD
+    assert await hold(store, "a", 1, b"two", then=Then.FINISH) is Hold.HELD
+    assert await hold(store, "a", 1, b"two", then=Then.FINISH) is Hold.HELD
+    view = await store.read("s", 0)
+    assert view is not None
+    assert (view.records, view.finished) == ((b"one", b"two"), True)
+
+
+async def test_only_the_owner_writes(make_store: MakeStore) -> None:
+    store = make_store()
+    await store.create("s", "a", b"doc")
+    assert await hold(store, "b", 0, b"forged") is Hold.LOST
+    assert await hold(store, "b", 7, b"forged") is Hold.LOST
+    assert await store.create("s", "b", b"forged") is Hold.LOST
+    assert not await store.acquire("s", "b")
+    view = await store.read("s", 0)
+    assert view is not None
+    assert (view.document, view.records) == (b"doc", ())
+
+
+async def test_a_lapsed_lease_goes_to_one_of_many(make_store: MakeStore) -> None:
+    store = make_store()
+    await store.create("s", "a", b"")
+    await hold(store, "a", 0, b"one")
+    await lapse(store)
+    won = await asyncio.gather(*(store.acquire("s", f"owner {n}") for n in range(10)))
+    assert won.count(True) == 1
+    assert await hold(store, "a", 1, b"two") is Hold.LOST
+    assert await hold(store, f"owner {won.index(True)}", 1, b"two") is Hold.HELD
+
+
+async def test_an_owner_that_was_only_slow_goes_on(make_store: MakeStore) -> None:
+    store = make_store()
+    await store.create("s", "a", b"")
+    await lapse(store)
+    assert await hold(store, "a", 0, b"one") is Hold.HELD
+    assert not await store.acquire("s", "b")
+
+
+async def test_renewing_keeps_the_lease(make_store: MakeStore) -> None:
+    store = make_store()
+    await store.create("s", "a", b"")
+    for _ in range(10):
+        await asyncio.sleep(LEASE_S / 4)
+        assert await hold(store, "a", 0) is Hold.HELD
+        assert not await store.acquire("s", "b")
+
+
+async def test_a_released_journal_is_taken_at_once_and_a_finished_one_never(make_store: MakeStore) -> None:
+    store = make_store()
+    await store.create("s", "a", b"")
+    await hold(store, "a", 0, b"one", then=Then.RELEASE)
+    assert await store.acquire("s", "b")
+    await hold(store, "b", 1, then=Then.FINISH)
+    view = await store.read("s", 0)
+    assert view is not None
+    assert (view.finished, view.leased) == (True, False)
+    assert not await store.acquire("s", "c")
+
+
+async def test_a_dropped_journal_is_gone(make_store: MakeStore) -> None:
+    store = make_store()
+    await store.create("s", "a", b"")
+    assert await hold(store, "a", 0, then=Then.DROP) is Hold.HELD
+    assert await store.read("s", 0) is None
+    assert not await store.acquire("s", "b")
+
+
+async def test_what_a_store_lost_its_owner_is_told(make_store: MakeStore) -> None:
+    store = make_store()
+    assert await hold(store, "a", 0, b"one") is Hold.GONE
+    await store.create("s", "a", b"")
+    assert await hold(store, "a", 3, b"four") is Hold.GONE  # another store that knows only the beginning
+    assert await store.read("s", 0) is None
+    assert await store.create("s", "a", b"") is Hold.HELD
+
+
+async def test_a_journal_that_nobody_touches_expires(make_store: MakeStore) -> None:
+    store = make_store(expiry_s=0.2)
+    await store.create("s", "a", b"doc")
+    await hold(store, "a", 0, b"one", then=Then.FINISH)
+    for _ in range(4):
+        await asyncio.sleep(0.1)
+        assert await store.read("s", 0) is not None  # reading touches it
+    await asyncio.sleep(0.25)
+    assert await store.read("s", 0) is None
+    assert await hold(store, "a", 1, b"two") is Hold.GONE
+
+
+async def test_the_oldest_unowned_journal_makes_room(make_store: MakeStore) -> None:
+    store = make_store(max_journals=3)
+    for name in ("one", "two", "three"):
+        await store.create(name, "a", b"")
+        await asyncio.sleep(0.002)
+    assert await store.create("four", "a", b"") is Hold.FULL
+    assert await store.read("four", 0) is None
+    await hold(store, "a", 0, then=Then.FINISH, stream="three")
+    await asyncio.sleep(0.002)
+    await hold(store, "a", 0, then=Then.RELEASE, stream="two")
+    assert await store.create("four", "a", b"") is Hold.HELD
+    assert await store.read("three", 0) is None
+    assert await store.read("two", 0) is not None
+    assert await store.read("one", 0) is not None
+
+
+async def test_bytes_are_bounded(make_store: MakeStore) -> None:
+    store = make_store(max_bytes=100)
+    assert await store.create("big", "a", b"d" * 101) is Hold.FULL
+    await store.create("old", "a", b"d" * 40)
+    await hold(store, "a", 0, then=Then.FINISH, stream="old")
+    await store.create("s", "a", b"d" * 40)
+    assert await hold(store, "a", 0, b"r" * 20) is Hold.HELD
+    assert await hold(store, "a", 1, b"r" * 20) is Hold.HELD
+    assert await store.read("old", 0) is None
+    assert await hold(store, "a", 2, b"r" * 21) is Hold.FULL
+    assert await store.read("s", 0) is None
+    assert await store.create("next", "a", b"d" * 100) is Hold.HELD
+
+
+async def test_many_journals_in_one_call(make_store: MakeStore) -> None:
+    store = make_store()
+    await store.create("s", "a", b"")
+    await store.create("t", "b", b"")
+    appends = (
+        add("a", 0, b"1") + add("a", 0, b"x", stream="t") + add("b", 0, b"2", stream="t") + add("c", 0, stream="u")
+    )
+    assert [held.hold for held in await store.append(appends)] == [Hold.HELD, Hold.LOST, Hold.HELD, Hold.GONE]
+    assert await store.append([]) == []
+
+
+async def test_an_owner_hears_when_somebody_reads(make_store: MakeStore) -> None:
+    store = make_store()
+    await store.create("s", "a", b"")
+    (held,) = await store.append(add("a", 0))
+    assert held.unread_s is None
+    await store.read("s", 0)
+    await asyncio.sleep(0.02)
+    (held,) = await store.append(add("a", 0))
+    assert held.unread_s is not None
+    assert 0.015 < held.unread_s < 0.5
+
+
+@pytest.mark.parametrize("news", ["record", "finish", "release", "lapse"])
+async def test_a_reader_waits_for_news(make_store: MakeStore, news: str) -> None:
+    store = make_store(lease_s=1.0 if news != "lapse" else 0.1)
+    await store.create("s", "a", b"")
+    started = time.monotonic()
+    reading = asyncio.create_task(store.read("s", 0, wait_s=5))
+    await asyncio.sleep(0.03)
+    assert not reading.done()
+    match news:
+        case "record":
+            await hold(store, "a", 0, b"one")
+        case "finish" | "release":
+            await hold(store, "a", 0, then=Then(news))
+    view = await reading
+    assert time.monotonic() - started < 0.5
+    assert view is not None
+    assert view.records == ((b"one",) if news == "record" else ())
+    assert view.finished is (news == "finish")
+    assert view.leased is (news == "record")
+
+
+async def test_a_reader_does_not_wait_longer_than_it_wants(make_store: MakeStore) -> None:
+    store = make_store(lease_s=2.0)
+    await store.create("s", "a", b"")
+    started = time.monotonic()
+    view = await store.read("s", 0, wait_s=0.1)
+    assert view is not None
+    assert 0.09 < time.monotonic() - started < 0.5
+    assert await store.read("nothing", 0, wait_s=5) is None
+    assert time.monotonic() - started < 1
+
+
+def test_idle_counts_return_to_nothing() -> None:
+    now = [0.0]
+    journals = MemoryJournals(JournalLimits(expiry_s=10, lease_s=1), lambda: now[0])
+    for n in range(5):
+        journals.create(str(n), "a", b"document")
+        journals.append(Append(str(n), "a", 0, (b"record",), Then.FINISH if n % 2 else Then.HOLD))
+    assert (len(journals), journals.size_bytes) == (5, 70)
+    now[0] = 10.1
+    journals.expire()
+    assert (len(journals), journals.size_bytes) == (0, 0)
+
+
+async def test_what_is_kept_is_counted_and_what_has_expired_is_not(make_store: MakeStore) -> None:
+    store = make_store(expiry_s=0.3, lease_s=0.02)
+    assert await store.size() == (0, 0)
+    for n in range(5):
+        await store.create(str(n), "a", b"document")
+        await store.append(add("a", 0, b"record", stream=str(n)))
+    assert await store.size() == (5, 70)
+    await hold(store, "a", 1, then=Then.DROP, stream="0")
+    assert await store.size() == (4, 56)
+    async with asyncio.timeout(5):
+        while await store.size() != (0, 0):  # noqa: ASYNC110 - counting must be enough to forget them
+            await asyncio.sleep(0.05)
+
+
+async def test_redis_counts_return_to_nothing(redis_url: str) -> None:
+    store = RedisJournalStore(redis_url, JournalLimits(expiry_s=0.05, lease_s=0.02))
+    await store._redis.flushall()
+    for n in range(5):
+        await store.create(str(n), "a", b"document")
+        await store.append(add("a", 0, b"record", stream=str(n)))
+    assert int(await store._redis.get("{serve_app}:bytes")) == 70
+    await asyncio.sleep(0.06)
+    await store.create("last", "a", b"")
+    assert int(await store._redis.get("{serve_app}:bytes")) == 0
+    assert await store._redis.zcard("{serve_app}:journals") == 1
+    await asyncio.sleep(0.15)
+    assert await store._redis.keys("*") == []  # also when nobody calls any more
+    await store.aclose()
+
+
+async def test_a_redis_that_is_not_there(unused_tcp_port: int) -> None:
+    store = RedisJournalStore(f"redis://127.0.0.1:{unused_tcp_port}/0", JournalLimits())
+    for call in (
+        store.create("s", "a", b""),
+        store.append(add("a", 0)),
+        store.read("s", 0),
+        store.acquire("s", "a"),
+        store.size(),
+    ):
+        with pytest.raises(StoreUnavailable, match="Redis"):
+            await call
+    await store.aclose()
+
+
+async def test_a_redis_that_was_restarted_is_found_again() -> None:
+    with redis_server() as url:
+        store = RedisJournalStore(url, JournalLimits())
+        await store.create("s", "a", b"")
+        async with Redis.from_url(url) as other:
+            await other.client_kill_filter(_type="normal", skipme=True)
+            assert await store.read("s", 0) is not None
+            await other.script_flush()
+            assert await hold(store, "a", 0, b"one") is Hold.HELD
+    with pytest.raises(StoreUnavailable):
+        await store.read("s", 0)
+    await store.aclose()

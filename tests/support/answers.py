@@ -1,0 +1,78 @@
+"""Answers over HTTP, whole or streamed, in one form, so that an undisturbed one can be compared with any other."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import httpx
+
+TOKENS = 120
+CHAT = "/v1/chat/completions"
+
+
+def body_of(path: str, fields: Mapping[str, Any], text: str = "Tell me more.") -> dict[str, Any]:
+    body = {"messages": [{"role": "user", "content": text}], "max_tokens": TOKENS, "ignore_eos": True}
+    if fields.get("stream"):
+        body["stream_options"] = {"include_usage": True}
+    if path == "/stream":
+        body.pop("ignore_eos")
+    else:
+        body["model"] = "tiny-chat"
+    return body | dict(fields)
+
+
+class Answer:
+    """One answer as it comes, in a form that compares whole ones with streamed ones."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.choices: dict[int, dict[str, Any]] = {}
+        self.usage: Any = None
+        self.error: Any = None
+        self.longest_pause_s = 0.0
+        self.heartbeats = 0
+        self.stream_id = ""
+        self.flows = asyncio.Event()
+
+    def add(self, document: Mapping[str, Any]) -> None:
+        if "error" in document:
+            self.error = document["error"]
+        self.usage = document.get("usage") or self.usage
+        if "generated_text" in document or "finish_reason" in document:
+            document = {"choices": [{"index": 0, "delta": {"content": document.get("generated_text")}} | document]}
+        for choice in document.get("choices", ()):
+            known = self.choices.setdefault(choice["index"], {"text": "", "logprobs": [], "finish_reason": None})
+            known["text"] += (choice.get("delta") or choice.get("message") or {}).get("content") or ""
+            known["logprobs"] += (choice.get("logprobs") or {}).get("content") or []
+            known["finish_reason"] = choice.get("finish_reason") or known["finish_reason"]
+
+    def summary(self) -> Any:
+        usage = {key: self.usage[key] for key in ("prompt_tokens", "completion_tokens")} if self.usage else None
+        return self.status, self.choices, usage, self.error
+
+
+async def post(
+    client: httpx.AsyncClient, url: str, body: dict[str, Any], answer: Answer, headers: dict[str, str] | None = None
+) -> Answer:
+    async with client.stream("POST", url, json=body, headers=headers) as response:
+        answer.status = response.status_code
+        answer.stream_id = response.headers.get("x-stream-id", "")
+        if not response.headers["content-type"].startswith("text/event-stream"):
+            answer.add(json.loads(await response.aread()))
+            return answer
+        heard, events = time.monotonic(), 0
+        async for line in response.aiter_lines():
+            answer.heartbeats += line == ": ping"
+            if line.startswith("data: {"):
+                now = time.monotonic()
+                if events:
+                    answer.longest_pause_s = max(answer.longest_pause_s, now - heard)
+                heard, events = now, events + 1
+                answer.add(json.loads(line[6:]))
+                if events > 10:
+                    answer.flows.set()
+    return answer

@@ -1,0 +1,76 @@
+"""Streams of a fake model server that run while a test does something to its replicas."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+from fake_model_server import expected_tokens, request
+from ray import serve
+
+from serve_app.config import AppConfig
+from serve_app.deployments.progress import ProgressBoard
+from serve_app.deployments.readiness import Readiness
+from serve_app.deployments.replica_client import RayReplicaClient
+from serve_app.messages import Failure, Reply, TokenBatch
+from serve_app.streams.generation import Generation, interleave
+
+
+class Service:
+    """A deployment in some state, and streams of it."""
+
+    def __init__(self, app_name: str) -> None:
+        self.handle = serve.get_deployment_handle("ModelServer", app_name)
+        readiness = Readiness(ProgressBoard(app_name, AppConfig()), app_name, "ModelServer", may_sleep=False)
+        self.client = RayReplicaClient(self.handle, readiness)
+
+    async def each(self, method: str) -> set[Any]:
+        """What each replica answers."""
+        await self.handle.pid.remote()  # a new handle knows no replica yet
+        return set(await self.handle.broadcast(method).results_async())
+
+    def start(self, streams: int, tokens: int) -> list[Stream]:
+        return [Stream(self.client, seed, tokens) for seed in range(streams)]
+
+
+class Stream:
+    """One generation, read to its end by a task."""
+
+    def __init__(self, client: RayReplicaClient, seed: int, tokens: int) -> None:
+        self.expected = expected_tokens(seed, tokens)
+        self.tokens: list[int] = []
+        self.failure: Failure | None = None
+        self.longest_pause_s = 0.0
+        self.flows = asyncio.Event()
+        self.done = asyncio.create_task(self._read(client, request(tokens=tokens, seed=seed)))
+
+    async def _read(self, client: RayReplicaClient, wanted: Any) -> None:
+        changed = asyncio.Event()
+        async with Generation(client, wanted, changed) as generation:
+            heard = time.monotonic()
+            async for _, reply in interleave([generation], changed):
+                self._take(reply, time.monotonic() - heard)
+                heard = time.monotonic()
+
+    def _take(self, reply: Reply, pause_s: float) -> None:
+        if isinstance(reply, TokenBatch):
+            if self.tokens:
+                self.longest_pause_s = max(self.longest_pause_s, pause_s)
+            self.tokens += reply.token_ids
+            if len(self.tokens) > 3:
+                self.flows.set()
+        else:
+            self.failure = reply
+
+
+async def flowing(streams: list[Stream]) -> None:
+    """Until each has its first tokens."""
+    for stream in streams:
+        await asyncio.wait_for(stream.flows.wait(), 30)
+
+
+def moves(caplog: pytest.LogCaptureFixture) -> int:
+    """Attempts that left a replica which was going; what was logged at level WARNING says so."""
+    return sum("is leaving" in record.getMessage() for record in caplog.records)

@@ -1,0 +1,74 @@
+"""The real model server with a slow engine, so that a test can get in between two tokens, and ways to break it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from serve_app.config import AppConfig
+from serve_app.deployments.model_server import ModelServer
+from serve_app.engine.scheduler import Chunk
+
+STEP_S = 0.01
+POISON = "~"
+POISON_ID = 96
+"""The id of that text in the tests' byte-level tokenizer. A step that computes a request with it in its prompt kills
+the process."""
+
+
+class UnrulyModelServer(ModelServer):
+    """To stand in for `serve_app.app.ModelServer`."""
+
+    async def __init__(self, config: AppConfig) -> None:  # type: ignore[misc]
+        await super().__init__(config)
+        runner = self._engine._runner
+        step = runner.step
+        self._broken = False
+
+        def slow_step(chunks: list[Chunk]) -> Any:
+            time.sleep(STEP_S)
+            if any(POISON_ID in chunk.sequence.request.prompt_token_ids for chunk in chunks):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self._broken:
+                raise RuntimeError("broken on purpose")
+            return step(chunks)
+
+        runner.step = slow_step  # type: ignore[method-assign]
+
+    async def break_engine(self, pid: int) -> None:
+        """In the process `pid` the next step fails; the process lives on."""
+        self._broken |= os.getpid() == pid
+
+    async def where(self) -> tuple[int, int]:
+        """Its process, and the requests that it computes."""
+        return os.getpid(), self._engine.stats().running
+
+
+def write_weights(folder: Path, seed: int = 7, eos_token_id: int = 2) -> None:
+    """A tiny random Llama beside the tokenizer that is in `folder`: 2 layers of width 64, context 1,024."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=417,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            bos_token_id=None,
+            eos_token_id=eos_token_id,
+            pad_token_id=None,
+        )
+    )
+    for parameter in model.parameters():
+        # The usual initialisation is so small that attention hardly matters: errors in it would not show.
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(folder)
