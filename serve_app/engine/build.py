@@ -99,6 +99,7 @@ def prepare(
         torch.backends.cuda.enable_cudnn_sdp(False)
     notes: list[str] = []
     complaint: str | None = None
+    failed = False
     on_stage(LoadStage("checking attention"))
     for make in backends or _candidates(config, kernels):
         backend = make()
@@ -106,9 +107,11 @@ def prepare(
             if config.attention != "auto":
                 notes.append(f"engine.attention {backend.name} can't be used: {complaint}")
             continue
-        if (complaint := _fails(backend, runner)) is None:
+        if (complaint := _page_complaint(backend, config)) is not None and not failed:
+            raise EngineError(complaint)
+        page_tokens = config.page_tokens or backend.page_tokens
+        if complaint is None and (complaint := _fails(backend, runner, page_tokens)) is None:
             on_stage(LoadStage("allocating the KV cache"))
-            page_tokens = _page_tokens(backend, config)
             cache = _allocate(runner, config, context_tokens, page_tokens)
             runner.use(backend, cache)
             on_stage(LoadStage("checking the model"))
@@ -129,6 +132,7 @@ def prepare(
                 return EngineCapacity(
                     tokens, cache.bytes, context_tokens, page_tokens, backend.name, exact, tuple(notes)
                 )
+        failed = True  # a kernel that only stands in for another is passed over where the config does not suit it
         notes.append(f"attention kernel {backend.name} failed its check and is not used: {complaint}")
     raise UnsupportedModelError(f"{runner.name} can't be served: {complaint}")
 
@@ -156,24 +160,23 @@ def _refused(backend: AttentionBackend, runner: ModelRunner) -> str | None:
     return None
 
 
-def _fails(backend: AttentionBackend, runner: ModelRunner) -> str | None:
+def _fails(backend: AttentionBackend, runner: ModelRunner, page_tokens: int) -> str | None:
     if isinstance(backend, PlainAttention):
         return None
     for layer in dict.fromkeys(runner.layers.values()):
-        if (complaint := check_attention(backend, layer.shape, layer.query_heads, layer.heads)) is not None:
+        complaint = check_attention(backend, layer.shape, layer.query_heads, layer.heads, page_tokens)
+        if complaint is not None:
             return complaint
     return None
 
 
-def _page_tokens(backend: AttentionBackend, config: EngineConfig) -> int:
-    if config.page_tokens is None:
-        return backend.page_tokens
-    if config.page_tokens % backend.page_multiple:
-        raise EngineError(
-            f"engine.page_tokens {config.page_tokens} must be a multiple of {backend.page_multiple} "
-            f"for the {backend.name} attention kernel"
-        )
-    return config.page_tokens
+def _page_complaint(backend: AttentionBackend, config: EngineConfig) -> str | None:
+    if config.page_tokens is None or config.page_tokens % backend.page_multiple == 0:
+        return None
+    return (
+        f"engine.page_tokens {config.page_tokens} must be a multiple of {backend.page_multiple} "
+        f"for the {backend.name} attention kernel"
+    )
 
 
 def _allocate(runner: ModelRunner, config: EngineConfig, context_tokens: int, page_tokens: int) -> KVCache:

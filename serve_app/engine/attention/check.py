@@ -19,12 +19,15 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _STRAY = 30.0
 
 
-def check_attention(backend: AttentionBackend, layer: LayerShape, query_heads: int, heads: Heads) -> str | None:
+def check_attention(
+    backend: AttentionBackend, layer: LayerShape, query_heads: int, heads: Heads, page_tokens: int | None = None
+) -> str | None:
     """Compare `backend` with the plain path on random values; returns what is wrong, or None.
 
-    A kernel that raises is wrong too: the caller falls back to the plain path either way.
+    A kernel that raises is wrong too: the caller falls back to the plain path either way. `page_tokens`: of the pages
+    that it is to serve with; by default the kernel's own.
     """
-    page = backend.page_tokens
+    page = page_tokens or backend.page_tokens
     spans = _spans(page)
     if heads.sliding_window is not None:
         heads = Heads(heads.scaling, min(heads.sliding_window, page + 5), heads.softcap)

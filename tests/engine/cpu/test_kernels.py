@@ -77,9 +77,19 @@ def test_attention_passes_the_check(
 ) -> None:
     layer = LayerShape(*shape, torch.float32, CPU)
     backend = CpuAttention(kernels, page_tokens)
-    backend.page_tokens = page_tokens  # type: ignore[misc]
     assert backend.refusal(layer, heads) is None
-    assert check_attention(backend, layer, 12, heads) is None
+    assert check_attention(backend, layer, 12, heads, page_tokens) is None
+
+
+@pytest.mark.usefixtures("kernels")
+def test_any_page_size_that_suits_the_kernel_serves_with_it(make_engine: MakeEngine, kernel_folder: Path) -> None:
+    for page_tokens in (16, 32, 1024):
+        engine = make_engine(kernel_cache=kernel_folder, page_tokens=page_tokens)
+        assert engine.capacity.attention_backend == "cpu"
+        assert engine.capacity.page_tokens == page_tokens
+        assert engine.capacity.exact
+    with pytest.raises(EngineError, match="page_tokens 8 must be a multiple of 16 for the cpu attention kernel"):
+        make_engine(kernel_cache=kernel_folder, page_tokens=8)
 
 
 def test_attention_says_what_it_can_not_do() -> None:
