@@ -128,15 +128,15 @@ class Scheduler:
             if not self._make_way(sequence, step):
                 self._release(sequence)
                 return False
-        if sequence.alone and step.chunks:
-            # It runs from the next step on, which it will have to itself.
-            step.budget = 0
         if sequence.preemptions == 0:
             sequence.cached_prompt_tokens = min(shared, sequence.prompt_len)
         self.waiting.remove(sequence)
         self.running.append(sequence)
-        if step.budget > 0:
+        if not (sequence.alone and step.chunks):
             self._schedule(sequence, min(sequence.remaining, step.budget), step)
+        if sequence.alone and step.chunks:
+            # Either the step is its own now, or the next one will be: nothing more goes into this one.
+            step.budget = 0
         return not sequence.alone
 
     def _fits(self, newcomer: Sequence) -> bool:

@@ -23,6 +23,7 @@ def sequence(
     salt: str = "",
     first_id: int = 0,
     delivered: int = 0,
+    alone: bool = False,
 ) -> Sequence:
     """`delivered`: how many of the `new` tokens an earlier attempt, on another replica, has brought."""
     request = GenerationRequest(
@@ -34,6 +35,7 @@ def sequence(
         output_token_ids=(100_000,) * delivered,
         priority=priority,
         cache_salt=salt,
+        alone=alone,
     )
     return Sequence(request, arrival)
 
@@ -47,6 +49,7 @@ def scheduler(pages: int = 64, running: int = 4, budget: int = 16, lookup: bool 
 def step(scheduler: Scheduler) -> list[tuple[int, int]]:
     """Plan and pretend to compute: (arrival, tokens) of each chunk. Complete sequences get one token more."""
     chunks = scheduler.plan()
+    assert len(chunks) == 1 or not any(chunk.sequence.alone for chunk in chunks), "a suspect shares its step"
     for chunk in chunks:
         completes = chunk.completes
         scheduler.computed(chunk)
@@ -136,21 +139,35 @@ def test_a_suspect_has_its_steps_to_itself_until_its_first_token() -> None:
     s = scheduler(budget=8)
     s.add(sequence(1, 3))
     step(s)
-    suspect = sequence(2, 10, first_id=500)
-    suspect.request = replace(suspect.request, alone=True)
-    s.add(suspect)
+    s.add(sequence(2, 10, first_id=500, alone=True))
     s.add(sequence(3, 2, first_id=900))
     assert [step(s) for _ in range(4)] == [[(1, 1)], [(2, 8)], [(2, 2)], [(1, 1), (2, 1), (3, 2)]]
 
 
 def test_a_suspect_that_comes_first_starts_at_once_and_alone() -> None:
     s = scheduler()
-    suspect = sequence(1, 3)
-    suspect.request = replace(suspect.request, alone=True)
-    s.add(suspect)
+    s.add(sequence(1, 3, alone=True))
     s.add(sequence(2, 3, first_id=500))
     assert step(s) == [(1, 3)]
     assert step(s) == [(1, 1), (2, 3)]
+
+
+def test_a_prompt_under_way_does_not_join_a_suspect() -> None:
+    s = scheduler(budget=16)
+    s.add(sequence(1, 40))
+    step(s)
+    s.add(sequence(2, 10, delivered=2, first_id=500, alone=True))
+    assert [step(s) for _ in range(2)] == [[(2, 12)], [(2, 1), (1, 15)]]
+
+
+def test_nor_does_it_fill_the_step_in_which_a_suspect_is_admitted() -> None:
+    s = scheduler(budget=16)
+    s.add(sequence(1, 3))
+    step(s)
+    s.add(sequence(2, 40, first_id=200))
+    step(s)
+    s.add(sequence(3, 10, delivered=2, first_id=500, alone=True))
+    assert [step(s) for _ in range(3)] == [[(1, 1)], [(3, 12)], [(1, 1), (3, 1), (2, 14)]]
 
 
 def test_a_shared_prefix_is_computed_once_but_never_across_salts() -> None:
@@ -185,6 +202,7 @@ def test_a_prompt_that_is_cached_whole_still_computes_its_last_token() -> None:
             st.integers(0, 3),
             st.integers(0, 6),
             st.booleans(),
+            st.booleans(),
         ),
         min_size=1,
         max_size=12,
@@ -195,14 +213,18 @@ def test_a_prompt_that_is_cached_whole_still_computes_its_last_token() -> None:
     cancelled=st.sets(st.integers(0, 11)),
 )
 def test_every_request_finishes_and_every_page_comes_back(
-    requests: list[tuple[int, int, int, int, int, bool]], pages: int, running: int, budget: int, cancelled: set[int]
+    requests: list[tuple[int, int, int, int, int, bool, bool]],
+    pages: int,
+    running: int,
+    budget: int,
+    cancelled: set[int],
 ) -> None:
     s = scheduler(pages, running, budget)
     sequences = [
-        sequence(i, prompt, new, priority, first_id=10 * family, delivered=new // 2 if moved else 0)
-        for i, (prompt, new, priority, family, _, moved) in enumerate(requests)
+        sequence(i, prompt, new, priority, first_id=10 * family, delivered=new // 2 if moved else 0, alone=suspect)
+        for i, (prompt, new, priority, family, _, moved, suspect) in enumerate(requests)
     ]
-    coming = sorted(zip((step for *_, step, _ in requests), sequences, strict=True), key=lambda pair: pair[0])
+    coming = sorted(zip((step for *_, step, _, _ in requests), sequences, strict=True), key=lambda pair: pair[0])
     for number in range(5_000):
         while coming and coming[0][0] <= number:
             s.add(coming.pop(0)[1])
