@@ -20,6 +20,7 @@ MAX_STOP_CHARS = 1000
 MAX_CHOICES_PER_PROMPT = 8
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIASES = 1024
+MAX_CACHE_SALT_CHARS = 256
 
 
 def _stops(value: Any) -> Any:
@@ -61,7 +62,10 @@ class RequestModel(BaseModel):
 
 
 class SamplingFields(RequestModel):
-    """How tokens are chosen. Null or left out: what the model says, else OpenAI's default."""
+    """How tokens are chosen, where the answer stops, and whose cache its prompt may use.
+
+    Null or left out: what the model says, else OpenAI's default.
+    """
 
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -74,6 +78,8 @@ class SamplingFields(RequestModel):
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     """A negative seed is the same as the unsigned one with its 64 bits."""
     stop: Stops = ()
+    cache_salt: str | None = Field(None, min_length=1, max_length=MAX_CACHE_SALT_CHARS)
+    """As in `GenerationRequest`: an extension, as in vLLM."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -200,6 +200,7 @@ class CompletionService:
                     max_new_tokens=max_new_tokens,
                     stop_token_ids=tuple(sorted({*eos, *params.stop_token_ids})),
                     choice=len(requests),
+                    cache_salt=params.sampling.cache_salt or "",
                     remaining_s=remaining_s,
                 )
                 requests.append(request)

@@ -36,6 +36,8 @@ class Options(TypedDict, total=False):
     """Same request, same seed, same tokens. Drawn by the server when left out, and given back in `Done.seed`."""
     stop: str | list[str] | None
     """The answer ends before the first of these strings."""
+    cache_salt: str | None
+    """The prompt shares computed prefixes only with prompts of the same salt. 1 to 256 characters."""
     parse_special: bool | None
     """Only for `prompt`: read control tokens in its text as such. Never with text from users."""
 

@@ -90,10 +90,18 @@ async def test_get_takes_the_same_from_its_query(api: httpx.AsyncClient, replica
     assert (name, done["finish_reason"], done["usage"]["completion_tokens"]) == ("done", "length", 5)
 
 
+async def test_a_cache_salt_reaches_the_replica(api: httpx.AsyncClient, replica: FakeReplica) -> None:
+    await api.post("/stream", json={**HI, "cache_salt": "tenant 1"})
+    await api.get("/stream", params={"prompt": "Hi", "cache_salt": "7"})
+    await api.post("/stream", json={**HI, "cache_salt": None})
+    assert [request.cache_salt for request in replica.requests] == ["tenant 1", "7", ""]
+
+
 @pytest.mark.parametrize(
     ("query", "param"),
     [
         ("", "prompt"),
+        ("prompt=Hi&cache_salt=", "cache_salt"),
         ("prompt=Hi&messages=[]", "messages"),
         ("prompt=Hi&temperature=nan", "temperature"),
         ("prompt=Hi&temperature=warm", "temperature"),

@@ -150,7 +150,7 @@ async def test_every_sampling_field_reaches_the_replica(api: httpx.AsyncClient, 
         "temperature": 0.3, "top_p": 0.8, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.2, "presence_penalty": 0.4,
         "frequency_penalty": -0.5, "seed": 11, "min_tokens": 2, "logit_bias": {"5": 1.5, "6": -100},
     }  # fmt: skip
-    more = {"max_completion_tokens": 9, "stop_token_ids": [3], "ignore_eos": True}
+    more = {"max_completion_tokens": 9, "stop_token_ids": [3], "ignore_eos": True, "cache_salt": "s"}
     await api.post(URL, json={**HI, **fields, **more})
     request = replica.requests[0]
     sampling = request.sampling
@@ -159,6 +159,7 @@ async def test_every_sampling_field_reaches_the_replica(api: httpx.AsyncClient, 
     }
     assert sampling.logit_bias == ((5, 1.5), (6, -100.0))
     assert request.max_new_tokens == 9
+    assert request.cache_salt == "s"
     assert request.stop_token_ids == (3,)
     assert eos not in request.stop_token_ids
 
@@ -232,6 +233,9 @@ async def test_fields_that_change_nothing_are_taken(api: httpx.AsyncClient) -> N
         ("logit_bias", {"1": 101}, "invalid_value"),
         ("logit_bias", {"99999": 1}, None),
         ("logit_bias", [1], "invalid_type"),
+        ("cache_salt", "", "invalid_value"),
+        ("cache_salt", "x" * 257, "invalid_value"),
+        ("cache_salt", 5, "invalid_type"),
         ("top_logprobs", 3, "invalid_value"),
         ("messages", None, "invalid_type"),
         ("messages", "Hi", "invalid_type"),

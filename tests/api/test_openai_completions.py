@@ -56,6 +56,11 @@ async def test_every_form_of_prompt(api: httpx.AsyncClient, replica: FakeReplica
     assert body["usage"]["prompt_tokens"] == sum(map(len, prompts[0::2]))
 
 
+async def test_a_cache_salt_is_that_of_every_prompt(api: httpx.AsyncClient, replica: FakeReplica) -> None:
+    await api.post(URL, json={"prompt": ["Hi", "Ho"], "n": 2, "cache_salt": "s"})
+    assert [request.cache_salt for request in replica.requests] == ["s"] * 4
+
+
 async def test_logprobs_in_the_older_schema(api: httpx.AsyncClient, tokenizer: ChatTokenizer) -> None:
     asked = {"prompt": "Hi", "logprobs": 1}
     whole = (await api.post(URL, json=asked)).json()["choices"][0]["logprobs"]

@@ -155,6 +155,20 @@ async def test_a_stream_that_was_left_too_long_stops_and_is_continued(
     assert len(replica.requests[-1].output_token_ids) >= len(seen)
 
 
+async def test_a_stream_that_is_continued_keeps_its_cache_salt(
+    replica: FakeReplica, make_app: MakeApp, writes: Writes, store: MemoryJournalStore
+) -> None:
+    replica.scripts = [writes(pause_s=0.02)]
+    app = make_app(replica, journals=store, resume=ResumeSettings(grace_s=0.0, lease_s=0.2, tick_s=0.01))
+    first = Exchange(app, "POST", "/stream", {**HI, "cache_salt": "s"}, RESUME)
+    await first.until(b":3\n")
+    first.disconnect()
+    await first.end()
+    await _until(lambda: replica.cancelled == 1)
+    await fetch(make_app(replica, journals=store), stream_id_of(first), 3)
+    assert [request.cache_salt for request in replica.requests] == ["s", "s"]
+
+
 async def test_without_resume_a_disconnect_stops_the_work_at_once(
     replica: FakeReplica, make_app: MakeApp, writes: Writes
 ) -> None:
