@@ -151,10 +151,8 @@ def system_fingerprint(fingerprint: Fingerprint) -> str:
 class TokenTexts:
     """How a token is shown in logprobs."""
 
-    def __init__(self, tokenizer: ChatTokenizer, silent: frozenset[int]) -> None:
-        """`silent`: ids that end an answer, which have neither text nor logprobs."""
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
         self._tokenizer = tokenizer
-        self._silent = silent
 
     def text(self, token_id: int) -> str:
         """The token's own text; U+FFFD where it is a part of a character."""
@@ -163,9 +161,7 @@ class TokenTexts:
         # A SentencePiece decoder drops the space before the first word, and here every token is the first.
         return f" {text}" if token is not None and token.startswith("▁") and not text.startswith(" ") else text
 
-    def spoken(self, delta: Delta) -> Iterable[tuple[int, float, tuple[tuple[int, float], ...]]]:
-        """(token id, logprob, most likely ones) of the tokens of `delta` that have text."""
-        for token_id, entry in zip(delta.token_ids, delta.logprobs or (), strict=False):
-            if token_id not in self._silent:
-                top = tuple((other, max(logprob, LOWEST_LOGPROB)) for other, logprob in entry.top)
-                yield token_id, max(entry.logprob, LOWEST_LOGPROB), top
+
+def finite(logprob: float) -> float:
+    """As OpenAI tells it."""
+    return max(logprob, LOWEST_LOGPROB)

@@ -17,7 +17,7 @@ from serve_app.api.endpoint import Call
 from serve_app.api.errors import bad_request
 from serve_app.api.events import WireFormat
 from serve_app.api.fields import CompletionParams, OpenAIFields, validate
-from serve_app.api.openai_answer import Answerer, ChoiceSchema, ChunkEvents, TokenTexts
+from serve_app.api.openai_answer import Answerer, ChoiceSchema, ChunkEvents, TokenTexts, finite
 from serve_app.api.service import Plan
 from serve_app.api.sse import EventStream, json_text
 from serve_app.chat.tokenizer import ChatTokenizer
@@ -78,7 +78,7 @@ class ChatCompletions:
         card = await self._service.ready_model(request.model)
         prompt = await self._service.render_chat(card, request.messages)
         plan = self._service.plan(card, [prompt], params, call.record, call.remaining_s())
-        return await self._answerer.answer(call, plan, request, _schema(plan, self._service.tokenizer), CHAT)
+        return await self._answerer.answer(call, plan, request, _schema(self._service.tokenizer), CHAT)
 
 
 def _params(request: ChatRequest) -> CompletionParams:
@@ -130,24 +130,27 @@ class _ChatSchema(ChoiceSchema):
         if all(delta.logprobs is None for delta in deltas):
             return None
         content = [
-            {**self._entry(token_id, logprob), "top_logprobs": [self._entry(*other) for other in top]}
+            {
+                **self._entry(told.token_id, told.logprobs.logprob),
+                "top_logprobs": [self._entry(*other) for other in told.logprobs.top],
+            }
             for delta in deltas
-            for token_id, logprob, top in self._tokens.spoken(delta)
+            for told in delta.logprobs or ()
         ]
         return {"content": content, "refusal": None}
 
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
         text = self._tokens.text(token_id)
         # A part of a character has bytes that its text does not show.
-        return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+        return {"token": text, "logprob": finite(logprob), "bytes": None if "\ufffd" in text else list(text.encode())}
 
 
-def _schema(plan: Plan, tokenizer: ChatTokenizer) -> ChoiceSchema:
-    return _ChatSchema(TokenTexts(tokenizer, plan.stop_token_ids))
+def _schema(tokenizer: ChatTokenizer) -> ChoiceSchema:
+    return _ChatSchema(TokenTexts(tokenizer))
 
 
 def _writer(plan: Plan, fields: Mapping[str, Any], tokenizer: ChatTokenizer) -> ChunkEvents:
-    return ChunkEvents(_schema(plan, tokenizer), plan, fields)
+    return ChunkEvents(_schema(tokenizer), plan, fields)
 
 
 CHAT = WireFormat("chat", _writer, ChunkEvents.failed)

@@ -18,7 +18,7 @@ from serve_app.api.endpoint import Call
 from serve_app.api.errors import bad_request
 from serve_app.api.events import WireFormat
 from serve_app.api.fields import OpenAIFields, validate
-from serve_app.api.openai_answer import Answerer, ChoiceSchema, ChunkEvents, TokenTexts
+from serve_app.api.openai_answer import Answerer, ChoiceSchema, ChunkEvents, TokenTexts, finite
 from serve_app.api.service import MAX_CHOICES, Plan, Prompt
 from serve_app.api.sse import EventStream, json_text
 from serve_app.chat.tokenizer import ChatTokenizer
@@ -76,7 +76,7 @@ class Completions:
         card = await self._service.ready_model(request.model)
         prompts = [await self._prompt(card, item) for item in request.prompt]
         plan = self._service.plan(card, prompts, params, call.record, call.remaining_s())
-        return await self._answerer.answer(call, plan, request, _schema(plan, self._service.tokenizer), TEXT)
+        return await self._answerer.answer(call, plan, request, _schema(self._service.tokenizer), TEXT)
 
     async def _prompt(self, card: ModelCard, item: PromptItem) -> Prompt:
         if isinstance(item, str):
@@ -88,13 +88,12 @@ class _TextSchema(ChoiceSchema):
     whole_kind = chunk_kind = "text_completion"
     id_prefix = "cmpl"
 
-    def __init__(self, tokens: TokenTexts, choices: int) -> None:
+    def __init__(self, tokens: TokenTexts) -> None:
         self._tokens = tokens
-        self._offsets = [0] * choices
 
     def whole(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
         text = "".join(text for delta in deltas for text in delta.texts)
-        logprobs = self._logprobs(index, deltas)
+        logprobs = self._logprobs(deltas)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": deltas[-1].finish_reason}
 
     def opening(self, index: int) -> str:
@@ -105,12 +104,12 @@ class _TextSchema(ChoiceSchema):
         if text or delta.logprobs or delta.finish_reason is not None:
             logprobs = "null"
             if delta.logprobs:
-                logprobs = json.dumps(self._logprobs(delta.choice, [delta]), ensure_ascii=False)
+                logprobs = json.dumps(self._logprobs([delta]), ensure_ascii=False)
             reason = "null" if delta.finish_reason is None else f'"{delta.finish_reason}"'
             start = f'{{"index": {delta.choice}, "text": {json_text(text)}'
             yield f'{start}, "logprobs": {logprobs}, "finish_reason": {reason}}}'
 
-    def _logprobs(self, index: int, deltas: Sequence[Delta]) -> dict[str, list[Any]] | None:
+    def _logprobs(self, deltas: Sequence[Delta]) -> dict[str, list[Any]] | None:
         """Four lists side by side, or None when none were asked for.
 
         `text_offset` counts characters from the start of the answer.
@@ -118,25 +117,23 @@ class _TextSchema(ChoiceSchema):
         if all(delta.logprobs is None for delta in deltas):
             return None
         lists: dict[str, list[Any]] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
-        for delta in deltas:
-            for token_id, logprob, top in self._tokens.spoken(delta):
-                text = self._tokens.text(token_id)
-                lists["text_offset"].append(self._offsets[index])
-                lists["token_logprobs"].append(logprob)
-                lists["tokens"].append(text)
-                # Of several tokens with one text the likeliest stays; the chosen one is always there.
-                likeliest = {self._tokens.text(other): other_logprob for other, other_logprob in reversed(top)}
-                lists["top_logprobs"].append(likeliest | {text: logprob})
-                self._offsets[index] += len(text)
+        for told in (told for delta in deltas for told in delta.logprobs or ()):
+            text, logprob = self._tokens.text(told.token_id), finite(told.logprobs.logprob)
+            lists["text_offset"].append(told.offset)
+            lists["token_logprobs"].append(logprob)
+            lists["tokens"].append(text)
+            # Of several tokens with one text the likeliest stays; the chosen one is always there.
+            likeliest = {self._tokens.text(other): finite(of_other) for other, of_other in reversed(told.logprobs.top)}
+            lists["top_logprobs"].append(likeliest | {text: logprob})
         return lists
 
 
-def _schema(plan: Plan, tokenizer: ChatTokenizer) -> ChoiceSchema:
-    return _TextSchema(TokenTexts(tokenizer, plan.stop_token_ids), plan.choices)
+def _schema(tokenizer: ChatTokenizer) -> ChoiceSchema:
+    return _TextSchema(TokenTexts(tokenizer))
 
 
 def _writer(plan: Plan, fields: Mapping[str, Any], tokenizer: ChatTokenizer) -> ChunkEvents:
-    return ChunkEvents(_schema(plan, tokenizer), plan, fields)
+    return ChunkEvents(_schema(tokenizer), plan, fields)
 
 
 TEXT = WireFormat("text", _writer, ChunkEvents.failed)

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from itertools import accumulate
+
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serve_app.api.choice_text import ChoiceText
+from serve_app.api.choice_text import ChoiceText, ToldToken
 from serve_app.chat.detokenizer import Detokenizer
 from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.messages import FinishReason, TokenBatch, TokenLogprobs
@@ -69,7 +71,76 @@ def test_what_comes_after_a_stop_string_in_its_batch_is_dropped(tokenizer: ChatT
     logprobs = tuple(TokenLogprobs(-float(i)) for i in range(4))
     text = choice(tokenizer, ["c"])
     delta = text.push(TokenBatch(0, tuple(ids), logprobs))
-    assert (delta.texts, delta.finish_reason, delta.logprobs) == (("a", "b", ""), FinishReason.STOP, logprobs[:3])
+    assert (delta.texts, delta.finish_reason) == (("a", "b", ""), FinishReason.STOP)
+    assert delta.logprobs == (ToldToken(ids[0], 0, logprobs[0]), ToldToken(ids[1], 1, logprobs[1]))
+    assert text.tokens == 3
+
+
+@PER_EXAMPLE
+@given(
+    ids=st.lists(st.integers(0, 400), min_size=1, max_size=40),
+    size=st.integers(2, 7),
+    stops=st.lists(st.text(alphabet="aeo thn\ufffd", min_size=1, max_size=3), max_size=3),
+)
+def test_logprobs_tell_what_the_text_tells_and_no_more(
+    tokenizer: ChatTokenizer, ids: list[int], size: int, stops: list[str]
+) -> None:
+    """A token at a time as in a resumable stream, and in batches: the same tokens, never ahead of their text."""
+
+    def told(size: int) -> tuple[list[ToldToken], str]:
+        text, found, shown = choice(tokenizer, stops), list[ToldToken](), ""
+        for first in range(0, len(ids), size):
+            batch = tuple(ids[first : first + size])
+            last = FinishReason.LENGTH if first + size >= len(ids) else None
+            logprobs = tuple(TokenLogprobs(-float(first + n)) for n in range(len(batch)))
+            delta = text.push(TokenBatch(first, batch, logprobs, last))
+            assert delta.logprobs is not None
+            found += delta.logprobs
+            shown += "".join(delta.texts)
+            assert shown.startswith(tokenizer.decode([token.token_id for token in found]).rstrip("\ufffd"))
+            if delta.finish_reason is not None:
+                break
+        return found, shown
+
+    found, shown = told(1)
+    assert told(size) == (found, shown)
+    assert [token.token_id for token in found] == ids[: len(found)]
+    assert [token.logprobs.logprob for token in found] == [-float(n) for n in range(len(found))]
+    whole = tokenizer.decode(ids)
+    if shown == whole:
+        assert len(found) == len(ids)
+    else:
+        detokenizer = Detokenizer(tokenizer)
+        ends = [0, *accumulate(len(detokenizer.push(token_id)) for token_id in ids)]
+        told_chars = ends[len(found)]
+        of_the_next = next((end for end in ends[len(found) :] if end > told_chars), len(whole))
+        assert told_chars <= len(shown) < of_the_next
+    assert all(0 <= token.offset <= len(shown) for token in found)
+
+
+def test_the_logprobs_of_held_text_wait_for_it(tokenizer: ChatTokenizer) -> None:
+    x, e, n, d, y = (tokenizer.encode_text(c, add_bos=False, parse_special=False)[0] for c in "xENDy")
+    logprobs = (TokenLogprobs(-1.0),)
+
+    def offsets(*token_ids: int) -> list[list[int] | None]:
+        text = choice(tokenizer, ["END"])
+        deltas = [text.push(TokenBatch(at, (token_id,), logprobs)) for at, token_id in enumerate(token_ids)]
+        return [None if delta.logprobs is None else [token.offset for token in delta.logprobs] for delta in deltas]
+
+    assert offsets(x, e, n, y) == [[0], [], [], [1, 2, 3]]
+    assert offsets(x, e, n, d) == [[0], [], [], []]
+
+
+def test_the_parts_of_a_character_are_told_with_it_or_not_at_all(tokenizer: ChatTokenizer) -> None:
+    ids = tokenizer.encode_text("\U0001fae0", add_bos=False, parse_special=False)
+    batch = TokenBatch(0, tuple(ids), tuple(TokenLogprobs(-1.0) for _ in ids), FinishReason.LENGTH)
+    assert choice(tokenizer, ["\U0001fae0"]).push(batch).logprobs == ()
+    whole = choice(tokenizer, []).push(batch).logprobs
+    assert whole is not None
+    assert [token.token_id for token in whole] == ids
+    cut = choice(tokenizer, []).push(TokenBatch(0, batch.token_ids[:-1], batch.logprobs, FinishReason.LENGTH)).logprobs
+    assert cut is not None
+    assert [token.token_id for token in cut] == ids[:-1]
 
 
 def test_an_unfinished_character_at_the_end_is_shown_as_such(tokenizer: ChatTokenizer) -> None:

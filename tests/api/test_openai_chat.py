@@ -139,6 +139,32 @@ async def test_logprobs(api: httpx.AsyncClient, tokenizer: ChatTokenizer) -> Non
     assert streamed == content
 
 
+@pytest.mark.parametrize("batch", [1, 3, 100])
+@pytest.mark.parametrize(
+    ("stop", "told"), [(" fox", "The quick brown"), ("x says", "The quick brown"), ("fox naïve", ANSWER)]
+)
+async def test_a_stop_string_does_not_show_in_logprobs(
+    api: httpx.AsyncClient, replica: FakeReplica, writes: Callable[..., Script], batch: int, stop: str, told: str
+) -> None:
+    replica.scripts = [writes(batch=batch)]
+    asked = {**HI, "logprobs": True, "top_logprobs": 1, "stop": stop}
+    whole = (await api.post(URL, json=asked)).json()
+    (choice,) = whole["choices"]
+    content = choice["logprobs"]["content"]
+    text = choice["message"]["content"]
+    assert text == ANSWER.partition(stop)[0]
+    assert b"".join(bytes(entry["bytes"]) for entry in content).decode() == told
+    assert text.startswith(told)
+    assert whole["usage"]["completion_tokens"] > len(content)  # those that made the stop string, or EOS, are counted
+    for headers in ({}, {"X-Stream-Resume": "1"}):
+        response = await api.post(URL, json={**asked, "stream": True}, headers=headers)
+        lines = [line[6:] for line in response.text.splitlines() if line.startswith("data: {")]
+        choices = [entry for line in lines for entry in json.loads(line)["choices"]]
+        entries = [entry for one in choices if one["logprobs"] for entry in one["logprobs"]["content"]]
+        assert entries == content
+        assert "".join(one["delta"].get("content") or "" for one in choices) == text
+
+
 async def test_logprobs_without_top_ones(api: httpx.AsyncClient, replica: FakeReplica) -> None:
     choice = (await api.post(URL, json={**HI, "logprobs": True})).json()["choices"][0]
     assert choice["logprobs"]["content"][0]["top_logprobs"] == []

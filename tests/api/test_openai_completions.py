@@ -74,6 +74,18 @@ async def test_logprobs_in_the_older_schema(api: httpx.AsyncClient, tokenizer: C
     assert {name: [value for part in parts for value in part[name]] for name in whole} == whole
 
 
+async def test_offsets_stay_inside_the_text(api: httpx.AsyncClient) -> None:
+    for stop in ("says", "🙂 and", "naïve"):
+        choice = (await api.post(URL, json={"prompt": "Hi", "logprobs": 0, "stop": stop})).json()["choices"][0]
+        logprobs, text = choice["logprobs"], choice["text"]
+        assert text == ANSWER.partition(stop)[0]
+        assert logprobs["text_offset"] == sorted(logprobs["text_offset"])
+        assert all(
+            text[offset:].startswith(token.rstrip("\ufffd"))
+            for offset, token in zip(logprobs["text_offset"], logprobs["tokens"], strict=True)
+        )
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
