@@ -24,6 +24,7 @@ import torch
 from serve_app.config import EngineConfig, ModelConfig
 from serve_app.engine.cpu.layer import FusedLayer
 from serve_app.engine.cpu.memory import ask_for_huge_pages
+from serve_app.engine.cpu.stack import FusedStack
 from serve_app.engine.engine import Engine
 from serve_app.messages import Failure, Fingerprint, GenerationRequest, SamplingParams
 from serve_app.models.cache import cache_directory
@@ -37,7 +38,7 @@ READ_BYTES = 2**29
 _OTHER = "others: dispatch, views, residuals"
 _KERNEL_PARTS = {
     "gated": "linears", "linear": "linears", "rms_norm": "norms, rotary", "rotate": "norms, rotary",
-    "store": "attention", "attend": "attention", "layer": "decoder layers",
+    "store": "attention", "attend": "attention", "layer": "decoder layers", "layers": "decoder layers",
 }  # fmt: skip
 PARTS = (
     "decoder layers", "linears", "lm_head", "attention", "norms, rotary", _OTHER,
@@ -106,7 +107,7 @@ class Profile:
     def take_layers_apart(self) -> None:
         """Compute each layer by its own forward, kernel by kernel, so that each can be timed."""
         for module in self._model.modules():
-            if isinstance(vars(module).get("forward"), FusedLayer):
+            if isinstance(vars(module).get("forward"), FusedLayer | FusedStack):
                 del module.forward
 
     def on_the_engines_thread(self, function: Callable[[], float]) -> float:

@@ -50,6 +50,8 @@ class EngineCapacity:
     context_tokens: int
     page_tokens: int
     attention_backend: str
+    reads_runs: bool
+    """The attention kernel reads neighbouring pages in place."""
     exact: bool
     """A request's logits are the same bits in any company; see `load_check.check_exact`."""
     notes: tuple[str, ...] = ()
@@ -130,7 +132,14 @@ def prepare(
                 tokens = (cache.num_pages - 1) * page_tokens
                 context_tokens = min(context_tokens, tokens)
                 return EngineCapacity(
-                    tokens, cache.bytes, context_tokens, page_tokens, backend.name, exact, tuple(notes)
+                    kv_capacity_tokens=tokens,
+                    kv_cache_bytes=cache.bytes,
+                    context_tokens=context_tokens,
+                    page_tokens=page_tokens,
+                    attention_backend=backend.name,
+                    reads_runs=backend.reads_runs,
+                    exact=exact,
+                    notes=tuple(notes),
                 )
         failed = True  # a kernel that only stands in for another is passed over where the config does not suit it
         notes.append(f"attention kernel {backend.name} failed its check and is not used: {complaint}")

@@ -268,7 +268,8 @@ class Engine:
             except BaseException as error:  # noqa: BLE001 - the constructor raises it
                 built.set_exception(error)
                 return
-            self._pool = PagePool(self.capacity.kv_capacity_tokens // self.capacity.page_tokens)
+            pages = self.capacity.kv_capacity_tokens // self.capacity.page_tokens
+            self._pool = PagePool(pages, in_runs=self.capacity.reads_runs)
             self._scheduler = Scheduler(
                 self._pool,
                 page_tokens=self.capacity.page_tokens,

@@ -123,13 +123,12 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence, step: _Step) -> bool:
         """Let the first in the queue run, if it can; whether another may be tried."""
-        shared = self._share_prefix(sequence)
-        while not self._fits(sequence):
+        while (prefix := self._fitting_prefix(sequence)) is None:
             if not self._make_way(sequence, step):
-                self._release(sequence)
                 return False
+        self._take_prefix(sequence, prefix)
         if sequence.preemptions == 0:
-            sequence.cached_prompt_tokens = min(shared, sequence.prompt_len)
+            sequence.cached_prompt_tokens = min(sequence.computed, sequence.prompt_len)
         self.waiting.remove(sequence)
         self.running.append(sequence)
         if not (sequence.alone and step.chunks):
@@ -139,11 +138,20 @@ class Scheduler:
             step.budget = 0
         return not sequence.alone
 
-    def _fits(self, newcomer: Sequence) -> bool:
-        """Whether it may run beside those that do; a page of slack for each keeps it from being preempted at once."""
-        needed = self._pages_for(len(newcomer.token_ids)) - len(newcomer.pages)
+    def _fitting_prefix(self, newcomer: Sequence) -> list[int] | None:
+        """The cached pages of its longest known prefix, if with them it may run beside those that do; else None.
+
+        A page of slack for each keeps it from being preempted at once. The pages are only looked at: held and given
+        back each step while it waits, they would outlive those that others used meanwhile.
+        """
         running = len(self.running)
-        return not running or (running < self._max_running and self.pool.available >= needed + running)
+        room = self.pool.available - running
+        # One page at least is its own, whatever it shares: a full house costs no look-up.
+        if running and (running >= self._max_running or room < 1):
+            return None
+        prefix = self._known_prefix(newcomer)
+        own = self._pages_for(len(newcomer.token_ids)) - len(prefix)
+        return prefix if not running or room - self.pool.idle(prefix) >= own else None
 
     def _make_way(self, newcomer: Sequence, step: _Step) -> bool:
         """Send one back to the queue that has not begun and comes after the newcomer, if there is one."""
@@ -178,14 +186,15 @@ class Scheduler:
             self._reserve(sequence, 1 + length)
         return min(length, len(sequence.pages) * self._page_tokens - sequence.computed - 1)
 
-    def _share_prefix(self, sequence: Sequence) -> int:
-        """Take the cached pages of the longest known prefix; one token at least is left to compute."""
+    def _known_prefix(self, sequence: Sequence) -> list[int]:
+        """The cached pages of its longest known prefix; one token at least is left to compute."""
         self._name_pages(sequence, len(sequence.token_ids) - 1)
-        pages = self.pool.lookup(sequence.page_hashes)
+        return self.pool.lookup(sequence.page_hashes)
+
+    def _take_prefix(self, sequence: Sequence, pages: list[int]) -> None:
         self.pool.hold(pages)
         sequence.pages = pages
         sequence.computed = len(pages) * self._page_tokens
-        return sequence.computed
 
     def _name_pages(self, sequence: Sequence, tokens: int) -> None:
         names, size = sequence.page_hashes, self._page_tokens

@@ -192,9 +192,10 @@ class PagedStep:
         """The slots and what the kernel prepared, if it is of this kind: for who computes more than attention."""
         return self._place(device) if isinstance(self._backend, kind) else None
 
-    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and values of a layer, as `LayerCache` has them."""
-        return self._cache.layer(index)
+    @property
+    def cache(self) -> LayerCache:
+        """Where the keys and values of its layers live."""
+        return self._cache
 
     def _place(self, device: torch.device) -> tuple[torch.Tensor, Any]:
         if device not in self._on_device:

@@ -1,4 +1,4 @@
-"""Gives modules the fused forwards of `forwards.py` and `layer.py` where those are right.
+"""Gives modules the fused forwards of `forwards.py`, `layer.py` and `stack.py` where those are right.
 
 A module is known by what it is made of, not by its model's name, and keeps its own forward unless the fused one
 gives the same numbers for random inputs.
@@ -20,11 +20,14 @@ from serve_app.engine.cpu.forwards import FusedAttention, FusedGatedMLP, FusedNo
 from serve_app.engine.cpu.layer import FusedLayer, StepPlans
 from serve_app.engine.cpu.library import Kernels
 from serve_app.engine.cpu.linear import PackedLinear
+from serve_app.engine.cpu.stack import FusedStack
 from serve_app.engine.kv_cache import KVCache, LayerShape
 
 logger = logging.getLogger(__name__)
 
 _CHECKED_TOKENS = 7
+_CHECKED_STRIDE = 97
+"""Between the positions of a whole model's check, so that the angles of far ones are compared too."""
 _TOLERANCE = 1e-5
 """Largest |a - b| / |b| against the module's own forward. Float32 rounding gives about 1e-7, another formula 1e-3."""
 _ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
@@ -62,6 +65,7 @@ def fuse_modules(model: PreTrainedModel, kernels: Kernels) -> dict[str, int]:
         ("MLPs", lambda module: _gated_mlp(module, kernels)),
         ("attention modules", lambda module: _attention(module, kernels)),
         ("layers", lambda module: _layer(module, kernels, plans)),
+        ("stacks", lambda module: _stack(module, kernels, plans)),
     )
     fused = dict.fromkeys((kind for kind, _ in kinds), 0)
     for kind, make in kinds:
@@ -140,25 +144,62 @@ def _layer(module: nn.Module, kernels: Kernels, plans: StepPlans) -> Forward | N
         return None
     attention: FusedAttention = parts["self_attn"].forward
     dim = attention.head_dim
-    shape = LayerShape(attention.projections[1].out_features // dim, dim, dim, torch.float32, torch.device("cpu"))
-    if attention.projections[2].out_features != shape.kv_heads * dim:
+    if attention.projections[1].out_features != attention.projections[2].out_features:
         raise _Unsuitable("its values are of another size than its keys")
+    fused = FusedLayer(kernels, module, module.forward, plans)
+    shape = fused.shape
     if (refusal := CpuAttention.refusal(shape, attention.heads)) is not None:
         raise _Unsuitable(refusal)
     x, embeddings = _inputs(attention.projections[0].in_features, dim)
-    fused = FusedLayer(kernels, module, module.forward, plans)
 
     def outcome(forward: Forward) -> torch.Tensor:
-        span = Span(0, _CHECKED_TOKENS, _CHECKED_TOKENS, ((0, _CHECKED_TOKENS),), (0,))
-        cache = KVCache({attention.layer: shape}, 1, CpuAttention.page_tokens)
-        step = PagedStep(CpuAttention(kernels), cache, [span], torch.arange(_CHECKED_TOKENS))
-        result: Any = forward(x.clone(), position_embeddings=embeddings, attention_mask=None, **{STEP_KEYWORD: step})
+        keywords = {STEP_KEYWORD: _checked_step(kernels, {attention.layer: shape})}
+        result: Any = forward(x.clone(), position_embeddings=embeddings, attention_mask=None, **keywords)
         return result  # type: ignore[no-any-return]
 
     expected = outcome(module.forward)
     if not isinstance(expected, torch.Tensor) or not _agree(outcome(fused), expected):
         raise _Unsuitable(f"{type(module).__name__} does more than what is fused")
     return fused
+
+
+def _stack(module: nn.Module, kernels: Kernels, plans: StepPlans) -> Forward | None:
+    parts: dict[str, Any] = dict(module.named_children())
+    if (
+        set(parts) != {"embed_tokens", "layers", "norm", "rotary_emb"}
+        or type(parts["embed_tokens"]) is not nn.Embedding
+    ):
+        return None
+    layers = [layer.forward for layer in parts["layers"]]
+    if not layers or not all(isinstance(layer, FusedLayer) for layer in layers):
+        return None
+    if not isinstance(parts["norm"].forward, FusedNorm) or any(hasattr(part, "_hf_hook") for part in parts.values()):
+        return None
+    if len({(layer.sizes, layer.head_dim) for layer in layers}) != 1:
+        raise _Unsuitable("its layers are of different sizes")
+    ids = torch.arange(_CHECKED_TOKENS) % parts["embed_tokens"].num_embeddings
+    positions = torch.arange(_CHECKED_TOKENS) * _CHECKED_STRIDE
+    fused = FusedStack(kernels, module, module.forward, plans)
+
+    def outcome(forward: Forward) -> torch.Tensor:
+        step = _checked_step(kernels, {layer.layer: layer.shape for layer in layers})
+        result = forward(input_ids=ids[None], position_ids=positions[None], use_cache=False, **{STEP_KEYWORD: step})
+        return result.last_hidden_state  # type: ignore[no-any-return]
+
+    try:
+        expected = outcome(module.forward)
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise _Unsuitable(f"{type(module).__name__} is called in another way ({error})") from error
+    if not _agree(outcome(fused), expected):
+        raise _Unsuitable(f"{type(module).__name__} does more than what is fused")
+    return fused
+
+
+def _checked_step(kernels: Kernels, layers: dict[int, LayerShape]) -> PagedStep:
+    """One sequence from its start, in an empty cache of these layers."""
+    span = Span(0, _CHECKED_TOKENS, _CHECKED_TOKENS, ((0, _CHECKED_TOKENS),), (0,))
+    cache = KVCache(layers, 1, CpuAttention.page_tokens)
+    return PagedStep(CpuAttention(kernels), cache, [span], torch.arange(_CHECKED_TOKENS))
 
 
 def _inputs(inner: int, head_dim: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:

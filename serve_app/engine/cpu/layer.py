@@ -16,6 +16,7 @@ from serve_app.engine.attention.base import STEP_KEYWORD, AttentionStep, PagedSt
 from serve_app.engine.attention.cpu import CpuAttention
 from serve_app.engine.cpu.forwards import FusedAttention, FusedGatedMLP, FusedNorm, paged_step
 from serve_app.engine.cpu.library import Kernels, LayerPlan, NormPlan, StepPlan
+from serve_app.engine.kv_cache import LayerShape
 
 
 class StepPlans:
@@ -84,9 +85,12 @@ class FusedLayer:
             hidden, mlp.activation, queries // dim, keys // dim, dim, heads.sliding_window or 0,
             heads.scaling, heads.softcap or 0.0,
         )  # fmt: skip
-        self._address = ctypes.addressof(self._plan)
-        self._layer, self._head_dim = attention.layer, dim
-        self._sizes = (hidden, mlp.gate.out_features, hidden, queries, keys, values, queries)
+        self.address = ctypes.addressof(self._plan)
+        """Of its `LayerPlan`, for as long as this object lives."""
+        self.layer, self.head_dim = attention.layer, dim
+        self.shape = LayerShape(keys // dim, dim, dim, torch.float32, torch.device("cpu"))
+        self.sizes = (hidden, mlp.gate.out_features, hidden, queries, keys, values, queries)
+        """Floats a token that lie between its kernels; layers of the same share the memory for them."""
 
     def __call__(
         self,
@@ -96,19 +100,19 @@ class FusedLayer:
         **others: Any,
     ) -> Any:
         step: AttentionStep | None = others.get(STEP_KEYWORD)
-        plan = None if attention_mask is not None else self._plans.known(step, position_embeddings, self._sizes)
+        plan = None if attention_mask is not None else self._plans.known(step, position_embeddings, self.sizes)
         if plan is None:
-            step = paged_step(hidden_states, attention_mask, position_embeddings, self._head_dim, others)
+            step = paged_step(hidden_states, attention_mask, position_embeddings, self.head_dim, others)
             if isinstance(step, PagedStep):
-                plan = self._plans.make(step, position_embeddings, self._sizes)
+                plan = self._plans.make(step, position_embeddings, self.sizes)
         if plan is None:
             return self._own(
                 hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **others
             )
-        keys, values = step.layer(self._layer)  # type: ignore[union-attr]
+        keys, values = step.cache.layer(self.layer)  # type: ignore[union-attr]
         hidden_states = hidden_states.contiguous()
         result = torch.empty_like(hidden_states)
         self._kernels.layer(
-            self._address, plan, hidden_states.data_ptr(), result.data_ptr(), keys.data_ptr(), values.data_ptr()
+            self.address, plan, hidden_states.data_ptr(), result.data_ptr(), keys.data_ptr(), values.data_ptr()
         )
         return result

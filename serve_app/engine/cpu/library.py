@@ -34,6 +34,7 @@ _SIGNATURES = {
     "serve_app_rms_norm": [_pointer, _pointer, _float, _pointer, _int, _int],
     "serve_app_rotate": [_pointer, _pointer, _pointer, _int, _int, _int],
     "serve_app_layer": [_pointer, _pointer, _pointer, _pointer, _pointer, _pointer],
+    "serve_app_layers": [_pointer, _int, _pointer, _pointer, _pointer, _pointer],
     "serve_app_sample": [_pointer, _int, _int, _pointer, _pointer],
     "serve_app_store": [_pointer, _pointer, _pointer, _int, _pointer, _pointer, _int, _int, _int],
     "serve_app_attend": [
@@ -95,6 +96,7 @@ class Kernels:
         self.rms_norm = library.serve_app_rms_norm
         self.rotate = library.serve_app_rotate
         self.layer = library.serve_app_layer
+        self.layers = library.serve_app_layers
         self.sample = library.serve_app_sample
         self.store = library.serve_app_store
         self.attend = library.serve_app_attend

@@ -11,12 +11,15 @@ from tiny_models import ARCHITECTURES, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from serve_app.engine.attention.base import STEP_KEYWORD
+from serve_app.engine.attention.base import STEP_KEYWORD, PagedStep, Span
+from serve_app.engine.attention.cpu import CpuAttention
 from serve_app.engine.cpu.forwards import FusedAttention, FusedGatedMLP, FusedNorm, paged_step
 from serve_app.engine.cpu.fusion import fuse_modules
 from serve_app.engine.cpu.layer import FusedLayer
 from serve_app.engine.cpu.library import Kernels
 from serve_app.engine.cpu.linear import PackedLinear, Products, pack_linears
+from serve_app.engine.cpu.stack import FusedStack
+from serve_app.engine.kv_cache import KVCache
 
 IDS = torch.tensor([[5, 9, 2, 77, 31, 8, 8, 100, 3]])
 WHOLE_LAYERS = {"llama", "mistral", "qwen2", "qwen3"}
@@ -37,6 +40,7 @@ def test_what_is_fused_and_that_the_own_path_still_answers(kind: str, kernels: K
         assert fused["norms"] >= 7
         assert (fused["MLPs"], fused["attention modules"]) == (3, 3)
         assert fused["layers"] == (3 if kind in WHOLE_LAYERS else 0)
+        assert fused["stacks"] == (kind in WHOLE_LAYERS)
     original = tiny_model(kind)
     for one in (model, original):
         one.set_attn_implementation("eager")
@@ -89,7 +93,7 @@ def sizes(**fields: Any) -> dict[str, Any]:
 def test_another_activation_keeps_its_own_forward(kernels: Kernels) -> None:
     model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes(hidden_act="relu"))).eval()
     pack_linears(model, kernels)
-    assert fuse_modules(model, kernels) == {"norms": 3, "MLPs": 0, "attention modules": 1, "layers": 0}
+    assert fuse_modules(model, kernels) == {"norms": 3, "MLPs": 0, "attention modules": 1, "layers": 0, "stacks": 0}
 
 
 class Doubling(nn.Module):
@@ -112,8 +116,77 @@ def test_a_module_that_does_more_keeps_its_own_forward(name: str, kind: str, ker
     module.forward = Doubling(module).forward
     fused = fuse_modules(model, kernels)
     assert fused[kind] == 0
-    assert fused["layers"] == 0
+    assert fused["layers"] == fused["stacks"] == 0
     assert fused["norms"] == 3
+
+
+class Scaled(nn.Module):
+    """A model whose embedding is scaled on the way to the layers, as Gemma's is, but by the model itself."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._embedding, self._own = model.embed_tokens, model.forward
+
+    def forward(self, input_ids: torch.Tensor, **keywords: Any) -> Any:
+        return self._own(inputs_embeds=3 * self._embedding(input_ids), **keywords)
+
+
+def test_a_model_that_does_more_keeps_its_own_forward(kernels: Kernels) -> None:
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes())).eval()
+    pack_linears(model, kernels)
+    model.model.forward = Scaled(model.model).forward
+    fused = fuse_modules(model, kernels)
+    assert (fused["layers"], fused["stacks"]) == (1, 0)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default"},
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 64,
+         "short_factor": [1.0] * 8, "long_factor": [4.0] * 8},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)  # fmt: skip
+def test_a_stack_is_its_models_own(rope: dict[str, Any], layers: int, kernels: Kernels) -> None:
+    fields = {"rope_parameters": {"rope_theta": 1e4, **rope}, "max_position_embeddings": 256}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes(**fields, num_hidden_layers=layers))).eval()
+    pack_linears(model, kernels)
+    assert fuse_modules(model, kernels)["stacks"] == 1
+    stack = model.model.forward
+    assert isinstance(stack, FusedStack)
+    shape = stack._layers[0].shape
+    # The angles of some kinds depend on the longest position so far, and both must meet the same.
+    for first in (0, 50, 300, 5, 1200):
+        results = []
+        for forward in (stack, stack._own):
+            span = Span(0, 5, 5, ((0, 5),), (0,))
+            step = PagedStep(
+                CpuAttention(kernels), KVCache(dict.fromkeys(range(layers), shape), 1, 16), [span], torch.arange(5)
+            )
+            ids, positions = torch.tensor([[5, 9, 2, 7, 31]]), torch.arange(first, first + 5)[None]
+            with torch.inference_mode():
+                result = forward(input_ids=ids, position_ids=positions, use_cache=False, **{STEP_KEYWORD: step})
+            results.append(result.last_hidden_state)
+        assert torch.allclose(results[0], results[1], rtol=1e-5, atol=1e-6)
+
+
+def test_a_stack_that_is_called_in_another_way_is_the_models_own(kernels: Kernels) -> None:
+    model, fused = fused_model(tiny_model("llama"), kernels)
+    assert fused["stacks"] == 1
+    original = tiny_model("llama")
+    for one in (model, original):
+        one.set_attn_implementation("eager")
+    with torch.inference_mode():
+        embedded = original.model.embed_tokens(IDS)
+        expected = original(inputs_embeds=embedded, output_hidden_states=True)
+        found = model(inputs_embeds=embedded, output_hidden_states=True)
+    assert torch.allclose(found.logits, expected.logits, atol=1e-3, rtol=1e-4)
+    assert found.hidden_states is not None
 
 
 def test_only_whole_rotated_heads_of_the_paged_path_are_fused() -> None:
