@@ -5,19 +5,21 @@ from __future__ import annotations
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
+from serve_app.engine import kv_cache
 from serve_app.engine.kv_cache import PagePool, page_hash, root_hash
 
 PAGES = 12
+in_both_modes = pytest.mark.parametrize("in_runs", [True, False])
 
 
 class PoolMachine(RuleBasedStateMachine):
     """Random allocations, holds, releases and publications; the model is a dict of holders and one of contents."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.pool = PagePool(PAGES)
+    @initialize(in_runs=st.booleans())
+    def begin(self, in_runs: bool) -> None:
+        self.pool = PagePool(PAGES, in_runs=in_runs)
         self.holders: dict[int, int] = {}
         self.contents: dict[bytes, int] = {}
         self.names = 0
@@ -79,6 +81,7 @@ class PoolMachine(RuleBasedStateMachine):
         used = sum(1 for count in self.holders.values() if count > 0)
         assert self.pool.used == used
         assert self.pool.available == PAGES - used
+        assert self.pool.idle(range(PAGES)) == PAGES - used
 
 
 PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
@@ -95,8 +98,18 @@ def test_a_run_continues_after_the_last_page_when_it_can() -> None:
     assert pool.allocate(1, after=first[-1]) == [2]
 
 
-def test_the_least_recently_used_contents_go_first_and_prefixes_outlive_their_tails() -> None:
-    pool = PagePool(4)
+def test_without_runs_a_page_costs_the_same_however_many_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_cache, "_FREE_EXTENT", None)
+    pool = PagePool(16, in_runs=False)
+    first, second = pool.allocate(2), pool.allocate(2)
+    assert (first, second) == ([0, 1], [2, 3])
+    pool.release([0, 1])
+    assert pool.allocate(1, after=3) == [0], "memory that was written to is used again first"
+
+
+@in_both_modes
+def test_the_least_recently_used_contents_go_first_and_prefixes_outlive_their_tails(in_runs: bool) -> None:
+    pool = PagePool(4, in_runs=in_runs)
     old, new = pool.allocate(2), pool.allocate(2)
     assert old is not None
     assert new is not None
@@ -109,8 +122,9 @@ def test_the_least_recently_used_contents_go_first_and_prefixes_outlive_their_ta
     assert pool.lookup([b"\x02", b"\x03"]) == new
 
 
-def test_misuse_is_an_error_and_not_a_corruption() -> None:
-    pool = PagePool(2)
+@in_both_modes
+def test_misuse_is_an_error_and_not_a_corruption(in_runs: bool) -> None:
+    pool = PagePool(2, in_runs=in_runs)
     pages = pool.allocate(1)
     assert pages is not None
     pool.release(pages)
