@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,10 +41,11 @@ def sequence(
     return Sequence(request, arrival)
 
 
-def scheduler(pages: int = 64, running: int = 4, budget: int = 16, lookup: bool = False) -> Scheduler:
-    return Scheduler(
-        PagePool(pages), page_tokens=PAGE, max_running=running, max_step_tokens=budget, prompt_lookup=lookup
-    )
+def scheduler(
+    pages: int = 64, running: int = 4, budget: int = 16, lookup: bool = False, in_runs: bool = True
+) -> Scheduler:
+    pool = PagePool(pages, in_runs=in_runs)
+    return Scheduler(pool, page_tokens=PAGE, max_running=running, max_step_tokens=budget, prompt_lookup=lookup)
 
 
 def step(scheduler: Scheduler) -> list[tuple[int, int]]:
@@ -184,6 +186,46 @@ def test_a_shared_prefix_is_computed_once_but_never_across_salts() -> None:
     assert same.pages[:2] == s.running[0].pages[:2]
 
 
+def test_shared_pages_count_as_room() -> None:
+    s = scheduler(pages=5)
+    s.add(sequence(1, 11, new=2))
+    step(s)
+    s.add(sequence(2, 12, new=1))
+    assert dict(step(s))[2] == 4, "one page of its own, and one of slack for the other"
+
+
+def remembered(s: Scheduler, one: Sequence) -> int:
+    """How many of a sequence's pages a request with the same prompt would find."""
+    return len(s.pool.lookup(one.page_hashes))
+
+
+def test_who_waits_keeps_no_page_from_being_given_away() -> None:
+    s = scheduler(pages=10)
+    old, new = sequence(1, 12, new=1), sequence(2, 12, new=1, first_id=200)
+    for one in (old, new):
+        s.add(one)
+        step(s)
+    running = sequence(3, 14, new=14, first_id=400)
+    s.add(running)
+    step(s)
+    s.add(sequence(4, 33, new=1))  # it begins as the old one did
+    for _ in range(5):
+        assert step(s) == [(3, 1)]
+    assert remembered(s, old) < 3, "used by nobody for the longest time"
+    assert remembered(s, new) == 3
+
+
+def test_who_waits_for_a_place_is_not_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    s = scheduler(running=1)
+    s.add(sequence(1, 3))
+    step(s)
+    waiting = sequence(2, 12, first_id=200)
+    s.add(waiting)
+    monkeypatch.setattr(s.pool, "lookup", None)
+    assert step(s) == [(1, 1)]
+    assert waiting.page_hashes == []
+
+
 def test_a_prompt_that_is_cached_whole_still_computes_its_last_token() -> None:
     s = scheduler()
     s.add(sequence(1, 8))
@@ -211,6 +253,7 @@ def test_a_prompt_that_is_cached_whole_still_computes_its_last_token() -> None:
     running=st.integers(1, 6),
     budget=st.integers(1, 20),
     cancelled=st.sets(st.integers(0, 11)),
+    in_runs=st.booleans(),
 )
 def test_every_request_finishes_and_every_page_comes_back(
     requests: list[tuple[int, int, int, int, int, bool, bool]],
@@ -218,8 +261,9 @@ def test_every_request_finishes_and_every_page_comes_back(
     running: int,
     budget: int,
     cancelled: set[int],
+    in_runs: bool,
 ) -> None:
-    s = scheduler(pages, running, budget)
+    s = scheduler(pages, running, budget, in_runs=in_runs)
     sequences = [
         sequence(i, prompt, new, priority, first_id=10 * family, delivered=new // 2 if moved else 0, alone=suspect)
         for i, (prompt, new, priority, family, _, moved, suspect) in enumerate(requests)
@@ -325,43 +369,50 @@ def test_pages_of_wrong_guesses_are_given_back_and_never_shared() -> None:
 
 
 class Contents:
-    """What each slot of the cache holds: the ids that were computed into it, right or wrong."""
+    """What each slot of the cache holds: the ids that were computed into it, right or wrong, and under which salt."""
 
     def __init__(self) -> None:
-        self.ids: dict[tuple[int, int], int] = {}
+        self.slots: dict[tuple[int, int], tuple[int, str]] = {}
 
     def write(self, chunk: Chunk) -> None:
         one = chunk.sequence
         ids = [*one.token_ids[one.computed : one.computed + chunk.tokens], *chunk.draft]
         for place, token_id in enumerate(ids, start=one.computed):
-            self.ids[one.pages[place // PAGE], place % PAGE] = token_id
+            self.slots[one.pages[place // PAGE], place % PAGE] = (token_id, one.request.cache_salt)
 
     def check(self, one: Sequence) -> None:
         for place, token_id in enumerate(one.token_ids[: one.computed]):
-            assert self.ids[one.pages[place // PAGE], place % PAGE] == token_id, "somebody else's keys and values"
+            found = self.slots[one.pages[place // PAGE], place % PAGE]
+            assert found == (token_id, one.request.cache_salt), "somebody else's keys and values"
 
 
 @settings(max_examples=200, deadline=None)
 @given(
-    requests=st.lists(st.tuples(st.integers(1, 24), st.integers(1, 24), st.integers(1, 3)), min_size=1, max_size=10),
+    requests=st.lists(
+        st.tuples(st.integers(1, 24), st.integers(1, 24), st.integers(1, 3), st.sampled_from(["", "tenant"])),
+        min_size=1,
+        max_size=10,
+    ),
     pages=st.integers(12, 40),
     running=st.integers(1, 12),
     budget=st.integers(1, 20),
     cancelled=st.sets(st.integers(0, 9)),
+    in_runs=st.booleans(),
     data=st.data(),
 )
 def test_the_cache_holds_the_tokens_of_its_sequences_however_guesses_turn_out(
-    requests: list[tuple[int, int, int]],
+    requests: list[tuple[int, int, int, str]],
     pages: int,
     running: int,
     budget: int,
     cancelled: set[int],
+    in_runs: bool,
     data: st.DataObject,
 ) -> None:
-    s, contents = scheduler(pages, running, budget, lookup=True), Contents()
+    s, contents = scheduler(pages, running, budget, lookup=True, in_runs=in_runs), Contents()
     sequences = []
-    for arrival, (prompt, new, alphabet) in enumerate(requests):
-        one = sequence(arrival, prompt, new)
+    for arrival, (prompt, new, alphabet, salt) in enumerate(requests):
+        one = sequence(arrival, prompt, new, salt=salt)
         ids = tuple(place % (alphabet + 1) for place in range(prompt))
         sequences.append(Sequence(replace(one.request, prompt_token_ids=ids), arrival))
         s.add(sequences[-1])
@@ -401,5 +452,5 @@ def test_the_cache_holds_the_tokens_of_its_sequences_however_guesses_turn_out(
         assert s.pool.used == len({page for one in s.running for page in one.pages})
     assert s.running == s.waiting == []
     assert s.pool.used == 0
-    for one, (_, new, _) in zip(sequences, requests, strict=True):
+    for one, (_, new, _, _) in zip(sequences, requests, strict=True):
         assert one.arrival in cancelled or one.output_len == new
