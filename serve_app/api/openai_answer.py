@@ -26,7 +26,6 @@ from serve_app.api.fields import OpenAIFields
 from serve_app.api.resume import Resume
 from serve_app.api.service import Completion, CompletionService, Plan, Usage
 from serve_app.api.sse import EventStream, StreamSettings, event_stream
-from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.messages import Fingerprint
 
 LOWEST_LOGPROB = -9999.0
@@ -146,20 +145,6 @@ def _envelope(plan: Plan, kind: str, id_prefix: str) -> dict[str, object]:
 def system_fingerprint(fingerprint: Fingerprint) -> str:
     """The weights as OpenAI names a backend configuration: same fingerprint, same seed, same answer."""
     return "fp_" + hashlib.sha256(fingerprint.encode()).hexdigest()[:10]
-
-
-class TokenTexts:
-    """How a token is shown in logprobs."""
-
-    def __init__(self, tokenizer: ChatTokenizer) -> None:
-        self._tokenizer = tokenizer
-
-    def text(self, token_id: int) -> str:
-        """The token's own text; U+FFFD where it is a part of a character."""
-        text = self._tokenizer.decode([token_id])
-        token = self._tokenizer.visible_token(token_id)
-        # A SentencePiece decoder drops the space before the first word, and here every token is the first.
-        return f" {text}" if token is not None and token.startswith("▁") and not text.startswith(" ") else text
 
 
 def finite(logprob: float) -> float:

@@ -17,9 +17,10 @@ from serve_app.api.endpoint import Call
 from serve_app.api.errors import bad_request
 from serve_app.api.events import WireFormat
 from serve_app.api.fields import CompletionParams, OpenAIFields, validate
-from serve_app.api.openai_answer import Answerer, ChoiceSchema, ChunkEvents, TokenTexts, finite
+from serve_app.api.openai_answer import Answerer, ChoiceSchema, ChunkEvents, finite
 from serve_app.api.service import Plan
 from serve_app.api.sse import EventStream, json_text
+from serve_app.chat.token_texts import TokenTexts
 from serve_app.chat.tokenizer import ChatTokenizer
 
 
@@ -140,9 +141,12 @@ class _ChatSchema(ChoiceSchema):
         return {"content": content, "refusal": None}
 
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
-        text = self._tokens.text(token_id)
-        # A part of a character has bytes that its text does not show.
-        return {"token": text, "logprob": finite(logprob), "bytes": None if "\ufffd" in text else list(text.encode())}
+        content = self._tokens.utf8(token_id)
+        return {
+            "token": self._tokens.text(token_id),
+            "logprob": finite(logprob),
+            "bytes": None if content is None else list(content),
+        }
 
 
 def _schema(tokenizer: ChatTokenizer) -> ChoiceSchema:

@@ -18,9 +18,10 @@ from serve_app.api.endpoint import Call
 from serve_app.api.errors import bad_request
 from serve_app.api.events import WireFormat
 from serve_app.api.fields import OpenAIFields, validate
-from serve_app.api.openai_answer import Answerer, ChoiceSchema, ChunkEvents, TokenTexts, finite
+from serve_app.api.openai_answer import Answerer, ChoiceSchema, ChunkEvents, finite
 from serve_app.api.service import MAX_CHOICES, Plan, Prompt
 from serve_app.api.sse import EventStream, json_text
+from serve_app.chat.token_texts import TokenTexts
 from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.messages import ModelCard
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, Protocol
 
@@ -16,7 +16,8 @@ from serve_app.chat.errors import TokenizerError
 from serve_app.chat.tokenizer import ChatTokenizer
 
 _REPLACEMENT = "\ufffd"
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+"""A byte of a character that the vocabulary lacks, where the decoder has ByteFallback."""
 _TOKENWISE = frozenset({"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace", "WordPiece", "BPEDecoder"})
 """Decoders of tokenizers whose text for a token depends on its neighbours only, or on whether it is the first."""
 
@@ -34,7 +35,7 @@ class Detokenizer:
 
         Only the prompt's last few tokens are read. Raises `TokenizerError` for a decoder that can't be followed.
         """
-        kinds = frozenset(_decoder_kinds(tokenizer.decoder))
+        kinds = decoder_kinds(tokenizer.decoder)
         self._state: _State
         if kinds == {"ByteLevel"}:
             self._state = _ByteLevelState(tokenizer, prompt_ids)
@@ -84,7 +85,7 @@ class _ByteLevelState:
 
     def _bytes(self, token_id: int) -> bytes:
         token = self._tokenizer.visible_token(token_id)
-        return b"" if token is None else _bytes_of(token)
+        return b"" if token is None else bytes_of(token)
 
     def _less_shown(self, text: str) -> str:
         if not text or not self._shown:
@@ -130,7 +131,7 @@ class _TokenwiseState:
         return text
 
     def _is_byte(self, token: str) -> bool:
-        return self._byte_fallback and _BYTE_TOKEN.fullmatch(token) is not None
+        return self._byte_fallback and BYTE_TOKEN.fullmatch(token) is not None
 
     def _unshown(self) -> str:
         text = self._tokenizer.decode(self._window)
@@ -140,14 +141,13 @@ class _TokenwiseState:
         return text[next(different, len(text)) :]
 
 
-def _decoder_kinds(decoder: Mapping[str, Any] | None) -> Iterator[str]:
+def decoder_kinds(decoder: Mapping[str, Any] | None) -> frozenset[str]:
+    """The types of the decoders that a tokenizer's decoder is made of."""
     if decoder is None:
-        return
+        return frozenset()
     if decoder["type"] == "Sequence":
-        for part in decoder["decoders"]:
-            yield from _decoder_kinds(part)
-    else:
-        yield decoder["type"]
+        return frozenset().union(*map(decoder_kinds, decoder["decoders"]))
+    return frozenset({decoder["type"]})
 
 
 @cache
@@ -159,8 +159,8 @@ def _byte_alphabet() -> Mapping[str, int]:
     return {chr(code): byte for code, byte in zip(stand_ins, printable + others, strict=True)}
 
 
-def _bytes_of(token: str) -> bytes:
-    """A token's bytes; an added token, written as it reads, has those of its UTF-8."""
+def bytes_of(token: str) -> bytes:
+    """A byte-level token's bytes; an added token, written as it reads, has those of its UTF-8."""
     alphabet = _byte_alphabet()
     try:
         return bytes(alphabet[character] for character in token)

@@ -78,14 +78,17 @@ def test_what_comes_after_a_stop_string_in_its_batch_is_dropped(tokenizer: ChatT
 
 @PER_EXAMPLE
 @given(
-    ids=st.lists(st.integers(0, 400), min_size=1, max_size=40),
+    words=st.lists(st.text(alphabet="abc \U0001fae0", min_size=1, max_size=4) | st.integers(0, 400), min_size=1),
     size=st.integers(2, 7),
-    stops=st.lists(st.text(alphabet="aeo thn\ufffd", min_size=1, max_size=3), max_size=3),
+    stops=st.lists(st.text(alphabet="abc \U0001fae0", min_size=2, max_size=4), max_size=3),
 )
 def test_logprobs_tell_what_the_text_tells_and_no_more(
-    tokenizer: ChatTokenizer, ids: list[int], size: int, stops: list[str]
+    tokenizer: ChatTokenizer, words: list[str | int], size: int, stops: list[str]
 ) -> None:
     """A token at a time as in a resumable stream, and in batches: the same tokens, never ahead of their text."""
+    ids: list[int] = []
+    for word in words:
+        ids += [word] if isinstance(word, int) else tokenizer.encode_text(word, add_bos=False, parse_special=False)
 
     def told(size: int) -> tuple[list[ToldToken], str]:
         text, found, shown = choice(tokenizer, stops), list[ToldToken](), ""

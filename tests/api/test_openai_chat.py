@@ -139,6 +139,16 @@ async def test_logprobs(api: httpx.AsyncClient, tokenizer: ChatTokenizer) -> Non
     assert streamed == content
 
 
+async def test_the_parts_of_a_character_have_bytes(
+    api: httpx.AsyncClient, replica: FakeReplica, writes: Callable[..., Script]
+) -> None:
+    replica.scripts = [writes("a \U0001fae0 b")]
+    choice = (await api.post(URL, json={**HI, "logprobs": True})).json()["choices"][0]
+    entries = choice["logprobs"]["content"]
+    assert any(entry["token"] == "\ufffd" for entry in entries)
+    assert bytes(byte for entry in entries for byte in entry["bytes"]).decode() == choice["message"]["content"]
+
+
 @pytest.mark.parametrize("batch", [1, 3, 100])
 @pytest.mark.parametrize(
     ("stop", "told"), [(" fox", "The quick brown"), ("x says", "The quick brown"), ("fox naïve", ANSWER)]

@@ -7,10 +7,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from fake_replica import FakeReplica, Script
+from fake_replica import FakeReplica, Script, says
 from starlette.applications import Starlette
 
 from serve_app.chat.tokenizer import ChatTokenizer
+from serve_app.messages import FinishReason, TokenBatch, TokenLogprobs
 
 ANSWER = "The quick brown fox says 🙂 and naïve."
 URL = "/v1/completions"
@@ -72,6 +73,16 @@ async def test_logprobs_in_the_older_schema(api: httpx.AsyncClient, tokenizer: C
     objects = chunks((await api.post(URL, json={**asked, "stream": True})).text)
     parts = [choice["logprobs"] for o in objects for choice in o["choices"] if choice["logprobs"]]
     assert {name: [value for part in parts for value in part[name]] for name in whole} == whole
+
+
+async def test_special_tokens_among_the_likeliest_have_names(api: httpx.AsyncClient, replica: FakeReplica) -> None:
+    top = ((70, -0.5), (0, -1.0), (1, -2.0), (2, -3.0))
+    batch = TokenBatch(0, (70,), (TokenLogprobs(-0.5, top),), FinishReason.LENGTH)
+    replica.scripts = [says(batch)]
+    choice = (await api.post(URL, json={"prompt": "Hi", "logprobs": 4, "max_tokens": 1})).json()["choices"][0]
+    assert choice["logprobs"]["top_logprobs"] == [
+        {choice["text"]: -0.5, "<|endoftext|>": -1.0, "<|im_start|>": -2.0, "<|im_end|>": -3.0}
+    ]
 
 
 async def test_offsets_stay_inside_the_text(api: httpx.AsyncClient) -> None:

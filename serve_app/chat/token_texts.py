@@ -1,0 +1,40 @@
+"""How a single token is shown beside its logprob: a text for people, and its bytes.
+
+Promises that bytes are the token's own also where no text can be: a part of a character. Knows no answer.
+"""
+
+from __future__ import annotations
+
+from serve_app.chat.detokenizer import BYTE_TOKEN, bytes_of, decoder_kinds
+from serve_app.chat.tokenizer import ChatTokenizer
+
+
+class TokenTexts:
+    """For the tokens of one tokenizer."""
+
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
+        self._tokenizer = tokenizer
+        kinds = decoder_kinds(tokenizer.decoder)
+        self._byte_level = kinds == {"ByteLevel"}
+        self._byte_fallback = "ByteFallback" in kinds
+
+    def text(self, token_id: int) -> str:
+        """The token's own text; U+FFFD where it is a part of a character, the name of a special token."""
+        token = self._tokenizer.token_at(token_id)
+        if token is not None and token in self._tokenizer.skipped_tokens:
+            return token
+        text = self._tokenizer.decode([token_id])
+        # A SentencePiece decoder drops the space before the first word, and here every token is the first.
+        return f" {text}" if token is not None and token.startswith("▁") and not text.startswith(" ") else text
+
+    def utf8(self, token_id: int) -> bytes | None:
+        """Its bytes, of a special token those of its name; None for an id without a token."""
+        token = self._tokenizer.token_at(token_id)
+        if token is None:
+            return None
+        if token not in self._tokenizer.skipped_tokens:
+            if self._byte_level:
+                return bytes_of(token)
+            if self._byte_fallback and BYTE_TOKEN.fullmatch(token):
+                return bytes([int(token[3:5], 16)])
+        return self.text(token_id).encode()
