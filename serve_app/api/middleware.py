@@ -59,6 +59,8 @@ class RequestScope:
                 record.status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = record.request_id
             await send(message)
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                record.sent_whole()
 
         try:
             if "x-request-disconnect-disabled" in headers:

@@ -17,6 +17,7 @@ access_logger = logging.getLogger("serve_app.access")
 
 DISCONNECTED = 499
 """The status in the access line of a client that went before its answer began (nginx's number for it)."""
+_CUT_OFF = "disconnected"
 
 
 class RequestIdFilter(logging.Filter):
@@ -40,8 +41,8 @@ class RequestRecord:
     endpoint: str = "-"
     status: int = DISCONNECTED
     """Of the HTTP response; stays `DISCONNECTED` when none was begun."""
-    outcome: str = "disconnected"
-    """A finish reason, an error's code, or "disconnected"."""
+    outcome: str = _CUT_OFF
+    """A finish reason or an error's code; of a request that has neither "ok", "refused" or "disconnected"."""
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     output_tokens: int = 0
@@ -55,6 +56,11 @@ class RequestRecord:
         if self.first_token is None:
             self.first_token = self.last_token
         self.output_tokens += count
+
+    def sent_whole(self) -> None:
+        """The whole response has gone out: whoever has given the request no outcome was not cut off."""
+        if self.outcome == _CUT_OFF:
+            self.outcome = "ok" if self.status < 400 else "refused"
 
     @property
     def time_to_first_token_s(self) -> float | None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_replica import FakeReplica, says
+from asgi_driver import Exchange
+from fake_replica import FakeReplica, says, tokens
 from starlette.applications import Starlette
 
 from serve_app.messages import LoadStage
@@ -164,6 +165,36 @@ async def test_metrics_of_a_request(api: httpx.AsyncClient, replica: FakeReplica
     assert metrics.counters["serve_app_output_tokens", ()] > 5
     assert len(metrics.observations["serve_app_time_to_first_token_s", ("/stream",)]) == 1
     assert len(metrics.observations["serve_app_inter_token_latency_s", ("/stream",)]) == 1
+
+
+async def test_what_generates_nothing_and_is_answered_is_ok(
+    replica: FakeReplica, make_app: MakeApp, http: Any, metrics: MemoryMetrics
+) -> None:
+    api: httpx.AsyncClient = http(make_app(replica, cors_origins=["http://localhost:3000"]))
+    await api.get("/v1/models")
+    await api.get("/v1/models/tiny")
+    for origin in ("http://localhost:3000", "http://evil.example"):
+        await api.options("/stream", headers={"origin": origin, "access-control-request-method": "POST"})
+    await api.get("/nothing")
+    assert {key[1]: count for key, count in metrics.counters.items() if key[0] == "serve_app_requests"} == {
+        ("/v1/models", "ok"): 1,
+        ("/v1/models/{model:path}", "ok"): 1,
+        ("-", "ok"): 1,
+        ("-", "refused"): 1,
+        ("-", "not_found"): 1,
+    }
+
+
+@pytest.mark.parametrize("headers", [{}, {"X-Stream-Resume": "1"}], ids=["plain", "resumable"])
+async def test_a_stream_that_its_client_cut_is_disconnected(
+    replica: FakeReplica, make_app: MakeApp, metrics: MemoryMetrics, headers: dict[str, str]
+) -> None:
+    replica.scripts = [says(tokens(0, 84), None)]
+    exchange = Exchange(make_app(replica), "POST", "/stream", HI, headers)
+    await exchange.until(b"data: ")
+    exchange.disconnect()
+    await exchange.end()
+    assert metrics.counters["serve_app_requests", ("/stream", "disconnected")] == 1
 
 
 async def test_a_refused_request_counts_no_tokens(
