@@ -183,7 +183,9 @@ class CompletionService:
         if len(prompts) * params.n > MAX_CHOICES:
             raise bad_request(f"One request can have at most {MAX_CHOICES} choices over all its prompts.", param="n")
         sampling = self._sampling(card, params)
-        eos = () if params.ignore_eos else self._defaults.eos_token_ids
+        # A tokenizer may know more ids than the model has; the engine would refuse them.
+        eos = (token_id for token_id in self._defaults.eos_token_ids if token_id < card.vocab_size)
+        stop_token_ids = tuple(sorted({*params.stop_token_ids, *(() if params.ignore_eos else eos)}))
         self._check_ids(card, params.stop_token_ids, "stop_token_ids")
         requests: list[GenerationRequest] = []
         for prompt in prompts:
@@ -198,7 +200,7 @@ class CompletionService:
                     prompt_token_ids=prompt.ids,
                     sampling=sampling,
                     max_new_tokens=max_new_tokens,
-                    stop_token_ids=tuple(sorted({*eos, *params.stop_token_ids})),
+                    stop_token_ids=stop_token_ids,
                     choice=len(requests),
                     cache_salt=params.sampling.cache_salt or "",
                     remaining_s=remaining_s,

@@ -52,7 +52,6 @@ class ChatTokenizer:
         template: str | None,
         special_tokens: Mapping[str, str],
         adds_bos: bool,
-        eos_token_ids: Sequence[int],
     ) -> None:
         """From the JSON of a tokenizers.Tokenizer. `control_tokens`: the added tokens that text must not become."""
         description = json.loads(backend)
@@ -75,8 +74,6 @@ class ChatTokenizer:
         self.eos_token_id: int | None = vocabulary.get(special_tokens.get("eos_token", ""))
         self.adds_bos = adds_bos and self.bos_token_id is not None
         """Whether this model's prompts normally begin with BOS."""
-        self.eos_token_ids = tuple(eos_token_ids)
-        """Every id that ends an answer: the tokenizer's EOS and those of generation_config.json."""
         self.vocab_size = max(vocabulary.values()) + 1
         """Ids are below this. A model's embedding may be larger (padded); those ids have no text."""
         self.longest_token_chars = max(map(len, vocabulary))
@@ -111,7 +108,6 @@ class ChatTokenizer:
             template=template,
             special_tokens=special_tokens,
             adds_bos=loaded.bos_token_id is not None and loaded("a")["input_ids"][:1] == [loaded.bos_token_id],
-            eos_token_ids=_eos_token_ids(folder, loaded.eos_token_id),
         )
 
     def encode_text(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
@@ -226,19 +222,6 @@ def _own_template(loaded: Any) -> str:
         return str(loaded.get_chat_template())
     except ValueError as error:
         raise TokenizerError(f"The tokenizer has no default chat template: {_first_line(error)}") from error
-
-
-def _eos_token_ids(folder: Path, tokenizer_eos: int | None) -> list[int]:
-    """The tokenizer's EOS and generation_config.json's `eos_token_id`, an id or a list of them."""
-    ids = [] if tokenizer_eos is None else [tokenizer_eos]
-    path = folder / "generation_config.json"
-    if path.is_file():
-        try:
-            configured = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise TokenizerError(f"{path} is not a JSON object: {_first_line(error)}") from error
-        ids += configured if isinstance(configured, list) else [configured] if configured is not None else []
-    return sorted(set(ids))
 
 
 def _first_line(error: Exception) -> str:

@@ -1,16 +1,29 @@
 """What a request leaves out: the model's own generation settings, then OpenAI's defaults.
 
 Reads generation_config.json, config.json and the tokenizer's settings as they lie in the folder; loads nothing.
+Promises values that a sampler can honour.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from serve_app.models.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+_BOUNDS = {
+    "temperature": (0.0, 100.0),
+    "top_p": (0.0, 1.0),
+    "top_k": (0.0, 2.0**31 - 1),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 100.0),
+}
+"""What `SamplingParams` takes: each request without the parameter would fail by a default outside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +44,11 @@ def read_generation_defaults(folder: Path, tokenizer_folder: Path) -> Generation
     """The defaults of the model in `folder`. Raises `ModelError` for a file that isn't what it should be.
 
     Only what the files state counts: transformers' class defaults (top_k 50, greedy unless `do_sample`) are not the
-    model's own.
+    model's own. A value that no sampler can honour (top_k -1) is left out, and the log says so.
+
+    An answer ends with the ids that the model states and with the tokenizer's own, as in vLLM: fine-tunes that brought
+    ChatML often left their base model's id in generation_config.json, and would run past their turn. For raw prompts
+    too: it is the token that the model was taught to end with, and it has no text.
     """
     generation = _read(folder / "generation_config.json")
     config = _read(folder / "config.json")
@@ -39,8 +56,7 @@ def read_generation_defaults(folder: Path, tokenizer_folder: Path) -> Generation
         _ids(generation.get("eos_token_id"))
         or _ids(config.get("eos_token_id"))
         or _ids(_nested(config).get("eos_token_id"))
-        or _tokenizer_eos(tokenizer_folder)
-    )
+    ) | _tokenizer_eos(tokenizer_folder)
     try:
         return GenerationDefaults(
             temperature=_number(generation, "temperature", 1.0),
@@ -48,7 +64,7 @@ def read_generation_defaults(folder: Path, tokenizer_folder: Path) -> Generation
             top_k=int(_number(generation, "top_k", 0)),
             min_p=_number(generation, "min_p", 0.0),
             repetition_penalty=_number(generation, "repetition_penalty", 1.0),
-            eos_token_ids=tuple(sorted(eos_token_ids)),
+            eos_token_ids=tuple(sorted(token_id for token_id in eos_token_ids if token_id >= 0)),
         )
     except (TypeError, ValueError) as error:
         raise ModelError(f"{folder / 'generation_config.json'} has a value that is no number: {error}.") from error
@@ -56,7 +72,16 @@ def read_generation_defaults(folder: Path, tokenizer_folder: Path) -> Generation
 
 def _number(settings: dict[str, Any], name: str, default: float) -> float:
     value = settings.get(name)
-    return default if value is None else float(value)
+    if value is None:
+        return default
+    low, high = _BOUNDS[name]
+    if low <= float(value) <= high:  # False for NaN, which Python reads from JSON
+        return float(value)
+    logger.warning(
+        "generation_config.json has %s %s, which is not between %g and %g; requests without it take %g",
+        *(name, value, low, high, default),
+    )
+    return default
 
 
 def _ids(value: Any) -> set[int]:
@@ -73,14 +98,15 @@ def _nested(config: dict[str, Any]) -> dict[str, Any]:
 
 def _tokenizer_eos(folder: Path) -> set[int]:
     """The id of the tokenizer's eos token, looked up among its added tokens and its vocabulary."""
-    token = _read(folder / "tokenizer_config.json").get("eos_token")
+    settings, tokenizer = _read(folder / "tokenizer_config.json"), _read(folder / "tokenizer.json")
+    token = settings.get("eos_token") or _read(folder / "special_tokens_map.json").get("eos_token")
     if isinstance(token, dict):  # older files keep an AddedToken
         token = token.get("content")
-    tokenizer = _read(folder / "tokenizer.json")
-    known = {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens", [])}
     vocabulary = tokenizer.get("model", {}).get("vocab", {})
-    if isinstance(vocabulary, dict):
-        known = {**vocabulary, **known}
+    known = dict(vocabulary) if isinstance(vocabulary, dict) else {}
+    # Of a folder with a tokenizer.model only, this is all that can be read without loading it.
+    known |= {entry["content"]: int(key) for key, entry in settings.get("added_tokens_decoder", {}).items()}
+    known |= {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens", [])}
     return {known[token]} if token in known else set()
 
 

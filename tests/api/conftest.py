@@ -46,8 +46,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
 
 @pytest.fixture(scope="session")
 def eos(tokenizer: ChatTokenizer) -> int:
-    (token_id,) = tokenizer.eos_token_ids
-    return token_id
+    assert tokenizer.eos_token_id is not None
+    return tokenizer.eos_token_id
 
 
 Writes = Callable[..., Script]
@@ -99,7 +99,7 @@ async def make_app(tokenizer: ChatTokenizer, eos: int, metrics: MemoryMetrics) -
         replica: FakeReplica,
         *,
         stream: dict[str, float] | None = None,
-        defaults: dict[str, float] | None = None,
+        defaults: dict[str, object] | None = None,
         failover: FailoverSettings | None = None,
         journals: JournalStore | None = None,
         resume: ResumeSettings | None = None,
@@ -109,7 +109,7 @@ async def make_app(tokenizer: ChatTokenizer, eos: int, metrics: MemoryMetrics) -
         service = CompletionService(
             replica,
             PromptFormatter.from_config(tokenizer, ChatConfig()),
-            ModelDefaults(**(defaults or {}), eos_token_ids=(eos,)),  # type: ignore[arg-type]
+            ModelDefaults(**{"eos_token_ids": (eos,), **(defaults or {})}),  # type: ignore[arg-type]
             failover,
         )
         streams = ResumableStreams(

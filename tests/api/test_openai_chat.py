@@ -213,6 +213,15 @@ async def test_what_is_left_out_comes_from_the_model_then_from_openai(
     assert (replica.requests[1].sampling.temperature, replica.requests[1].sampling.top_k) == (0.0, 0)
 
 
+async def test_an_end_that_the_model_can_not_make_ends_nothing(
+    replica: FakeReplica, make_app: Callable[..., Starlette], http: Callable[[Starlette], httpx.AsyncClient], eos: int
+) -> None:
+    """A tokenizer's own EOS may lie beyond the model's vocabulary; the engine would refuse every request."""
+    api = http(make_app(replica, defaults={"eos_token_ids": (eos, 10**6)}))
+    await api.post(URL, json={**HI, "stop_token_ids": [5]})
+    assert replica.requests[0].stop_token_ids == (eos, 5)
+
+
 async def test_a_temperature_too_small_for_float32_is_greedy(api: httpx.AsyncClient, replica: FakeReplica) -> None:
     await api.post(URL, json={**HI, "temperature": 1e-300})
     assert replica.requests[0].sampling.temperature == 0.0

@@ -153,5 +153,4 @@ def tiny(decoder: object) -> ChatTokenizer:
         template=None,
         special_tokens={"eos_token": "</s>"},
         adds_bos=False,
-        eos_token_ids=[],
     )

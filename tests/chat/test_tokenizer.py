@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,7 +30,7 @@ def test_ordinary_text_encodes_as_transformers_does(
 
 
 def test_the_demo_tokenizer_is_known(demo_tokenizer: ChatTokenizer) -> None:
-    assert (demo_tokenizer.vocab_size, demo_tokenizer.eos_token_ids) == (49_152, (2,))
+    assert (demo_tokenizer.vocab_size, demo_tokenizer.eos_token_id) == (49_152, 2)
     assert not demo_tokenizer.adds_bos
     assert demo_tokenizer.encode_text("x 42\n\n1.", add_bos=True, parse_special=False) == [
         demo_tokenizer._encoder.token_to_id(token) for token in ("x", "Ġ", "4", "2", "ĊĊ", "1", ".")
@@ -73,15 +72,6 @@ def test_later_pieces_get_no_space_of_their_own(metaspace: ChatTokenizer) -> Non
     assert metaspace.control_ids.isdisjoint(ids)
 
 
-def test_every_end_of_an_answer_is_known(byte_level_folder: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(byte_level_folder, tmp_path / "model")
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2]}))
-    assert ChatTokenizer.load(folder).eos_token_ids == (0, 2)
-    (folder / "generation_config.json").write_text("[]")
-    with pytest.raises(TokenizerError, match="generation_config"):
-        ChatTokenizer.load(folder)
-
-
 def test_tokens_a_template_builds_from_pieces_are_control_tokens(save_tokenizer: Callable[..., Path]) -> None:
     backend = byte_level_backend()
     backend.add_tokens(["<|user|>", "<other>", "\n\n"])
@@ -97,7 +87,7 @@ def test_a_vocabulary_that_spells_a_control_token_refuses_it_in_text() -> None:
     backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", 0.0), ("a", -1.0)], unk_id=0))
     backend.add_special_tokens(["</s>"])
     tokenizer = ChatTokenizer(
-        backend.to_str(), control_tokens=["</s>"], template=None, special_tokens={}, adds_bos=False, eos_token_ids=[]
+        backend.to_str(), control_tokens=["</s>"], template=None, special_tokens={}, adds_bos=False
     )
     assert tokenizer.encode_text("aa", add_bos=False, parse_special=False) == [2, 2]
     with pytest.raises(PromptError, match="control token"):
@@ -113,7 +103,6 @@ def test_unknown_characters_are_text_though_their_token_is_special() -> None:
         template=None,
         special_tokens={},
         adds_bos=False,
-        eos_token_ids=[],
     )
     assert tokenizer.encode_text("你", add_bos=False, parse_special=False) == [0]
     assert tokenizer.control_ids == {2}

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from model_builders import tiny_tokenizer
 
+from serve_app.messages import SamplingParams
 from serve_app.models.defaults import GenerationDefaults, read_generation_defaults
 from serve_app.models.errors import ModelError
 
@@ -34,10 +35,48 @@ def test_eos_of_a_nested_config(tmp_path: Path) -> None:
     assert _read(tmp_path, config={"text_config": {"eos_token_id": [5]}}).eos_token_ids == (5,)
 
 
-def test_eos_of_the_tokenizer_comes_last(tmp_path: Path) -> None:
+def test_eos_of_the_tokenizer_counts_too(tmp_path: Path) -> None:
+    """ChatML fine-tunes whose generation_config.json is their base model's."""
     tiny_tokenizer().save_pretrained(tmp_path)
     assert _read(tmp_path, config={}).eos_token_ids == (2,)
-    assert _read(tmp_path, config={"eos_token_id": 1}).eos_token_ids == (1,)
+    assert _read(tmp_path, config={"eos_token_id": 1}).eos_token_ids == (1, 2)
+    assert _read(tmp_path, config={"eos_token_id": 1}, generation_config={"eos_token_id": [0]}).eos_token_ids == (0, 2)
+
+
+def test_eos_of_a_tokenizer_whose_vocabulary_is_not_json(tmp_path: Path) -> None:
+    added = {"2": {"content": "</s>"}, "32000": {"content": "<|im_end|>"}}
+    files = {"tokenizer_config": {"added_tokens_decoder": added}, "generation_config": {"eos_token_id": 2}}
+    got = _read(tmp_path, special_tokens_map={"eos_token": {"content": "<|im_end|>"}}, **files)
+    assert got.eos_token_ids == (2, 32000)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("top_k", -1),
+        ("top_p", 1.5),
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("min_p", 2),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", float("inf")),
+    ],
+)
+def test_what_no_sampler_can_honour_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, value: float
+) -> None:
+    got = _read(tmp_path, generation_config={"do_sample": False, name: value, "eos_token_id": [-1, 3]})
+    assert got == GenerationDefaults(eos_token_ids=(3,))
+    (line,) = caplog.messages
+    assert name in line
+
+
+def test_every_value_that_is_taken_makes_sampling_parameters(tmp_path: Path) -> None:
+    """Also those at the bounds: a request must never fail by the model's own settings."""
+    for value in (-1e9, -1, 0, 1e-3, 0.5, 1, 50, 101, 2**31, 1e300):
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        got = _read(tmp_path, generation_config=dict.fromkeys(names, value))
+        SamplingParams(seed=0, **{name: getattr(got, name) for name in names})
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"temperature": "hot"}', '{"top_k": []}'])
