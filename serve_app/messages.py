@@ -127,7 +127,10 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class GenerationStats:
-    """What the engine counted for one attempt; comes with the batch that finishes it."""
+    """What the engine has counted for one attempt so far; comes with its first tokens and with its last batch.
+
+    With the first ones, since an answer that a stop string ends never gets to the last: the engine knows no text.
+    """
 
     cached_prompt_tokens: int = 0
     queued_s: float = 0.0

@@ -186,6 +186,8 @@ async def _chunks(
                     if stream.tokens > seen:
                         record.saw_tokens(stream.tokens - seen)
                         seen = stream.tokens
+                    if position is None:  # the prompt counts for the request that brought it
+                        record.cached_prompt_tokens = stream.cached_prompt_tokens
                     yield _numbered(stream.id, first, events)
         except Refused as refused:
             raise from_failure(refused.failure) from None
@@ -194,7 +196,6 @@ async def _chunks(
         except (StreamGone, StoreUnavailable, JournalsFull) as trouble:
             raise _api_error(trouble) from None
         record.outcome = stream.outcome
-        record.cached_prompt_tokens = stream.cached_prompt_tokens
 
 
 def _numbered(stream_id: str, first: int, events: Sequence[bytes]) -> bytes:

@@ -291,7 +291,7 @@ class Completion:
     @property
     def usage(self) -> Usage:
         """What was counted so far. Each prompt counts once, however many choices it has, with its first one's cache
-        hits; a replica tells those with its last word, so they are unknown when a stop string came before it."""
+        hits."""
         record = self._record
         return Usage(record.prompt_tokens, record.cached_prompt_tokens, sum(text.tokens for text in self._texts))
 

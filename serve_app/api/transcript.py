@@ -34,7 +34,7 @@ class Transcript:
         self._told = [0] * plan.choices
         """Tokens of each choice whose events are out."""
         self._last_words: list[FinishReason | None] = [None] * plan.choices
-        self._cached_tokens = [0] * plan.choices
+        self._cached_tokens: list[int | None] = [None] * plan.choices
         self._ended = [False] * plan.choices
         self._turn = 0
         self.finished = False
@@ -47,7 +47,7 @@ class Transcript:
     @property
     def cached_prompt_tokens(self) -> int:
         """See the protocol. Of each prompt's first choice."""
-        return sum(self._cached_tokens[:: self._plan.choices_per_prompt])
+        return sum(cached or 0 for cached in self._cached_tokens[:: self._plan.choices_per_prompt])
 
     def opening(self) -> list[bytes]:
         """See the protocol."""
@@ -62,7 +62,8 @@ class Transcript:
         self.tokens += len(self._outputs[choice]) - known
         if batch.finish_reason is not None:
             self._last_words[choice] = batch.finish_reason
-            self._cached_tokens[choice] = batch.stats.cached_prompt_tokens if batch.stats else 0
+        if batch.stats is not None and self._cached_tokens[choice] is None:  # of who took it over it counts no more
+            self._cached_tokens[choice] = batch.stats.cached_prompt_tokens
         return self._advance()
 
     def fail(self, failure: Failure) -> list[bytes]:

@@ -18,7 +18,7 @@ IDLE_S = 2.0
 """A channel without streams ends after so long. While it is there it is one of the replica's ongoing requests."""
 
 ChannelItem = tuple[int, int, tuple[int, ...], tuple[TokenLogprobs, ...] | None]
-"""A batch without a last word: number of the attempt, first index, token ids, logprobs."""
+"""A batch without a last word and without counters: number of the attempt, first index, token ids, logprobs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +49,14 @@ class TokenChannels:
                 del self._streams[caller]
 
     def put(self, request: GenerationRequest, reply: Reply) -> bool:
-        """Send the reply through its caller's channel; False when it has none or the reply is a last word.
+        """Send the reply through its caller's channel; False when it has none or the reply goes the stream's own way.
 
-        Last words go the stream's own way, whose end they are.
+        So do last words, whose end they are, and the counters that come with an attempt's first tokens.
         """
         channel = self._open.get(request.caller)
-        if channel is None or not isinstance(reply, TokenBatch) or reply.finish_reason is not None:
+        if channel is None or not isinstance(reply, TokenBatch):
+            return False
+        if reply.finish_reason is not None or reply.stats is not None:
             return False
         channel.put((request.attempt, reply.first_index, reply.token_ids, reply.logprobs))
         return True

@@ -50,7 +50,11 @@ class ReplyStream:
 def _join(first: TokenBatch, second: TokenBatch) -> TokenBatch:
     logprobs = None if first.logprobs is None else (*first.logprobs, *(second.logprobs or ()))
     return replace(
-        second, first_index=first.first_index, token_ids=first.token_ids + second.token_ids, logprobs=logprobs
+        second,
+        first_index=first.first_index,
+        token_ids=first.token_ids + second.token_ids,
+        logprobs=logprobs,
+        stats=second.stats or first.stats,
     )
 
 

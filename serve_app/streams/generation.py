@@ -128,6 +128,9 @@ class Generation:
         self._announced = False
         self._finish_reason: FinishReason | None = None
         self._stats: GenerationStats | None = None
+        """Of the attempt that spoke last."""
+        self._counted = False
+        self._to_tell: GenerationStats | None = None
         self._failure: Failure | None = None
         self.ended = False
         """`take` has handed out the last reply."""
@@ -159,7 +162,9 @@ class Generation:
         """What has come since the last call, or None.
 
         The first batch may be empty: it says that a replica has accepted the request. The last reply is a batch with
-        a `finish_reason` or a `Failure`. Raises what the client raised against its contract.
+        a `finish_reason` or a `Failure`. `stats` come once, with the first tokens: they are those of the first attempt
+        that delivered some, since what another one finds in its cache is no saving of the caller's. Raises what the
+        client raised against its contract.
         """
         if self.ended:
             return None
@@ -178,12 +183,13 @@ class Generation:
         self._taken = len(self._journal)
         self._announced = True
         self.ended = self._finish_reason is not None
+        stats, self._to_tell = self._to_tell, None
         return TokenBatch(
             first_index=first,
             token_ids=tuple(self._journal.token_ids[first:]),
             logprobs=None if self._request.sampling.logprobs is None else tuple(self._journal.logprobs[first:]),
             finish_reason=self._finish_reason,
-            stats=self._stats,
+            stats=stats,
         )
 
     async def _read(self) -> None:
@@ -294,7 +300,10 @@ class Generation:
         self._journal.append(batch)
         self._accepted = True
         self._finish_reason = batch.finish_reason
-        self._stats = batch.stats
+        if batch.stats is not None:
+            self._stats = batch.stats
+            if not self._counted:
+                self._counted, self._to_tell = True, batch.stats
         if len(self._journal) > self._taken or self._finish_reason or not self._announced:
             self._changed.set()
 

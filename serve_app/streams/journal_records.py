@@ -58,15 +58,16 @@ def read_document(content: bytes) -> StreamDocument:
 
 
 def write_reply(choice: int, reply: Reply) -> bytes:
-    """One line: `[choice, first index, ids, logprobs | null, finish reason | null, cached prompt tokens]`, the last
-    three only where there is something to say; or `{failure}`. No line break inside."""
+    """One line: `[choice, first index, ids, logprobs | null, finish reason | null, cached prompt tokens | null]`, the
+    last three only where there is something to say; or `{failure}`. No line break inside."""
     if isinstance(reply, Failure):
         failure = {"code": reply.code, "message": reply.message, "retry_after_s": reply.retry_after_s}
         return json.dumps(failure).encode()
     line: list[Any] = [choice, reply.first_index, reply.token_ids]
-    if reply.logprobs is not None or reply.finish_reason is not None:
+    if reply.logprobs is not None or reply.finish_reason is not None or reply.stats is not None:
         line.append(None if reply.logprobs is None else [(entry.logprob, entry.top) for entry in reply.logprobs])
-        line += [reply.finish_reason, reply.stats.cached_prompt_tokens if reply.stats else 0]
+        unknown = None if reply.finish_reason is None else 0  # not null with an end: earlier versions add it up
+        line += [reply.finish_reason, unknown if reply.stats is None else reply.stats.cached_prompt_tokens]
     return json.dumps(line, separators=(",", ":")).encode()
 
 
@@ -98,5 +99,5 @@ def _read_line(line: Any) -> tuple[int, Reply]:
         if logprobs is None
         else tuple(TokenLogprobs(logprob, tuple((id_, p) for id_, p in top)) for logprob, top in logprobs),
         None if reason is None else FinishReason(reason),
-        None if reason is None else GenerationStats(cached_prompt_tokens=cached),
+        None if cached is None else GenerationStats(cached_prompt_tokens=cached),
     )

@@ -57,7 +57,9 @@ Writes = Callable[..., Script]
 def writes(tokenizer: ChatTokenizer, eos: int) -> Writes:
     """A model that answers a text: writes("Hi", batch=2, pause_s=0.01, end=...). It ends with EOS, or with `end`."""
 
-    def make(text: str = ANSWER, *, batch: int = 1, pause_s: float | None = None, end: Step | str = "eos") -> Script:
+    def make(
+        text: str = ANSWER, *, batch: int = 1, pause_s: float | None = None, end: Step | str = "eos", cached: int = 2
+    ) -> Script:
         def script(request: GenerationRequest) -> list[Step]:
             ids = tokenizer.encode_text(text, add_bos=False, parse_special=False)
             ids = [*ids, eos] if end == "eos" else ids
@@ -73,7 +75,8 @@ def writes(tokenizer: ChatTokenizer, eos: int) -> Writes:
                     logprobs = tuple(TokenLogprobs(-0.25, pair) for pair in pairs)
                 if pause_s is not None:
                     steps.append(pause_s)
-                stats = GenerationStats(cached_prompt_tokens=2) if last else None
+                first_of_attempt = first == len(request.output_token_ids)
+                stats = GenerationStats(cached_prompt_tokens=cached) if last or first_of_attempt else None
                 steps.append(TokenBatch(first, some, logprobs, reason, stats))
             return steps if end == "eos" else [*steps, end]
 

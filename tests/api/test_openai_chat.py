@@ -12,6 +12,8 @@ from starlette.applications import Starlette
 
 from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.messages import Failure, FailureCode
+from serve_app.observability.metrics import MemoryMetrics
+from serve_app.streams.replica import ReplicaLost
 
 ANSWER = "The quick brown fox says 🙂 and naïve."
 HI: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
@@ -78,6 +80,27 @@ async def test_the_stream(api: httpx.AsyncClient, include_usage: bool) -> None:
     assert "".join(choice["delta"]["content"] for choice in middle) == ANSWER
     assert all(choice["delta"]["content"] and choice["finish_reason"] is None for choice in middle)
     assert (final["delta"], final["finish_reason"]) == ({}, "stop")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("headers", [{}, {"X-Stream-Resume": "1"}], ids=["plain", "resumable"])
+async def test_cache_hits_are_told_though_a_stop_string_ends_the_answer(
+    api: httpx.AsyncClient,
+    replica: FakeReplica,
+    writes: Callable[..., Script],
+    metrics: MemoryMetrics,
+    stream: bool,
+    headers: dict[str, str],
+) -> None:
+    lost = lambda request: [*writes(end=None, cached=2)(request)[:2], ReplicaLost("died")]  # noqa: E731
+    replica.scripts = [lost, writes(end=None, cached=64)]  # what the second one finds saves its caller nothing
+    asked = {**HI, "stop": "fox", "stream": stream, "stream_options": {"include_usage": True} if stream else None}
+    text = (await api.post(URL, json=asked, headers=headers)).text
+    line = next(line for line in reversed(text.splitlines()) if '"usage": {' in line)
+    usage = json.loads(line.removeprefix("data: "))["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 2}
+    assert metrics.counters["serve_app_cached_prompt_tokens", ()] == 2
+    assert len(replica.requests) == 2
 
 
 async def test_n_choices_are_interleaved_and_share_the_seed(

@@ -16,6 +16,7 @@ from journal_stores import BrokenStore
 from starlette.applications import Starlette
 
 from serve_app.messages import Failure, FailureCode, Fingerprint, TokenBatch
+from serve_app.observability.metrics import MemoryMetrics
 from serve_app.streams.journal_store import JournalLimits
 from serve_app.streams.memory_journals import MemoryJournalStore
 from serve_app.streams.replica import ReplicaLost
@@ -167,6 +168,24 @@ async def test_a_stream_that_is_continued_keeps_its_cache_salt(
     await _until(lambda: replica.cancelled == 1)
     await fetch(make_app(replica, journals=store), stream_id_of(first), 3)
     assert [request.cache_salt for request in replica.requests] == ["s", "s"]
+
+
+async def test_the_prompt_and_its_cache_hits_count_once_however_often_a_stream_is_resumed(
+    replica: FakeReplica, make_app: MakeApp, writes: Writes, store: MemoryJournalStore, metrics: MemoryMetrics
+) -> None:
+    replica.scripts = [writes(pause_s=0.005), writes(pause_s=0.005, cached=64)]
+    app = make_app(replica, journals=store, resume=ResumeSettings(grace_s=0.0, lease_s=0.2, tick_s=0.01))
+    first = Exchange(app, "POST", "/stream", HI, RESUME)
+    await first.until(b":3\n")
+    first.disconnect()
+    await first.end()
+    await _until(lambda: replica.cancelled == 1)
+    rest = await fetch(make_app(replica, journals=store), stream_id_of(first), 3)
+    usage = json.loads(rest.body.rpartition(b"data: ")[2])["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 2}
+    assert len(replica.requests) == 2
+    assert metrics.counters["serve_app_prompt_tokens", ()] == usage["prompt_tokens"]
+    assert metrics.counters["serve_app_cached_prompt_tokens", ()] == 2
 
 
 async def test_without_resume_a_disconnect_stops_the_work_at_once(
