@@ -21,7 +21,7 @@ from serve_app.client import AsyncClient, BadRequest, Client, ConnectionLost, St
 from serve_app.client import resume as client_resume
 from serve_app.messages import Failure, FailureCode, TokenBatch
 from serve_app.streams.journal_store import JournalLimits
-from serve_app.streams.memory_journals import MemoryJournalStore
+from serve_app.streams.memory_journals import MemoryJournals, MemoryJournalStore
 from serve_app.streams.replica import ReplicaLost
 
 ANSWER = "The quick brown fox says 🙂 and naïve."
@@ -116,13 +116,23 @@ async def test_attempts_without_progress_are_bounded(
 
 
 async def test_an_expired_stream_is_told_at_once(
-    replica: FakeReplica, make_app: MakeApp, serve: Serve, writes: Writes, monkeypatch: pytest.MonkeyPatch
+    replica: FakeReplica, make_app: MakeApp, serve: Serve, writes: Writes
 ) -> None:
-    monkeypatch.setattr(client_resume, "FIRST_PAUSE_S", 0.3)
-    monkeypatch.setattr(client_resume, "LONGEST_PAUSE_S", 0.3)
-    store = MemoryJournalStore(JournalLimits(lease_s=0.05, expiry_s=0.06))
+    now_s = 0.0
+    limits = JournalLimits(expiry_s=60)
+    store = MemoryJournalStore(limits)
+    store.journals = MemoryJournals(limits, lambda: now_s)
+
+    async def expire() -> None:
+        """Before the client comes back: the stream has ended, and so long ago that its journal is gone."""
+        nonlocal now_s
+        if proxy.connections > 1:
+            while any(task.get_name().startswith("stream ") for task in asyncio.all_tasks()):  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+            now_s += 61
+
     url = await serve(make_app(replica, journals=store))
-    async with cutting_proxy(url, lambda: 700) as (proxied, proxy), AsyncClient(proxied) as client:
+    async with cutting_proxy(url, lambda: 700, expire) as (proxied, proxy), AsyncClient(proxied) as client:
         with pytest.raises(BadRequest) as raised:
             await client.complete(messages=HI, resume=True)  # type: ignore[arg-type]
     assert (raised.value.status, raised.value.code) == (410, "stream_gone")

@@ -21,6 +21,8 @@ from serve_app.messages import (
 from serve_app.streams.generation import FailoverSettings, Generation, interleave
 from serve_app.streams.replica import ReplicaClient, ReplicaLost
 
+pytestmark = pytest.mark.usefixtures("exact_time")  # else a stall would look like a silent replica
+
 QUICK = FailoverSettings(silence_s=0.05, max_attempts=3, first_backoff_s=0.001, max_backoff_s=0.002)
 
 

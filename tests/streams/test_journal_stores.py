@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 
 import pytest
+from journal_stores import loop_time
 from redis.asyncio import Redis
 from redis_server import redis_server
+from simulated_time import simulated_time
 
 from serve_app.streams.journal_store import Append, Hold, JournalLimits, JournalStore, StoreUnavailable, Then
 from serve_app.streams.memory_journals import MemoryJournals, MemoryJournalStore
 from serve_app.streams.redis_journals import RedisJournalStore
 
 MakeStore = Callable[..., JournalStore]
-LEASE_S = 0.15
+LEASE_S = 1.0
+"""Where a test waits for its end. Redis has a clock of its own, so a stall of the machine must be shorter."""
+NEVER_S = 600.0
+"""A lease that no test outlasts."""
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +31,26 @@ def redis_url() -> Iterator[str]:
 
 @pytest.fixture(params=["memory", "redis"])
 async def make_store(request: pytest.FixtureRequest) -> AsyncIterator[MakeStore]:
-    """make_store(**limits): a new, empty store."""
-    async with AsyncExitStack() as opened:
-        if request.param == "memory":
-            yield lambda **limits: MemoryJournalStore(JournalLimits(**{"lease_s": LEASE_S, **limits}))
-            return
-        url = request.getfixturevalue("redis_url")
+    """make_store(**limits): a new, empty store, whose leases last unless the test says how long."""
 
-        def make(**limits: float) -> JournalStore:
-            store = RedisJournalStore(url, JournalLimits(**{"lease_s": LEASE_S, **limits}))
+    def limits_of(changes: dict[str, float]) -> JournalLimits:
+        return JournalLimits(**{"lease_s": NEVER_S, **changes})
+
+    if request.param == "memory":
+
+        def make_in_memory(**changes: float) -> JournalStore:
+            store = MemoryJournalStore(limits_of(changes))
+            store.journals = MemoryJournals(limits_of(changes), loop_time)
+            return store
+
+        with simulated_time():
+            yield make_in_memory
+        return
+    url = request.getfixturevalue("redis_url")
+    async with AsyncExitStack() as opened:
+
+        def make(**changes: float) -> JournalStore:
+            store = RedisJournalStore(url, limits_of(changes))
             opened.push_async_callback(store.aclose)
             return store
 
@@ -101,7 +116,7 @@ async def test_only_the_owner_writes(make_store: MakeStore) -> None:
 
 
 async def test_a_lapsed_lease_goes_to_one_of_many(make_store: MakeStore) -> None:
-    store = make_store()
+    store = make_store(lease_s=LEASE_S)
     await store.create("s", "a", b"")
     await hold(store, "a", 0, b"one")
     await lapse(store)
@@ -112,7 +127,7 @@ async def test_a_lapsed_lease_goes_to_one_of_many(make_store: MakeStore) -> None
 
 
 async def test_an_owner_that_was_only_slow_goes_on(make_store: MakeStore) -> None:
-    store = make_store()
+    store = make_store(lease_s=LEASE_S)
     await store.create("s", "a", b"")
     await lapse(store)
     assert await hold(store, "a", 0, b"one") is Hold.HELD
@@ -120,9 +135,9 @@ async def test_an_owner_that_was_only_slow_goes_on(make_store: MakeStore) -> Non
 
 
 async def test_renewing_keeps_the_lease(make_store: MakeStore) -> None:
-    store = make_store()
+    store = make_store(lease_s=LEASE_S)
     await store.create("s", "a", b"")
-    for _ in range(10):
+    for _ in range(6):
         await asyncio.sleep(LEASE_S / 4)
         assert await hold(store, "a", 0) is Hold.HELD
         assert not await store.acquire("s", "b")
@@ -158,13 +173,13 @@ async def test_what_a_store_lost_its_owner_is_told(make_store: MakeStore) -> Non
 
 
 async def test_a_journal_that_nobody_touches_expires(make_store: MakeStore) -> None:
-    store = make_store(expiry_s=0.2)
+    store = make_store(expiry_s=1.0)
     await store.create("s", "a", b"doc")
     await hold(store, "a", 0, b"one", then=Then.FINISH)
-    for _ in range(4):
-        await asyncio.sleep(0.1)
+    for _ in range(3):
+        await asyncio.sleep(0.4)
         assert await store.read("s", 0) is not None  # reading touches it
-    await asyncio.sleep(0.25)
+    await asyncio.sleep(1.05)
     assert await store.read("s", 0) is None
     assert await hold(store, "a", 1, b"two") is Hold.GONE
 
@@ -215,19 +230,20 @@ async def test_an_owner_hears_when_somebody_reads(make_store: MakeStore) -> None
     await store.create("s", "a", b"")
     (held,) = await store.append(add("a", 0))
     assert held.unread_s is None
+    before = loop_time()
     await store.read("s", 0)
     await asyncio.sleep(0.02)
     (held,) = await store.append(add("a", 0))
     assert held.unread_s is not None
-    assert 0.015 < held.unread_s < 0.5
+    assert 0.015 < held.unread_s < loop_time() - before + 0.005  # Redis counts whole milliseconds
 
 
 @pytest.mark.parametrize("news", ["record", "finish", "release", "lapse"])
 async def test_a_reader_waits_for_news(make_store: MakeStore, news: str) -> None:
-    store = make_store(lease_s=1.0 if news != "lapse" else 0.1)
+    store = make_store(lease_s=NEVER_S if news != "lapse" else LEASE_S)
     await store.create("s", "a", b"")
-    started = time.monotonic()
-    reading = asyncio.create_task(store.read("s", 0, wait_s=5))
+    started = loop_time()
+    reading = asyncio.create_task(store.read("s", 0, wait_s=30))
     await asyncio.sleep(0.03)
     assert not reading.done()
     match news:
@@ -236,7 +252,7 @@ async def test_a_reader_waits_for_news(make_store: MakeStore, news: str) -> None
         case "finish" | "release":
             await hold(store, "a", 0, then=Then(news))
     view = await reading
-    assert time.monotonic() - started < 0.5
+    assert loop_time() - started < LEASE_S + 5
     assert view is not None
     assert view.records == ((b"one",) if news == "record" else ())
     assert view.finished is (news == "finish")
@@ -244,14 +260,15 @@ async def test_a_reader_waits_for_news(make_store: MakeStore, news: str) -> None
 
 
 async def test_a_reader_does_not_wait_longer_than_it_wants(make_store: MakeStore) -> None:
-    store = make_store(lease_s=2.0)
+    store = make_store()
     await store.create("s", "a", b"")
-    started = time.monotonic()
+    started = loop_time()
     view = await store.read("s", 0, wait_s=0.1)
     assert view is not None
-    assert 0.09 < time.monotonic() - started < 0.5
-    assert await store.read("nothing", 0, wait_s=5) is None
-    assert time.monotonic() - started < 1
+    assert 0.09 < loop_time() - started < 5
+    started = loop_time()
+    assert await store.read("nothing", 0, wait_s=30) is None
+    assert loop_time() - started < 5
 
 
 def test_idle_counts_return_to_nothing() -> None:
@@ -267,7 +284,7 @@ def test_idle_counts_return_to_nothing() -> None:
 
 
 async def test_what_is_kept_is_counted_and_what_has_expired_is_not(make_store: MakeStore) -> None:
-    store = make_store(expiry_s=0.3, lease_s=0.02)
+    store = make_store(expiry_s=1.0)
     assert await store.size() == (0, 0)
     for n in range(5):
         await store.create(str(n), "a", b"document")
@@ -275,24 +292,25 @@ async def test_what_is_kept_is_counted_and_what_has_expired_is_not(make_store: M
     assert await store.size() == (5, 70)
     await hold(store, "a", 1, then=Then.DROP, stream="0")
     assert await store.size() == (4, 56)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(10):
         while await store.size() != (0, 0):  # noqa: ASYNC110 - counting must be enough to forget them
             await asyncio.sleep(0.05)
 
 
 async def test_redis_counts_return_to_nothing(redis_url: str) -> None:
-    store = RedisJournalStore(redis_url, JournalLimits(expiry_s=0.05, lease_s=0.02))
+    store = RedisJournalStore(redis_url, JournalLimits(expiry_s=1.0))
     await store._redis.flushall()
     for n in range(5):
         await store.create(str(n), "a", b"document")
         await store.append(add("a", 0, b"record", stream=str(n)))
     assert int(await store._redis.get("{serve_app}:bytes")) == 70
-    await asyncio.sleep(0.06)
+    await asyncio.sleep(1.05)
     await store.create("last", "a", b"")
     assert int(await store._redis.get("{serve_app}:bytes")) == 0
     assert await store._redis.zcard("{serve_app}:journals") == 1
-    await asyncio.sleep(0.15)
-    assert await store._redis.keys("*") == []  # also when nobody calls any more
+    async with asyncio.timeout(10):
+        while await store._redis.keys("*"):  # noqa: ASYNC110 - also when nobody calls the store any more
+            await asyncio.sleep(0.05)
     await store.aclose()
 
 

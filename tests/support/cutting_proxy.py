@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
@@ -11,10 +11,13 @@ from urllib.parse import urlsplit
 class CuttingProxy:
     """In front of `target`; `cut_after()` says for each connection after how many bytes it is cut, None: never."""
 
-    def __init__(self, target: str, cut_after: Callable[[], int | None]) -> None:
+    def __init__(
+        self, target: str, cut_after: Callable[[], int | None], before: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
         parts = urlsplit(target)
         self._target = parts.hostname, parts.port
         self._cut_after = cut_after
+        self._before = before
         self.connections = 0
         self.cuts = 0
         self.passed = bytearray()
@@ -23,6 +26,8 @@ class CuttingProxy:
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
         left = self._cut_after()
+        if self._before is not None:
+            await self._before()
         upstream_reader, upstream_writer = await asyncio.open_connection(*self._target)
         forwarding = asyncio.create_task(self._forward(reader, upstream_writer))
         try:
@@ -51,9 +56,11 @@ class CuttingProxy:
 
 
 @asynccontextmanager
-async def cutting_proxy(target: str, cut_after: Callable[[], int | None]) -> AsyncIterator[tuple[str, CuttingProxy]]:
-    """(its URL, the proxy), until the block ends."""
-    proxy = CuttingProxy(target, cut_after)
+async def cutting_proxy(
+    target: str, cut_after: Callable[[], int | None], before: Callable[[], Awaitable[None]] | None = None
+) -> AsyncIterator[tuple[str, CuttingProxy]]:
+    """(its URL, the proxy), until the block ends. `before`: awaited before each connection goes on to the target."""
+    proxy = CuttingProxy(target, cut_after, before)
     server = await asyncio.start_server(proxy.handle, "127.0.0.1", 0)
     async with server:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", proxy

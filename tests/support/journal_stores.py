@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 from serve_app.streams.journal_store import Append, Held, Hold, JournalLimits, JournalView, StoreUnavailable
 from serve_app.streams.memory_journals import MemoryJournals, MemoryJournalStore
+
+
+def loop_time() -> float:
+    """The running loop's clock, which a test may simulate."""
+    return asyncio.get_running_loop().time()
 
 
 class BrokenStore(MemoryJournalStore):
@@ -13,6 +19,7 @@ class BrokenStore(MemoryJournalStore):
 
     def __init__(self, limits: JournalLimits) -> None:
         super().__init__(limits)
+        self.journals = MemoryJournals(limits, loop_time)
         self.down = False
         """Every call fails."""
         self.forgets_answers = False
@@ -21,7 +28,7 @@ class BrokenStore(MemoryJournalStore):
 
     def forget_all(self) -> None:
         """As a store that was restarted."""
-        self.journals = MemoryJournals(self.journals.limits)
+        self.journals = MemoryJournals(self.journals.limits, loop_time)
 
     async def create(self, stream_id: str, owner: str, document: bytes) -> Hold:
         self._check()
