@@ -2,7 +2,7 @@
 
 `python -m loadtest.streaming_path` serves with the real model server, ingress and proxy over an engine that computes
 nothing (`loadtest.paced_app`), since a token's way must be measured while readers are paced: what comes in bursts is
-joined, and costs a thirtieth.
+joined, and costs a thirtieth. `RAY_SERVE_ENABLE_HA_PROXY=0` measures Serve's Python proxy.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from loadtest.http_load import drive, percentile, wait_until_ready
 from loadtest.paced_app import RATE_VARIABLE
 from loadtest.service import derive_config, free_port
 from serve_app.cli.environment import server_environment
+from serve_app.cli.haproxy import haproxy_environment
 from serve_app.cli.serve import SERVE_RUN
 
 STREAMS = (1, 8, 32)
@@ -55,6 +56,7 @@ def paced_service(config: Path, rate: float) -> Iterator[tuple[str, psutil.Proce
     environment = server_environment(os.environ) | {RATE_VARIABLE: str(rate)}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path.cwd()), environment.get("PYTHONPATH"))))
     with tempfile.TemporaryDirectory() as folder:
+        environment |= haproxy_environment(environment, Path(folder) / "haproxy")
         path = Path(folder) / "paced.yaml"
         path.write_text(yaml.safe_dump(data, sort_keys=False))
         log = Path("loadtest/results/streaming_path.log")

@@ -23,6 +23,7 @@ from serve_app.cli.check import shortages
 from serve_app.cli.config_file import LAST_PORT, ConfigFile, load
 from serve_app.cli.environment import own_cluster, server_environment
 from serve_app.cli.errors import CommandError
+from serve_app.cli.haproxy import haproxy_environment
 from serve_app.cli.state import claim, state_directory
 from serve_app.client import Client, ConnectionLost, Readiness, ServeAppError
 
@@ -53,6 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
             if missing := shortages(file):  # Ray would wait for a machine that has it, for ever
                 raise CommandError("; ".join(missing))
             _fetch_models(file)
+            environment |= haproxy_environment(environment, state_directory() / "servers" / f"{port}.haproxy")
         path = _derived_config(file, host, port) if (host, port) != (file.host, file.port) else file.path
         with _Stopping() as stopping:
             # A session of its own keeps the terminal's Ctrl-C to this process, which passes it on once.

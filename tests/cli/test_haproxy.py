@@ -1,0 +1,76 @@
+"""HAProxy's launcher: what it binds where, on which ports, and when there is none."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from serve_app.cli import haproxy
+from serve_app.cli.haproxy import ENABLE, bundled_haproxy, haproxy_environment
+
+pytestmark = pytest.mark.skipif(bundled_haproxy() is None, reason="ray[serve] brings no HAProxy here")
+CONFIG = """\
+frontend prometheus
+    bind :{metrics}
+frontend http_frontend
+    bind *:8000
+listen stats
+  bind *:{statistics}
+  bind *:{statistics}1
+"""
+
+
+def ports(environment: dict[str, str]) -> dict[str, int]:
+    return {
+        "statistics": int(environment["RAY_SERVE_HAPROXY_STATS_PORT"]),
+        "metrics": int(environment["RAY_SERVE_HAPROXY_METRICS_PORT"]),
+    }
+
+
+def test_only_its_own_ports_are_bound_to_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "a program's folder" / "haproxy"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\necho started with "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(haproxy, "bundled_haproxy", lambda: program)
+    environment = haproxy_environment({}, tmp_path / "launcher")
+    assert environment[ENABLE] == "1"
+    numbers = ports(environment)
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(CONFIG.format(**numbers))
+    command = [environment["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(config), "-dR", "-sf", "12"]
+    for _ in range(2):  # at each reload
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert output == f"started with -db -f {config} -dR -sf 12\n"
+    expected = CONFIG.replace("bind :{metrics}", "bind 127.0.0.1:{metrics}")
+    expected = expected.replace("bind *:{statistics}\n", "bind 127.0.0.1:{statistics}\n")
+    assert config.read_text() == expected.format(**numbers)
+
+
+def test_what_serve_writes_is_what_is_rewritten() -> None:
+    """Serve's own template, rendered only as far as it matters: a Ray that binds otherwise is noticed here."""
+    from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE as template
+
+    binds = [line.strip() for line in template.splitlines() if line.strip().startswith("bind ")]
+    assert "bind :{{ config.metrics_port }}" in binds
+    assert "bind *:{{ config.stats_port }}" in binds
+    elsewhere = [line for line in binds if "frontend_host" not in line and "metrics_port" not in line]
+    assert elsewhere == ["bind *:{{ config.stats_port }}"]
+
+
+def test_services_get_ports_of_their_own(tmp_path: Path) -> None:
+    both = [ports(haproxy_environment({}, tmp_path / name)) for name in ("a", "b")]
+    assert len({port for numbers in both for port in numbers.values()}) == 4
+
+
+@pytest.mark.parametrize("set_by_the_user", [{ENABLE: "0"}, {"RAY_SERVE_HAPROXY_BINARY_PATH": "/opt/haproxy"}])
+def test_what_the_user_has_set_is_left_alone(set_by_the_user: dict[str, str], tmp_path: Path) -> None:
+    assert haproxy_environment(set_by_the_user, tmp_path / "launcher") == {}
+
+
+def test_where_there_is_none_serves_python_proxy_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(haproxy, "bundled_haproxy", lambda: None)
+    assert haproxy_environment({}, tmp_path / "launcher") == {}
+    assert not (tmp_path / "launcher").exists()
