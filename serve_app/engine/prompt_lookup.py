@@ -17,6 +17,9 @@ CANDIDATES = 8
 """Earlier places of the last two ids that are compared, the most recent first."""
 REACH = 16_384
 """Ids before the first output that are looked at, the last ones of the prompt: the index takes some 150 bytes each."""
+READ_AT_ONCE = 512
+"""Ids that a step reads for all its sequences together: 0.1 ms of a prompt's (8,000 at once took 1.7 ms), 1.5 ms of
+output's, which are behind only while no row is free."""
 LONGEST_MATCH = 16
 """More ids that agree say no more about the next one."""
 
@@ -36,8 +39,10 @@ class Lookup:
     """
 
     def __init__(self, token_ids: SequenceOf[int]) -> None:
-        """`token_ids`: prompt and output so far. It may grow, and is read again by `follow`."""
+        """`token_ids`: prompt and output so far. It may grow; nothing is read before `follow`."""
         self._ids = token_ids
+        self._given = len(token_ids)
+        """So many are only remembered. Of those after them it learns how well it foretells."""
         self._known = max(0, len(token_ids) - REACH)
         self._latest: dict[int, int] = {}
         """Two ids, as one number -> the place after their latest occurrence."""
@@ -49,32 +54,42 @@ class Lookup:
         """How many ids before it are the last ones; `LONGEST_MATCH` for more."""
         self._hits = [chance * _PRIOR_WEIGHT for chance in _PRIOR.values()]
         self._tries = [_PRIOR_WEIGHT] * len(_PRIOR)
-        for _ in range(self._known, len(token_ids)):
-            self._index()
-        self._find()
 
-    def follow(self) -> None:
-        """Learn from the ids that have come since."""
-        for index in range(self._known, len(self._ids)):
-            place = self._place
-            agrees = place > 0 and self._ids[place] == self._ids[index]
-            if place:
-                kind = _CLASS[self._match]
-                self._hits[kind] = self._hits[kind] * _MEMORY + agrees
-                self._tries[kind] = self._tries[kind] * _MEMORY + 1
+    def follow(self, most: int | None = None) -> int:
+        """Read the ids that it doesn't know yet, in order, at most `most` of them; how many it read.
+
+        However they are divided over calls, the guesses are the same once all are known.
+        """
+        begin = self._known
+        end = len(self._ids) if most is None else min(len(self._ids), begin + most)
+        for _ in range(begin, min(end, self._given)):
             self._index()
-            if agrees:
-                self._place, self._match = place + 1, min(self._match + 1, LONGEST_MATCH)
-            else:
-                self._find()
+        if begin < self._known == self._given:
+            self._find()
+        for index in range(self._known, end):
+            self._learn(index)
+        return end - begin
+
+    def _learn(self, index: int) -> None:
+        place = self._place
+        agrees = place > 0 and self._ids[place] == self._ids[index]
+        if place:
+            kind = _CLASS[self._match]
+            self._hits[kind] = self._hits[kind] * _MEMORY + agrees
+            self._tries[kind] = self._tries[kind] * _MEMORY + 1
+        self._index()
+        if agrees:
+            self._place, self._match = place + 1, min(self._match + 1, LONGEST_MATCH)
+        else:
+            self._find()
 
     def guess(self, count: int) -> list[tuple[int, float]]:
         """Up to `count` next ids, if it goes on as it did before, each with its chance.
 
         The chance is the estimated probability that this guess and all before it are right. Guesses end where it is
-        too small for a row in any step.
+        too small for a row in any step. There are none before all ids are read.
         """
-        if not self._place:
+        if not self._place or self._known < len(self._ids):
             return []
         ids = self._ids[self._place : self._place + count]
         period = self._known - self._place

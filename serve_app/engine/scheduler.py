@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from serve_app.engine.kv_cache import PagePool, page_hash, root_hash
-from serve_app.engine.prompt_lookup import share_rows
+from serve_app.engine.prompt_lookup import READ_AT_ONCE, share_rows
 from serve_app.engine.sequence import Sequence, Supposed
 
 
@@ -168,7 +168,10 @@ class Scheduler:
         A step never has more rows of logits than requests may run: guesses take the places that are empty.
         """
         sampled = sum(chunk.completes for chunk in step.chunks)
-        rows = min(self._max_running - sampled, step.budget)
+        empty = self._max_running - sampled
+        if empty > 0:
+            self._read(step)
+        rows = min(empty, step.budget)
         decoding = [place for place, chunk in enumerate(step.chunks) if chunk.tokens == 1 and chunk.completes]
         if rows <= 0 or not decoding:
             return
@@ -178,6 +181,12 @@ class Scheduler:
             if fitting := self._room(sequence, length):
                 step.chunks[place] = Chunk(sequence, 1, tuple(token_id for token_id, _ in guessed[:fitting]))
                 step.budget -= fitting
+
+    def _read(self, step: _Step) -> None:
+        """Let the step's sequences get to know their ids: those that decode first, then prompts while computed."""
+        left = READ_AT_ONCE
+        for chunk in step.chunks:
+            left -= chunk.sequence.read(left)
 
     def _room(self, sequence: Sequence, length: int) -> int:
         """Take pages for a draft as long as each running sequence could still have one; how much of it fits."""

@@ -33,7 +33,7 @@ class Sequence:
     cached_prompt_tokens: int = 0
     preemptions: int = 0
     lookup: Lookup | None = None
-    """Made when guesses are first wanted."""
+    """Made when a step first has a row for guesses."""
     may_guess: bool = True
 
     def __post_init__(self) -> None:
@@ -71,13 +71,18 @@ class Sequence:
         self.token_ids.append(token_id)
         return finish_reason(self.request, token_id, self.output_len)
 
-    def guesses(self, count: int) -> list[tuple[int, float]]:
-        """Up to `count` ids that may come next, none of which would end it, and how likely: see `Lookup.guess`."""
+    def read(self, most: int) -> int:
+        """Get to know at most `most` more of its ids, to guess by; how many it read."""
         if not self.may_guess:
-            return []
+            return 0
         if self.lookup is None:
             self.lookup = Lookup(self.token_ids)
-        self.lookup.follow()
+        return self.lookup.follow(most)
+
+    def guesses(self, count: int) -> list[tuple[int, float]]:
+        """Up to `count` ids that may come next, none of which would end it, and how likely: see `Lookup.guess`."""
+        if not self.may_guess or self.lookup is None:
+            return []
         # The id after the last guess is sampled too: with it the output may be complete.
         guesses = self.lookup.guess(min(count, self.request.max_new_tokens - self.output_len - 1))
         stops = self.request.stop_token_ids

@@ -18,6 +18,13 @@ def ids_of(guesses: list[tuple[int, float]]) -> list[int]:
     return [token_id for token_id, _ in guesses]
 
 
+def lookup_of(ids: list[int]) -> Lookup:
+    """One that has read them all."""
+    lookup = Lookup(ids)
+    lookup.follow()
+    return lookup
+
+
 def chances(lookup: Lookup, count: int = 31) -> list[float]:
     return [chance for _, chance in lookup.guess(count)]
 
@@ -44,15 +51,15 @@ def any_chance(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_it_goes_on_as_it_did_where_most_of_the_past_agrees(ids: list[int], guesses: list[int]) -> None:
-    assert ids_of(Lookup(ids).guess(5)) == guesses
-    assert Lookup(ids).guess(0) == []
+    assert ids_of(lookup_of(ids).guess(5)) == guesses
+    assert lookup_of(ids).guess(0) == []
 
 
 @settings(max_examples=200, deadline=None)
 @given(ids=st.lists(st.integers(0, 3), min_size=1, max_size=60), known=st.integers(0, 60), bulk=st.booleans())
 def test_every_guess_has_a_precedent(ids: list[int], known: int, bulk: bool) -> None:
     given_ids = ids[:known]
-    lookup = Lookup(given_ids)
+    lookup = lookup_of(given_ids)
     if bulk:
         given_ids.extend(ids[known:])
         lookup.follow()
@@ -68,19 +75,51 @@ def test_every_guess_has_a_precedent(ids: list[int], known: int, bulk: bool) -> 
     assert bool(guesses) == (len(ids) > 1 and ids[-2:] in pairs)
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    ids=st.lists(st.integers(0, 3), max_size=80),
+    given_ids=st.integers(0, 80),
+    reach=st.integers(1, 100),
+    slices=st.lists(st.integers(0, 20)),
+)
+def test_ids_read_in_slices_give_the_same_guesses(
+    ids: list[int], given_ids: int, reach: int, slices: list[int]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompt_lookup, "REACH", reach)
+        patch.setattr(prompt_lookup, "ROW_COST", 0.0)
+        known, growing = ids[:given_ids], ids[:given_ids]
+        at_once, sliced = lookup_of(known), Lookup(growing)
+        unread = min(len(known), reach)
+        for token_id in ids[given_ids:]:
+            known.append(token_id)
+            at_once.follow()
+            growing.append(token_id)
+            unread += 1
+            if slices:
+                most = slices.pop()
+                assert sliced.follow(most) == min(most, unread)
+                unread -= min(most, unread)
+            assert unread == 0 or sliced.guess(31) == []
+        assert sliced.follow() == unread
+        assert sliced.guess(31) == at_once.guess(31)
+        assert (sliced._latest, sliced._earlier) == (at_once._latest, at_once._earlier)
+        assert (sliced._hits, sliced._tries) == (at_once._hits, at_once._tries)
+
+
 def test_only_the_latest_places_of_a_frequent_pair_are_compared() -> None:
     ids = [9, 9, 1, 2, 50]
     for filler in range(CANDIDATES):
         ids += [100 + filler, 1, 2, 60]
-    assert Lookup([*ids, 9, 9, 1, 2]).guess(1)[0][0] == 60
+    assert lookup_of([*ids, 9, 9, 1, 2]).guess(1)[0][0] == 60
 
 
 def test_what_is_too_far_back_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompt_lookup, "REACH", 8)
     far, near = [1, 2, 3, *range(50, 58), 1, 2], [1, 2, 3, *range(50, 53), 1, 2]
-    assert Lookup(far).guess(1) == []
-    assert ids_of(Lookup([*far, *near]).guess(1)) == [3]
-    lookup = Lookup(far)
+    assert lookup_of(far).guess(1) == []
+    assert ids_of(lookup_of([*far, *near]).guess(1)) == [3]
+    lookup = lookup_of(far)
     far.extend([7, 50, 51, 1, 2])
     lookup.follow()
     assert ids_of(lookup.guess(1)) == [7]
@@ -89,7 +128,7 @@ def test_what_is_too_far_back_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.usefixtures("any_chance")
 def test_habits_are_learned_from_guesses_that_were_never_drafted() -> None:
     ids = [1, 2, 3, 4, 5, 6, 7, 8] * 3
-    lookup = Lookup(ids)
+    lookup = lookup_of(ids)
     before = chances(lookup, 8)
     assert before == sorted(before, reverse=True)
     for token_id in ids[:20]:
@@ -108,7 +147,7 @@ def test_habits_are_learned_from_guesses_that_were_never_drafted() -> None:
 
 def test_a_request_that_repeats_itself_gets_longer_drafts_and_one_that_does_not_gets_none() -> None:
     ids = [1, 2, 3, 4, 5, 6, 7, 8, 1, 2]
-    lookup = Lookup(ids)
+    lookup = lookup_of(ids)
     lengths = []
     for token_id in [3, 4, 5, 6, 7, 8, 1, 2] * 4:
         lengths.append(share_rows([lookup.guess(31)], 31, 1)[0])
@@ -183,7 +222,10 @@ def request(new: int, stop: tuple[int, ...] = (), output: tuple[int, ...] = ()) 
 @pytest.mark.usefixtures("any_chance")
 def test_a_sequence_guesses_no_further_than_it_may_go() -> None:
     def guesses(request: GenerationRequest) -> list[int]:
-        return ids_of(Sequence(request, 1).guesses(5))
+        one = Sequence(request, 1)
+        assert one.guesses(5) == [], "nothing is read yet"
+        one.read(100)
+        return ids_of(one.guesses(5))
 
     assert guesses(request(20)) == [3, 4, 5, 6, 1]
     assert guesses(request(4)) == [3, 4, 5], "and the fourth is sampled behind them"
@@ -194,7 +236,7 @@ def test_a_sequence_guesses_no_further_than_it_may_go() -> None:
 
 def test_a_long_match_says_no_more_than_the_longest_that_is_told_apart() -> None:
     ids = list(range(40)) * 2
-    lookup = Lookup(ids)
+    lookup = lookup_of(ids)
     first, second = chances(lookup, 2)
     assert second == pytest.approx(first**2)
     assert len(ids) > LONGEST_MATCH

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from serve_app.engine import scheduler as scheduling
 from serve_app.engine.kv_cache import PagePool
 from serve_app.engine.scheduler import Chunk, Scheduler
 from serve_app.engine.sequence import Sequence
@@ -325,6 +326,20 @@ def test_guesses_take_the_rows_that_are_empty() -> None:
     s.add(repeating(3))
     assert repeat(s)[3] == ()
     assert sum(len(draft) for draft in repeat(s).values()) == 3
+
+
+def test_a_step_reads_few_ids_to_guess_by_and_prompts_while_they_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduling, "READ_AT_ONCE", 8)
+    s = scheduler(running=12, budget=12, lookup=True)
+    both = [repeating(1, prompt=30), repeating(2, prompt=20)]
+    for one in both:
+        s.add(one)
+    read, drafts = [], []
+    for _ in range(7):
+        drafts.append({arrival for arrival, draft in repeat(s, wrong=True).items() if draft})
+        read.append(sum(one.lookup._known for one in both if one.lookup))
+    assert read == [8, 16, 24, 32, 40, 48, 56], "five steps computed the prompts"
+    assert drafts == [set(), set(), set(), set(), {1}, {1}, {1, 2}]
 
 
 def test_a_full_step_guesses_nothing() -> None:
