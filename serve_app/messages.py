@@ -100,6 +100,9 @@ class GenerationRequest:
     """Any of these ends the output (it is emitted, counted, and has no text). EOS is among them unless ignored."""
     output_token_ids: tuple[int, ...] = ()
     """Already delivered by an earlier attempt; empty on the first."""
+    arithmetic: str = ""
+    """How the replica that made `output_token_ids` computes, where that is exact: one that computes alike continues
+    them to the bit, another of the same weights only where there is none. Empty: any will do."""
     choice: int = 0
     alone: bool = False
     """Until its first new token it is computed in steps of its own: a suspect of having killed replicas must not take
@@ -137,6 +140,8 @@ class GenerationStats:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     preemptions: int = 0
+    arithmetic: str = ""
+    """How the replica computes, where that is exact; see `GenerationRequest`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from serve_app.api.errors import from_failure
 from serve_app.api.events import EventWriter
 from serve_app.api.service import Plan, Usage, choice_texts
 from serve_app.chat.tokenizer import ChatTokenizer
-from serve_app.messages import Failure, FinishReason, TokenBatch
+from serve_app.messages import Failure, FinishReason, GenerationStats, TokenBatch
 from serve_app.streams.journal import Journal
 
 
@@ -34,7 +34,8 @@ class Transcript:
         self._told = [0] * plan.choices
         """Tokens of each choice whose events are out."""
         self._last_words: list[FinishReason | None] = [None] * plan.choices
-        self._cached_tokens: list[int | None] = [None] * plan.choices
+        self._stats: list[GenerationStats | None] = [None] * plan.choices
+        """Of the attempt that began each choice."""
         self._ended = [False] * plan.choices
         self._turn = 0
         self.finished = False
@@ -47,7 +48,8 @@ class Transcript:
     @property
     def cached_prompt_tokens(self) -> int:
         """See the protocol. Of each prompt's first choice."""
-        return sum(cached or 0 for cached in self._cached_tokens[:: self._plan.choices_per_prompt])
+        counted = self._stats[:: self._plan.choices_per_prompt]
+        return sum(stats.cached_prompt_tokens for stats in counted if stats is not None)
 
     def opening(self) -> list[bytes]:
         """See the protocol."""
@@ -62,8 +64,7 @@ class Transcript:
         self.tokens += len(self._outputs[choice]) - known
         if batch.finish_reason is not None:
             self._last_words[choice] = batch.finish_reason
-        if batch.stats is not None and self._cached_tokens[choice] is None:  # of who took it over it counts no more
-            self._cached_tokens[choice] = batch.stats.cached_prompt_tokens
+        self._stats[choice] = self._stats[choice] or batch.stats  # of who took it over they count no more
         return self._advance()
 
     def fail(self, failure: Failure) -> list[bytes]:
@@ -81,7 +82,8 @@ class Transcript:
         """See the protocol."""
         journal = self._outputs[choice]
         with_logprobs = self._plan.requests[choice].sampling.logprobs is not None
-        return TokenBatch(0, tuple(journal.token_ids), tuple(journal.logprobs) if with_logprobs else None)
+        logprobs = tuple(journal.logprobs) if with_logprobs else None
+        return TokenBatch(0, tuple(journal.token_ids), logprobs, stats=self._stats[choice])
 
     def _advance(self) -> list[bytes]:
         """The events of all turns that can be taken now."""

@@ -21,7 +21,7 @@ from serve_app.deployments.callers import Callers
 from serve_app.deployments.logs import use_serve_log
 from serve_app.deployments.metrics import RayMetrics
 from serve_app.deployments.progress import ProgressBoard, Reporter
-from serve_app.deployments.request_router import FINGERPRINT_KEY
+from serve_app.deployments.request_router import ARITHMETIC_KEY, FINGERPRINT_KEY
 from serve_app.deployments.suspects import SuspectNotes
 from serve_app.deployments.token_channels import ChannelItem, ChannelRequest, TokenChannels
 from serve_app.engine.errors import EngineError
@@ -94,7 +94,7 @@ class ModelServer:
 
     def record_replica_metadata(self) -> dict[str, str]:
         """Serve's hook: what every router learns of this replica. A stream goes on only with its own weights."""
-        return {FINGERPRINT_KEY: self._fingerprint}
+        return {FINGERPRINT_KEY: self._fingerprint, ARITHMETIC_KEY: self._engine.capacity.arithmetic}
 
     async def stats(self) -> EngineStats:
         """What the engine is doing, for operators and tests."""

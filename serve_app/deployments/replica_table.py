@@ -47,6 +47,7 @@ class ReplicaTable:
 
     def __init__(self) -> None:
         self._live: Mapping[str, Fingerprint | None] = {}
+        self._arithmetic: Mapping[str, str] = {}
         self._silent_until: dict[str, float] = {}
         self._attempts: dict[int, Attempt] = {}
         self._moving_until: dict[tuple[str, int], float] = {}
@@ -56,8 +57,11 @@ class ReplicaTable:
         """Replicas that take requests, with their weights. A draining one is not among them."""
         return self._live
 
-    def update(self, live: Mapping[str, Fingerprint | None]) -> None:
-        """What the router knows now."""
+    def update(self, live: Mapping[str, Fingerprint | None], arithmetic: Mapping[str, str] | None = None) -> None:
+        """What the router knows now: the weights of each, and how it computes, where that is exact."""
+        left = {attempt.replica for attempt in list(self._attempts.values())} - live.keys()
+        known = {replica: how for replica, how in self._arithmetic.items() if replica in left}
+        self._arithmetic = {**known, **(arithmetic or {})}
         self._live = live
 
     @contextmanager
@@ -104,8 +108,7 @@ class ReplicaTable:
         """Whether its replica is going and another can continue it: asked after each reply. It must leave on True."""
         if attempt.replica is None or attempt.replica in self._live:
             return False
-        fingerprint = attempt.request.fingerprint
-        if not any(known == fingerprint and not self.silent(replica) for replica, known in self._live.items()):
+        if not any(self._continues(replica, attempt) for replica in self._live):
             return False  # the last one: it may finish what it has
         now = time.monotonic()
         self._moving_until = {stream: until for stream, until in self._moving_until.items() if until > now}
@@ -113,6 +116,18 @@ class ReplicaTable:
             return False
         self._moving_until[attempt.stream] = now + MOVE_S
         return True
+
+    def _continues(self, replica: str, attempt: Attempt) -> bool:
+        """Whether this one has the weights of an attempt elsewhere, and computes as its replica does if that matters.
+
+        Where none does, the stream stays until its replica is gone: then going on matters more than the last bit.
+        """
+        alike = self._arithmetic.get(attempt.replica or "", "")
+        return (
+            self._live[replica] == attempt.request.fingerprint
+            and not self.silent(replica)
+            and (not alike or self._arithmetic.get(replica) == alike)
+        )
 
 
 _tables: dict[tuple[str, str], ReplicaTable] = {}

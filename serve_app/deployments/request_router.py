@@ -17,6 +17,8 @@ from serve_app.messages import Fingerprint, GenerationRequest
 
 FINGERPRINT_KEY = "fingerprint"
 """In what a replica says of itself to the routers (`record_replica_metadata`)."""
+ARITHMETIC_KEY = "arithmetic"
+"""Likewise: how it computes, where that is exact."""
 
 
 class ModelRouter(RequestRouter):
@@ -41,8 +43,10 @@ class ModelRouter(RequestRouter):
         self._publish()
 
     def _publish(self) -> None:
+        replicas = {replica.replica_id.unique_id: replica for replica in self.curr_replicas.values()}
         self._table.update(
-            {replica.replica_id.unique_id: _fingerprint(replica) for replica in self.curr_replicas.values()}
+            {name: _fingerprint(replica) for name, replica in replicas.items()},
+            {name: _arithmetic(replica) for name, replica in replicas.items()},
         )
 
     async def choose_replicas(
@@ -50,8 +54,9 @@ class ModelRouter(RequestRouter):
     ) -> list[list[RunningReplica]]:
         """Two at random of those that fit; Serve takes the one with fewer requests, and asks again when both are full.
 
-        When none has the request's weights any one may say so: a request must not wait for what may never come. A
-        channel is for one replica alone, and whoever asked for it does not wait long.
+        When none has the request's weights any one may say so: a request must not wait for what may never come. What
+        another replica began goes to one that computes alike, if there is one. A channel is for one replica alone, and
+        whoever asked for it does not wait long.
         """
         fitting = candidate_replicas
         if pending_request is not None:
@@ -62,6 +67,8 @@ class ModelRouter(RequestRouter):
             if isinstance(request, GenerationRequest):
                 self._table.waiting(request)
                 fitting = [r for r in fitting if _fingerprint(r) == request.fingerprint] or fitting
+                alike = [r for r in fitting if request.arithmetic and _arithmetic(r) == request.arithmetic]
+                fitting = [r for r in alike if not self._table.silent(r.replica_id.unique_id)] or fitting
         fitting = [r for r in fitting if not self._table.silent(r.replica_id.unique_id)] or fitting
         return [random.sample(fitting, min(2, len(fitting)))]
 
@@ -82,3 +89,7 @@ class _Replica(RunningReplica):
 def _fingerprint(replica: RunningReplica) -> Fingerprint | None:
     fingerprint: Fingerprint | None = replica.replica_metadata.get(FINGERPRINT_KEY)
     return fingerprint
+
+
+def _arithmetic(replica: RunningReplica) -> str:
+    return str(replica.replica_metadata.get(ARITHMETIC_KEY, ""))

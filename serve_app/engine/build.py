@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from serve_app.config import EngineConfig
+from serve_app.engine.arithmetic import arithmetic_name
 from serve_app.engine.attention.base import AttentionBackend, TabledAttention
 from serve_app.engine.attention.check import check_attention
 from serve_app.engine.attention.cpu import CpuAttention
@@ -53,7 +54,9 @@ class EngineCapacity:
     reads_runs: bool
     """The attention kernel reads neighbouring pages in place."""
     exact: bool
-    """A request's logits are the same bits in any company; see `load_check.check_exact`."""
+    """A request's logits are the same bits in any company, as far as `load_check.check_exact` tries it."""
+    arithmetic: str = ""
+    """How it computes, where that is exact (`arithmetic.arithmetic_name`); empty where it is not."""
     notes: tuple[str, ...] = ()
     """Fallbacks taken, one sentence each."""
 
@@ -122,15 +125,23 @@ def prepare(
                 if config.cuda_graphs and isinstance(backend, TabledAttention):
                     on_stage(LoadStage("recording CUDA graphs"))
                     notes += record_graphs(runner, backend, cache, config, context_tokens)
-                exact = check_exact(runner, num_pages=cache.num_pages - 1, page_tokens=page_tokens)
+                tokens = (cache.num_pages - 1) * page_tokens
+                context_tokens = min(context_tokens, tokens)
+                # Our own kernel for CPUs adds up blocks of 64 keys from the first on, of however many; with the demo
+                # model on 2 cores the long contexts would take 6 s of every start.
+                longest = 0 if isinstance(backend, CpuAttention) else context_tokens
+                exact = check_exact(
+                    runner, num_pages=cache.num_pages - 1, page_tokens=page_tokens, longest_tokens=longest
+                )
                 if config.batch_invariant and not exact:
                     notes.append(
                         "engine.batch_invariant does not hold on this device: a request's tokens may depend on others"
                     )
                 for note in notes:
                     logger.warning(note)
-                tokens = (cache.num_pages - 1) * page_tokens
-                context_tokens = min(context_tokens, tokens)
+                arithmetic = arithmetic_name(
+                    backend.name, kernels, runner.device, page_tokens=page_tokens, fixed_rows=runner.fixed_rows
+                )
                 return EngineCapacity(
                     kv_capacity_tokens=tokens,
                     kv_cache_bytes=cache.bytes,
@@ -139,6 +150,7 @@ def prepare(
                     attention_backend=backend.name,
                     reads_runs=backend.reads_runs,
                     exact=exact,
+                    arithmetic=arithmetic if exact else "",
                     notes=tuple(notes),
                 )
         failed = True  # a kernel that only stands in for another is passed over where the config does not suit it

@@ -390,8 +390,10 @@ class Engine:
         self._output_tokens += len(kept)
         ids = tuple(choice.token_id for choice in kept)
         logprobs = tuple(choice.logprobs for choice in kept if choice.logprobs is not None) or None
-        first = index == len(sequence.request.output_token_ids)
-        return TokenBatch(index, ids, logprobs, reason, sequence.stats(now) if first or reason is not None else None)
+        stats = None
+        if reason is not None or index == len(sequence.request.output_token_ids):
+            stats = replace(sequence.stats(now), arithmetic=self.capacity.arithmetic)
+        return TokenBatch(index, ids, logprobs, reason, stats)
 
     def _expire(self) -> None:
         now = time.monotonic()

@@ -114,7 +114,8 @@ class Generation:
         """`request` is the first attempt's: nothing of its output was delivered; `remaining_s` counts from entering.
 
         `changed` is set whenever `take` may have something to give. `prior`: what an earlier generation of the same
-        request, which had been accepted, delivered from the start; this one continues after it.
+        request, which had been accepted, delivered from the start, with the counters that came with its first tokens;
+        this one continues after it.
         """
         self._client = client
         self._request = request
@@ -138,6 +139,9 @@ class Generation:
             self._journal.append(prior)
             self._taken = len(self._journal)
             self._accepted = self._announced = True
+            if prior.stats is not None:
+                self._counted = True
+                self._request = replace(request, arithmetic=prior.stats.arithmetic)
 
     async def __aenter__(self) -> Generation:
         if self._request.remaining_s is not None:
@@ -219,6 +223,13 @@ class Generation:
                         self._stats.prefill_s,
                         self._stats.queued_s,
                     )
+                    if self._request.arithmetic not in ("", self._stats.arithmetic):
+                        logger.warning(
+                            "request %s, choice %d: no replica was left that computes as the one that began it; from "
+                            "here on it may differ from an undisturbed answer",
+                            self._request.request_id,
+                            self._request.choice,
+                        )
                 return
             logger.warning(
                 "request %s, choice %d: an attempt ended after %d tokens, %d of them its own (%s); trying again%s",
@@ -302,6 +313,8 @@ class Generation:
         self._finish_reason = batch.finish_reason
         if batch.stats is not None:
             self._stats = batch.stats
+            if not self._request.arithmetic:
+                self._request = replace(self._request, arithmetic=batch.stats.arithmetic)
             if not self._counted:
                 self._counted, self._to_tell = True, batch.stats
         if len(self._journal) > self._taken or self._finish_reason or not self._announced:

@@ -50,5 +50,5 @@ class Transcript(Protocol):
         ...
 
     def output(self, choice: int) -> TokenBatch:
-        """All tokens of this choice so far."""
+        """All tokens of this choice so far, and the counters that came with its first ones."""
         ...

@@ -100,6 +100,8 @@ class Kernels:
         self.sample = library.serve_app_sample
         self.store = library.serve_app_store
         self.attend = library.serve_app_attend
+        self.key = path.stem
+        """Changes with their source, the compiler and the processor's instructions."""
         self.panel_columns: int = library.serve_app_panel_columns()
         self.page_tokens: int = library.serve_app_page_tokens()
 
