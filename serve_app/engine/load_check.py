@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 
 import torch
 
@@ -100,6 +101,8 @@ def _run(
         split = len(sequence.token_ids) - decoded
         following[sequence.arrival] = sequence.token_ids[split:]
         del sequence.token_ids[split:]
+        # What follows is output: one that decodes then keeps its pages, also in a cache too small for all of them.
+        sequence.request = replace(sequence.request, prompt_token_ids=tuple(sequence.token_ids))
         scheduler.add(sequence)
     rows: dict[int, torch.Tensor] = {}
     while chunks := scheduler.plan():

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tabled_attention import TabledPlain
 
 from serve_app.engine.engine import Engine
 from serve_app.engine.load_check import check_exact, check_model
@@ -35,9 +37,9 @@ def _spoil(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch, when: Callable[
     monkeypatch.setattr(runner, "step", spoiled)
 
 
-def _exact(runner: ModelRunner) -> bool:
+def _exact(runner: ModelRunner, longest_tokens: int = 0, num_pages: int = 80) -> bool:
     with torch.inference_mode():
-        return check_exact(runner, num_pages=20, page_tokens=PAGE)
+        return check_exact(runner, num_pages=num_pages, page_tokens=PAGE, longest_tokens=longest_tokens)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +59,55 @@ def test_one_bit_of_difference_is_found(
     assert not _exact(runner), what
 
 
-def test_it_takes_few_steps(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("served", "when"),
+    [
+        (4096, lambda chunk: chunk.tokens == 1 and chunk.sequence.computed > 512),
+        (4096, lambda chunk: chunk.tokens == 1 and 384 <= chunk.sequence.computed < 400),
+        (4096, lambda chunk: chunk.tokens == 1 and 193 <= chunk.sequence.computed < 210),
+        (4096, lambda chunk: chunk.tokens > 1 and 200 < chunk.sequence.computed < 500),
+        (300, lambda chunk: chunk.tokens == 1 and chunk.sequence.computed > 291),
+    ],
+)
+def test_a_kernel_that_changes_with_long_contexts_is_found_where_they_are_served(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch, served: int, when: Callable[[Chunk], bool]
+) -> None:
+    assert _exact(runner, served)
+    _spoil(runner, monkeypatch, lambda chunks: any(when(chunk) for chunk in chunks))
+    assert _exact(runner), "short contexts don't show it"
+    assert not _exact(runner, served)
+
+
+def test_long_contexts_wait_for_each_other_in_a_small_cache(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _exact(runner, 520, num_pages=33)
+    _spoil(runner, monkeypatch, lambda chunks: any(c.tokens == 1 and c.sequence.computed > 512 for c in chunks))
+    assert not _exact(runner, 520, num_pages=33)
+
+
+class ChangingWithLength(TabledPlain):
+    """Exact, but for one row alone over more than 400 keys."""
+
+    def attend(self, query: torch.Tensor, keys: Any, values: Any, spans: Any, heads: Any, prepared: Any) -> Any:
+        output = super().attend(query, keys, values, spans, heads, prepared)
+        for span in spans:
+            if span.query_len == 1 and span.kv_len > 400:
+                output[span.query_start] *= 1.0001
+        return output
+
+
+@pytest.mark.parametrize(("context", "exact"), [(1024, False), (300, True)])
+def test_an_engine_claims_to_be_exact_up_to_the_contexts_that_it_serves(
+    make_engine: Callable[..., Engine], kernel_folder: Path, kernels: object, context: int, exact: bool
+) -> None:
+    engine = make_engine(kernel_cache=kernel_folder, context=context, backends=[ChangingWithLength], cuda_graphs=False)
+    assert engine.capacity.attention_backend == "tabled"
+    assert engine.capacity.exact == exact
+
+
+@pytest.mark.parametrize(("longest", "most"), [(0, 55), (4096, 55 + 25)])
+def test_it_takes_few_steps(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch, longest: int, most: int) -> None:
     steps = 0
 
     def count(chunks: Sequence[Chunk]) -> bool:
@@ -66,8 +116,8 @@ def test_it_takes_few_steps(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
         return False
 
     _spoil(runner, monkeypatch, count)
-    assert _exact(runner)
-    assert steps < 55
+    assert _exact(runner, longest)
+    assert steps < most
 
 
 def test_a_quantised_model_may_round(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
