@@ -177,7 +177,8 @@ class IngressConfig(ReplicasConfig):
     """The same for the ingress, whose streams cost a CPU little: setting one field leaves its larger limit alone."""
 
     max_ongoing_requests: int = Field(default=1024, ge=1)
-    """Streams one replica may have in progress; Serve routes no more to it."""
+    """Requests one replica may have in progress, probes and refusals too; Serve holds more back without a word. Higher
+    than `api.max_streams`."""
 
 
 class ApiConfig(_Config):
@@ -186,7 +187,8 @@ class ApiConfig(_Config):
     max_body_bytes: Bytes = 4 * 2**20
     """A larger request body is refused with 413."""
     max_streams: int = Field(default=512, ge=1)
-    """Requests in progress per ingress replica; one more gets 503 with Retry-After."""
+    """Requests in progress per ingress replica; one more gets 503 with Retry-After. Lower than
+    `ingress.max_ongoing_requests`: what lies between the two is for probes and for these refusals."""
     request_timeout_s: float = Field(default=600, gt=0)
     """Whole life of a request, waiting included. The stream then ends with an error event."""
     heartbeat_s: float = Field(default=10, gt=0)
@@ -232,3 +234,13 @@ class AppConfig(_Config):
     cache_dir: str | None = None
     """Where fetched and converted models are kept. Default: $SERVE_APP_CACHE, else $XDG_CACHE_HOME/serve_app, else
     ~/.cache/serve_app. Hub downloads stay in Hugging Face's own cache."""
+
+    @model_validator(mode="after")
+    def _refuses_before_serve_holds_back(self) -> AppConfig:
+        if self.api.max_streams >= self.ingress.max_ongoing_requests:
+            raise ValueError(
+                f"api.max_streams {self.api.max_streams} must be lower than ingress.max_ongoing_requests "
+                f"{self.ingress.max_ongoing_requests}: else Serve lets requests and probes wait in silence where "
+                "one too many should get 503"
+            )
+        return self

@@ -97,6 +97,16 @@ def test_args_may_be_left_out(tmp_path: Path) -> None:
             "      model:\n        device_map: everywhere",
             "c.yaml:11: applications[0].args.model.device_map: Input should be 'auto', 'balanced'",
         ),
+        (
+            "      engine:\n        max_running: 4",
+            "      api: {max_streams: 1024}",
+            "c.yaml:9: applications[0].args: api.max_streams 1024 must be lower than ingress.max_ongoing_requests 1024",
+        ),
+        (
+            "      engine:\n        max_running: 4",
+            "      ingress: {max_ongoing_requests: 256}",
+            "c.yaml:9: applications[0].args: api.max_streams 512 must be lower than ingress.max_ongoing_requests 256",
+        ),
         ("      engine:\n        max_running: 4", "      3", "c.yaml:9: applications[0].args: "),
         (
             "serve_app.app:build",
