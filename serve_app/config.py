@@ -79,8 +79,9 @@ class ChatConfig(_Config):
     template: str | None = None
     """A Jinja chat template that replaces the tokenizer's own."""
     llama2_tags: Literal["reject", "escape"] = "reject"
-    """What to do with `[INST]`, `[/INST]`, `<<SYS>>`, `<</SYS>>` in user and system text: refuse with 400 (Meta's own
-    rule), or break them with a zero-width joiner."""
+    """What to do with `[INST]`, `[/INST]`, `<<SYS>>`, `<</SYS>>` in user and system text, and with the marks of turns
+    in another model's template that are ordinary text, such as `### Instruction:`: refuse with 400 (Meta's own rule),
+    or break them with a zero-width joiner."""
 
 
 class EngineConfig(_Config):

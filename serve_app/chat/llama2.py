@@ -12,11 +12,11 @@ from typing import Literal
 from serve_app.chat.conversation import ChatMessage
 from serve_app.chat.errors import PromptError, TokenizerError
 from serve_app.chat.tokenizer import ChatTokenizer
+from serve_app.chat.turn_markers import TurnMarkers
 
 _BEGIN_INST, _END_INST = "[INST]", "[/INST]"
 _BEGIN_SYSTEM, _END_SYSTEM = "<<SYS>>\n", "\n<</SYS>>\n\n"
 TAGS = (_BEGIN_INST, _END_INST, "<<SYS>>", "<</SYS>>")
-_ZERO_WIDTH_JOINER = "\u200d"
 
 _GOLDEN_TEXT = "[INST] Hi [/INST]"
 _GOLDEN_IDS = [1, 518, 25580, 29962, 6324, 518, 29914, 25580, 29962]
@@ -37,14 +37,14 @@ class Llama2Format:
         if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
             raise TokenizerError("Llama-2's chat format needs a tokenizer with a BOS and an EOS token.")
         self._tokenizer = tokenizer
-        self._tags = tags
+        self._markers = TurnMarkers(TAGS, tokenizer, policy=tags, owner="the Llama-2 chat format")
         self._bos = tokenizer.bos_token_id
         self._eos = tokenizer.eos_token_id
         check_golden_ids(tokenizer)
 
     def encode(self, messages: Sequence[ChatMessage]) -> list[int]:
         """The prompt's ids. Raises `PromptError` for turns out of order or for a tag under `reject`."""
-        turns = _turns([self._guarded(message, f"messages[{i}].content") for i, message in enumerate(messages)])
+        turns = _turns([self._markers.guarded(message, f"messages[{i}].content") for i, message in enumerate(messages)])
         ids: list[int] = []
         for user, answer in zip(turns[:-1:2], turns[1::2], strict=True):
             ids += self._encode(f"{_BEGIN_INST} {user} {_END_INST} {answer} ")
@@ -53,16 +53,6 @@ class Llama2Format:
 
     def _encode(self, text: str) -> list[int]:
         return [self._bos, *self._tokenizer.encode_text(text, add_bos=False, parse_special=False)]
-
-    def _guarded(self, message: ChatMessage, where: str) -> ChatMessage:
-        if message.role == "assistant":  # the model's own words, sent back
-            return message
-        text = message.content
-        for tag in TAGS:
-            if tag in text and self._tags == "reject":
-                raise PromptError(f"{where} contains {tag}, which is reserved by the Llama-2 chat format.", param=where)
-            text = text.replace(tag, tag[0] + _ZERO_WIDTH_JOINER + tag[1:])
-        return ChatMessage(message.role, text)
 
 
 def check_golden_ids(tokenizer: ChatTokenizer) -> None:

@@ -48,7 +48,7 @@ class PromptFormatter:
             return cls(tokenizer, Llama2Format(tokenizer, tags=config.llama2_tags))
         if template is None and config.format == "auto":
             return cls(tokenizer, None)
-        return cls(tokenizer, ChatTemplate(tokenizer))
+        return cls(tokenizer, ChatTemplate(tokenizer, tags=config.llama2_tags))
 
     def render_chat(self, messages: Sequence[Mapping[str, object]], *, context_tokens: int | None = None) -> list[int]:
         """The ids of a chat, from the request's `messages` as decoded from JSON.

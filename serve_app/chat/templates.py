@@ -1,19 +1,24 @@
 """Messages to ids through the model's own Hugging Face chat template, so that text stays text.
 
 Promises the ids of transformers' `apply_chat_template` for ordinary messages, and that no message adds a control token
-to those the template writes. Knows no HTTP.
+or a turn marker to those the template writes. Knows no HTTP.
 """
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from serve_app.chat.conversation import ChatMessage
 from serve_app.chat.errors import PromptError, TokenizerError
 from serve_app.chat.rendering import TemplateMessage, render, try_render
 from serve_app.chat.tokenizer import ChatTokenizer, Piece
+from serve_app.chat.turn_markers import TurnMarkers, find_turn_markers
+
+logger = logging.getLogger(__name__)
 
 _MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 """Unicode's noncharacters, kept for internal use: two that the messages lack fence a control token in the text."""
@@ -23,7 +28,7 @@ _SENTINEL = "serve_app-probe"
 class ChatTemplate:
     """A chat template with the tokenizer it belongs to. Safe to use from any number of threads at once.
 
-    Two defences, since a template is a program that may do anything with a text:
+    Three defences, since a template is a program that may do anything with a text:
 
     1. Control tokens in message texts are fenced by marks before the template runs, and what comes out between two
        marks is encoded as text. (transformers' `sanitize_control_tokens` does the same; its form needs a tokenizer
@@ -31,35 +36,46 @@ class ChatTemplate:
     2. What is not a whole control token in one text can still become one: fields that join ("<|im_" before "end|>"), a
        template that changes case or cuts. So the control ids of the prompt must be those of the same messages made
        harmless; else the request is refused.
+    3. Turn markers that are ordinary text are refused or broken in user and system texts (see `turn_markers`), and
+       what the template makes of the texts must have as many of them as of texts without. What the assistant said is
+       taken as it is.
 
     Reasoning models' templates cut `<think>...</think>` out of earlier answers, by string operations that marks would
     disturb. So in the assistant's words non-special control tokens are left alone at first, and fenced only when that
     fails the comparison.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer) -> None:
-        """Raises `TokenizerError` when the tokenizer has no template or the template ignores what messages say."""
+    def __init__(self, tokenizer: ChatTokenizer, *, tags: Literal["reject", "escape"] = "reject") -> None:
+        """`tags`: what to do with turn markers in user and system text.
+
+        Raises `TokenizerError` when the tokenizer has no template or the template ignores what messages say.
+        """
         if tokenizer.template is None:
             raise TokenizerError("This tokenizer has no chat template.")
         self._tokenizer = tokenizer
         self._template = tokenizer.template
         self._knows_developer = "developer" in self._template
-        edges = {edge for token in tokenizer.control_tokens for edge in (token[0], token[-1])}
-        edges |= {changed for edge in edges for changed in (edge.lower(), edge.upper())}
-        self._filler = next((letter for letter in "xqzjkvwygbpfmhducnrstloaie" if letter not in edges), "x")
-        self._harmless = str.maketrans(dict.fromkeys("".join(edges), self._filler))
+        self._without_controls = _Disarmed(tokenizer.control_tokens)
         self._takes_parts = False
         self._takes_parts = self._needs_parts()
+        markers = find_turn_markers(self._try, tokenizer.control_tokens)
+        self._markers = TurnMarkers(markers, tokenizer, policy=tags, owner="this model's chat template")
+        self._without_markers = _Disarmed(markers)
+        if markers:
+            logger.info("turn markers of the chat template that are ordinary text: %s", " ".join(markers))
 
     def encode(self, messages: Sequence[ChatMessage]) -> list[int]:
         """The prompt's ids, up to where the assistant's answer begins.
 
-        Raises `PromptError` when the template refuses the messages or when a text would add a control token.
+        Raises `PromptError` when the template refuses the messages or when a text would add a control token or a turn
+        marker.
         """
         if not self._knows_developer:
             messages = [replace(m, role="system") if m.role == "developer" else m for m in messages]
-        harmless = [self._disarmed(message) for message in messages]
-        if harmless == list(messages):
+        messages = [self._markers.guarded(m, f"messages[{index}].content") for index, m in enumerate(messages)]
+        self._check_markers(messages)
+        harmless = [self._without_controls.message(message) for message in messages]
+        if harmless == messages:
             return self._encode(messages, lenient=True)
         expected = self._controls(self._encode(harmless, lenient=True))
         for lenient in (True, False):
@@ -70,13 +86,30 @@ class ChatTemplate:
             "The messages contain text that would join into a control token of this model.", param="messages"
         )
 
+    def _check_markers(self, messages: Sequence[ChatMessage]) -> None:
+        """Raises `PromptError` when the template makes turn markers of what other people than the model have said."""
+        harmless = [m if m.role == "assistant" else self._without_markers.message(m) for m in messages]
+        if harmless != messages and self._turns(messages) != self._turns(harmless):
+            markers = ", ".join(self._markers.markers)
+            message = f"The messages contain text that would join into a turn marker of this model ({markers})."
+            raise PromptError(message, param="messages")
+
+    def _turns(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
+        return self._markers.count("".join(piece.text for piece in self._pieces(messages, lenient=True)))
+
     def _encode(self, messages: Sequence[ChatMessage], *, lenient: bool) -> list[int]:
+        return self._tokenizer.encode_pieces(self._pieces(messages, lenient=lenient))
+
+    def _pieces(self, messages: Sequence[ChatMessage], *, lenient: bool) -> list[Piece]:
         """`lenient`: let the template see `<think>` in the assistant's own words as it is, to cut or keep it."""
         fenced, start, end = self._fenced(messages, lenient=lenient)
         seen = [self._seen(message) for message in fenced]
-        return self._tokenizer.encode_pieces(
-            self._split(render(self._template, seen, self._tokenizer.special_tokens), start, end)
-        )
+        return self._split(render(self._template, seen, self._tokenizer.special_tokens), start, end)
+
+    def _try(self, messages: Sequence[ChatMessage]) -> str:
+        """The text of a trial; "" when the template refuses it."""
+        seen = [self._seen(message) for message in messages]
+        return try_render(self._template, seen, self._tokenizer.special_tokens)
 
     def _fenced(self, messages: Sequence[ChatMessage], *, lenient: bool) -> tuple[list[ChatMessage], str, str]:
         """The messages with marks around their control tokens, and the two marks."""
@@ -115,8 +148,7 @@ class ChatTemplate:
         probe = [ChatMessage("user", _SENTINEL)]
         for takes_parts in (False, True):
             self._takes_parts = takes_parts
-            seen = [self._seen(message) for message in probe]
-            if _SENTINEL in try_render(self._template, seen, self._tokenizer.special_tokens):
+            if _SENTINEL in self._try(probe):
                 return takes_parts
         raise TokenizerError("The chat template does not show what a user message says.")
 
@@ -124,16 +156,29 @@ class ChatTemplate:
         control_ids = self._tokenizer.control_ids
         return [token_id for token_id in ids if token_id in control_ids]
 
-    def _disarmed(self, message: ChatMessage) -> ChatMessage:
-        """The same message, unable to begin or end a control token.
+
+class _Disarmed:
+    """Messages that can neither begin nor end any of some tokens."""
+
+    def __init__(self, tokens: Iterable[str]) -> None:
+        self._tokens = tuple(tokens)
+        edges = {edge for token in self._tokens for edge in (token[0], token[-1])}
+        edges |= {changed for edge in edges for changed in (edge.lower(), edge.upper())}
+        self._filler = next((letter for letter in "xqzjkvwygbpfmhducnrstloaie" if letter not in edges), "x")
+        self._harmless = str.maketrans(dict.fromkeys("".join(edges), self._filler))
+
+    def message(self, message: ChatMessage) -> ChatMessage:
+        """The message made harmless; the same if it is.
 
         Not emptied, as templates drop or refuse empty messages, and not replaced, as some look for words in it
-        ("/no_think"): only the characters that control tokens begin or end with give way. A text that is the inside of
-        a control token ("user" in "<|user|>") gives way wholly, and so does a name.
+        ("/no_think"): only the characters that the tokens begin or end with give way. A text that is the inside of
+        one ("user" in "<|user|>") gives way wholly, and so does a name.
         """
+        if not self._tokens:
+            return message
         text = message.content
         inner = text.strip()
-        if inner and any(inner in token for token in self._tokenizer.control_tokens):
+        if inner and any(inner in token for token in self._tokens):
             text = text.replace(inner, self._filler * len(inner))
         name = None if message.name is None else self._filler * len(message.name)
         return replace(message, content=text.translate(self._harmless), name=name)

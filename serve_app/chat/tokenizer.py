@@ -58,6 +58,7 @@ class ChatTokenizer:
         control = frozenset(control_tokens)
         self._encoder = _copy(description, control, as_text=False)
         self._literal_encoder = _copy(description, control, as_text=True)
+        self._normalizer: Any = self._literal_encoder.normalizer
         self._newline_ids = self._encoder.encode("\n", add_special_tokens=False).ids
         vocabulary = self._encoder.get_vocab(with_added_tokens=True)
 
@@ -135,6 +136,10 @@ class ChatTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens skipped and spaces as they are. Ids without a token have no text."""
         return self._encoder.decode(ids, skip_special_tokens=True)
+
+    def normalized(self, text: str) -> str:
+        """The text as it is split and looked up: texts that are the same then have the same ids."""
+        return text if self._normalizer is None else str(self._normalizer.normalize_str(text))
 
     def visible_token(self, token_id: int) -> str | None:
         """The token's string in the vocabulary (not its text), or None when `decode` skips it."""

@@ -1,0 +1,109 @@
+"""Turn markers that are ordinary text: `[INST]`, `<|user|>` where it is no token of its own, `### Instruction:`.
+
+No tokenizer can keep such a marker in a message from being read as a turn, so messages that contain one are refused or
+the marker is broken. Promises that only what is distinctive counts: bracketed, or behind a run of hashes. Words
+("USER:", "Human:") are not, since nobody could write about a user. Knows no Jinja.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from serve_app.chat.conversation import ChatMessage, Role
+from serve_app.chat.errors import PromptError
+from serve_app.chat.tokenizer import ChatTokenizer
+
+_ZERO_WIDTH_JOINER = "\u200d"
+_SENTINEL = "serve_app-probe"
+_MARKER = re.compile(
+    r"[<\[{|｜]+/?[^<>\[\]{}|｜\n]{1,40}[>\]}|｜]+"  # [INST], [/INST], <|user|>, <<SYS>>
+    r"|#{2,}[ \t]*[^\s#:][^\n#:]{0,40}:?"  # "### Instruction:", on a line of its own or before the text
+)
+
+
+class TurnMarkers:
+    """The markers of one chat format, and what becomes of them in a message."""
+
+    def __init__(
+        self, markers: Iterable[str], tokenizer: ChatTokenizer, *, policy: Literal["reject", "escape"], owner: str
+    ) -> None:
+        """`owner`: whose they are, for the caller ("the Llama-2 chat format")."""
+        self.markers = tuple(markers)
+        self._tokenizer = tokenizer
+        self._policy = policy
+        self._owner = owner
+        self._patterns = [_pattern(tokenizer, marker) for marker in self.markers]
+
+    def guarded(self, message: ChatMessage, where: str) -> ChatMessage:
+        """The message with its markers broken by a zero-width joiner; `where` is the field of its text.
+
+        The assistant's are the model's own words, sent back, and stay. Raises `PromptError` under `reject`, and for a
+        marker that only the tokenizer's normalisation makes one.
+        """
+        if message.role == "assistant" or not any(self.count(message.content)):
+            return message
+        text = message.content
+        if self._policy == "escape":
+            for marker in self.markers:
+                text = text.replace(marker, marker[0] + _ZERO_WIDTH_JOINER + marker[1:])
+        for marker, count in zip(self.markers, self.count(text), strict=True):
+            if count:
+                raise PromptError(
+                    f"{where} contains {marker}, which is reserved by {self._owner}: it would be read as a turn. "
+                    "Write it in another way.",
+                    param=where,
+                )
+        return replace(message, content=text)
+
+    def count(self, text: str) -> tuple[int, ...]:
+        """How often each marker is in the text as the tokenizer reads it."""
+        if not self._patterns:
+            return ()
+        read = self._tokenizer.normalized(text)
+        return tuple(len(pattern.findall(read)) for pattern in self._patterns)
+
+
+def find_turn_markers(show: Callable[[Sequence[ChatMessage]], str], control_tokens: Iterable[str]) -> tuple[str, ...]:
+    """The markers that a template writes for each turn, or next to a system text.
+
+    `show` gives what the template makes of a trial, or "" when it refuses it. Control tokens don't count: no text can
+    become one. Nor does what is written once, whatever the number of turns, as a preamble's headings are; and a heading
+    next to a system text only where turns have headings too.
+    """
+    longest_first = sorted(control_tokens, key=len, reverse=True)
+    parting = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+    def trial(*roles: Role) -> list[str]:
+        """The template's own text before, between and after the messages, with line breaks for control tokens."""
+        shown = show([ChatMessage(role, _SENTINEL) for role in roles])
+        return (parting.sub("\n", shown) if parting else shown).split(_SENTINEL)
+
+    once, twice = Counter(_found(trial("user"))), Counter(_found(trial("user", "assistant", "user")))
+    markers = [marker for marker in twice if twice[marker] > once[marker]]
+    headings = any(marker.startswith("#") for marker in markers)
+    before, *after = trial("system", "user")
+    if len(after) == 2:
+        for marker in _found([before, after[0]]):
+            touches = before.rstrip().endswith(marker) or after[0].lstrip().startswith(marker)
+            if touches and marker not in markers and (headings or not marker.startswith("#")):
+                markers.append(marker)
+    return tuple(markers)
+
+
+def _found(pieces: Iterable[str]) -> list[str]:
+    found = (match.strip() for piece in pieces for match in _MARKER.findall(piece))
+    return [marker for marker in found if any(character.isalpha() for character in marker)]
+
+
+def _pattern(tokenizer: ChatTokenizer, marker: str) -> re.Pattern[str]:
+    """Of the marker as the tokenizer reads it inside a text: some put a space before what they are given."""
+    read = tokenizer.normalized(f"x{marker}").partition("x")[2]
+    if not read:  # to this tokenizer it is nothing, wherever it stands
+        return re.compile(r"(?!)")
+    # More hashes, or a longer word, are other tokens.
+    before, after = "(?<!#)" if read.startswith("#") else "", r"(?!\w)" if read[-1].isalnum() else ""
+    return re.compile(before + re.escape(read) + after)
