@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 
-from serve_app.client.errors import ConnectionLost, Overloaded, ServeAppError, ServerError, StreamError
+from serve_app.client.errors import BadRequest, ConnectionLost, Overloaded, ServeAppError, ServerError, StreamError
 from serve_app.client.protocol import LONGEST_RETRY_AFTER_S
 
 SILENCE_S = 30.0
@@ -17,6 +17,8 @@ ATTEMPTS = 10
 """In a row, without one new event. With the pauses between them that is about 25 s."""
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 5.0
+_PASSING = frozenset({"slow_reader", "journal_unavailable"})
+"""Errors in a stream that say nothing about the stream itself."""
 
 
 class Position:
@@ -69,7 +71,9 @@ class Position:
 def _may_pass(error: ServeAppError) -> bool:
     """Whether the stream may still be there after this error."""
     if isinstance(error, StreamError):
-        return error.code == "slow_reader"
+        return error.code in _PASSING
+    if isinstance(error, BadRequest):
+        return error.status == 404 and error.code is None  # of a proxy that has just started, and has no routes yet
     if isinstance(error, ServerError):
         return error.status is not None and error.status >= 500
     return isinstance(error, ConnectionLost)

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from bisect import bisect
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing, contextmanager
 from contextvars import Context
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeVar
 
 from serve_app.messages import Failure, FailureCode, TokenBatch
 from serve_app.streams.generation import FailoverSettings, Generation, interleave
@@ -36,6 +39,11 @@ FOLLOW_WAIT_S = 10.0
 """How long a follower waits for news in one call to the store; a lapsed lease ends the wait at once."""
 PIECE_BYTES = 2**16
 """A reader gets about so much at a time: a long answer from the start goes out in pieces."""
+_FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 1.0
+"""Between two calls to a store that can't be reached."""
+
+_Answer = TypeVar("_Answer")
 
 
 class Refused(Exception):
@@ -67,7 +75,11 @@ class ResumeSettings:
     max_unattended: int = 64
     """Streams without a reader that one process goes on with; of more, those longest without one stop."""
     settle_s: float = 5.0
-    """How long the last words of a stream are kept for a store that can't be reached."""
+    """How long a store that can't be reached is waited for, by a stream's last words and by those who follow one."""
+    gone_s: float = 4.0
+    """How long a journal must be away before its stream is gone. A store that was restarted lacks those of streams that
+    go on, and their owners write them again: within a lease, or when the actor that keeps them has started, which takes
+    1 to 3 s on the 2-core machine."""
     lease_s: float = 1.0
     """The store's."""
     tick_s: float = TICK_S
@@ -84,6 +96,34 @@ class Home:
     settings: ResumeSettings
     streams: dict[str, ResumableStream] = field(default_factory=dict)
     """Those that this process generates or follows."""
+
+    async def look(self, stream_id: str, position: int, wait_s: float = 0.0) -> JournalView:
+        """See `JournalStore.read`. Raises `StreamGone` when the journal stays away, and `StoreUnavailable`."""
+        loop, deadline = asyncio.get_running_loop(), None
+        while (view := await self.reach(partial(self.store.read, stream_id, position, wait_s))) is None:
+            deadline = deadline or loop.time() + self.settings.gone_s
+            left_s = deadline - loop.time()
+            if left_s <= 0:
+                raise StreamGone
+            await asyncio.sleep(min(left_s, self.settings.lease_s / 4))
+        return view
+
+    async def reach(self, call: Callable[[], Awaitable[_Answer]]) -> _Answer:
+        """The store's answer to `call`, which may be repeated. Raises `StoreUnavailable` after `settle_s` without one.
+
+        A store that fails over, or an actor that starts again, is there a moment later: no stream should end for that.
+        """
+        loop = asyncio.get_running_loop()
+        deadline, pause_s = loop.time() + self.settings.settle_s, _FIRST_PAUSE_S
+        while True:
+            try:
+                return await call()
+            except StoreUnavailable:
+                left_s = deadline - loop.time()
+                if left_s <= 0:
+                    raise
+            await asyncio.sleep(min(left_s, pause_s * random.uniform(0.5, 1.5)))
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
 class ResumableStream:
@@ -195,7 +235,7 @@ class ResumableStream:
             await self._accepted
             await asyncio.wait({self._creation})
             self._creation.result()
-            if journal.hold is not Hold.HELD:
+            if journal.hold not in (Hold.HELD, Hold.GONE):  # gone: it is being created again
                 raise JournalsFull
         except BaseException:
             self._dropped = True
@@ -266,7 +306,8 @@ class ResumableStream:
             try:
                 await self._part(journal)
             finally:
-                self._home.streams.pop(self.id, None)
+                if self._home.streams.get(self.id) is self:  # another object for it may have come meanwhile
+                    del self._home.streams[self.id]
 
     async def _part(self, journal: OwnedJournal | None) -> None:
         """Write what is left to be written, and leave the journal to others."""
@@ -342,14 +383,17 @@ class ResumableStream:
         return Generation(self._home.client, request, changed, self._home.failover, prior)
 
     async def _follow(self) -> OwnedJournal | None:
-        """Read what the owner writes; take over when it stops. None: it has finished, or nobody reads here."""
-        store, writer = self._home.store, self._home.writer
+        """Read what the owner writes; take over when it stops. None: it has finished, or nobody reads here.
+
+        Raises `StreamGone` and `StoreUnavailable` when that lasts.
+        """
+        home, writer = self._home, self._home.writer
         while self._readers:
-            self._feed(await store.read(self.id, len(self._records), FOLLOW_WAIT_S))
+            self._feed(await home.look(self.id, len(self._records), FOLLOW_WAIT_S))
             owner = writer.new_owner()
-            if not self.finished and await store.acquire(self.id, owner):
+            if not self.finished and await home.reach(partial(home.store.acquire, self.id, owner)):
                 # The old owner may have written between the two, and the document is needed to write it again.
-                self._feed(await store.read(self.id, len(self._records)))
+                self._feed(await home.look(self.id, len(self._records)))
                 logger.warning("stream %s is continued here after %d tokens", self.id, self.tokens)
                 journal = writer.own(self.id, owner, write_document(self.document), self._records)
                 writer.keep(journal)
@@ -358,10 +402,8 @@ class ResumableStream:
                 break
         return None
 
-    def _feed(self, view: JournalView | None) -> None:
+    def _feed(self, view: JournalView) -> None:
         """Take in records. Raises `StreamGone`."""
-        if view is None:
-            raise StreamGone
         try:
             for record in view.records:
                 self._records.append(record)

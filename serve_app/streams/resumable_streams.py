@@ -59,15 +59,13 @@ class ResumableStreams:
         """The stream, whoever owns it. `make` gives an empty transcript for a document, or raises.
 
         The caller enters its `attended` before it awaits anything: a stream that is followed for nobody ends.
-        Raises `StreamGone` and `StoreUnavailable`.
+        Raises `StreamGone` and `StoreUnavailable`, neither before it has lasted for a moment.
         """
         while (stream := self._home.streams.get(stream_id)) is not None:
             if stream.lives:
                 return stream
             await stream.closed()
-        view = await self._home.store.read(stream_id, 0)
-        if view is None:
-            raise StreamGone
+        view = await self._home.look(stream_id, 0)
         there = self._home.streams.get(stream_id)
         if there is not None and there.lives:  # another request for it came first
             return there

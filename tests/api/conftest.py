@@ -118,7 +118,7 @@ async def make_app(tokenizer: ChatTokenizer, eos: int, metrics: MemoryMetrics) -
         streams = ResumableStreams(
             replica,
             journals or MemoryJournalStore(JournalLimits(lease_s=0.2)),
-            resume or ResumeSettings(lease_s=0.2, tick_s=0.01),
+            resume or ResumeSettings(lease_s=0.2, tick_s=0.01, settle_s=0.5, gone_s=0.1),
             failover,
         )
         made.append(streams)
