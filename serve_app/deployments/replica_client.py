@@ -81,6 +81,10 @@ class RayReplicaClient:
                     if not reading.done():
                         reading.cancel()
                         cancel(response)
+                    if request.alone and attempt.replica is not None:
+                        # On a thread, and not awaited: whoever closes this generator may have been cancelled.
+                        forget = partial(self._suspects.forget, attempt.replica, request)
+                        asyncio.get_running_loop().run_in_executor(None, forget)
 
     async def _replies(
         self, attempt: Attempt, number: int, inbox: Inbox, reading: asyncio.Task[None]

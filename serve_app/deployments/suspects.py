@@ -18,7 +18,10 @@ _NAMESPACE = "serve_app"
 
 
 class SuspectNotes:
-    """One note per replica that has computed a suspect. Each call is one short blocking round trip to the GCS."""
+    """One note per replica that computes a suspect. Each call is one short blocking round trip to the GCS, or two.
+
+    Nothing is raised, whatever the store says: without a note a death is held against nobody.
+    """
 
     def __init__(self, app_name: str) -> None:
         self._app_name = app_name
@@ -27,15 +30,24 @@ class SuspectNotes:
         """Note that this replica is about to compute `request` alone."""
         try:
             _internal_kv_put(self._key(replica), _name(request), namespace=_NAMESPACE)
-        except Exception:  # whatever the store says: without the note a death is held against nobody
+        except Exception:
             logger.exception("request %s: it can't be noted as a suspect", request.request_id)
 
     def names(self, replica: str, request: GenerationRequest) -> bool:
-        """Whether the lost `replica` was computing this attempt, alone; takes the note away if so."""
-        if _internal_kv_get(self._key(replica), namespace=_NAMESPACE) != _name(request):
+        """Whether the lost `replica` was computing this attempt, alone."""
+        try:
+            return bool(_internal_kv_get(self._key(replica), namespace=_NAMESPACE) == _name(request))
+        except Exception:
+            logger.exception("request %s: it can't be asked whether it is a suspect", request.request_id)
             return False
-        _internal_kv_del(self._key(replica), namespace=_NAMESPACE)
-        return True
+
+    def forget(self, replica: str, request: GenerationRequest) -> None:
+        """This attempt is over: take its note away, unless another suspect's has taken its place."""
+        if self.names(replica, request):
+            try:
+                _internal_kv_del(self._key(replica), namespace=_NAMESPACE)
+            except Exception:
+                logger.exception("request %s: its note as a suspect can't be taken away", request.request_id)
 
     def _key(self, replica: str) -> str:
         return f"{self._app_name}/{replica}/suspect"
