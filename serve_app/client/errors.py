@@ -50,7 +50,7 @@ class ServerError(APIError):
 
 
 class Overloaded(ServerError):
-    """429 or 503: the server is full. Nothing was computed."""
+    """429 or 503: the server is full, or has lost its replicas. Nothing was delivered."""
 
     def __init__(
         self,
