@@ -13,13 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from serve_app.config import ModelConfig
+from serve_app.memory import available_memory_bytes
 from serve_app.messages import Fingerprint, LoadStage
 from serve_app.models.cache import Progress
 from serve_app.models.checkpoint import is_pickle, weight_files
 from serve_app.models.errors import ModelError
 from serve_app.models.fingerprint import fingerprint
 from serve_app.models.quantization import held_bytes, quantization_config, settle
-from serve_app.models.sizes import DTYPE_BYTES, available_memory_bytes, own_context_tokens, stored_weights_bytes
+from serve_app.models.sizes import DTYPE_BYTES, own_context_tokens, stored_weights_bytes
 from serve_app.models.source import ModelFiles
 from serve_app.models.support import LOAD_ERRORS, built_in_class, check_architecture, explain, read_config
 

@@ -1,11 +1,10 @@
-"""What a model needs: bytes of weights, bytes of KV cache a token, and what a machine has to give.
+"""What a model needs: bytes of weights, and bytes of KV cache a token.
 
-Pure functions of a config and file headers; `available_memory_bytes` alone asks the machine.
+Pure functions of a config and file headers.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,61 +81,6 @@ def config_weights_bytes(config: Any, dtype: str, quantization: str = "none") ->
         model = factory.from_config(config)
     entries = (TensorEntry(n, "F32", tuple(p.shape), 0, 0) for n, p in model.named_parameters())
     return int(sum(_loaded_bytes(entry, dtype, quantization) for entry in entries))
-
-
-def available_memory_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Main memory this process could still take: the machine's and every control group's above it.
-
-    None when the system doesn't tell (macOS has no counterpart in the standard library).
-    """
-    limits = [free for free in (_free_of_machine(proc), _free_of_cgroups(proc, cgroups)) if free is not None]
-    return min(limits, default=None)
-
-
-def _free_of_machine(proc: Path) -> int | None:
-    try:
-        lines = (proc / "meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-
-
-def _free_of_cgroups(proc: Path, cgroups: Path) -> int | None:
-    """The tightest limit on the way up, less what is used there and can't be dropped (cgroup v2, then v1)."""
-    try:
-        lines = (proc / "self" / "cgroup").read_text().splitlines()
-    except OSError:
-        return None
-    free: list[int] = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            root, limit, usage = cgroups, "memory.max", "memory.current"
-        elif "memory" in controllers.split(","):
-            root, limit, usage = cgroups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-        else:
-            continue
-        folder = root / path.lstrip("/")
-        for group in (folder, *folder.parents):
-            if (left := _left(group, limit, usage)) is not None:
-                free.append(left)
-            if group == root:
-                break
-    return min(free, default=None)
-
-
-def _left(group: Path, limit_file: str, usage_file: str) -> int | None:
-    """Limit less usage of one control group; None when it has no limit (or, in a container, isn't visible)."""
-    try:
-        limit = (group / limit_file).read_text().strip()
-        used = int((group / usage_file).read_text())
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except OSError:
-        return None
-    if limit == "max" or int(limit) >= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        return None
-    droppable = int(stat.get("inactive_file", stat.get("total_inactive_file", 0)))
-    return max(int(limit) - used + droppable, 0)
 
 
 def _loaded_bytes(entry: TensorEntry, dtype: str, quantization: str) -> float:

@@ -1,4 +1,3 @@
-import os
 from pathlib import Path
 
 import pytest
@@ -9,12 +8,7 @@ from transformers import LlamaForCausalLM
 from serve_app.config import ModelConfig
 from serve_app.models.errors import ModelError
 from serve_app.models.planning import plan_replica
-from serve_app.models.sizes import (
-    available_memory_bytes,
-    config_weights_bytes,
-    kv_bytes_per_token,
-    stored_weights_bytes,
-)
+from serve_app.models.sizes import config_weights_bytes, kv_bytes_per_token, stored_weights_bytes
 from serve_app.models.source import resolve
 
 
