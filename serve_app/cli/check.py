@@ -7,13 +7,24 @@ import math
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from serve_app.cli.announce import address
 from serve_app.cli.capacity import size, streams
 from serve_app.cli.config_file import ConfigFile, ServedApp, load
 from serve_app.cli.errors import CommandError
-from serve_app.config import ReplicasConfig
+from serve_app.cli.progress import ProgressLine
+from serve_app.config import AppConfig, EngineConfig, ReplicasConfig
+from serve_app.memory import available_memory_bytes
+
+if TYPE_CHECKING:
+    from serve_app.models.sizes import MemoryPlan
+
+REPLICA_BYTES = 350_000_000
+"""What a replica on a CPU has of its own beside weights and KV cache: libraries, and the arithmetic of a step. 343 MB
+with the demo model (docs/operations.md: 1,181 MB with 538 of weights and 300 of KV cache)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,58 +38,78 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{file.path} is valid.")
     for name in file.foreign:
         print(f"Application {name!r} is not serve_app's; its args were not checked.")
+    memory_bytes = 0
     for app in file.apps:
         print(f"\n{app.name or 'application'} at {address(file, file.host, file.port)}")
-        for line in describe(app):
+        model, plan = look_up(app)
+        for line in [*model, *describe(app.config, plan)]:
             print(f"  {line}")
-    for warning in shortages(file):
+        if plan is not None and not _on_gpu(app.config):
+            memory_bytes += _least(app.config.model_server) * (plan.total_bytes + REPLICA_BYTES)
+    for warning in [*shortages(file), *_memory_shortage(memory_bytes)]:
         print(f"\nwarning: {warning}")
     return 0
 
 
-def describe(app: ServedApp) -> list[str]:
-    """What one application needs. Raises CommandError for a model that can't be served."""
-    config = app.config
-    on_gpu = config.model_server.num_gpus > 0
+def look_up(app: ServedApp) -> tuple[list[str], MemoryPlan | None]:
+    """What is known of an application's model, and what a replica of it takes; None when its size can't be known yet.
+
+    A hub model that is not on this machine is planned by its config, which is fetched. Raises CommandError for a model
+    that can't be served.
+    """
+    # Seconds of imports, which a config with mistakes should not wait for.
+    from serve_app.engine.build import CPU_KV_CACHE_BYTES
+    from serve_app.models.cache import cache_directory
+    from serve_app.models.errors import ModelError
+    from serve_app.models.planning import fetch_settings, plan_replica
+    from serve_app.models.source import SourceKind, find, source_kind
+
+    model, engine, on_gpu = app.config.model, app.config.engine, _on_gpu(app.config)
+    try:
+        if (files := find(model, cache_directory(app.config.cache_dir))) is not None:
+            said = f"model         {files.name}, in {files.folder}"
+        else:
+            said = f"model         {model.source}: not on this machine"
+            if source_kind(model.source) is SourceKind.HUB:
+                try:
+                    with ProgressLine() as line:
+                        files = fetch_settings(model, lambda stage: line.show(stage.stage, stage.fraction))
+                except ModelError as error:
+                    return [f"{said}, and its size is unknown: {error}"], None
+        budget = engine.kv_cache_memory or (0 if on_gpu else CPU_KV_CACHE_BYTES)
+        plan = plan_replica(files, model, has_gpu=on_gpu, kv_cache_bytes=budget)
+    except ModelError as error:
+        raise CommandError(f"application {app.name!r}: {error}", status=2) from error
+    # As the engine does, which takes no more than its requests can fill.
+    useful = plan.context_tokens * engine.max_running * plan.kv_bytes_per_token
+    return [said], replace(plan, kv_cache_bytes=min(budget, useful))
+
+
+def describe(config: AppConfig, plan: MemoryPlan | None) -> list[str]:
+    """What one application needs."""
     return [
-        *_model_lines(app, on_gpu),
+        *(_replica_lines(config.engine, plan) if plan is not None else []),
         f"model server  {_replicas(config.model_server)}",
         f"ingress       {_replicas(config.ingress)}",
     ]
 
 
-def _model_lines(app: ServedApp, on_gpu: bool) -> list[str]:
-    # Seconds of imports, which a config with mistakes should not wait for.
-    from serve_app.engine.build import CPU_KV_CACHE_BYTES
-    from serve_app.models.cache import cache_directory
-    from serve_app.models.errors import ModelError
-    from serve_app.models.planning import plan_replica
-    from serve_app.models.source import find
-
-    model, engine = app.config.model, app.config.engine
-    try:
-        files = find(model, cache_directory(app.config.cache_dir))
-        if files is None:
-            return [f"model         {model.source}: not on this machine; once it is fetched, its size is told here"]
-        kv_bytes = engine.kv_cache_memory or (0 if on_gpu else CPU_KV_CACHE_BYTES)
-        plan = plan_replica(files, model, has_gpu=on_gpu, kv_cache_bytes=kv_bytes)
-    except ModelError as error:
-        raise CommandError(f"application {app.name!r}: {error}", status=2) from error
-    lines = [f"model         {files.name}, in {files.folder}"]
-    if kv_bytes:
-        memory = f"{size(plan.weights_bytes)} of weights + {size(kv_bytes)} of KV cache, and some for the computation"
-        lines += [
-            f"a replica     {memory}",
+def _replica_lines(engine: EngineConfig, plan: MemoryPlan) -> list[str]:
+    weights = f"a replica     {size(plan.weights_bytes)} of weights"
+    if plan.kv_cache_bytes:
+        return [
+            f"{weights} + {size(plan.kv_cache_bytes)} of KV cache, and some for the computation",
             f"holds         {streams(plan.kv_capacity_tokens, plan.context_tokens, engine.max_running)}",
         ]
-    else:
-        lines += [
-            f"a replica     {size(plan.weights_bytes)} of weights, and KV cache in what is left of "
-            f"{engine.gpu_memory_fraction:.0%} of the GPU",
-            f"holds         {2**30 // plan.kv_bytes_per_token:,} tokens in each GiB of KV cache; "
-            f"a stream has up to {plan.context_tokens:,}",
-        ]
-    return lines
+    return [
+        f"{weights}, and KV cache in what is left of {engine.gpu_memory_fraction:.0%} of the GPU",
+        f"holds         {2**30 // plan.kv_bytes_per_token:,} tokens in each GiB of KV cache; "
+        f"a stream has up to {plan.context_tokens:,}",
+    ]
+
+
+def _on_gpu(config: AppConfig) -> bool:
+    return config.model_server.num_gpus > 0 and config.model.device != "cpu"
 
 
 def _replicas(replicas: ReplicasConfig) -> str:
@@ -103,6 +134,17 @@ def shortages(file: ConfigFile) -> list[str]:
             f"GPUs needed: {needed_gpus:g}; this machine has {gpus}; set num_gpus: 0, or serve on a cluster with GPUs"
         )
     return found
+
+
+def _memory_shortage(needed_bytes: int) -> list[str]:
+    """What the smallest number of replicas on CPUs needs and this machine has not: the system would kill them."""
+    free = available_memory_bytes()
+    if free is None or needed_bytes <= free:
+        return []
+    return [
+        f"memory needed: {size(needed_bytes)}, and some for Ray and the ingress; this machine has {size(free)} free; "
+        "lower engine.kv_cache_memory or the number of replicas, or use a smaller model"
+    ]
 
 
 def _least(replicas: ReplicasConfig) -> int:

@@ -5,28 +5,77 @@ Reads configs and file headers, loads no weights and asks for no GPU.
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
+from transformers import AutoConfig, LlamaConfig
 
 from serve_app.config import ModelConfig
+from serve_app.models.cache import Progress
 from serve_app.models.checkpoint import weight_files
 from serve_app.models.loader import choose_context, choose_dtype
 from serve_app.models.sizes import MemoryPlan, config_weights_bytes, kv_bytes_per_token, stored_weights_bytes
-from serve_app.models.source import ModelFiles
-from serve_app.models.support import built_in_class, check_architecture, read_config
+from serve_app.models.source import ModelFiles, SourceKind, source_kind
+from serve_app.models.support import LOAD_ERRORS, built_in_class, check_architecture, explain, read_config
+
+_DEMO_CONFIG: dict[str, Any] = {
+    "vocab_size": 49_152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+"""What the demo model's size follows from. It has no config before its GGUF is converted."""
 
 
-def plan_replica(files: ModelFiles, model: ModelConfig, *, has_gpu: bool, kv_cache_bytes: int) -> MemoryPlan:
-    """The memory of one replica with that much KV cache. `files` may lack the weights (`tokenizer_only`).
+def plan_replica(files: ModelFiles | None, model: ModelConfig, *, has_gpu: bool, kv_cache_bytes: int) -> MemoryPlan:
+    """The memory of one replica with that much KV cache.
+
+    `files` may lack the weights. Without any, a demo model or GGUF file that is not converted yet is planned for.
 
     Raises `ModelError` for what `load` would refuse by its config.
     """
-    config = read_config(files.folder, files.name, trust_remote_code=model.trust_remote_code)
+    if files is not None:
+        config = read_config(files.folder, files.name, trust_remote_code=model.trust_remote_code)
+    else:
+        config = _config_before_conversion(model)
     if (built_in := built_in_class(config)) is not None:
         check_architecture(config, built_in)
     on_gpu = model.device == "cuda" or (model.device == "auto" and has_gpu)
     dtype = choose_dtype(config, model, torch.device("cuda" if on_gpu else "cpu"))
-    if weight_files(files.folder):
+    if files is not None and weight_files(files.folder):
         weights_bytes = stored_weights_bytes(files.folder, dtype, model.quantization)
     else:
-        weights_bytes = config_weights_bytes(config, dtype, model.quantization)
+        try:
+            weights_bytes = config_weights_bytes(
+                config, dtype, model.quantization, trust_remote_code=model.trust_remote_code
+            )
+        except LOAD_ERRORS as error:
+            raise explain(model.source, files.folder if files is not None else Path(model.source), error) from error
     return MemoryPlan(weights_bytes, kv_cache_bytes, kv_bytes_per_token(config, dtype), choose_context(config, model))
+
+
+def fetch_settings(model: ModelConfig, progress: Progress) -> ModelFiles:
+    """Config and tokenizer of a model on the hub, from Hugging Face's cache where the hub can't be reached.
+
+    Raises `ModelError`.
+    """
+    from serve_app.models import hub  # seconds of imports that no other source needs
+
+    folder, revision = hub.fetch(model, tokenizer_only=True, progress=progress)
+    name = model.served_model_name or model.source.rsplit("/", 1)[-1]
+    return ModelFiles(folder, folder, name, SourceKind.HUB, revision)
+
+
+def _config_before_conversion(model: ModelConfig) -> Any:
+    if source_kind(model.source) is SourceKind.DEMO:
+        return LlamaConfig(**_DEMO_CONFIG)
+    gguf = Path(model.source).expanduser()
+    try:
+        return AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+    except LOAD_ERRORS as error:
+        raise explain(gguf.name, gguf, error) from error

@@ -37,11 +37,6 @@ class MemoryPlan:
         """Tokens of cache over all requests, not rounded to pages."""
         return self.kv_cache_bytes // self.kv_bytes_per_token
 
-    @property
-    def full_streams(self) -> int:
-        """Requests of `context_tokens` each that the cache holds at once."""
-        return self.kv_capacity_tokens // self.context_tokens
-
 
 def own_context_tokens(config: Any) -> int | None:
     """The context the model was trained for; None when its config states none."""
@@ -71,14 +66,19 @@ def stored_weights_bytes(folder: Path, dtype: str, quantization: str = "none") -
     return int(total)
 
 
-def config_weights_bytes(config: Any, dtype: str, quantization: str = "none") -> int:
-    """The same from a config alone, when the weights are not on this machine: builds the model without storage."""
+def config_weights_bytes(
+    config: Any, dtype: str, quantization: str = "none", *, trust_remote_code: bool = False
+) -> int:
+    """The same from a config alone, when the weights are not on this machine: builds the model without storage.
+
+    Raises what transformers and the model's code raise.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     factory: Any = AutoModelForCausalLM  # its methods carry no types
     with torch.device("meta"):
-        model = factory.from_config(config)
+        model = factory.from_config(config, trust_remote_code=trust_remote_code)
     entries = (TensorEntry(n, "F32", tuple(p.shape), 0, 0) for n, p in model.named_parameters())
     return int(sum(_loaded_bytes(entry, dtype, quantization) for entry in entries))
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from fake_hub import serve_hub
+from huggingface_hub import constants
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from serve_app.cli import check
@@ -77,17 +79,109 @@ def test_too_few_cpus_is_a_warning(tmp_path: Path, model: Path, capsys: pytest.C
     assert "warning: CPUs needed: 10001; this machine has" in capsys.readouterr().out
 
 
-def test_a_model_that_is_not_here(
+def test_a_cache_is_counted_as_far_as_requests_can_fill_it(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write(tmp_path, model={"source": str(model)}, engine={"kv_cache_memory": "12GiB", "max_running": 1000})
+    assert main(["check", config]) == 0
+    assert "+ 16 MB of KV cache" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("free_gb", "short"), [(8.6, True), (8.7, False)])
+def test_too_little_memory_is_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, free_gb: float, short: bool
+) -> None:
+    monkeypatch.setattr(check, "available_memory_bytes", lambda: int(free_gb * 1e9))
+    config = write(
+        tmp_path,
+        cache_dir=str(tmp_path / "cache"),
+        engine={"kv_cache_memory": "2GB"},
+        model_server={"num_cpus": 0, "autoscaling": {"min_replicas": 3}},
+        ingress={"num_cpus": 0},
+    )
+    assert main(["check", config]) == 0
+    said = "warning: memory needed: 8.66 GB, and some for Ray and the ingress; this machine has 8.60 GB free; lower"
+    assert (said in capsys.readouterr().out) == short, "3 x (538 MB + 2 GB + 350 MB)"
+
+
+@pytest.mark.parametrize(("server", "free"), [({"num_gpus": 1}, 1), ({}, None)])
+def test_memory_is_not_missed_on_a_gpu_or_where_it_is_not_known(
+    tmp_path: Path,
+    model: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    server: dict[str, int],
+    free: int | None,
+) -> None:
+    monkeypatch.setattr(check, "available_memory_bytes", lambda: free)
+    assert main(["check", write(tmp_path, model={"source": str(model)}, model_server=server)]) == 0
+    assert "memory needed" not in capsys.readouterr().out
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees this machine's Hugging Face cache or asks the real hub."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    use_hub(monkeypatch, "http://127.0.0.1:9")
+
+
+def use_hub(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+
+
+@pytest.mark.usefixtures("hub_cache")
+def test_a_hub_model_that_is_not_here_is_planned_by_its_config(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write(tmp_path, model={"source": "team/model"}, engine={"kv_cache_memory": "1MiB", "max_running": 100})
+    with serve_hub(model) as hub:
+        use_hub(monkeypatch, hub.url)
+        assert main(["check", config]) == 0
+        assert "config.json" in hub.fetched
+        assert not [name for name in hub.fetched if name.endswith(".safetensors")]
+    output = capsys.readouterr().out
+    assert "model         team/model: not on this machine\n" in output
+    numbers = sum(parameter.numel() for parameter in LlamaForCausalLM.from_pretrained(model).parameters())
+    assert f"a replica     {size(4 * numbers)} of weights + 1 MB of KV cache" in output
+    assert "holds         64 streams of 64 tokens, or 100 of 40" in output
+
+    assert main(["check", config]) == 0
+    assert capsys.readouterr().out == output, "what was fetched once needs no network"
+
+
+@pytest.mark.usefixtures("hub_cache")
+def test_without_a_network_the_size_of_a_hub_model_is_unknown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", write(tmp_path, model={"source": "team/model"})]) == 0
+    output = capsys.readouterr().out
+    assert "team/model: not on this machine, and its size is unknown: The hub http://127.0.0.1:9 can't be re" in output
+    assert "a replica" not in output
+    assert "model server  1 x (1 CPU)" in output
+
+
+@pytest.mark.usefixtures("hub_cache")
+def test_a_hub_model_that_can_not_be_served(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    assert main(["check", write(tmp_path, model={"source": "nobody/nothing-of-this-name"})]) == 0
-    assert "nobody/nothing-of-this-name: not on this machine" in capsys.readouterr().out
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    (repository / "config.json").write_text('{"model_type": "bloom"}')
+    with serve_hub(repository) as hub:
+        use_hub(monkeypatch, hub.url)
+        assert main(["check", write(tmp_path, model={"source": "team/model"})]) == 2
+    assert "application 'a': BloomForCausalLM" in capsys.readouterr().err
 
 
 def test_the_demo_model_in_an_empty_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", write(tmp_path, cache_dir=str(tmp_path / "cache"))]) == 0
-    assert "demo: not on this machine" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "model         demo: not on this machine\n" in output
+    assert "a replica     538 MB of weights + 1.07 GB of KV cache" in output
     assert not (tmp_path / "cache").exists()
 
 

@@ -2,10 +2,11 @@ from pathlib import Path
 
 import pytest
 import transformers as tf
-from model_builders import ignore_progress, tiny_config
+from model_builders import ignore_progress, tiny_config, write_gguf
 from transformers import LlamaForCausalLM
 
 from serve_app.config import ModelConfig
+from serve_app.models.cache import cache_directory
 from serve_app.models.errors import ModelError
 from serve_app.models.planning import plan_replica
 from serve_app.models.sizes import config_weights_bytes, kv_bytes_per_token, stored_weights_bytes
@@ -48,7 +49,7 @@ def test_plan_of_a_replica(llama_folder: Path, tmp_path: Path) -> None:
     plan = plan_replica(files, model, has_gpu=False, kv_cache_bytes=100_000)
     assert plan.kv_bytes_per_token == 256
     assert plan.kv_capacity_tokens == 390
-    assert (plan.context_tokens, plan.full_streams) == (50, 7)
+    assert plan.context_tokens == 50
     assert plan.total_bytes == stored_weights_bytes(llama_folder, "float32") + 100_000
 
     for path in llama_folder.glob("model*"):  # as an ingress, or `check` before anything is fetched, finds it
@@ -60,47 +61,21 @@ def test_plan_of_a_replica(llama_folder: Path, tmp_path: Path) -> None:
         plan_replica(files, too_long, has_gpu=False, kv_cache_bytes=1)
 
 
-def _write(folder: Path, **files: object) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        (folder / name.replace("__", ".")).write_text(f"{content}\n")
+def test_plan_of_a_gguf_file_before_it_is_converted(tmp_path: Path) -> None:
+    model = ModelConfig(source=str(write_gguf(tmp_path / "tiny.gguf")))
+    before = plan_replica(None, model, has_gpu=False, kv_cache_bytes=100_000)
+    files = resolve(model, tmp_path / "cache", progress=ignore_progress)
+    assert plan_replica(files, model, has_gpu=False, kv_cache_bytes=100_000) == before
 
 
-def _machine(tmp_path: Path, cgroup: str, available_kib: int = 8_000_000) -> Path:
-    _write(tmp_path / "proc", meminfo=f"MemTotal: 9000000 kB\nMemAvailable: {available_kib} kB")
-    _write(tmp_path / "proc" / "self", cgroup=cgroup)
-    return tmp_path / "proc"
+def test_a_file_that_is_no_gguf_has_no_plan(tmp_path: Path) -> None:
+    (tmp_path / "text.gguf").write_text("no weights")
+    with pytest.raises(ModelError, match=r"text\.gguf can't be loaded"):
+        plan_replica(None, ModelConfig(source=str(tmp_path / "text.gguf")), has_gpu=False, kv_cache_bytes=1)
 
 
-def test_memory_of_the_machine(tmp_path: Path) -> None:
-    proc = _machine(tmp_path, "0::/")
-    assert available_memory_bytes(proc, tmp_path / "cgroups") == 8_000_000 * 1024
-
-
-def test_the_tightest_control_group_counts_v2(tmp_path: Path) -> None:
-    proc = _machine(tmp_path, "0::/pod/box")
-    root = tmp_path / "cgroups"
-    _write(root / "pod", memory__max=1_000_000, memory__current=700_000, memory__stat="anon 1\ninactive_file 50000")
-    _write(root / "pod" / "box", memory__max="max", memory__current=1, memory__stat="anon 1")
-    assert available_memory_bytes(proc, root) == 350_000
-
-
-def test_control_group_v1_and_one_without_a_limit(tmp_path: Path) -> None:
-    proc = _machine(tmp_path, "5:cpu:/x\n4:memory:/box")
-    group = tmp_path / "cgroups" / "memory" / "box"
-    stat = "total_inactive_file 10"
-    _write(group, memory__limit_in_bytes=5000, memory__usage_in_bytes=1000, memory__stat=stat)
-    assert available_memory_bytes(proc, tmp_path / "cgroups") == 4010
-    _write(group, memory__limit_in_bytes=2**63 - 4096)
-    assert available_memory_bytes(proc, tmp_path / "cgroups") == 8_000_000 * 1024
-
-
-def test_a_system_that_does_not_tell(tmp_path: Path) -> None:
-    assert available_memory_bytes(tmp_path / "none", tmp_path / "none") is None
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/meminfo"), reason="Linux")
-def test_this_machine() -> None:
-    available = available_memory_bytes()
-    assert available is not None
-    assert 0 < available <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+@pytest.mark.demo
+def test_the_demo_models_plan_is_known_before_it_is_fetched() -> None:
+    files = resolve(ModelConfig(), cache_directory(), progress=ignore_progress)
+    planned = plan_replica(None, ModelConfig(), has_gpu=False, kv_cache_bytes=100_000)
+    assert plan_replica(files, ModelConfig(), has_gpu=False, kv_cache_bytes=100_000) == planned
