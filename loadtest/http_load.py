@@ -5,18 +5,28 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
+
+PERCENTILES = (0.5, 0.95, 0.99)
+
+
+class Timed(Protocol):
+    """When one stream was asked for and when its pieces came, in seconds from the first request of the run."""
+
+    started_s: float
+    arrivals_s: list[float]
 
 
 @dataclass(slots=True)
 class StreamTimes:
-    """When the tokens of one stream came, in seconds from the first request of the run."""
+    """Of a stream of which nothing else is kept."""
 
-    started: float
-    arrivals: list[float]
+    started_s: float
+    arrivals_s: list[float]
 
 
 async def stream_completion(
@@ -44,7 +54,7 @@ async def stream_completion(
             if "error" in chunk:
                 raise RuntimeError(chunk["error"]["message"])
             if chunk["choices"]:
-                times.arrivals.append(time.perf_counter() - epoch)
+                times.arrivals_s.append(time.perf_counter() - epoch)
             else:
                 tokens = chunk["usage"]["completion_tokens"]
     if tokens != new_tokens:
@@ -58,6 +68,18 @@ def percentile(values: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
+def timings(streams: Iterable[Timed]) -> dict[str, Any]:
+    """Seconds until the last piece, each stream's time to its first piece, and `PERCENTILES` of the time between two
+    pieces of one stream. A piece is what came at once: a token, or several that one step made."""
+    streams = list(streams)
+    gaps = [late - early for s in streams for early, late in zip(s.arrivals_s, s.arrivals_s[1:], strict=False)]
+    return {
+        "seconds": max(stream.arrivals_s[-1] for stream in streams),
+        "ttft_s": sorted(stream.arrivals_s[0] - stream.started_s for stream in streams),
+        "itl_s": [percentile(gaps or [0.0], share) for share in PERCENTILES],
+    }
+
+
 async def drive(url: str, model: str, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
     """All prompts at once; seconds, tokens, times to first token and between tokens."""
     limits = httpx.Limits(max_connections=len(prompts))
@@ -66,15 +88,9 @@ async def drive(url: str, model: str, prompts: list[list[int]], new_tokens: int)
         streams = await asyncio.gather(
             *(stream_completion(client, url, model, prompt, new_tokens, epoch) for prompt in prompts)
         )
-        seconds = time.perf_counter() - epoch
-    gaps = [b - a for s in streams for a, b in zip(s.arrivals, s.arrivals[1:], strict=False)]
-    return {
-        "seconds": seconds,
-        "tokens": len(prompts) * new_tokens,
-        "ttft_s": sorted(s.arrivals[0] - s.started for s in streams),
-        "itl_p50_s": percentile(gaps, 0.5),
-        "itl_p99_s": percentile(gaps, 0.99),
-    }
+    times = timings(streams)
+    itl_p50_s, _, itl_p99_s = times["itl_s"]
+    return times | {"tokens": len(prompts) * new_tokens, "itl_p50_s": itl_p50_s, "itl_p99_s": itl_p99_s}
 
 
 def wait_until_ready(url: str, timeout_s: float, still_alive: Any) -> None:

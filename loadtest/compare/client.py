@@ -21,7 +21,8 @@ from loadtest.compare.workload import Chat
 
 _PACED_BUFFER_BYTES = 4096
 """What a paced reader lets lie on its side, in the socket and again in this program."""
-_TIMEOUT_S = 600
+ANSWER_TIMEOUT_S = 600.0
+"""The slowest peer took 40 s for 32 streams; of long prompts 32 at once may take a slow machine minutes."""
 
 
 class RequestFailed(Exception):
@@ -55,6 +56,8 @@ class Load:
     new_tokens: int
     pace: float | None = None
     """Pieces each reader takes a second at most."""
+    timeout_s: float = ANSWER_TIMEOUT_S
+    """Of one answer."""
 
 
 async def drive(load: Load, chats: Sequence[Chat], concurrency: int) -> list[Stream]:
@@ -66,7 +69,7 @@ async def drive(load: Load, chats: Sequence[Chat], concurrency: int) -> list[Str
     connector = aiohttp.TCPConnector(limit=0, force_close=True, socket_factory=_small_socket if load.pace else None)
     buffer_bytes = _PACED_BUFFER_BYTES if load.pace else 2**16
     async with aiohttp.ClientSession(
-        connector=connector, timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S), read_bufsize=buffer_bytes
+        connector=connector, timeout=aiohttp.ClientTimeout(total=load.timeout_s), read_bufsize=buffer_bytes
     ) as session:
 
         async def one(chat: Chat) -> Stream:

@@ -19,21 +19,25 @@ from typing import Any
 import psutil
 
 import serve_app
-from loadtest.compare.accounting import PeakMemory, ProcessTree
+from loadtest.compare.accounting import ProcessTree
 from loadtest.compare.client import Load, RequestFailed, Stream, drive
 from loadtest.compare.contenders import Contender, Start
 from loadtest.compare.servers import Server, ServerFailed
-from loadtest.compare.workload import Cell, Reader, Set, chats, opening
-from loadtest.http_load import percentile
+from loadtest.compare.workload import Cell, Chat, Reader, Set, chats, opening, pairs, strangers
+from loadtest.http_load import timings
 from loadtest.service import free_port
 
 WARM_UP_TOKENS = 16
+WARM_UP_TIMEOUT_S = 180.0
+"""A server that takes longer for its first tokens does not work: a Ray Serve application without a replica lets
+requests wait for ever."""
+PAIR_TOKENS = 8
+"""Of answers of which only the first token matters."""
 DISTURBED_CORES = 0.2
 """A measurement is made again when other programs use more than this: two busy cores have none to spare, and OpenMP
 teams that wait for a thread without a core are slower by far more than its share. An idle machine has 0.03."""
 REPEATS = 2
 """Of a disturbed measurement, at most."""
-PERCENTILES = (0.5, 0.95, 0.99)
 Record = dict[str, Any]
 
 
@@ -55,6 +59,8 @@ class Place:
     model: Path
     environments: Path
     logs: Path
+    llama_server: Path | None = None
+    """One that was built elsewhere."""
 
 
 def visit(
@@ -68,13 +74,22 @@ def visit(
     """Give `note` a record of each cell in each round. Raises `ServerFailed` when the server does not start."""
     with tempfile.TemporaryDirectory(prefix="compare-", ignore_cleanup_errors=True) as work:
         streams = max(cell.concurrency for cell in cells)
-        start = Start(place.python, place.model, Path(work), place.environments, free_port(), settings.threads, streams)
+        start = Start(
+            place.python,
+            place.model,
+            Path(work),
+            place.environments,
+            free_port(),
+            settings.threads,
+            streams,
+            place.llama_server,
+        )
         began = time.monotonic()
         log = place.logs / f"{contender.name.replace(' ', '-').replace(',', '')}.log"
         with Server(contender.command(start), f"http://127.0.0.1:{start.port}", log) as server:
-            common = {"contender": contender.name, "start_s": round(time.monotonic() - began, 1)}
+            common: Record = {"contender": contender.name, "start_s": round(time.monotonic() - began, 1)}
             try:
-                _warm_up(server, contender, streams)
+                warm_up(Load(server.url, contender.body, WARM_UP_TOKENS, timeout_s=WARM_UP_TIMEOUT_S), streams)
             except RequestFailed as error:
                 raise ServerFailed(f"{error}; its last words: {server.last_words()}") from error
             for turn in range(rounds):
@@ -92,9 +107,8 @@ def _undisturbed(server: Server, contender: Contender, cell: Cell, turn: str, se
             return
 
 
-def _warm_up(server: Server, contender: Contender, streams: int) -> None:
-    """What compiles or allocates at first use does it here, alone and in a batch."""
-    load = Load(server.url, contender.body, WARM_UP_TOKENS)
+def warm_up(load: Load, streams: int) -> None:
+    """What compiles or allocates at first use does it here, alone and in a batch. Raises `RequestFailed`."""
     cell = Cell(Set.VARIED, streams)
     for concurrency in (1, streams):
         asyncio.run(drive(load, chats(cell, f"warm-up {concurrency}")[:concurrency], concurrency))
@@ -112,28 +126,53 @@ def measure(server: Server, contender: Contender, cell: Cell, turn: str, setting
         "at": round(time.time(), 1),
     }
     try:
-        if first := opening(cell, turn):
-            cold = asyncio.run(drive(load, [first], 1))[0]
-            record["cold_ttft_s"] = cold.arrivals_s[0] - cold.started_s
-        with _accounted(server.tree, record), PeakMemory(server.tree) as memory:
+        if cell.set is Set.SHARED:
+            brief = Load(server.url, contender.body, PAIR_TOKENS)
+            with accounted(server.tree, alone := {}):
+                record |= _alone(brief, pairs(cell, turn))
+            asyncio.run(drive(brief, [opening(cell, turn)], 1))
+        memory_bytes = server.tree.memory_bytes()
+        with accounted(server.tree, record):
             streams = asyncio.run(drive(load, chats(cell, turn), cell.concurrency))
+        record["memory_bytes"] = max(memory_bytes, server.tree.memory_bytes())
+        record["peak_rss_bytes"] = server.tree.peak_rss_bytes()
+        if cell.set is Set.SHARED:
+            with accounted(server.tree, cold := {}):
+                others = asyncio.run(drive(load, strangers(cell, turn), cell.concurrency))
+            record["cold_ttft_s"] = timings(others)["ttft_s"]
+            record["disturbed"] = any(part["disturbed"] for part in (alone, record, cold))
     except RequestFailed as error:
         return record | {"failed": str(error)}
-    return record | {"peak_memory_bytes": memory.peak_bytes} | figures(streams, settings.new_tokens)
+    return record | figures(streams, settings.new_tokens)
+
+
+def _alone(load: Load, asked: list[tuple[Chat, Chat]]) -> Record:
+    """Times to first token of requests that have the server to themselves: each first with a prefix that it has never
+    seen, then another question about the same prefix, so that a drift of the machine meets both kinds."""
+    streams = asyncio.run(drive(load, [chat for pair in asked for chat in pair], 1))
+    firsts = [stream.arrivals_s[0] - stream.started_s for stream in streams]
+    return {"cold_alone_ttft_s": firsts[::2], "warm_alone_ttft_s": firsts[1::2]}
 
 
 @contextmanager
-def _accounted(tree: ProcessTree, record: Record) -> Iterator[None]:
-    """Note the CPU seconds that the server, this program and everything else spent meanwhile."""
-    before, mine, machine, wall = tree.cpu_s(), time.process_time(), _busy_s(), time.monotonic()
+def accounted(tree: ProcessTree, record: Record, beside: ProcessTree | None = None) -> Iterator[None]:
+    """Note the CPU seconds that the server, this program and everything else spent meanwhile; those of `beside`, which
+    is neither, apart."""
+    trees = (tree,) if beside is None else (tree, beside)
+    before = [each.cpu_s() for each in trees]
+    mine, machine, wall = time.process_time(), _busy_s(), time.monotonic()
     yield
-    after = tree.cpu_s()
-    spent = {name: round(after[name] - before.get(name, 0.0), 2) for name in after}
-    record["cpu_by_process_s"] = {name: seconds for name, seconds in spent.items() if seconds >= 0.05}
-    record["cpu_s"] = sum(after.values()) - sum(before.values())
     record["client_cpu_s"] = time.process_time() - mine
-    record["other_cpu_s"] = max(0.0, _busy_s() - machine - record["cpu_s"] - record["client_cpu_s"])
     record["wall_s"] = time.monotonic() - wall
+    busy_s = _busy_s() - machine
+    after = [each.cpu_s() for each in trees]
+    spent = [sum(late.values()) - sum(early.values()) for early, late in zip(before, after, strict=True)]
+    record["cpu_s"] = spent[0]
+    if beside is not None:
+        record["beside_cpu_s"] = spent[1]
+    by_process = {name: round(seconds - before[0].get(name, 0.0), 2) for name, seconds in after[0].items()}
+    record["cpu_by_process_s"] = {name: seconds for name, seconds in by_process.items() if seconds >= 0.05}
+    record["other_cpu_s"] = max(0.0, busy_s - record["client_cpu_s"] - sum(spent))
     record["disturbed"] = record["other_cpu_s"] > DISTURBED_CORES * record["wall_s"]
 
 
@@ -144,14 +183,9 @@ def _busy_s() -> float:
 
 
 def figures(streams: list[Stream], new_tokens: int) -> Record:
-    """Throughput and latencies of one measurement. A gap is the time between two pieces of one answer."""
-    seconds = max(stream.arrivals_s[-1] for stream in streams)
-    gaps = [late - early for s in streams for early, late in zip(s.arrivals_s, s.arrivals_s[1:], strict=False)]
-    return {
+    """Throughput and latencies of one measurement."""
+    return timings(streams) | {
         "tokens": len(streams) * new_tokens,
-        "seconds": seconds,
-        "ttft_s": sorted(stream.arrivals_s[0] - stream.started_s for stream in streams),
-        "itl_s": [percentile(gaps or [0.0], share) for share in PERCENTILES],
         "pieces": sum(len(stream.arrivals_s) for stream in streams),
         "prompt_tokens": sum(stream.prompt_tokens for stream in streams),
         "digests": [stream.digest for stream in streams],

@@ -27,7 +27,8 @@ def application(wanted: dict[str, Any]) -> serve.Application:
         },
         accelerator_config={"kind": "cpu"},
         placement_group_config={"bundles": [{"CPU": 1}]},
-        deployment_config={"num_replicas": 1},
+        # Serve would start a vLLM that can't start twenty times before it says so.
+        deployment_config={"num_replicas": 1, "max_constructor_retry_count": 1},
         runtime_env={"env_vars": wanted["environment"]},
     )
     return build_openai_app({"llm_configs": [config]})

@@ -1,11 +1,13 @@
 """What every contender is asked: the same chats, as a function of set, concurrency and round.
 
 Promises that no two cells or rounds share more of a prompt than the set says, so that a server's prefix cache helps
-only where that is what the set measures. Token counts are those of the demo model.
+only where that is what the set measures: each prompt opens with a number that no other has. Token counts are those of
+the demo model.
 """
 
 from __future__ import annotations
 
+import hashlib
 import random
 from dataclasses import dataclass
 from enum import StrEnum
@@ -31,6 +33,8 @@ _SENTENCES = (
     "The letter number {0} asks whether {1} and {2} could be explained to children of {3} years.",
 )
 SHARED_TOKENS, LONG_TOKENS = 600, 1200
+PAIRS = 5
+"""Prefixes that a measurement of the shared set asks about one request at a time, cold and then cached."""
 _RULE_COUNT, _SENTENCE_COUNT = 15, 44
 """These make a system prompt of 600 tokens and a document of 1,200, to within a tenth."""
 
@@ -39,7 +43,7 @@ class Set(StrEnum):
     """A kind of prompt."""
 
     VARIED = "varied"
-    """50 to 80 tokens, all different."""
+    """55 to 90 tokens, all different."""
     SHARED = "shared"
     """A system prompt of about 600 tokens, the same in all requests of a cell, and a short question of each one's own.
     One request with that system prompt has been answered before the others come."""
@@ -103,27 +107,50 @@ def chats(cell: Cell, turn: str) -> list[Chat]:
     return [_chat(cell.set, shared, generator) for _ in range(requests_of(cell))]
 
 
-def opening(cell: Cell, turn: str) -> Chat | None:
-    """The request that comes before those of a shared set, with the same system prompt; None for other sets."""
-    if cell.set is not Set.SHARED:
-        return None
+def opening(cell: Cell, turn: str) -> Chat:
+    """The request that comes before those of a shared set, with the same system prompt."""
     system = _system_prompt(random.Random(f"{cell} {turn}"))
     return [{"role": "system", "content": system}, {"role": "user", "content": "What can you do for me?"}]
 
 
+def strangers(cell: Cell, turn: str) -> list[Chat]:
+    """What a shared set's requests would be if they shared nothing: each has a system prompt of its own."""
+    generator = random.Random(f"strangers {cell} {turn}")
+    return [_chat(cell.set, _system_prompt(generator), generator) for _ in range(requests_of(cell))]
+
+
+def pairs(cell: Cell, turn: str) -> list[tuple[Chat, Chat]]:
+    """Two questions about each of `PAIRS` system prompts that nobody has asked about before."""
+    generator = random.Random(f"pairs {cell} {turn}")
+    systems = [_system_prompt(generator) for _ in range(PAIRS)]
+    return [(_chat(cell.set, system, generator), _chat(cell.set, system, generator)) for system in systems]
+
+
+def fingerprint() -> str:
+    """Changes with what is asked: figures of two fingerprints can't stand beside each other."""
+    asked = [chats(Cell(kind, 1), "fingerprint") for kind in Set]
+    return hashlib.sha256(repr(asked).encode()).hexdigest()[:8]
+
+
 def _chat(kind: Set, shared: str, generator: random.Random) -> Chat:
-    question = generator.choice(_TASKS).format(*_fillings(generator)[1:])
+    question = f"Question {_number(generator)}: {generator.choice(_TASKS).format(*_fillings(generator)[1:])}"
     if kind is Set.VARIED:
         return [{"role": "user", "content": question}]
     if kind is Set.SHARED:
         return [{"role": "system", "content": shared}, {"role": "user", "content": question}]
     document = " ".join(generator.choice(_SENTENCES).format(*_fillings(generator)) for _ in range(_SENTENCE_COUNT))
-    return [{"role": "user", "content": f"{document}\n\nWhat was said about {generator.choice(SUBJECTS)}?"}]
+    asked = f"What was said about {generator.choice(SUBJECTS)}?"
+    return [{"role": "user", "content": f"Document {_number(generator)}: {document}\n\n{asked}"}]
 
 
 def _system_prompt(generator: random.Random) -> str:
     rules = [generator.choice(_RULES).format(*_fillings(generator)) for _ in range(_RULE_COUNT)]
-    return f"You are assistant number {generator.randrange(10_000)} of a school.\n" + "\n".join(rules)
+    return f"You are assistant number {_number(generator)} of a school.\n" + "\n".join(rules)
+
+
+def _number(generator: random.Random) -> int:
+    """One of so many that none comes twice in a comparison."""
+    return generator.randrange(10_000_000, 100_000_000)
 
 
 def _fillings(generator: random.Random) -> tuple[str, str, str, str]:

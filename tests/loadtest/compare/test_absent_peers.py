@@ -92,6 +92,45 @@ def test_an_absent_peer_is_in_json_and_markdown_with_its_reason(installer: Insta
     assert "Nothing was measured." in compare.markdown(results)
 
 
+def test_a_peer_that_was_neither_measured_nor_absent_is_named(tmp_path: Path) -> None:
+    results = Results(tmp_path / "compare.json", SETTINGS)
+    results.absent("ray.serve.llm", "no network")
+    text = compare.markdown(results)
+    assert "- **transformers serve was not run.**" in text
+    assert "ray.serve.llm was not run" not in text
+
+
+def test_a_llama_server_that_was_built_elsewhere_takes_the_place_of_the_package(
+    installer: Installer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    server = tmp_path / "llama-server"
+    server.write_text("#!/bin/sh\necho version: 11434 >&2\necho built with a compiler >&2\n")
+    server.chmod(0o755)
+    converted: list[tuple[Path, Path]] = []
+    monkeypatch.setattr(compare, "ensure_float32_gguf", lambda target, quantize: converted.append((target, quantize)))
+    peers = "llama.cpp,llama.cpp-split"
+    arguments = compare.arguments_of(
+        ["--peers", peers, "--llama-server", str(server), "--environments", str(tmp_path / "peers")]
+    )
+    results = Results(tmp_path / "compare.json", SETTINGS)
+    present = compare.install_peers(arguments, results)
+    assert installer.commands == []
+    assert converted == [(tmp_path / "peers" / "demo-f32.gguf", tmp_path / "llama-quantize")] * 2
+    assert results.versions["llama.cpp"] == ["built elsewhere, version: 11434; built with a compiler"]
+    start = Start(Path("python"), tmp_path, tmp_path, tmp_path / "peers", 23456, 2, 32, server)
+    unified, split = (peer.command(start).arguments for peer in present)
+    assert unified[0] == split[0] == str(server)
+    assert ("--kv-unified" in unified, "--no-kv-unified" in split) == (True, True)
+    assert unified[:-1] == split[:-1]
+
+
+def test_a_llama_server_that_is_not_there_is_absent(installer: Installer, tmp_path: Path) -> None:
+    arguments = compare.arguments_of(["--peers", "llama.cpp", "--llama-server", str(tmp_path / "nothing")])
+    results = Results(tmp_path / "compare.json", SETTINGS)
+    assert compare.install_peers(arguments, results) == []
+    assert "No such file" in results.absentees["llama.cpp"]
+
+
 def test_slices_add_up_and_what_was_measured_is_not_absent(tmp_path: Path) -> None:
     out = tmp_path / "compare.json"
     first = Results(out, SETTINGS)

@@ -19,8 +19,8 @@ def record(contender: str, at: float, seconds: float, **other: Any) -> dict[str,
         "contender": contender, "set": "varied", "concurrency": 8, "reader": "unpaced", "turn": "round 0",
         "at": at, "disturbed": False,
         "tokens": 100, "seconds": seconds, "ttft_s": [0.1, 0.2, 0.3], "itl_s": [0.01, 0.02, 0.03], "cpu_s": 2 * seconds,
-        "client_cpu_s": 0.5, "other_cpu_s": 0.25, "wall_s": 5.0, "peak_memory_bytes": 2e9, "prompt_tokens": 40,
-        "digests": ["a", "b"], **other,
+        "client_cpu_s": 0.5, "other_cpu_s": 0.25, "wall_s": 5.0, "memory_bytes": 2e9, "peak_rss_bytes": 3e9,
+        "prompt_tokens": 40, "digests": ["a", "b"], **other,
     }  # fmt: skip
 
 
@@ -60,9 +60,9 @@ def test_the_table_has_a_row_for_each_measured_and_each_failed() -> None:
         [record("ours", 0, 1.0), record("slow", 1, 2.0), failed | {"failed": "503"}], OURS, PEERS, "PSS"
     )
     lines = rows.splitlines()
-    assert "peak memory (PSS), GB" in lines[0]
-    assert lines[2] == "| varied, 8 | ours | 100.0 |  | 200 / 300 / 300 | 10 / 20 / 30 | 20.0 | 0.10 | 2.00 |"
-    assert lines[3] == "| varied, 8 | slow | 50.0 | 2.00 | 200 / 300 / 300 | 10 / 20 / 30 | 40.0 | 0.10 | 2.00 |"
+    assert "memory (PSS), GB" in lines[0]
+    assert lines[2] == "| varied, 8 | ours | 100.0 |  | 200 / 300 / 300 | 10 / 20 / 30 | 20.0 | 0.10 | 2.00 | 3.00 |"
+    assert lines[3] == "| varied, 8 | slow | 50.0 | 2.00 | 200 / 300 / 300 | 10 / 20 / 30 | 40.0 | 0.10 | 2.00 | 3.00 |"
     assert lines[4] == "| varied, 8 | quick | failed: 503 |"
     assert len(lines) == 5
 
@@ -78,9 +78,51 @@ def test_agreement_counts_equal_answers_and_points_at_other_prompts() -> None:
     ]
 
 
-def test_a_warm_prefix_stands_beside_the_cold_one() -> None:
-    lines = report.prefix_lines([record("ours", 0, 1.0, set="shared", cold_ttft_s=2.0), record("ours", 0, 1.0)])
-    assert lines == ["shared, 8: ours: cold 2000 ms, then 200 ms (0.10)"]
+def shared(contender: str, at: float, seconds: float, warm_alone_s: list[float], **other: Any) -> dict[str, Any]:
+    firsts = {"cold_alone_ttft_s": [1.0, 2.0], "warm_alone_ttft_s": warm_alone_s, "cold_ttft_s": [0.8, 0.8, 0.8]}
+    return record(contender, at, seconds, **({"set": "shared"} | firsts | other))
+
+
+def test_a_warm_prefix_stands_beside_as_many_cold_ones_at_a_time() -> None:
+    ours = [shared("ours", 0, 1.0, [0.1, 0.2]), shared("ours", 1, 1.0, [0.3, 0.2], cold_ttft_s=[0.4, 0.4, 0.4])]
+    lines = report.prefix_table([*ours, shared("slow", 2, 1.0, [1.0, 2.0]), record("ours", 3, 1.0)], ["ours", "slow"])
+    assert lines.splitlines()[2:] == [
+        "| ours | 1 | 1500 | 200 | 0.10 |",  # pairs: 0.1 / 1, 0.2 / 2, 0.3 / 1, 0.2 / 2
+        "| slow | 1 | 1500 | 1500 | 1.00 |",
+        "| ours | 8 | 600 | 200 | 0.38 |",  # rounds: 0.2 / 0.8 and 0.2 / 0.4
+        "| slow | 8 | 800 | 200 | 0.25 |",
+    ]
+    assert report.prefix_table([record("ours", 0, 1.0)], ["ours"]) == ""
+
+
+def test_the_figures_to_reach_say_reached_or_not_for_each_of_ours() -> None:
+    ours = ("ours", "other")
+    records = [
+        record("ours", 0, 1.0), record("slow", 1, 2.0), record("quick", 2, 1.2), record("other", 3, 0.9),
+        shared("ours", 4, 1.0, [0.1, 0.2]), shared("quick", 5, 1.5, [0.1, 0.2]), shared("other", 6, 1.1, [0.2, 0.4]),
+        record("quick", 7, 1.0, concurrency=1, disturbed=True), record("ours", 8, 1.0, concurrency=1),
+    ]  # fmt: skip
+    rows = report.figures_to_reach(records, ours, PEERS).splitlines()[2:]
+    assert [row.split(" | ")[1:] for row in rows] == [
+        ["at least 1.00", "1.00* (quick): reached", "not measured |"],
+        ["at least 1.25", "1.20 (quick): NOT reached", "1.33 (quick): reached |"],
+        ["at least 1.25", "not measured", "not measured |"],
+        ["at least 1.50", "1.50 (quick): reached", "1.36 (quick): NOT reached |"],
+        ["at most 0.15", "0.10: reached", "0.20: NOT reached |"],
+    ]
+
+
+def test_a_verdict_is_of_the_figure_and_not_of_what_is_printed() -> None:
+    assert report.verdict(0.8499, at_least=0.85) == "NOT reached"
+    assert report.verdict(0.85, at_least=0.85) == "reached"
+    assert report.verdict(10.01, at_most=10) == "NOT reached"
+
+
+def test_figures_of_two_commits_are_pointed_at() -> None:
+    one, two = record("ours", 0, 1.0, version="a"), record("ours", 1, 1.0, version="b")
+    assert report.versions_of_ours([one, one, record("slow", 2, 1.0, version="7")], OURS) == []
+    (line,) = report.versions_of_ours([one, two], OURS)
+    assert "serve_app changed between the measurements**: a, b" in line
 
 
 def test_a_disturbed_measurement_counts_only_where_there_is_no_other() -> None:

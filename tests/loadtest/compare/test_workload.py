@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from loadtest.compare.workload import Cell, Reader, Set, cells, chats, opening, requests_of, selection
+from loadtest.compare.workload import (
+    PAIRS,
+    Cell,
+    Reader,
+    Set,
+    cells,
+    chats,
+    fingerprint,
+    opening,
+    pairs,
+    requests_of,
+    selection,
+    strangers,
+)
 
 VARIED, SHARED, LONG = (Cell(kind, 8) for kind in Set)
 
@@ -16,13 +29,40 @@ def test_the_same_chats_each_time_and_others_in_another_round(cell: Cell) -> Non
     assert len(set(both)) == len(both) == 16
 
 
+def test_no_prompt_comes_twice_in_many_rounds_nor_opens_as_another() -> None:
+    rounds = [f"{phase} {turn}" for phase in ("alone", "round") for turn in range(30)]
+    each = [Cell(Set.VARIED, count) for count in (1, 8, 32)]
+    asked = [chat[0]["content"] for turn in rounds for cell in each for chat in chats(cell, turn)]
+    assert len({text[:17] for text in asked}) == len(asked)
+
+
 def test_a_shared_set_shares_its_system_prompt_with_the_opening_and_no_other_round() -> None:
     first = opening(SHARED, "round 0")
-    assert first is not None
     assert {chat[0]["content"] for chat in chats(SHARED, "round 0")} == {first[0]["content"]}
     other = chats(SHARED, "round 1")[0][0]["content"]
     assert other[:40] != first[0]["content"][:40]
-    assert opening(VARIED, "round 0") is None
+
+
+def test_what_is_asked_cold_has_a_prefix_that_nobody_has_seen() -> None:
+    both = [
+        chat
+        for turn in ("round 0", "round 1")
+        for chat in (opening(SHARED, turn), *strangers(SHARED, turn), *(cold for cold, _ in pairs(SHARED, turn)))
+    ]
+    assert len({chat[0]["content"][:40] for chat in both}) == len(both) == 2 * (1 + 8 + PAIRS)
+
+
+def test_a_pair_has_its_prefix_in_common_and_not_its_question() -> None:
+    for cold, warm in pairs(SHARED, "round 0"):
+        assert cold[0] == warm[0]
+        assert cold[1]["content"][:20] != warm[1]["content"][:20]
+
+
+def test_the_fingerprint_is_that_of_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = fingerprint()
+    assert before == fingerprint()
+    monkeypatch.setattr("loadtest.compare.workload._RULE_COUNT", 14)
+    assert fingerprint() != before
 
 
 def test_long_chats_differ_from_their_first_words() -> None:

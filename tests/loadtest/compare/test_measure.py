@@ -1,0 +1,84 @@
+"""One measurement: what is timed, what is read before and after it, and what a shared set measures beside it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fake_openai_server
+import psutil
+import pytest
+
+from loadtest.compare import measure
+from loadtest.compare.accounting import ProcessTree
+from loadtest.compare.contenders import Contender
+from loadtest.compare.measure import Settings, accounted
+from loadtest.compare.servers import Command, Server
+from loadtest.compare.workload import PAIRS, Cell, Set
+from loadtest.service import free_port
+
+SETTINGS = Settings(threads=1, new_tokens=5, pace=10.0)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    port = free_port()
+    command = Command([sys.executable, str(Path(fake_openai_server.__file__)), str(port)], {}, "/health", 30)
+    with Server(command, f"http://127.0.0.1:{port}", tmp_path_factory.mktemp("log") / "log") as server:
+        yield server
+
+
+def one(server: Server, cell: Cell) -> dict[str, Any]:
+    nobody = Contender("fake", lambda start: Command([], {}, "/health", 1))
+    return measure.measure(server, nobody, cell, "round 0", SETTINGS)
+
+
+def test_memory_is_not_looked_at_while_something_is_timed(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    @contextmanager
+    def noted(tree: ProcessTree, record: dict[str, Any]) -> Iterator[None]:
+        seen.append("begin")
+        with accounted(tree, record):
+            yield
+        seen.append("end")
+
+    for name in ("memory_bytes", "peak_rss_bytes"):
+        monkeypatch.setattr(ProcessTree, name, lambda self, name=name: seen.append(name) or len(seen))
+    monkeypatch.setattr(measure, "accounted", noted)
+    record = one(server, Cell(Set.VARIED, 2))
+    assert seen == ["memory_bytes", "begin", "end", "memory_bytes", "peak_rss_bytes"]
+    assert (record["memory_bytes"], record["peak_rss_bytes"]) == (4, 5)
+    assert record["wall_s"] >= record["seconds"]
+    assert "cold_ttft_s" not in record
+
+
+def test_a_shared_set_is_asked_cold_and_warm_with_as_many_at_a_time(server: Server) -> None:
+    record = one(server, Cell(Set.SHARED, 4))
+    assert len(record["cold_alone_ttft_s"]) == len(record["warm_alone_ttft_s"]) == PAIRS >= 5
+    assert len(record["cold_ttft_s"]) == len(record["ttft_s"]) == 4
+    assert record["tokens"] == 20
+
+
+def test_a_shared_set_is_disturbed_when_its_cold_part_is(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = iter([False, False, True])
+
+    @contextmanager
+    def disturbing(tree: ProcessTree, record: dict[str, Any]) -> Iterator[None]:
+        yield
+        record["disturbed"] = next(parts)
+
+    monkeypatch.setattr(measure, "accounted", disturbing)
+    assert one(server, Cell(Set.SHARED, 2))["disturbed"]
+
+
+def test_cpu_time_is_the_trees_the_others_beside_it_and_everybody_elses(server: Server) -> None:
+    own = ProcessTree(psutil.Process())
+    with accounted(server.tree, record := {}, beside=own):
+        sum(range(3_000_000))
+    assert record["cpu_s"] < record["beside_cpu_s"]
+    assert record["beside_cpu_s"] == pytest.approx(record["client_cpu_s"], abs=0.05)
+    assert record["other_cpu_s"] >= 0
