@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from serve_app.engine import prompt_lookup
@@ -57,6 +57,7 @@ def test_it_goes_on_as_it_did_where_most_of_the_past_agrees(ids: list[int], gues
 
 @settings(max_examples=200, deadline=None)
 @given(ids=st.lists(st.integers(0, 3), min_size=1, max_size=60), known=st.integers(0, 60), bulk=st.booleans())
+@example(ids=[0, 0, 0, 2, 0, 0, 1, 0, 1, 1, 0, 0], known=0, bulk=False)  # its guesses were too often wrong
 def test_every_guess_has_a_precedent(ids: list[int], known: int, bulk: bool) -> None:
     given_ids = ids[:known]
     lookup = lookup_of(given_ids)
@@ -66,7 +67,9 @@ def test_every_guess_has_a_precedent(ids: list[int], known: int, bulk: bool) -> 
     for token_id in ids[len(given_ids) :]:
         given_ids.append(token_id)
         lookup.follow()
-    guesses = ids_of(lookup.guess(6))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompt_lookup, "ROW_COST", 0.0)
+        guesses = ids_of(lookup.guess(6))
     history = list(ids)
     for guess in guesses:
         assert [*history[-2:], guess] in [history[i : i + 3] for i in range(len(history) - 2)]
