@@ -108,7 +108,8 @@ class RayReplicaClient:
                     yield reply
                 elif inbox.lost:
                     raise await self._lost("its channel broke", attempt)
-                elif reading.done() and not inbox.torn:
+                elif reading.done() and (_broke(reading) or not inbox.torn):
+                    # Of one that broke, what was overtaken may have been on its way: nobody would bring it any more.
                     ended = True
                     yield await self._last_word(attempt, reading)
                 elif attempt.replica is None:
@@ -153,6 +154,10 @@ async def _read(response: DeploymentResponseGenerator[Reply], inbox: Inbox) -> N
         inbox.put(reply)
         if isinstance(reply, Failure) or reply.finish_reason is not None:
             return  # the last word: whoever takes it finds nothing left to cancel
+
+
+def _broke(reading: asyncio.Task[None]) -> bool:
+    return reading.cancelled() or reading.exception() is not None
 
 
 def _ended(inbox: Inbox, reading: asyncio.Task[None]) -> None:
