@@ -24,7 +24,7 @@ from serve_app.engine.attention.varlen import VarlenAttention
 from serve_app.engine.cpu.fusion import fuse_modules
 from serve_app.engine.cpu.library import Kernels, load_kernels
 from serve_app.engine.cpu.linear import pack_linears
-from serve_app.engine.cpu.memory import ask_for_huge_pages, page_out_mapped_weights
+from serve_app.engine.cpu.memory import page_out_mapped_weights
 from serve_app.engine.cuda.build import graph_bytes, record_graphs
 from serve_app.engine.errors import EngineError, UnsupportedModelError
 from serve_app.engine.kv_cache import KVCache
@@ -221,17 +221,12 @@ def _allocate(runner: ModelRunner, config: EngineConfig, context_tokens: int, pa
         _require_memory(num_pages * page_bytes)
     try:
         # One page more than is handed out takes the keys and values of padding rows.
-        cache = KVCache(shapes, num_pages + 1, page_tokens)
+        return KVCache(shapes, num_pages + 1, page_tokens)
     except RuntimeError as error:  # torch raises it, or its subclass OutOfMemoryError, when memory is short
         raise EngineError(
             f"there is no memory for {num_pages * page_bytes / 2**30:.1f} GiB of KV cache: lower "
             "engine.kv_cache_memory or engine.gpu_memory_fraction"
         ) from error
-    if runner.device.type == "cpu":
-        for index in shapes:
-            for tensor in cache.layer(index):
-                ask_for_huge_pages(tensor)
-    return cache
 
 
 def _require_memory(kv_cache_bytes: int) -> None:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from serve_app.engine.cpu.memory import ask_for_huge_pages
+
 _FREE_EXTENT = re.compile(rb"\x00+")
 
 
@@ -186,9 +188,17 @@ class KVCache:
         self._values: dict[int, torch.Tensor] = {}
         for index, layer in layers.items():
             shape = (num_pages, page_tokens, layer.kv_heads)
-            self._keys[index] = torch.zeros((*shape, layer.key_dim), dtype=layer.dtype, device=layer.device)
-            self._values[index] = torch.zeros((*shape, layer.value_dim), dtype=layer.dtype, device=layer.device)
+            self._keys[index] = _zeros((*shape, layer.key_dim), layer)
+            self._values[index] = _zeros((*shape, layer.value_dim), layer)
         self.bytes = num_pages * page_tokens * sum(layer.bytes_per_token for layer in layers.values())
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self._keys[index], self._values[index]
+
+
+def _zeros(shape: tuple[int, ...], layer: LayerShape) -> torch.Tensor:
+    """`torch.zeros` writes at once, after which the system gives large pages to nobody."""
+    tensor = torch.empty(shape, dtype=layer.dtype, device=layer.device)
+    if layer.device.type == "cpu":
+        ask_for_huge_pages(tensor)
+    return tensor.zero_()

@@ -10,7 +10,8 @@ from collections import deque
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 
-from serve_app.messages import Reply, TokenBatch
+from serve_app.alarm import Alarm
+from serve_app.messages import Failure, Reply, TokenBatch
 
 
 class ReplyStream:
@@ -20,6 +21,7 @@ class ReplyStream:
         self.loop = loop
         self._replies: deque[Reply] = deque()
         self._waiter: asyncio.Future[None] | None = None
+        self._alarm = Alarm(self.loop, self._wake)
 
     def put(self, reply: Reply) -> None:
         self._replies.append(reply)
@@ -29,17 +31,19 @@ class ReplyStream:
         """Everything that has come, as one reply; None when nothing comes in time."""
         if not self._replies:
             self._waiter = self.loop.create_future()
-            timer = self.loop.call_later(timeout_s, self._wake)
+            self._alarm.set(timeout_s)
             try:
                 await self._waiter
             finally:
-                timer.cancel()
+                self._alarm.clear()
                 self._waiter = None
             if not self._replies:
                 return None
         first = self._replies.popleft()
         while isinstance(first, TokenBatch) and self._replies and isinstance(self._replies[0], TokenBatch):
             first = _join(first, self._replies.popleft())  # type: ignore[arg-type]
+        if isinstance(first, Failure) or first.finish_reason is not None:
+            self._alarm.close()
         return first
 
     def _wake(self) -> None:

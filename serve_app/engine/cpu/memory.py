@@ -29,7 +29,7 @@ def ask_for_huge_pages(tensor: torch.Tensor) -> None:
     start = -(-tensor.data_ptr() // page) * page
     size = tensor.data_ptr() + tensor.numel() * tensor.element_size() - start
     if size > 0 and _libc().madvise(start, size, _MADV_HUGEPAGE) != 0:
-        logger.info("the weights are in small pages: madvise failed with %d", ctypes.get_errno())
+        logger.info("memory is in small pages: madvise failed with %d", ctypes.get_errno())
 
 
 def _libc() -> ctypes.CDLL:

@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from serve_app.engine.cpu.library import Kernels
 from serve_app.engine.cpu.linear import pack_linears
 from serve_app.engine.cpu.memory import ask_for_huge_pages, page_out_mapped_weights
+from serve_app.engine.kv_cache import KVCache, LayerShape
 
 
 def resident_bytes(name: str) -> int:
@@ -60,3 +62,24 @@ def test_memory_asked_for_in_large_pages_is_ordinary_memory() -> None:
         ask_for_huge_pages(tensor)
         tensor.fill_(2.0)
         assert tensor.sum().item() == 2.0 * size
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="large pages are asked for on Linux")
+def test_the_kv_cache_asks_before_it_is_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    resident_before: list[int] = []
+
+    def ask(tensor: torch.Tensor) -> None:
+        asked.append((tensor.data_ptr(), tensor.numel() * 4))
+        resident_before.append(psutil.Process().memory_info().rss)
+
+    monkeypatch.setattr("serve_app.engine.kv_cache.ask_for_huge_pages", ask)
+    layer = LayerShape(4, 64, 64, torch.float32, torch.device("cpu"))
+    cache = KVCache({0: layer}, 8192, 16)  # 128 MiB of keys and as much of values
+    keys, values = cache.layer(0)
+    assert asked == [(tensor.data_ptr(), 2**27) for tensor in (keys, values)]
+    after = psutil.Process().memory_info().rss
+    assert after - resident_before[1] > 2**26, "the values were written to after it"
+    assert resident_before[1] - resident_before[0] > 2**26, "and the keys after theirs"
+    assert not keys.any()
+    assert not values.any()
