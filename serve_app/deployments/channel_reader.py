@@ -53,6 +53,7 @@ class ChannelReader:
             yield number, inbox
         finally:
             del self._inboxes[number]
+            inbox.release()
             for replica in [replica for replica, numbers in self._at.items() if number in numbers]:
                 self._at[replica].discard(number)
                 if not self._at[replica]:

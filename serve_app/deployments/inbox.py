@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
+from serve_app.alarm import Alarm
 from serve_app.messages import Reply, TokenBatch
 
 
 class Inbox:
     """For one attempt, on one event loop, with one reader."""
 
-    __slots__ = ("_closed", "_early", "_loop", "_next", "_ready", "_waiter", "lost")
+    __slots__ = ("_alarm", "_closed", "_early", "_loop", "_next", "_ready", "_waiter", "lost")
 
     def __init__(self, first_index: int) -> None:
         """`first_index`: position of the first token that the attempt is to bring."""
@@ -24,6 +25,7 @@ class Inbox:
         self._ready: deque[Reply] = deque()
         self._early: dict[int, TokenBatch] = {}
         self._waiter: asyncio.Future[None] | None = None
+        self._alarm = Alarm(self._loop, self._wake)
         self._closed = False
         self.lost = False
         """Something that was sent will not come."""
@@ -63,13 +65,17 @@ class Inbox:
         """The next reply in order; None after `timeout_s` without one, or at once when none can come."""
         if not self._ready and not self.lost and not (self._closed and not self._early):
             self._waiter = self._loop.create_future()
-            timer = self._loop.call_later(timeout_s, self._wake)
+            self._alarm.set(timeout_s)
             try:
                 await self._waiter
             finally:
-                timer.cancel()
+                self._alarm.clear()
                 self._waiter = None
         return self._ready.popleft() if self._ready else None
+
+    def release(self) -> None:
+        """Nobody takes anything any more."""
+        self._alarm.close()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -10,10 +10,11 @@ import asyncio
 import logging
 import random
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from dataclasses import dataclass, replace
 from types import TracebackType
 
+from serve_app.alarm import Alarm
 from serve_app.messages import (
     Failure,
     FailureCode,
@@ -272,18 +273,19 @@ class Generation:
         heard = False
         try:
             async with aclosing(self._client.open(request)) as replies, asyncio.timeout(None) as silence:
-                silence.reschedule(loop.time() + silence_s)
-                async for reply in replies:
-                    _raise_if_cancelled()
-                    silence.reschedule(loop.time() + silence_s)
-                    if isinstance(reply, Failure):
-                        if reply.code is FailureCode.REPLICA_LOST:
-                            raise ReplicaLost(reply.message)
-                        return reply
-                    heard = True
-                    self._receive(reply)
-                    if self._finish_reason is not None:
-                        return None
+                with closing(Alarm(loop, lambda: silence.reschedule(loop.time()))) as alarm:
+                    alarm.set(silence_s)
+                    async for reply in replies:
+                        _raise_if_cancelled()
+                        alarm.set(silence_s)
+                        if isinstance(reply, Failure):
+                            if reply.code is FailureCode.REPLICA_LOST:
+                                raise ReplicaLost(reply.message)
+                            return reply
+                        heard = True
+                        self._receive(reply)
+                        if self._finish_reason is not None:
+                            return None
         except TimeoutError:
             if not silence.expired():
                 raise

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from simulated_time import simulated_time
+
+from serve_app.alarm import Alarm
+
+EARLY_S = 1e-4
+"""The simulated clock moves a little with each iteration of the loop."""
+
+
+class Bell:
+    """An alarm, and when it rang."""
+
+    def __init__(self) -> None:
+        self.loop: Any = asyncio.get_running_loop()
+        self.began = self.loop.time()
+        self.rang_s: list[float] = []
+        self.timers = 0
+        self.alarm = Alarm(self.loop, lambda: self.rang_s.append(self.loop.time() - self.began))
+        call_at = self.loop.call_at
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            self.timers += getattr(arguments[1], "__self__", None) is self.alarm
+            return call_at(*arguments, **options)
+
+        self.loop.call_at = counted
+
+    def rings(self, *times_s: float) -> bool:
+        return self.rang_s == [pytest.approx(time_s, abs=EARLY_S) for time_s in times_s]
+
+
+@pytest.fixture
+async def bell() -> AsyncIterator[Bell]:
+    with simulated_time():
+        made = Bell()
+        yield made
+        made.alarm.close()
+        del made.loop.call_at
+
+
+async def test_a_limit_is_reached_once(bell: Bell) -> None:
+    bell.alarm.set(1.0)
+    await asyncio.sleep(5)
+    assert bell.rings(1.0)
+    bell.alarm.set(1.0)
+    await asyncio.sleep(5)
+    assert bell.rings(1.0, 6.0)
+
+
+async def test_a_limit_that_is_put_off_costs_few_timers_and_is_kept_to_the_moment(bell: Bell) -> None:
+    last_s = 0.0
+    for _ in range(1000):
+        last_s = bell.loop.time() - bell.began
+        bell.alarm.set(1.0)
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(5)
+    assert bell.rings(last_s + 1.0)
+    assert bell.timers <= 12
+
+
+async def test_an_earlier_limit_takes_the_place_of_a_later_one(bell: Bell) -> None:
+    bell.alarm.set(5.0)
+    bell.alarm.set(1.0)
+    await asyncio.sleep(9)
+    assert bell.rings(1.0)
+
+
+async def test_no_limit_is_never_reached(bell: Bell) -> None:
+    bell.alarm.set(1.0)
+    bell.alarm.clear()
+    await asyncio.sleep(0.5)
+    bell.alarm.set(1.0)  # the timer of the first is still there, and goes off before
+    await asyncio.sleep(0.9)
+    assert bell.rang_s == []
+    await asyncio.sleep(0.2)
+    assert bell.rings(1.5)
+    bell.alarm.set(1.0)
+    bell.alarm.close()
+    await asyncio.sleep(5)
+    assert bell.rings(1.5)
+    bell.alarm.set(1.0)  # it can be used again
+    await asyncio.sleep(2)
+    assert len(bell.rang_s) == 2
