@@ -28,9 +28,6 @@ from loadtest.http_load import timings
 from loadtest.service import free_port
 
 WARM_UP_TOKENS = 16
-WARM_UP_TIMEOUT_S = 180.0
-"""A server that takes longer for its first tokens does not work: a Ray Serve application without a replica lets
-requests wait for ever."""
 PAIR_TOKENS = 8
 """Of answers of which only the first token matters."""
 DISTURBED_CORES = 0.2
@@ -86,12 +83,16 @@ def visit(
         )
         began = time.monotonic()
         log = place.logs / f"{contender.name.replace(' ', '-').replace(',', '')}.log"
-        with Server(contender.command(start), f"http://127.0.0.1:{start.port}", log) as server:
-            common: Record = {"contender": contender.name, "start_s": round(time.monotonic() - began, 1)}
+        command = contender.command(start)
+        with Server(command, f"http://127.0.0.1:{start.port}", log) as server:
+            # ray.serve.llm says that it is ready when its ingress is: the first requests wait for the model, as long
+            # as a server may take that says so when it has one.
+            load = Load(server.url, contender.body, WARM_UP_TOKENS, timeout_s=command.ready_timeout_s)
             try:
-                warm_up(Load(server.url, contender.body, WARM_UP_TOKENS, timeout_s=WARM_UP_TIMEOUT_S), streams)
+                warm_up(load, streams)
             except RequestFailed as error:
                 raise ServerFailed(f"{error}; its last words: {server.last_words()}") from error
+            common: Record = {"contender": contender.name, "start_s": round(time.monotonic() - began, 1)}
             for turn in range(rounds):
                 for cell in cells:
                     for record in _undisturbed(server, contender, cell, f"round {turn}", settings):
@@ -171,7 +172,7 @@ def accounted(tree: ProcessTree, record: Record, beside: ProcessTree | None = No
     if beside is not None:
         record["beside_cpu_s"] = spent[1]
     by_process = {name: round(seconds - before[0].get(name, 0.0), 2) for name, seconds in after[0].items()}
-    record["cpu_by_process_s"] = {name: seconds for name, seconds in by_process.items() if seconds >= 0.05}
+    record["cpu_by_process_s"] = {name: seconds for name, seconds in by_process.items() if seconds}
     record["other_cpu_s"] = max(0.0, busy_s - record["client_cpu_s"] - sum(spent))
     record["disturbed"] = record["other_cpu_s"] > DISTURBED_CORES * record["wall_s"]
 

@@ -14,12 +14,24 @@ import pytest
 
 from loadtest.compare import measure
 from loadtest.compare.accounting import ProcessTree
-from loadtest.compare.contenders import Contender
-from loadtest.compare.measure import Settings, accounted
-from loadtest.compare.servers import Command, Server
+from loadtest.compare.contenders import Contender, Start
+from loadtest.compare.measure import Place, Settings, accounted, visit
+from loadtest.compare.servers import Command, Server, ServerFailed
 from loadtest.compare.workload import PAIRS, Cell, Set
 from loadtest.service import free_port
 
+SILENT = """
+import sys, time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+    def do_POST(self):
+        time.sleep(600)
+HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+"""A server that says that it is ready, and lets requests wait for ever."""
 SETTINGS = Settings(threads=1, new_tokens=5, pace=10.0)
 
 
@@ -82,3 +94,12 @@ def test_cpu_time_is_the_trees_the_others_beside_it_and_everybody_elses(server: 
     assert record["cpu_s"] < record["beside_cpu_s"]
     assert record["beside_cpu_s"] == pytest.approx(record["client_cpu_s"], abs=0.05)
     assert record["other_cpu_s"] >= 0
+
+
+def test_a_server_that_says_it_is_ready_and_never_answers_is_given_up(tmp_path: Path) -> None:
+    def command(start: Start) -> Command:
+        return Command([sys.executable, "-c", SILENT, str(start.port)], {}, "/", 3)
+
+    place = Place(Path(sys.executable), tmp_path, tmp_path, tmp_path)
+    with pytest.raises(ServerFailed, match="TimeoutError"):
+        visit(Contender("silent", command), [Cell(Set.VARIED, 1)], 1, SETTINGS, place, lambda record: None)
