@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_model_server import FakeModelServer
+from fake_model_server import FakeModelServer, TwoUntilTold
 from ray import serve
-from running_streams import Service, flowing, moves
+from running_streams import Service, Stream, flowing, going_on, moves, until
 
 from serve_app.config import AppConfig
 from serve_app.messages import FailureCode, Fingerprint
+from serve_app.streams.generation import FailoverSettings
 
 pytestmark = pytest.mark.ray
 
 APP = "draining"
 TOKEN_S = 0.02
-LONG = 200
-"""Tokens: four seconds."""
+LONG = 3000
+"""Tokens: a minute. A test says itself when it has seen enough."""
 OTHER = Fingerprint("other")
 
 
@@ -56,62 +57,84 @@ def service(deployed: Callable[..., str]) -> Callable[..., Service]:
     return start
 
 
-SHRINKS = {
-    "min_replicas": 1,
-    "initial_replicas": 2,
-    "max_replicas": 2,
-    "target_ongoing_requests": 100,
-    "metrics_interval_s": 0.2,
-    "look_back_period_s": 0.5,
-    "downscale_delay_s": 1.0,
-}
+def shrinking(told: Path) -> dict[str, Any]:
+    """Two replicas until the file `told` is there."""
+    policy = {"policy_function": TwoUntilTold, "policy_kwargs": {"told": str(told)}}
+    delays = {"upscale_delay_s": 0, "downscale_delay_s": 0, "metrics_interval_s": 0.2, "look_back_period_s": 0.5}
+    return {"min_replicas": 1, "initial_replicas": 2, "max_replicas": 2, "policy": policy, **delays}
+
+
+async def ended(streams: list[Stream], let_end: Callable[[], None]) -> None:
+    """Let them end, and see that none has lost a token."""
+    let_end()
+    await asyncio.gather(*(stream.done for stream in streams))
+    for stream in streams:
+        assert stream.failure is None
+        assert stream.tokens == stream.expected[: len(stream.tokens)]
 
 
 async def test_streams_leave_a_replica_that_is_scaled_away(
-    service: Callable[..., Service], caplog: pytest.LogCaptureFixture
+    service: Callable[..., Service], caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    running = await asyncio.to_thread(service, SHRINKS)
-    assert len(await running.each("pid")) == 2
+    fewer, enough = tmp_path / "fewer", tmp_path / "enough"
+    running = await asyncio.to_thread(service, shrinking(fewer), enough=enough)
+    streams = running.start(8, LONG)
+    await flowing(streams)
+    async with asyncio.timeout(60):
+        while len(before := await running.running()) < 2 or min(before.values()) == 0:  # by chance all are on one
+            streams += (another := running.start(1, LONG))
+            await flowing(another)
     with caplog.at_level(logging.WARNING, "serve_app.streams.generation"):
-        streams = running.start(8, LONG)
-        await asyncio.gather(*(stream.done for stream in streams))
-    assert [stream.tokens for stream in streams] == [stream.expected for stream in streams]
-    assert 0 < moves(caplog) < 8
-    assert max(stream.longest_pause_s for stream in streams) < 2
-    assert len(await running.each("pid")) == 1
+        fewer.touch()
+        async with asyncio.timeout(60):
+            while len(stays := await running.each("pid")) > 1:  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+        leaving = sum(streams_there for pid, streams_there in before.items() if pid not in stays)
+        assert leaving > 0
+        await until(lambda: moves(caplog) >= leaving)
+        await going_on(streams)
+        await ended(streams, enough.touch)
+    assert moves(caplog) == leaving
+    assert max(stream.longest_pause_s for stream in streams) < FailoverSettings().silence_s, "it did not have to die"
 
 
 async def test_streams_move_to_the_replica_of_an_update_which_comes_up_first(
     service: Callable[..., Service], caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    loaded = tmp_path / "loaded"
-    running = await asyncio.to_thread(service, 1)
+    loaded, enough = tmp_path / "loaded", tmp_path / "enough"
+    running = await asyncio.to_thread(service, 1, enough=enough)
     [old] = await running.each("pid")
     streams = running.start(3, LONG)
     await flowing(streams)
     with caplog.at_level(logging.WARNING, "serve_app.streams.generation"):
-        await asyncio.to_thread(deploy, application(1, loaded=loaded), wait=False)
+        await asyncio.to_thread(deploy, application(1, loaded=loaded, enough=enough), wait=False)
         [short] = Service(APP).start(1, tokens=5)
         await short.done
         assert short.tokens == short.expected  # the old one serves while the new one loads
         assert moves(caplog) == 0
         loaded.touch()
-        await asyncio.gather(*(stream.done for stream in streams))
-    assert [stream.tokens for stream in streams] == [stream.expected for stream in streams]
+        await until(lambda: moves(caplog) >= 3)
+        await going_on(streams)
+        await ended(streams, enough.touch)
     assert moves(caplog) == 3
     assert old not in await running.each("pid")
 
 
 async def test_a_stream_ends_on_its_own_weights_when_others_are_deployed(
-    service: Callable[..., Service], caplog: pytest.LogCaptureFixture
+    service: Callable[..., Service], caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    running = await asyncio.to_thread(service, 1)
+    enough = tmp_path / "enough"
+    running = await asyncio.to_thread(service, 1, enough=enough)
+    [old] = await running.each("pid")
     streams = running.start(2, LONG)
     await flowing(streams)
     with caplog.at_level(logging.WARNING, "serve_app.streams.generation"):
-        await asyncio.to_thread(deploy, application(1, fingerprint=OTHER))
-        await asyncio.gather(*(stream.done for stream in streams))
-    assert [stream.tokens for stream in streams] == [stream.expected for stream in streams]
+        await asyncio.to_thread(deploy, application(1, fingerprint=OTHER, enough=enough), wait=False)
+        async with asyncio.timeout(60):
+            while old in await running.each("pid"):  # noqa: ASYNC110 - until the other is up
+                await asyncio.sleep(0.1)
+        await going_on(streams)
+        await ended(streams, enough.touch)
     assert moves(caplog) == 0
 
 

@@ -34,9 +34,13 @@ class Answer:
         self.usage: Any = None
         self.error: Any = None
         self.longest_pause_s = 0.0
+        """Between two documents of one choice, or before its first one. Of a whole answer: until it was there."""
         self.heartbeats = 0
+        self.request_id = ""
         self.stream_id = ""
         self.flows = asyncio.Event()
+        self._asked = time.monotonic()
+        self._heard: dict[int, float] = {}
 
     def add(self, document: Mapping[str, Any]) -> None:
         if "error" in document:
@@ -45,6 +49,10 @@ class Answer:
         if "generated_text" in document or "finish_reason" in document:
             document = {"choices": [{"index": 0, "delta": {"content": document.get("generated_text")}} | document]}
         for choice in document.get("choices", ()):
+            now = time.monotonic()
+            pause_s = now - self._heard.get(choice["index"], self._asked)
+            self.longest_pause_s = max(self.longest_pause_s, pause_s)
+            self._heard[choice["index"]] = now
             known = self.choices.setdefault(choice["index"], {"text": "", "logprobs": [], "finish_reason": None})
             known["text"] += (choice.get("delta") or choice.get("message") or {}).get("content") or ""
             known["logprobs"] += (choice.get("logprobs") or {}).get("content") or []
@@ -60,18 +68,16 @@ async def post(
 ) -> Answer:
     async with client.stream("POST", url, json=body, headers=headers) as response:
         answer.status = response.status_code
+        answer.request_id = response.headers.get("x-request-id", "")
         answer.stream_id = response.headers.get("x-stream-id", "")
         if not response.headers["content-type"].startswith("text/event-stream"):
             answer.add(json.loads(await response.aread()))
             return answer
-        heard, events = time.monotonic(), 0
+        events = 0
         async for line in response.aiter_lines():
             answer.heartbeats += line == ": ping"
             if line.startswith("data: {"):
-                now = time.monotonic()
-                if events:
-                    answer.longest_pause_s = max(answer.longest_pause_s, now - heard)
-                heard, events = now, events + 1
+                events += 1
                 answer.add(json.loads(line[6:]))
                 if events > 10:
                     answer.flows.set()

@@ -71,6 +71,16 @@ def expected_tokens(seed: int, tokens: int) -> list[int]:
     return [(seed * 31 + index * 7) % IDS for index in range(tokens)]
 
 
+class TwoUntilTold:
+    """An autoscaling policy: two replicas until the file `told` is there, one from then on."""
+
+    def __init__(self, told: str) -> None:
+        self._told = Path(told)
+
+    def __call__(self, context: object) -> tuple[int, dict[str, object]]:
+        return 1 if self._told.exists() else 2, {}
+
+
 class FakeModelServer:
     """To be wrapped by `serve.deployment` with the options that a test needs."""
 
@@ -80,8 +90,13 @@ class FakeModelServer:
         token_s: float = 0.01,
         loaded: Path | None = None,
         fingerprint: Fingerprint = CARD.fingerprint,
+        enough: Path | None = None,
     ) -> None:
-        """`loaded`: a file; loading takes until it is there. `fingerprint`: of the weights that it pretends to have."""
+        """`loaded`: a file; loading takes until it is there. `fingerprint`: of the weights that it pretends to have.
+
+        `enough`: a file; once it is there, answers end with their next token. So they last as long as a test needs.
+        """
+        self._enough = enough
         self._fingerprint = fingerprint
         self._token_s = token_s
         self._running = 0
@@ -129,7 +144,11 @@ class FakeModelServer:
                 if index == 2 and first_attempt and not self._do(request.prompt_token_ids):
                     return
                 reason = FinishReason.LENGTH if index == len(tokens) - 1 else None
+                if self._enough is not None and self._enough.exists():
+                    reason = FinishReason.STOP
                 yield TokenBatch(index, (tokens[index],), finish_reason=reason)
+                if reason is not None:
+                    return
                 await asyncio.sleep(self._token_s)
         finally:
             self._running -= 1
@@ -150,6 +169,10 @@ class FakeModelServer:
 
     async def pid(self) -> int:
         return os.getpid()
+
+    async def where(self) -> tuple[int, int]:
+        """Its process, and how many requests it computes."""
+        return os.getpid(), self._running
 
     async def node(self) -> str:
         return str(ray.get_runtime_context().get_node_id())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -30,6 +31,10 @@ class Service:
         """What each replica answers."""
         await self.handle.pid.remote()  # a new handle knows no replica yet
         return set(await self.handle.broadcast(method).results_async())
+
+    async def running(self) -> dict[int, int]:
+        """Process of each replica -> how many requests it computes."""
+        return dict(await self.each("where"))
 
     def start(self, streams: int, tokens: int) -> list[Stream]:
         return [Stream(self.client, seed, tokens) for seed in range(streams)]
@@ -69,6 +74,19 @@ async def flowing(streams: list[Stream]) -> None:
     """Until each has its first tokens."""
     for stream in streams:
         await asyncio.wait_for(stream.flows.wait(), 30)
+
+
+async def going_on(streams: list[Stream]) -> None:
+    """Until each has some more tokens than now."""
+    before = [len(stream.tokens) for stream in streams]
+    await until(lambda: all(len(s.tokens) > known + 5 for s, known in zip(streams, before, strict=True)))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Ask until it holds; what a slow machine takes a minute for is given up."""
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110 - of what other processes do
+            await asyncio.sleep(0.02)
 
 
 def moves(caplog: pytest.LogCaptureFixture) -> int:

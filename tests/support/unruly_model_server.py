@@ -27,9 +27,12 @@ class UnrulyModelServer(ModelServer):
         runner = self._engine._runner
         step = runner.step
         self._broken = False
+        self._continued: set[str] = set()
 
         def slow_step(chunks: list[Chunk]) -> Any:
             time.sleep(STEP_S)
+            requests = [chunk.sequence.request for chunk in chunks]
+            self._continued |= {request.request_id for request in requests if request.output_token_ids}
             if any(POISON_ID in chunk.sequence.request.prompt_token_ids for chunk in chunks):
                 os.kill(os.getpid(), signal.SIGKILL)
             if self._broken:
@@ -42,12 +45,20 @@ class UnrulyModelServer(ModelServer):
         """In the process `pid` the next step fails; the process lives on."""
         self._broken |= os.getpid() == pid
 
+    async def continued(self) -> set[str]:
+        """Ids of requests that it computed from a token on that others had computed before."""
+        return self._continued
+
+    async def knows_its_callers(self) -> bool:
+        """Whether it has seen alive all those who wait for it: only of them it notices when they die."""
+        return self._callers._found >= set(self._callers._waiting)
+
     async def where(self) -> tuple[int, int]:
         """Its process, and the requests that it computes."""
         return os.getpid(), self._engine.stats().running
 
 
-def write_weights(folder: Path, seed: int = 7, eos_token_id: int = 2) -> None:
+def write_weights(folder: Path, seed: int = 7, eos_token_id: int | None = 2) -> None:
     """A tiny random Llama beside the tokenizer that is in `folder`: 2 layers of width 64, context 1,024."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
