@@ -190,25 +190,35 @@ def compare(rounds: int, new_tokens: int, threads: int, checkout: Path) -> Recor
     tokenizer = resolve(model, cache_directory(), progress=lambda stage: None).tokenizer_folder
     results: Records = {}
     arguments = ["--threads", str(threads)]
-    workers = {"other": Worker("engine", arguments, checkout), "engine": Worker("engine", arguments)}
-    for worker in workers.values():
-        worker.run(render(tokenizer, chats(Cell(Set.VARIED, 1), "warm-up")[:1]), 4)
-    for turn in range(rounds):
-        for count in CONCURRENCY:
-            prompts = render(tokenizer, chats(Cell(Set.VARIED, count), f"round {turn}")[:count])
-            for kind in in_turn(list(workers), turn):
-                results.setdefault(f"{kind}@{count}", []).append(workers[kind].run(prompts, new_tokens))
-        (prompt,) = render(tokenizer, chats(Cell(Set.LONG, 1), f"round {turn}")[:1])
-        long = prompt[:PREFILL_TOKENS]
-        for kind in in_turn(list(workers), turn):
-            outcome = workers[kind].run([long], 1) | {"tokens": len(long)}
-            results.setdefault(f"{kind}@prefill", []).append(outcome)
-    for worker in workers.values():
-        worker.close()
-    for count in (*CONCURRENCY, "prefill"):
-        other, own = rate(results[f"other@{count}"]), rate(results[f"engine@{count}"])
-        print(f"{count!s:>8}: {other:7.1f} -> {own:7.1f} tok/s, x {own / other:.2f}")
+    with closing(Worker("engine", arguments, checkout)) as other, closing(Worker("engine", arguments)) as own:
+        workers = {"other": other, "engine": own}
+        for worker in workers.values():
+            worker.run(render(tokenizer, chats(Cell(Set.VARIED, 1), "warm-up")[:1]), 4)
+        for turn in range(rounds):
+            work = {
+                str(count): render(tokenizer, chats(Cell(Set.VARIED, count), f"round {turn}")[:count])
+                for count in CONCURRENCY
+            }
+            (long,) = render(tokenizer, chats(Cell(Set.LONG, 1), f"round {turn}")[:1])
+            work["prefill"] = [long[:PREFILL_TOKENS]]
+            for name, prompts in work.items():
+                for kind in in_turn(list(workers), turn):
+                    with accounted(workers[kind].tree, record := {}):
+                        outcome = workers[kind].run(prompts, 1 if name == "prefill" else new_tokens)
+                    if name == "prefill":
+                        outcome["tokens"] = len(prompts[0])
+                    results.setdefault(f"{kind}@{name}", []).append(record | outcome | {"turn": turn})
     return results
+
+
+def comparison(results: Records) -> str:
+    """A line for each kind of work of `compare`: the other checkout's tokens per second, this one's, their ratio."""
+    lines = []
+    for name in (*map(str, CONCURRENCY), "prefill"):
+        other, own = results[f"other@{name}"], results[f"engine@{name}"]
+        times = f"x {ratio(own, other):.2f}{disturbed(own, other)}"
+        lines.append(f"{name:>8}: {rate(other):7.1f} -> {rate(own):7.1f} tok/s, {times}")
+    return "\n".join(lines)
 
 
 def tokens_per_second(record: Record) -> float:
@@ -366,7 +376,7 @@ def main() -> None:
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the service is stopped
     if arguments.against is not None:
-        compare(arguments.rounds, arguments.new_tokens, arguments.threads, arguments.against)
+        print(comparison(compare(arguments.rounds, arguments.new_tokens, arguments.threads, arguments.against)))
         return
     config = config_of(arguments.config, batch_invariant=arguments.batch_invariant)
     version = our_version()

@@ -32,9 +32,9 @@ class FakeWorker:
 
     log: list[Turn]
 
-    def __init__(self, kind: str, arguments: list[str]) -> None:
+    def __init__(self, kind: str, arguments: list[str], checkout: Path | None = None) -> None:
         self.tree = ProcessTree(psutil.Process())
-        self._kind = kind
+        self._kind = "other" if checkout else kind
 
     def run(self, prompts: list[list[int]], new_tokens: int, concurrency: int = 1) -> dict[str, Any]:
         self.log.append((self._kind, tuple(prompt[0] for prompt in prompts), concurrency))
@@ -115,6 +115,22 @@ def test_a_report_can_be_made_of_a_run(measured: Run) -> None:
     assert "service / engine" in text
     without = {name: found for name, found in measured[0].items() if not name.startswith(("engine@", "service@"))}
     assert "service" not in report(without, "about")
+
+
+def test_two_checkouts_answer_the_same_fresh_prompts_in_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    log: list[Turn] = []
+    monkeypatch.setattr(FakeWorker, "log", log, raising=False)
+    monkeypatch.setattr(bench, "Worker", FakeWorker)
+    monkeypatch.setattr(bench, "render", one_id)
+    monkeypatch.setattr(bench, "accounted", quiet)
+    monkeypatch.setattr(bench, "resolve", lambda *_, **__: SimpleNamespace(tokenizer_folder=tmp_path))
+    text = bench.comparison(bench.compare(2, 4, 1, tmp_path))
+    asked = {kind: [prompts for who, prompts, _ in log if who == kind][1:] for kind in ("other", "engine")}
+    assert asked["other"] == asked["engine"]
+    assert [len(prompts) for prompts in asked["other"]] == [1, 8, 32, 1] * 2
+    assert len({prompt for prompts in asked["other"] for prompt in prompts}) == 84
+    assert [who for who, _, _ in log][2:] == ["other", "engine"] * 4 + ["engine", "other"] * 4
+    assert text.splitlines()[1] == "       8:    32.0 ->    32.0 tok/s, x 1.00"
 
 
 @pytest.mark.parametrize(("disturbances", "kept"), [([], 1.0), ([1.0], 2.0), ([1.0, 2.0, 3.0], 3.0)])
