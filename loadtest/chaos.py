@@ -2,7 +2,7 @@
 
 `python -m loadtest.chaos` (or `make chaos`) starts a service of its own, asks every question once undisturbed, then
 again and again while a seeded schedule kills, freezes, redeploys and scales, and compares. Exit status 1: a promise was
-broken.
+broken, or not put to the test.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from loadtest import chaos_report, idle
 from loadtest.chaos_client import ChaosClient, Outcome
 from loadtest.chaos_report import Judged, judge_outcome
 from loadtest.faults import Injector
-from loadtest.schedule import plan
+from loadtest.schedule import Scheduled, plan
 from loadtest.service import ChaosService, derive_config, free_port
 from loadtest.verdicts import Answer
 from loadtest.workload import Mode, Question, Visit, questions, visits
@@ -85,13 +85,16 @@ async def run(service: ChaosService, wanted: Plan) -> dict[str, Any]:
         before, wrong = await idle.until_idle(service, None)
         if wrong:
             raise RuntimeError(f"the service is not at rest before the first fault: {'; '.join(wrong)}")
-        outcomes, injector = await disturbed(http, service, asked, wanted)
+        schedule = plan(wanted.seed, wanted.faults, wanted.seconds)
+        outcomes, injector = await disturbed(http, service, asked, schedule, wanted)
     after, wrong = await idle.until_idle(service, before)
     moves = moved_requests(service.logs)
     judged = [judged_against(outcome, asked, references, moves, exact=wanted.exact) for outcome in outcomes]
-    figures = chaos_report.summary(judged, injector.done, exact=wanted.exact)
+    asked_for = [scheduled.fault for scheduled in schedule]
+    figures = chaos_report.summary(judged, injector.done, asked_for, exact=wanted.exact)
     figures["skipped_faults"] = [f"{fault}: {why}" for fault, why in injector.skipped]
     figures["proxy_outages_s"] = injector.proxy_outages_s
+    figures["untested"] = chaos_report.untested(figures)
     figures["idle"] = idle.as_json(before, after, wrong)
     return figures
 
@@ -113,7 +116,7 @@ async def undisturbed(http: httpx.AsyncClient, url: str, asked: list[Question]) 
 
 
 async def disturbed(
-    http: httpx.AsyncClient, service: ChaosService, asked: list[Question], wanted: Plan
+    http: httpx.AsyncClient, service: ChaosService, asked: list[Question], schedule: list[Scheduled], wanted: Plan
 ) -> tuple[list[Outcome], Injector]:
     """The load and the faults, side by side; both over when it returns."""
     active: set[ChaosClient] = set()
@@ -131,7 +134,6 @@ async def disturbed(
             finally:
                 active.discard(client)
 
-    schedule = plan(wanted.seed, wanted.faults, wanted.seconds)
     faults_s = [scheduled.at_s for scheduled in schedule]
     coming = visits(wanted.seed, wanted.streams, 0.95 * wanted.seconds, asked, faults_s)
     faults = asyncio.create_task(injector.run(schedule, began_s))

@@ -29,6 +29,11 @@ and a stream that had stood still for longer had another reason."""
 
 _QUIET = frozenset({Fault.DROP_CLIENTS, Fault.SCALE_UP})
 """Faults that take nothing away from the streams of others."""
+_OF_MODELS = frozenset({Fault.KILL_MODEL, Fault.KILL_ALL_MODELS, Fault.FREEZE_MODEL})
+MOST_SKIPPED = 0.1
+"""Of the faults that were asked for. Some find nothing to hit: the service is whole for a part of the time only."""
+ENOUGH = 3
+"""So many hits leave a trace. One or two may find a replica, or a client, that has nothing to lose just then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +128,10 @@ def pauses_of_resumes(judged: Iterable[Judged], *, own: bool) -> list[float]:
     return pauses
 
 
-def summary(judged: Sequence[Judged], injected: Sequence[Injected], *, exact: bool) -> dict[str, Any]:
-    """All figures of the run, ready for JSON."""
+def summary(
+    judged: Sequence[Judged], injected: Sequence[Injected], asked_for: Sequence[Fault], *, exact: bool
+) -> dict[str, Any]:
+    """All figures of the run, ready for JSON. `asked_for`: the faults of the schedule, carried out or skipped."""
     verdicts = Counter(one.verdict for one in judged)
     plain = [one.outcome for one in judged if one.outcome.visit.mode is not Mode.RESUME]
     resuming = [one.outcome for one in judged if one.outcome.visit.mode is Mode.RESUME]
@@ -135,6 +142,7 @@ def summary(judged: Sequence[Judged], injected: Sequence[Injected], *, exact: bo
         "exact": exact,
         "streams": len(judged),
         "modes": Counter(str(one.outcome.visit.mode) for one in judged),
+        "faults_asked_for": Counter(str(fault) for fault in asked_for),
         "faults": len(injected),
         "faults_by_kind": Counter(str(fault.fault) for fault in injected),
         "continued": len(moved),
@@ -195,6 +203,8 @@ def _pauses_by_hit(judged: Sequence[Judged], injected: Sequence[Injected]) -> di
     disruptive = [fault for fault in injected if fault.fault not in _QUIET]
     massacres = [fault for fault in injected if fault.fault is Fault.KILL_ALL_MODELS]
     return {
+        "models_hit": len([fault for fault in injected if fault.fault in _OF_MODELS]),
+        "kills_apart": len([hit for hit in kills if not _crowded(hit, disruptive)]),
         "pause_after_kill_s": _percentiles(pauses_after(judged, kills, disruptive)),
         "pause_after_kill_less_again_s": _percentiles(pauses_after(judged, kills, disruptive, less_again=True)),
         "pause_after_freeze_s": _percentiles(pauses_after(judged, freezes, disruptive)),
@@ -202,11 +212,42 @@ def _pauses_by_hit(judged: Sequence[Judged], injected: Sequence[Injected]) -> di
     }
 
 
+def _crowded(hit: Injected, others: Sequence[Injected]) -> bool:
+    """Whether another fault came so near that the pauses around this one may be its doing."""
+    return any(abs(other.at_s - hit.at_s) < FREEZE_S for other in others if other is not hit)
+
+
 def kept(figures: dict[str, Any]) -> bool:
-    """Whether the run shows no broken promise."""
+    """Whether the run shows that no promise was broken: none was, and the service was put to the test."""
     bad = figures["lost"] + figures["duplicated"] + figures["corrupted"]
     bad += len(figures["cut_without_cause"]) + len(figures["ended_as_if_whole"])
-    return not bad and not (figures["exact"] and figures["diverged"]) and figures["idle"]["ok"]
+    sound = not bad and not (figures["exact"] and figures["diverged"])
+    return sound and figures["idle"]["ok"] and not untested(figures)
+
+
+def untested(figures: dict[str, Any]) -> list[str]:
+    """What the run was to do and has not done, in words."""
+    wanted, done = figures["faults_asked_for"], figures["faults_by_kind"]
+    asked, carried_out = sum(wanted.values()), figures["faults"]
+    missing = [f"never carried out: {fault} (asked for: {wanted[fault]})" for fault in wanted if not done.get(fault)]
+    if asked - carried_out > MOST_SKIPPED * asked:
+        missing.append(f"only {carried_out} of {asked} faults were carried out")
+    back, killed = len(figures["proxy_outages_s"]), done.get(Fault.KILL_PROXY, 0)
+    if back < killed:
+        missing.append(f"the proxy was killed {killed} times, and listened again after {back} of them")
+    for hits, what, traces, trace in (
+        (figures["models_hit"], "hits of model replicas", figures["continued"], "no stream was continued"),
+        (
+            figures["kills_apart"],
+            "kills of a model replica, apart from other faults",
+            figures["pause_after_kill_s"]["count"],
+            "no pause was seen",
+        ),
+        (figures["client_drops"], "drops by clients", figures["resumes"], "none has resumed"),
+    ):
+        if hits >= ENOUGH and not traces:
+            missing.append(f"{trace}, after {hits} {what}")
+    return missing
 
 
 def _percentiles(values: list[float]) -> dict[str, float | int | None]:
@@ -224,7 +265,7 @@ def table(figures: dict[str, Any]) -> str:
     """Markdown."""
     rows: list[tuple[str, object]] = [
         ("streams", f"{figures['streams']} ({_listed(figures['modes'])})"),
-        ("faults", figures["faults"]),
+        ("faults", f"{figures['faults']} of {sum(figures['faults_asked_for'].values())} that were asked for"),
         *((f"- {kind}", count) for kind, count in figures["faults_by_kind"].items()),
         ("continued on another replica", f"{figures['continued']} ({figures['continued_identical']} identical)"),
         ("**identical**", f"**{figures['identical']}** ({_share(figures['identical'], figures['streams'])})"),
@@ -250,6 +291,7 @@ def table(figures: dict[str, Any]) -> str:
         ("pause after all model replicas were killed", _pause(figures["pause_after_last_kill_s"])),
         ("pause of a client's own drop, with resume", _pause(figures["pause_of_drop_s"])),
         ("pause of a lost connection, with resume", _pause(figures["pause_of_lost_connection_s"])),
+        ("not put to the test", "; ".join(untested(figures)) or "nothing"),
         ("back to idle", "yes" if figures["idle"]["ok"] else f"NO: {'; '.join(figures['idle']['wrong'])}"),
     ]
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])

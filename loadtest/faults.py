@@ -25,9 +25,10 @@ PATIENCE_S = 20.0
 """How long a fault waits for a replica to hit, and for one beside it."""
 APART_S = 2.0
 """Between two faults at least, also where one that waited has made the next ones late."""
+PROXY_BACK_S = 120.0
+"""After which a proxy that does not listen again is given up."""
 _LOOK_S = 0.5
 MODEL, INGRESS = "ModelServer", "Ingress"
-_PROXY_TITLE = "ray::ProxyActor"
 _HARMLESS_CHANGE = (600.0, 601.0)
 """`api.request_timeout_s` alternates between them at redeploys: another config to Serve, the same to clients."""
 _DEPLOYMENT = {
@@ -63,7 +64,7 @@ class Injector:
         self._extra = 0
         self._watching: set[asyncio.Task[None]] = set()
         self.proxy_outages_s: list[float] = []
-        """After each kill of the proxy, until something listened on its port again."""
+        """After each kill of the proxy, until something listened on its port again; of one that stayed away nothing."""
         self.done: list[Injected] = []
         self.skipped: list[tuple[Fault, str]] = []
 
@@ -116,7 +117,7 @@ class Injector:
 
     async def _kill_proxy(self) -> Injected:
         end = time.monotonic() + 2 * PATIENCE_S
-        while not (proxies := self._service.processes(_PROXY_TITLE)):
+        while not (proxies := self._service.proxies()):
             if time.monotonic() > end:
                 raise LookupError("no proxy runs")
             await asyncio.sleep(_LOOK_S)
@@ -129,7 +130,7 @@ class Injector:
         return Injected(Fault.KILL_PROXY, at_s, len(proxies))
 
     async def _until_listening(self, since_s: float) -> None:
-        while True:
+        while time.monotonic() - since_s < PROXY_BACK_S:
             await asyncio.sleep(_LOOK_S)
             try:
                 _, writer = await asyncio.open_connection("127.0.0.1", self._service.port)

@@ -30,6 +30,8 @@ import yaml
 
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 60.0
+ASKED_FOR_NOTHING = 8
+"""Requests of which one at least reaches each of a few replicas; whoever looks for them all looks more than once."""
 _POLL_S = 0.5
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 
@@ -55,6 +57,7 @@ class ChaosService:
         self._folder = Path(tempfile.mkdtemp(prefix="chaos-"))
         self.token = secrets.token_hex(32)
         self._process: psutil.Popen | None = None
+        self._behind_haproxy = False
         self._dashboard = ""
         self._http = httpx.Client(timeout=10, headers={"Authorization": f"Bearer {self.token}"}, trust_env=False)
 
@@ -65,7 +68,10 @@ class ChaosService:
             "RAY_ADDRESS": "local",
             "RAY_TMPDIR": str(self._folder),
             "RAY_AUTH_TOKEN": self.token,
-            "RAY_metrics_report_interval_ms": "1000",  # counts must be seen to return to idle before the run ends
+            # Ray tells a gauge for two of these intervals after it was set. A replica counts each second, the journals
+            # each two, and Serve the tasks each five.
+            "RAY_metrics_report_interval_ms": "2000",
+            "RAY_SERVE_EVENT_LOOP_MONITORING_INTERVAL_S": "1",
             "SERVE_APP_STATE": str(self._folder),
         }
         self._log.parent.mkdir(parents=True, exist_ok=True)
@@ -119,10 +125,21 @@ class ChaosService:
         """Live processes of this service whose title begins with `title`, oldest first."""
         return sorted(self._titled(title), key=lambda process: process.create_time())
 
+    def proxies(self) -> list[psutil.Process]:
+        """What clients are connected to: HAProxy's processes, where Serve runs it, or Serve's own proxy.
+
+        Once an HAProxy was seen only that counts, also while it is away: a proxy of Serve's own is there too then, for
+        what HAProxy has no replica for.
+        """
+        haproxies = [process for process in self._family() if _name(process) == "haproxy"]
+        self._behind_haproxy = self._behind_haproxy or bool(haproxies or self.processes("ray::HAProxyManager"))
+        return haproxies if self._behind_haproxy else self.processes("ray::ProxyActor")
+
+    def _family(self) -> list[psutil.Process]:
+        return [] if self._process is None else self._process.children(recursive=True)
+
     def _titled(self, title: str) -> Iterator[psutil.Process]:
-        if self._process is None:
-            return
-        for process in self._process.children(recursive=True):
+        for process in self._family():
             with contextlib.suppress(psutil.NoSuchProcess):
                 if " ".join(process.cmdline()).startswith(title) and process.status() != psutil.STATUS_ZOMBIE:
                     yield process
@@ -188,6 +205,11 @@ class ChaosService:
                         values[key] = values.get(key, 0.0) + float(rest.rpartition(" ")[2])
         return values
 
+    def ask_for_nothing(self) -> None:
+        """Have each ingress count its requests: it does so only when one comes or goes. Raises `httpx.HTTPError`."""
+        for _ in range(ASKED_FOR_NOTHING):  # each by a connection of its own, or all would reach one replica
+            httpx.get(f"{self.url}/v1/models", timeout=10, trust_env=False)
+
     def _stop(self) -> None:
         """SIGINT, then SIGTERM, then SIGKILL for whatever is left of its processes."""
         if self._process is None:
@@ -203,6 +225,14 @@ class ChaosService:
         _, left = psutil.wait_procs(family, timeout=5)
         for process in left:
             _signal(process, signal.SIGKILL)
+
+
+def _name(process: psutil.Process) -> str:
+    """Of its program; "" when it has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if process.status() != psutil.STATUS_ZOMBIE:
+            return str(process.name())
+    return ""
 
 
 def _signal(process: psutil.Process, number: signal.Signals) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from loadtest.chaos_client import Outcome
 from loadtest.chaos_report import (
     Judged,
@@ -14,6 +16,7 @@ from loadtest.chaos_report import (
     summary,
     table,
     unexcused,
+    untested,
 )
 from loadtest.faults import Injected
 from loadtest.schedule import Fault
@@ -33,8 +36,13 @@ def judged(one: Outcome, *, moved: bool = False) -> Judged:
     return judge_outcome(one, QUESTION, ANSWER, exact=True, moved=moved)
 
 
-def figures(outcomes: list[Outcome], injected: list[Injected]) -> dict[str, Any]:
-    return {**summary([judged(one) for one in outcomes], injected, exact=True), "idle": IDLE, "proxy_outages_s": []}
+def figures(
+    outcomes: list[Outcome], injected: list[Injected], asked_for: list[Fault] | None = None, *, moved: bool = False
+) -> dict[str, Any]:
+    """Of a run whose faults were all carried out, unless `asked_for` has more of them."""
+    asked_for = [fault.fault for fault in injected] if asked_for is None else asked_for
+    found = summary([judged(one, moved=moved) for one in outcomes], injected, asked_for, exact=True)
+    return {**found, "idle": IDLE, "proxy_outages_s": [5.0] * found["faults_by_kind"][Fault.KILL_PROXY]}
 
 
 def test_a_good_run_keeps_the_promises_and_prints() -> None:
@@ -42,6 +50,60 @@ def test_a_good_run_keeps_the_promises_and_prints() -> None:
     assert kept(run)
     assert "| **identical** | **2** (100.0%) |" in table(run)
     assert not kept(run | {"idle": {"ok": False, "wrong": ["proxy has 900 fds, 40 before"]}})
+
+
+def test_a_run_whose_faults_were_skipped_shows_nothing() -> None:
+    asked_for = [Fault.KILL_MODEL] * 30 + [Fault.KILL_PROXY] * 10
+    run = figures([outcome()], [], asked_for)
+    assert untested(run) == [
+        f"never carried out: {Fault.KILL_MODEL} (asked for: 30)",
+        f"never carried out: {Fault.KILL_PROXY} (asked for: 10)",
+        "only 0 of 40 faults were carried out",
+    ]
+    assert not kept(run)
+    assert "| faults | 0 of 40 that were asked for |" in table(run)
+
+
+@pytest.mark.parametrize(("skipped", "enough"), [(0, True), (4, True), (5, False)])
+def test_a_few_faults_may_find_nothing_to_hit(skipped: int, enough: bool) -> None:
+    done = [Injected(Fault.REDEPLOY, 20.0 * number, 1) for number in range(40 - skipped)]
+    run = figures([outcome()], done, [Fault.REDEPLOY] * 40)
+    assert kept(run) is enough
+    assert untested(run) == ([] if enough else ["only 35 of 40 faults were carried out"])
+
+
+def test_a_kind_of_fault_that_was_never_carried_out_is_missed_among_many() -> None:
+    done = [Injected(Fault.REDEPLOY, 20.0 * number, 1) for number in range(37)]
+    run = figures([outcome()], done, [Fault.REDEPLOY] * 37 + [Fault.KILL_PROXY] * 3)
+    assert untested(run) == [f"never carried out: {Fault.KILL_PROXY} (asked for: 3)"]
+    assert not kept(run)
+
+
+def test_a_proxy_that_stays_away_is_a_failure() -> None:
+    run = figures([outcome()], [Injected(Fault.KILL_PROXY, 5.0, 1)])
+    assert kept(run)
+    assert not kept(run | {"proxy_outages_s": []})
+
+
+def test_hits_that_leave_no_trace_show_nothing() -> None:
+    kills = [Injected(Fault.KILL_MODEL, 20.0 * number, 1, peers=1) for number in range(1, 4)]
+    untouched = outcome(arrivals_s=[19.0, 19.5, 20.5, 20.6])
+    assert untested(figures([untouched], kills)) == [
+        "no stream was continued, after 3 hits of model replicas",
+        "no pause was seen, after 3 kills of a model replica, apart from other faults",
+    ]
+    assert untested(figures([untouched], kills[:2])) == [], "two may find a replica that has nothing to lose"
+    assert untested(figures([untouched], kills, moved=True)) == []
+    elsewhere = outcome(arrivals_s=[1.0, 2.0])
+    assert untested(figures([elsewhere], kills, moved=True)) == [
+        "no pause was seen, after 3 kills of a model replica, apart from other faults"
+    ]
+    crowd = [Injected(Fault.KILL_PROXY, 20.0 * number + 1, 1) for number in range(1, 4)]
+    assert untested(figures([elsewhere], kills + crowd, moved=True)) == [], "whose doing a pause was can't be told"
+    dropped = outcome(Mode.RESUME, cut_s=[1.0, 2.0, 3.0])
+    assert untested(figures([dropped], [])) == ["none has resumed, after 3 drops by clients"]
+    dropped.resumed = 3
+    assert kept(figures([dropped], []))
 
 
 def test_no_answer_is_lost_and_says_why() -> None:
