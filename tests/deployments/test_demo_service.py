@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,7 +78,8 @@ def test_the_official_client(url: str, reference: str) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == reference
 
 
-async def test_a_disconnect_leaves_the_engine_within_a_step(url: str) -> None:
+async def test_a_disconnect_stops_the_engine(url: str) -> None:
+    """The engine stops with the step in which it hears of it (its own tests); until then Serve passes it on."""
     handle = serve.get_deployment_handle("ModelServer", APP)
     assert (await handle.stats.remote()).running == 0
     body = {"prompt": "Once upon a time", "max_tokens": 2000, "temperature": 0}
@@ -88,9 +88,10 @@ async def test_a_disconnect_leaves_the_engine_within_a_step(url: str) -> None:
         await anext(pieces)
         before = await handle.stats.remote()
         assert before.running == 1
-    gone = time.monotonic()
-    while (after := await handle.stats.remote()).running:
-        assert time.monotonic() - gone < 5
-        await asyncio.sleep(0.01)
-    assert after.output_tokens < 2000
-    assert after.used_pages < before.used_pages or after.used_pages <= before.total_pages // 2
+        assert before.used_pages > 0
+    gone = await handle.stats.remote()
+    async with asyncio.timeout(30):
+        while (after := await handle.stats.remote()).running:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert after.output_tokens - gone.output_tokens < 200, "of the 2,000 that were asked for"
+    assert after.used_pages == 0

@@ -15,7 +15,8 @@ from serve_app.deployments.journal_actor import NAMESPACE, VERSION, RayJournalSt
 from serve_app.streams.journal_store import Append, Hold, JournalLimits, StoreUnavailable, Then
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
-LIMITS = JournalLimits(lease_s=0.3)
+LIMITS = JournalLimits(lease_s=60)
+"""Which no test outlasts."""
 
 
 @pytest.fixture
@@ -89,12 +90,12 @@ async def test_limits_are_those_of_the_latest_config(app_name: str) -> None:
 
 
 async def test_many_readers_wait_at_a_time(app_name: str) -> None:
-    store = RayJournalStore(app_name, JournalLimits(lease_s=10))
+    store = RayJournalStore(app_name, LIMITS)
     await store.create("s", "a", b"doc")
-    readers = [asyncio.create_task(store.read("s", 0, wait_s=8)) for _ in range(1200)]
+    readers = [asyncio.create_task(store.read("s", 0, wait_s=30)) for _ in range(1200)]
     await asyncio.sleep(0.5)
     started = time.monotonic()
     await store.append(add(0, b"one"))
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 15, "it does not wait for readers to give up"
     views = await asyncio.gather(*readers)
     assert all(view is not None and view.records == (b"one",) for view in views)
