@@ -17,16 +17,22 @@ from pathlib import Path
 
 ENABLE = "RAY_SERVE_ENABLE_HA_PROXY"
 
+_STARTING = r'503 content-type text\/plain hdr Retry-After 1 string "The service is starting."'
 _LAUNCHER = """\
 #!/bin/sh
 # Written by serve-app. Serve binds HAProxy's ports for statistics and metrics to all addresses of the machine, and has
-# no setting for that: this starts it with the same configuration, bound to this machine alone.
+# it answer 404 until it is told of a route, for which clients give up: no settings change that. This starts it with the
+# same configuration, bound to this machine alone, and answering 503 until then.
 file=
 for argument; do
   [ "$file" = - ] && file=$argument
   [ "$argument" = -f ] && file=-
 done
-[ -f "$file" ] && sed -i -E 's/^([[:space:]]*bind) \\*?:({ports})$/\\1 127.0.0.1:\\2/' "$file"
+if [ -f "$file" ]; then
+  sed -i -E 's/^([[:space:]]*bind) \\*?:({ports})$/\\1 127.0.0.1:\\2/' "$file"
+  grep -qE '^[[:space:]]*use_backend ' "$file" ||
+    sed -i -E 's/^([[:space:]]*http-request return status) 404 .*/\\1 {starting}/' "$file"
+fi
 exec {program} "$@"
 """
 
@@ -49,7 +55,9 @@ def haproxy_environment(current: Mapping[str, str], launcher: Path) -> dict[str,
     if program is None or current.get(ENABLE, "1") != "1" or "RAY_SERVE_HAPROXY_BINARY_PATH" in current:
         return {}
     statistics, metrics = _free_ports(2)
-    launcher.write_text(_LAUNCHER.format(program=shlex.quote(str(program)), ports=f"{statistics}|{metrics}"))
+    launcher.write_text(
+        _LAUNCHER.format(program=shlex.quote(str(program)), ports=f"{statistics}|{metrics}", starting=_STARTING)
+    )
     launcher.chmod(0o755)
     if not os.access(launcher, os.X_OK):  # a file system that runs no programs
         return {}

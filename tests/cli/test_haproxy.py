@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import httpx
 import pytest
 
 from serve_app.cli import haproxy
@@ -49,6 +50,29 @@ def test_only_its_own_ports_are_bound_to_this_machine(tmp_path: Path, monkeypatc
     assert config.read_text() == expected.format(**numbers)
 
 
+@pytest.mark.parametrize("routed", [True, False])
+def test_until_there_is_a_route_clients_are_told_to_come_again(tmp_path: Path, routed: bool) -> None:
+    environment = haproxy_environment({}, tmp_path / "launcher")
+    (port,) = haproxy._free_ports(1)
+    config = tmp_path / "haproxy.cfg"
+    route = "    use_backend app if { path_beg /app/ }\n" if routed else ""
+    config.write_text(
+        "defaults\n    mode http\n    timeout client 5s\n    timeout server 5s\n    timeout connect 5s\n"
+        f"frontend http_frontend\n    bind 127.0.0.1:{port}\n{route}    default_backend default_backend\n"
+        "backend app\n    http-request return status 200\n"
+        "backend default_backend\n    http-request return status 404 content-type text/plain "
+        "lf-string \"Path \\'%[path]\\' not found. Ping http://.../-/routes for available routes.\"\n"
+    )
+    with subprocess.Popen([environment["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(config)]) as process:
+        try:
+            with httpx.Client(transport=httpx.HTTPTransport(retries=8)) as client:
+                response = client.get(f"http://127.0.0.1:{port}/v1/models")
+        finally:
+            process.terminate()
+    assert response.status_code == (404 if routed else 503)
+    assert response.headers.get("retry-after") == (None if routed else "1")
+
+
 def test_what_serve_writes_is_what_is_rewritten() -> None:
     """Serve's own template, rendered only as far as it matters: a Ray that binds otherwise is noticed here."""
     from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE as template
@@ -56,6 +80,8 @@ def test_what_serve_writes_is_what_is_rewritten() -> None:
     binds = [line.strip() for line in template.splitlines() if line.strip().startswith("bind ")]
     assert "bind :{{ config.metrics_port }}" in binds
     assert "bind *:{{ config.stats_port }}" in binds
+    assert "    http-request return status 404 content-type text/plain lf-string" in template
+    assert "    use_backend {{ backend.name" in template
     elsewhere = [line for line in binds if "frontend_host" not in line and "metrics_port" not in line]
     assert elsewhere == ["bind *:{{ config.stats_port }}"]
 
