@@ -38,11 +38,10 @@ def build(args: AppConfig) -> serve.Application:
         name="ModelServer",
         **replica_options(args.model_server, surge_percent) | health,
         request_router_config={"request_router_class": f"{ModelRouter.__module__}.ModelRouter"},
-        # A model that can't be loaded won't heal by loading it again: say so at once.
-        max_constructor_retry_count=1,
     )(ModelServer)
-    # Serve's own count of tries stays: an ingress that was killed while it started must not end an update, and one that
-    # refuses an update whose model can't be served does so at once each time.
+    # Serve's own count of tries stays for both. Of a new version, every death of a replica during an update counts as
+    # one, and when they are used up Serve replaces no replica any more, not even the last: with a single try, a kill in
+    # an update was an outage until the next deploy. What is known to fail again fails at once each time.
     ingress = serve.deployment(name="Ingress", **replica_options(args.ingress, surge_percent) | health)(Ingress)
     return ingress.bind(args, model_server.bind(args))
 

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 SERVE_NAMESPACE = "serve"
 """Where Serve's replicas have their names, whatever the namespace of the code in them."""
+SERVE_REPLICA_PREFIX = "SERVE_REPLICA::"
+"""A caller so named is of this cluster: dead if it isn't found. Any other only if it was found before."""
 PERIOD_S = 0.5
 """Between two looks at the callers that wait for something: one short call to the GCS for each of them."""
 
@@ -66,7 +68,7 @@ class Callers:
             for name in [name for name in self._waiting if name not in self._gone]:
                 if await asyncio.to_thread(_lives, name):
                     self._found.add(name)
-                elif name in self._found and name in self._waiting:  # one that was never found is somewhere else
+                elif name in self._waiting and (name in self._found or name.startswith(SERVE_REPLICA_PREFIX)):
                     logger.warning("%s has died; what it waited for is given up", name)
                     self._gone.add(name)
             await asyncio.sleep(PERIOD_S)

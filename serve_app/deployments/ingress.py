@@ -30,7 +30,7 @@ from serve_app.deployments.serve_settings import missing
 from serve_app.messages import LoadStage, ModelCard
 from serve_app.models.cache import cache_directory
 from serve_app.models.errors import ModelError
-from serve_app.observability.metrics import JOURNAL_BYTES, JOURNALS
+from serve_app.observability.metrics import JOURNAL_BYTES, JOURNALS, REQUESTS_IN_PROGRESS
 from serve_app.streams.journal_store import StoreUnavailable
 from serve_app.streams.resumable_streams import ResumableStreams
 
@@ -42,8 +42,8 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
 """Between two looks at the model while whoever started the service waits for its banner."""
-COUNT_S = 2.0
-"""Between two counts of the journals: one call to their store."""
+METRICS_PERIOD_S = 2.0
+"""Between two reports of gauges. To count the journals is one call to their store."""
 RETRY_S = 30.0
 """After a tokenizer that could not be fetched: the network may come back."""
 
@@ -71,10 +71,9 @@ class Ingress:
         self._front = _Front(create_loading_app(self._state, self._metrics))
         self._streams: ResumableStreams | None = None
         tried = asyncio.Event()
-        self._tasks = {asyncio.create_task(self._load_text(tried))}
-        if replica.rank.rank == 0:  # one of the replicas speaks for all
+        self._tasks = {asyncio.create_task(self._load_text(tried)), asyncio.create_task(self._report_metrics())}
+        if _speaks_for_all():
             self._tasks.add(asyncio.create_task(self._announce()))
-            self._tasks.add(asyncio.create_task(self._count_journals()))
         if await asyncio.to_thread(board.card) is not None:
             # Others serve this model already: Serve must not send requests here that they could answer.
             await tried.wait()
@@ -166,16 +165,18 @@ class Ingress:
             )
         say(banner(state, url, log_folder(), cache_directory(self._config.cache_dir)))
 
-    async def _count_journals(self) -> None:
+    async def _report_metrics(self) -> None:
         while True:
-            if self._streams is not None:
+            self._metrics.repeat(REQUESTS_IN_PROGRESS)
+            # Asked each time: another replica takes the place of one that went.
+            if self._streams is not None and _speaks_for_all():
                 try:
                     journals, size_bytes = await self._streams.journals()
                     self._metrics.gauge(JOURNALS, journals)
                     self._metrics.gauge(JOURNAL_BYTES, size_bytes)
                 except StoreUnavailable as error:  # said louder by the calls that need the store
                     logger.debug("the journals can't be counted: %s", error)
-            await asyncio.sleep(COUNT_S)
+            await asyncio.sleep(METRICS_PERIOD_S)
 
 
 class _Front:
@@ -223,6 +224,11 @@ def _with_disconnects(receive: Receive) -> Receive:
             return {"type": "http.disconnect"}
 
     return receive_or_disconnect
+
+
+def _speaks_for_all() -> bool:
+    """Whether this replica does, at the moment, what one of the replicas should do. Serve moves its rank on."""
+    return serve.get_replica_context().rank.rank == 0
 
 
 def _answers(app_name: str, deployment: str) -> bool:

@@ -29,6 +29,8 @@ NOTE_PERIOD_S = 0.25
 """Between two notes of one stage."""
 LOG_PERIOD_S = 5.0
 """Between two log lines of one stage."""
+REFUSED_FOR_S = 5.0
+"""How long a refusal answers for further tries: Serve makes each a second or two after the one before."""
 _NAMESPACE = "serve_app"
 
 
@@ -45,6 +47,7 @@ class ProgressBoard:
         self._served_key = f"{app_name}/served"
         self._stage_key = f"{app_name}/{digest}/stage"
         self._card_key = f"{app_name}/{digest}/card"
+        self._refused_key = f"{app_name}/{digest}/refused"
 
     def report(self, stage: LoadStage) -> None:
         """Note how far a replica is, or why it failed for good."""
@@ -55,6 +58,24 @@ class ProgressBoard:
         _internal_kv_put(self._card_key, json.dumps(asdict(card)), namespace=_NAMESPACE)
         _internal_kv_put(self._served_key, self._digest, namespace=_NAMESPACE)
         _internal_kv_del(self._stage_key, namespace=_NAMESPACE)
+
+    def refuse(self, error: str) -> None:
+        """Note that this model can't be served, and why: found out, not suffered, so that it would be found again."""
+        self.report(LoadStage("failed", error=error))
+        note = json.dumps({"error": error, "at": time.time()})
+        _internal_kv_put(self._refused_key, note, namespace=_NAMESPACE)
+
+    def refusal(self) -> str | None:
+        """Why a replica of this deploy has just refused a model that was never served; None when none has.
+
+        Serve starts a replica several times before it gives up, and has no way to be told that a model file that is
+        not there will not be there in a second. A user who deploys again after mending it takes longer than this keeps.
+        """
+        note = _internal_kv_get(self._refused_key, namespace=_NAMESPACE)
+        if not note or self.card() is not None:
+            return None
+        refused = json.loads(note)
+        return str(refused["error"]) if time.time() - refused["at"] < REFUSED_FOR_S else None
 
     def is_update(self) -> bool:
         """Whether the application was last served with another configuration, which this one is to replace."""

@@ -9,5 +9,5 @@ from __future__ import annotations
 class ModelError(Exception):
     """The model can't be fetched, converted, loaded or served. `str(error)` says what is wrong and what to do.
 
-    It won't heal by trying again: a deployment that meets it fails at once.
+    It won't heal by trying again: a deployment that meets it says so at once.
     """

@@ -69,6 +69,7 @@ def test_room_is_judged_by_what_the_cluster_has_free(share: float, percent: int)
 def test_a_model_that_can_not_be_loaded_fails_at_once(
     deployed: Callable[..., str], until: Callable[..., httpx.Response], text_folder: Path
 ) -> None:
+    """With the first try; Serve's others are told of it and load nothing."""
     config = {"model": {"source": str(text_folder)}, "model_server": {"num_cpus": 0.1}, "ingress": {"num_cpus": 0.1}}
     url = deployed(build(AppConfig.model_validate(config)), "no-weights", wait=False)
     ready = until(f"{url}/ready", lambda response: '"failed"' in response.text)
@@ -82,3 +83,7 @@ def test_a_model_that_can_not_be_loaded_fails_at_once(
     deployment = serve.status().applications["no-weights"].deployments["ModelServer"]
     assert ready.json()["error"] in deployment.message
     assert "STARTING" not in deployment.replica_states  # no further attempt; the failed one may be on its way out
+    logs = Path(ray.get_runtime_context().worker.node.get_logs_dir_path())
+    tries = [log.read_text() for log in logs.glob("serve/replica_no-weights_ModelServer_*.log")]
+    assert len(tries) == 3, "Serve's number for one replica"
+    assert sum("starting torch" in text for text in tries) == 1

@@ -40,5 +40,14 @@ async def test_a_caller_that_died_is_noticed_and_others_are_not() -> None:
     ray.kill(living)
 
 
+async def test_a_replica_that_died_before_the_first_look_is_noticed() -> None:
+    """An ingress may be killed within the half second after it asked for the first time."""
+    callers, name = Callers(), "SERVE_REPLICA::app#Ingress#killed-at-once"
+    with callers.waiting(name):
+        async with asyncio.timeout(20):
+            while not callers.gone(name):  # noqa: ASYNC110 - a thread looks
+                await asyncio.sleep(0.01)
+
+
 def test_a_script_has_no_name_and_is_not_watched() -> None:
     assert own_name() == ""

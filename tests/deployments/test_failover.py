@@ -145,6 +145,15 @@ async def send(number: signal.Signals, pid: int) -> None:
     os.kill(pid, number)
 
 
+def replica_processes() -> set[int]:
+    """Of the model, from the moment on that they have their names."""
+    title = f"ray::ServeReplica:{APP}:ModelServer"
+    children = psutil.Process().children(recursive=True)
+    with suppress(psutil.NoSuchProcess):
+        return {child.pid for child in children if title in " ".join(child.cmdline())}
+    return set()
+
+
 @pytest.fixture(scope="module")
 def config(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("failover")
@@ -247,6 +256,31 @@ async def test_an_update_while_answers_are_written(
     assert rounds > 1
     await service.whole(2)
     assert not before & set(await service.replicas())
+
+
+async def test_replicas_that_die_in_an_update_are_replaced(
+    service: Service, application: Callable[..., serve.Application]
+) -> None:
+    """Serve takes their deaths for failures of the new version, and without tries left it would replace none."""
+    await service.whole(2)
+    before = set(await service.replicas())
+    target = serve.RunTarget(application(engine={"max_running": 12}), name=APP, route_prefix=f"/{APP}")
+    await asyncio.to_thread(serve.run_many, [target], wait_for_applications_running=False)
+
+    async def kill_two_of_the_new() -> None:
+        killed: set[int] = set()
+        async with asyncio.timeout(60):
+            while len(killed) < 2:
+                for pid in await asyncio.to_thread(replica_processes) - before - killed:
+                    killed.add(pid)
+                    os.kill(pid, signal.SIGKILL)
+                await asyncio.sleep(0.1)
+
+    await asyncio.gather(kill_two_of_the_new(), service.under())
+    async with asyncio.timeout(60):
+        while before & set(await service.replicas()):
+            await service.under()
+    await service.whole(2)
 
 
 async def test_streams_wait_for_the_successor_of_the_last_replica(service: Service) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from fake_key_value_store import FakeKeyValueStore
 from fake_replica import counts, generation_request
 
 from serve_app.deployments import replica_client, suspects
@@ -22,40 +23,12 @@ APP, REPLICA = "suspects-app", "replica-1"
 SUSPECT = generation_request(alone=True)
 
 
-class Store:
-    """Ray's key-value store, as far as notes use it."""
-
-    def __init__(self) -> None:
-        self.notes: dict[str, bytes] = {}
-        self.down = False
-
-    def put(self, key: str, value: bytes, namespace: str) -> None:
-        self._check()
-        self.notes[key] = value
-
-    def get(self, key: str, namespace: str) -> bytes | None:
-        self._check()
-        return self.notes.get(key)
-
-    def delete(self, key: str, namespace: str) -> None:
-        self._check()
-        self.notes.pop(key, None)
-
-    def _check(self) -> None:
-        if self.down:
-            raise RuntimeError("the GCS is away")
-
-
 @pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> Store:
-    made = Store()
-    monkeypatch.setattr(suspects, "_internal_kv_put", made.put)
-    monkeypatch.setattr(suspects, "_internal_kv_get", made.get)
-    monkeypatch.setattr(suspects, "_internal_kv_del", made.delete)
-    return made
+def store(monkeypatch: pytest.MonkeyPatch) -> FakeKeyValueStore:
+    return FakeKeyValueStore().used_by(suspects, monkeypatch)
 
 
-def test_a_note_names_one_attempt_and_goes_with_it(store: Store) -> None:
+def test_a_note_names_one_attempt_and_goes_with_it(store: FakeKeyValueStore) -> None:
     notes, another = SuspectNotes(APP), replace(SUSPECT, choice=1)
     notes.write(REPLICA, SUSPECT)
     assert notes.names(REPLICA, SUSPECT)
@@ -69,7 +42,7 @@ def test_a_note_names_one_attempt_and_goes_with_it(store: Store) -> None:
     assert store.notes == {}
 
 
-def test_a_store_that_is_away_blames_nobody(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_store_that_is_away_blames_nobody(store: FakeKeyValueStore, caplog: pytest.LogCaptureFixture) -> None:
     notes = SuspectNotes(APP)
     notes.write(REPLICA, SUSPECT)
     store.down = True
@@ -115,7 +88,7 @@ class Doubtless:
 
 
 @pytest.fixture
-def client(store: Store, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RayReplicaClient]:
+def client(store: FakeKeyValueStore, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RayReplicaClient]:
     monkeypatch.setattr(replica_client, "own_name", lambda: "")
     return lambda then: RayReplicaClient(ModelServer(then), Doubtless())  # type: ignore[arg-type]
 
@@ -136,33 +109,33 @@ async def is_slow(request: GenerationRequest) -> AsyncGenerator[Reply, None]:
     await asyncio.get_running_loop().create_future()
 
 
-async def _gone(store: Store) -> None:
+async def _gone(store: FakeKeyValueStore) -> None:
     async with asyncio.timeout(5):
         while store.notes:  # noqa: ASYNC110 - a dictionary tells nobody
             await asyncio.sleep(0.005)
 
 
-async def test_an_attempt_that_finishes_leaves_no_note(client: Any, store: Store) -> None:
+async def test_an_attempt_that_finishes_leaves_no_note(client: Any, store: FakeKeyValueStore) -> None:
     replies = [reply async for reply in client(finishes).open(SUSPECT)]
     assert len(replies) == 3
     await _gone(store)
 
 
-async def test_an_attempt_that_is_closed_leaves_no_note(client: Any, store: Store) -> None:
+async def test_an_attempt_that_is_closed_leaves_no_note(client: Any, store: FakeKeyValueStore) -> None:
     async with aclosing(client(is_slow).open(SUSPECT)) as replies:
         await anext(replies)
         assert store.notes
     await _gone(store)
 
 
-async def test_a_death_is_blamed_on_its_suspect_and_leaves_no_note(client: Any, store: Store) -> None:
+async def test_a_death_is_blamed_on_its_suspect_and_leaves_no_note(client: Any, store: FakeKeyValueStore) -> None:
     with pytest.raises(ReplicaLost) as lost:
         [reply async for reply in client(dies).open(SUSPECT)]
     assert (lost.value.blamed, lost.value.taken) == (True, True)
     await _gone(store)
 
 
-async def test_a_death_while_the_store_is_away_is_a_loss_like_any_other(client: Any, store: Store) -> None:
+async def test_a_death_while_the_store_is_away_is_a_loss_like_any_other(client: Any, store: FakeKeyValueStore) -> None:
     async with aclosing(client(dies).open(SUSPECT)) as replies:
         await anext(replies)
         store.down = True
