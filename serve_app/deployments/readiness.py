@@ -34,13 +34,15 @@ def judge(
     """
     if card is not None and answers(deployment):
         return card
-    if deployment is not None and deployment.status == "DEPLOY_FAILED":
+    # A replica that died, in an update too, is replaced: that is what Serve then calls failed, or unhealthy.
+    died = deployment is not None and deployment.status_trigger == "HEALTH_CHECK_FAILED"
+    if deployment is not None and deployment.status == "DEPLOY_FAILED" and not died:
         return LoadStage("failed", error=stage.error if stage and stage.error else _last_line(deployment.message))
     if card is not None and may_sleep:
         return card  # also while one wakes: the requests that woke it wait for it
     if stage is not None:
         return stage
-    if deployment is not None and deployment.message:
+    if deployment is not None and deployment.message and not died:
         return LoadStage(f"waiting for a place in the cluster ({_last_line(deployment.message)})")
     return LoadStage("starting a model replica")
 

@@ -43,6 +43,15 @@ def test_judge(
     assert judge(overview, card, stage, may_sleep=may_sleep) == answer
 
 
+@pytest.mark.parametrize("status", ["UNHEALTHY", "DEPLOY_FAILED"])
+def test_a_replica_that_died_is_no_failure_of_the_model(status: str) -> None:
+    """In an update Serve says DEPLOY_FAILED of it, and goes on."""
+    message = "A replica's health check failed. This deployment will be UNHEALTHY until the replica recovers."
+    overview = DeploymentStatusOverview(status, "HEALTH_CHECK_FAILED", {}, message)  # type: ignore[arg-type]
+    assert judge(overview, CARD, None, may_sleep=False) == LoadStage("starting a model replica")
+    assert judge(overview, CARD, LOADING, may_sleep=False) == LOADING
+
+
 def test_a_failure_without_a_note_is_told_by_its_last_line() -> None:
     overview = deployment("DEPLOY_FAILED", "Traceback:\n  a line\nMemoryError: no\n")
     assert judge(overview, None, LOADING, may_sleep=False) == LoadStage("failed", error="MemoryError: no")
