@@ -60,7 +60,7 @@ class Profile:
         self._requests = 0
         self.fingerprint: Fingerprint = model.fingerprint
         linears = [m for m in model.model.modules() if hasattr(m, "in_features") and hasattr(m, "out_features")]
-        self.weight_bytes = sum(4 * m.in_features * m.out_features for m in linears)  # type: ignore[operator]
+        self.weight_bytes = sum(getattr(m, "bytes", 4 * m.in_features * m.out_features) for m in linears)  # type: ignore[operator]
         self.steps: list[Step] = []
         self._now: Step = {}
         runner, kernels = engine._runner, engine._sampler._kernels

@@ -20,7 +20,7 @@ from serve_app.engine.errors import EngineError
 SOURCES = sorted(Path(__file__).with_name("kernels").glob("*.cpp"))
 HEADERS = sorted(Path(__file__).with_name("kernels").glob("*.h"))
 FLAGS = (
-    *("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+    *("-O3", "-march=native", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
     *("-fopenmp", "-fPIC", "-shared"),
 )
 COMPILE_LIMIT_S = 120
@@ -28,7 +28,7 @@ COMPILE_LIMIT_S = 120
 
 _int, _float, _pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _SIGNATURES = {
-    "serve_app_pack": [_pointer, _int, _int, _int, _int, _pointer],
+    "serve_app_pack": [_pointer, _int, _int, _int, _int, _int, _pointer],
     "serve_app_linear": [_pointer, _int, _pointer, _int, _int, _int],
     "serve_app_gated": [_pointer, _int, _pointer, _pointer, _int, _pointer, _int, _int],
     "serve_app_rms_norm": [_pointer, _pointer, _float, _pointer, _int, _int],
@@ -42,13 +42,19 @@ _SIGNATURES = {
         *(_int, _int, _int, _int, _float, _float, _int),
     ],
 }
+_COUNTS = {
+    "serve_app_form": [_pointer, _int, _int, _int, _int],
+    "serve_app_packed_bytes": [_int, _int, _int],
+    "serve_app_page_tokens": [],
+}
 
 
 class LinearPart(ctypes.Structure):
     """`Part` of `kernels/linear.cpp`: one of several products of the same input."""
 
     _fields_ = (
-        ("packed", _pointer), ("bias", _pointer), ("addend", _pointer), ("result", _pointer), ("columns", _int),
+        *(("packed", _pointer), ("bias", _pointer), ("addend", _pointer), ("result", _pointer)),
+        *(("columns", _int), ("form", _int)),
     )  # fmt: skip
 
 
@@ -88,8 +94,11 @@ class Kernels:
         for name, arguments in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
-        for name in ("serve_app_panel_columns", "serve_app_page_tokens"):
-            getattr(library, name).restype = _int
+        for name, arguments in _COUNTS.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, _int
+        self.form = library.serve_app_form
+        self.packed_bytes = library.serve_app_packed_bytes
         self.pack = library.serve_app_pack
         self.linear = library.serve_app_linear
         self.gated = library.serve_app_gated
@@ -102,7 +111,6 @@ class Kernels:
         self.attend = library.serve_app_attend
         self.key = path.stem
         """Changes with their source, the compiler and the processor's instructions."""
-        self.panel_columns: int = library.serve_app_panel_columns()
         self.page_tokens: int = library.serve_app_page_tokens()
 
 

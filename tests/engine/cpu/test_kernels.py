@@ -118,6 +118,21 @@ def test_without_a_compiler_torch_serves_and_it_is_said(
     assert "nothing works here" in engine.capacity.notes[0]
 
 
+@pytest.mark.skipif("avx512f" not in Path("/proc/cpuinfo").read_text(), reason="its vectors are narrower anyhow")
+def test_narrower_vectors_are_exact_too(
+    make_engine: MakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels of a processor with AVX2: other copies of each function, of which none may round differently."""
+    compiler = tmp_path / "cxx"
+    compiler.write_text('#!/bin/sh\nexec g++ "$@" -mno-avx512f\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    for kind in ("llama", "mistral"):
+        engine = make_engine(model=tiny_model(kind), kernel_cache=tmp_path)
+        assert engine.capacity.attention_backend == "cpu"
+        assert engine.capacity.exact, kind
+
+
 def test_a_wrong_kernel_is_not_used(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     right = kernels.linear
 

@@ -72,14 +72,19 @@ def test_it_chooses_what_the_plain_sampler_chooses_alone_and_in_a_batch(
 def on_an_edge(
     a: int, b: int, row: torch.Tensor, sequence: Sequence, params: SamplingParams, position: int, choice: int
 ) -> bool:
-    """Whether the draw is so near the border between the two ids that rounding decides."""
+    """Whether the draw is so near the border between the two ids that rounding decides.
+
+    It may also decide which of several ids that are almost equally likely are the last that top-p keeps.
+    """
     adjusted = row[None].clone()
     sampler = Sampler()
     sampler.sample(adjusted, [sequence])  # penalties are applied in place
     weights = _kept_weights(sampler, adjusted, params)
     cumulative = weights.cumsum(0) / weights.sum()
     draw = uniforms([params.seed], [choice], [position])[0]
-    return abs(float(cumulative[min(a, b)]) - draw) < EDGE
+    least = weights[weights > 0].min()
+    unsure = weights[(weights > 0) & (weights < least * (1 + EDGE))].sum() if params.top_p < 1 else torch.tensor(0.0)
+    return abs(float(cumulative[min(a, b)]) - draw) < EDGE + float(unsure / weights.sum())
 
 
 def _kept_weights(sampler: Sampler, logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:

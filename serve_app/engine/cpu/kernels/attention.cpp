@@ -60,7 +60,7 @@ static void score_rows(const float* q, int64_t dim, const Pages& pages, int64_t 
         if (ahead) ahead->prefetch(d);
         for (int m = 0; m < M; ++m) {
             const vf value = splat(q[m * dim + d]);
-            for (int v = 0; v < SV; ++v) acc[m][v] += value * column[v];
+            for (int v = 0; v < SV; ++v) acc[m][v] = fma(value, column[v], acc[m][v]);
         }
     }
     for (int m = 0; m < M; ++m)
@@ -81,7 +81,7 @@ static void add_values(const float* weights, const Pages& pages, int64_t keys, i
         if (ahead && d0 == 0) ahead->prefetch(j);
         for (int m = 0; m < M; ++m) {
             const vf weight = splat(weights[m * KEYS + j]);
-            for (int v = 0; v < W; ++v) sum[m][v] += weight * part[v];
+            for (int v = 0; v < W; ++v) sum[m][v] = fma(weight, part[v], sum[m][v]);
         }
     }
     for (int m = 0; m < M; ++m)

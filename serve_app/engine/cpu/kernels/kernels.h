@@ -5,12 +5,14 @@
 
 // One of several products of the same x: y [m, n] = x w^T + bias + add. Bias and add [m, n] may be null.
 struct Part {
-    const float *packed, *bias, *add;
+    const uint8_t* packed;
+    const float *bias, *add;
     float* y;
-    int64_t n;
+    int64_t n, form;  // the latter: of its weights, see weights.h
 };
 
 extern "C" {
+int64_t serve_app_packed_bytes(int64_t form, int64_t n, int64_t k);
 void serve_app_linear(const float* x, int64_t ldx, const Part* parts, int64_t count, int64_t m, int64_t k);
 void serve_app_gated(const float* x, int64_t ldx, const Part* gate, const Part* up, int64_t activation, float* y,
                      int64_t m, int64_t k);

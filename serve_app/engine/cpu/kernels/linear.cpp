@@ -1,71 +1,106 @@
 // Float32 matrix products with packed weights, and what is best done while a product's rows are still at hand.
 //
 // Vectors run over columns, so no sum is ever split over lanes, threads or blocks by the shape of the batch.
-// Layout of weights: [ceil(n / NR)][k][NR], padded with zeros.
+
+#include <utility>
 
 #include "kernels.h"
-#include "vectors.h"
+#include "weights.h"
 
 #if defined(__AVX512F__)
 constexpr int MR = 12;  // rows at once
 #else
 constexpr int MR = 6;
 #endif
-constexpr int NV = 2;              // vectors of a panel of weights
-constexpr int NR = NV * VL;        // columns of a panel
-constexpr int ROWS = 96;           // at most so many rows of x share a pass over the weights,
+constexpr int ROWS = 96;              // at most so many rows of x share a pass over the weights,
 constexpr int64_t X_FLOATS = 131072;  // and fewer where they would take more than this of the second-level cache
-constexpr int LINE = 16;           // floats of a cache line
-constexpr int NEAR = 16;           // rows of the panel ahead that are fetched into the first-level cache
+constexpr int LINE_BYTES = 64, LINE = 16;  // of a cache line: bytes, floats
+constexpr int64_t SHARED_K = 1024;    // rows of a panel that are made float32 at once, where blocks of rows share them
+constexpr int NEAR = 16;              // rows of the panel ahead that are fetched into the first-level cache
 
-extern "C" int64_t serve_app_panel_columns() { return NR; }
-
-// out [M][NR] = x [M, k] times a panel. Meanwhile the panel that comes next is fetched into the second-level cache,
-// LINES lines each `stride` floats: it is read from memory evenly over all blocks of rows that use the one before it,
-// instead of in a burst by the first of them. On one core with AVX-512, weights [1536, 576]: 194 us instead of 246 at
-// 1 row, 243 instead of 370 at 8, 418 instead of 579 at 32 (without any prefetching).
-template <int M, int LINES>
-static void multiply(const float* x, int64_t ldx, const float* w, int64_t k, const float* next, int64_t stride,
-                     float* out) {
+// out [M][NR] = x [M, k] times a panel, or `more` of k added to what is there. Meanwhile the panel that comes next is fetched into the second-level cache, a
+// line each `stride` bytes: it is read from memory evenly over all blocks of rows that use the one before it, instead of
+// in a burst by the first of them. On one core with AVX-512, float32 weights [1536, 576]: 194 us instead of 246 at 1 row,
+// 243 instead of 370 at 8, 418 instead of 579 at 32 (without any prefetching).
+template <class Reader, int M>
+static void multiply(const float* x, int64_t ldx, const uint8_t* w, int64_t k, const uint8_t* next, int64_t stride,
+                     float* out, bool more) {
+    constexpr bool wide = Reader::BLOCK == 0;  // a row of the panel is one cache line or more
     vf acc[M][NV];
     for (int m = 0; m < M; ++m)
-        for (int v = 0; v < NV; ++v) acc[m][v] = vf{};
-    for (int64_t i = 0; i < k; ++i, next += stride) {
-        vf weights[NV];
-        for (int v = 0; v < NV; ++v) weights[v] = load(w + i * NR + v * VL);
-        __builtin_prefetch(next, 0, 2);
-        for (int c = 0; c < NR; c += LINE) __builtin_prefetch(w + (i + NEAR) * NR + c, 0, 3);
-        if (LINES > 1) __builtin_prefetch(next + LINE, 0, 2);  // apart from the first: 204 us instead of 219 at 1 row
-        for (int m = 0; m < M; ++m) {
-            const vf value = splat(x[m * ldx + i]);
-            for (int v = 0; v < NV; ++v) acc[m][v] += value * weights[v];
+        for (int v = 0; v < NV; ++v) acc[m][v] = more ? load(out + m * NR + v * VL) : vf{};
+    Reader reader(w);
+    for (int64_t from = 0; from < k;) {
+        reader.begin_block();
+        for (const int64_t to = Reader::BLOCK ? std::min(k, from + Reader::BLOCK) : k; from < to; ++from, next += stride) {
+            vf weights[NV];
+            reader.next(weights);
+            __builtin_prefetch(next, 0, 2);
+            if (wide)
+                for (int c = 0; c < NR; c += LINE) __builtin_prefetch(reader.at + NEAR * NR + c, 0, 3);
+            if (stride > LINE_BYTES) __builtin_prefetch(next + LINE_BYTES, 0, 2);  // apart: 204 us instead of 219 at 1 row
+            for (int m = 0; m < M; ++m) {
+                const vf value = splat(x[m * ldx + from]);
+                for (int v = 0; v < NV; ++v) acc[m][v] = fma(value, weights[v], acc[m][v]);
+            }
         }
     }
     for (int m = 0; m < M; ++m)
         for (int v = 0; v < NV; ++v) store(out + m * NR + v * VL, acc[m][v]);
 }
 
-typedef void (*Multiply)(const float*, int64_t, const float*, int64_t, const float*, int64_t, float*);
-template <int... M>
-struct Table {
-    Multiply alone[sizeof...(M)] = {multiply<M, (NR + LINE - 1) / LINE>...};  // one block fetches all of the next panel
-    Multiply shared[sizeof...(M)] = {multiply<M, 1>...};
-};
-#if defined(__AVX512F__)
-static const Table<1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12> PANEL;
-#else
-static const Table<1, 2, 3, 4, 5, 6> PANEL;
-#endif
+typedef void (*Multiply)(const float*, int64_t, const uint8_t*, int64_t, const uint8_t*, int64_t, float*, bool);
+template <class Reader, int... M>
+static Multiply multiply_for(std::integer_sequence<int, M...>, int64_t rows) {
+    static constexpr Multiply of[] = {multiply<Reader, M + 1>...};
+    return of[rows - 1];
+}
 
-// Some of the rows of x, in blocks, times a panel: out [rows][NR].
-static void multiply_rows(const float* x, int64_t ldx, int64_t rows, const float* w, int64_t k, const float* next,
-                          float* out) {
-    const int64_t blocks = (rows + MR - 1) / MR, stride = NR / blocks;
-    const Multiply* multiply_block = blocks == 1 ? PANEL.alone : PANEL.shared;
+static inline int64_t blocks_of(int64_t rows) { return (rows + MR - 1) / MR; }
+
+// A matrix, as its panels.
+struct Panels {
+    const uint8_t* first;
+    int64_t form, bytes, k;
+    explicit Panels(const Part& part, int64_t inner)
+        : first(part.packed), form(part.form), bytes(serve_app_packed_bytes(form, NR, inner)), k(inner) {}
+    const uint8_t* operator[](int64_t panel) const { return first + panel * bytes; }
+};
+
+// Rows of x, in blocks, times a panel's rows: out [rows][NR]. What comes next is fetched as `multiply` does.
+template <class Reader>
+static void multiply_blocks(const float* x, int64_t ldx, int64_t rows, const uint8_t* w, int64_t k, const uint8_t* next,
+                            int64_t stride, float* out, bool more) {
+    const int64_t blocks = blocks_of(rows);
     for (int64_t block = 0; block < blocks; ++block) {
         const int64_t from = rows * block / blocks, to = rows * (block + 1) / blocks;
-        multiply_block[to - from - 1](x + from * ldx, ldx, w, k, next + k * stride * block, stride, out + from * NR);
+        multiply_for<Reader>(std::make_integer_sequence<int, MR>(), to - from)(
+            x + from * ldx, ldx, w, k, next + k * stride * block, stride, out + from * NR, more);
     }
+}
+
+// Some of the rows of x times one of the panels: out [rows][NR]. Several blocks of rows share one that was read.
+static void multiply_rows(const float* x, int64_t ldx, int64_t rows, const Panels& w, int64_t panel,
+                          const uint8_t* next, float* out) {
+    static thread_local float values[SHARED_K * NR];
+    const int64_t blocks = blocks_of(rows), stride = std::min<int64_t>(w.bytes / (w.k * blocks), 2 * LINE_BYTES);
+    with_reader(w.form, [&](auto* kind) {
+        using Reader = std::remove_reference_t<decltype(*kind)>;
+        if (blocks == 1 || std::is_same<Reader, Float32Reader>::value)
+            return multiply_blocks<Reader>(x, ldx, rows, w[panel], w.k, next, stride, out, false);
+        Reader reader(w[panel]);
+        for (int64_t from = 0; from < w.k; from += SHARED_K) {
+            const int64_t k = std::min(SHARED_K, w.k - from);
+            for (int64_t i = 0; i < k; ++i) {
+                if (Reader::BLOCK && i % std::max<int64_t>(Reader::BLOCK, 1) == 0) reader.begin_block();
+                vf weights[NV];
+                reader.next(weights);
+                for (int v = 0; v < NV; ++v) store(values + i * NR + v * VL, weights[v]);
+            }
+            multiply_blocks<Float32Reader>(x + from, ldx, rows, reinterpret_cast<const uint8_t*>(values), k,
+                                           next + from * stride * blocks, stride, out, from > 0);
+        }
+    });
 }
 
 // How many of m rows share a pass, evenly.
@@ -73,19 +108,6 @@ static inline int64_t rows_at_once(int64_t m, int64_t k) {
     const int64_t most = std::clamp<int64_t>(X_FLOATS / k, ROWS / 2, ROWS), passes = (m + most - 1) / most;
     return (m + passes - 1) / passes;
 }
-
-// w [n, k] with row stride ld and column stride step -> packed.
-extern "C" void serve_app_pack(const float* w, int64_t ld, int64_t step, int64_t n, int64_t k, float* packed) {
-#pragma omp parallel for schedule(static)
-    for (int64_t panel = 0; panel < (n + NR - 1) / NR; ++panel)
-        for (int64_t i = 0; i < k; ++i)
-            for (int64_t c = 0; c < NR; ++c) {
-                const int64_t row = panel * NR + c;
-                packed[(panel * k + i) * NR + c] = row < n ? w[row * ld + i * step] : 0.0f;
-            }
-}
-
-static inline int64_t panels_of(int64_t n) { return (n + NR - 1) / NR; }
 
 // All products of x [m, k], whose rows are ldx apart, in one pass.
 extern "C" void serve_app_linear(const float* x, int64_t ldx, const Part* parts, int64_t count, int64_t m, int64_t k) {
@@ -100,12 +122,14 @@ extern "C" void serve_app_linear(const float* x, int64_t ldx, const Part* parts,
             const Part* part = parts;
             int64_t own = panel;
             for (; own >= panels_of(part->n); ++part) own -= panels_of(part->n);
-            const float* w = part->packed + own * k * NR;
-            const float* next = own + 1 < panels_of(part->n) ? w + k * NR : panel + 1 < panels ? part[1].packed : w;
+            const Panels w(*part, k);
+            const uint8_t* next = w[own];
+            if (own + 1 < panels_of(part->n)) next = w[own + 1];
+            else if (panel + 1 < panels) next = part[1].packed;
             const int64_t columns = std::min<int64_t>(NR, part->n - own * NR);
             const float* bias = part->bias ? part->bias + own * NR : nullptr;
             float out[ROWS * NR];
-            multiply_rows(x + first * ldx, ldx, rows, w, k, next, out);
+            multiply_rows(x + first * ldx, ldx, rows, w, own, next, out);
             for (int64_t row = 0; row < rows; ++row) {
                 const float* result = out + row * NR;
                 const int64_t at = (first + row) * part->n + own * NR;
@@ -142,11 +166,11 @@ extern "C" void serve_app_gated(const float* x, int64_t ldx, const Part* gate, c
         const int64_t rows = std::min(at_once, m - first);
 #pragma omp for schedule(static) nowait
         for (int64_t panel = 0; panel < panels; ++panel) {
-            const float *w[2] = {gate->packed + panel * k * NR, up->packed + panel * k * NR};
-            const float* next[2] = {w[1], panel + 1 < panels ? w[0] + k * NR : w[1]};
+            const Panels opening_w(*gate, k), rising_w(*up, k);
             float out[2][ROWS * NR];
-            for (int half = 0; half < 2; ++half)
-                multiply_rows(x + first * ldx, ldx, rows, w[half], k, next[half], out[half]);
+            multiply_rows(x + first * ldx, ldx, rows, opening_w, panel, rising_w[panel], out[0]);
+            multiply_rows(x + first * ldx, ldx, rows, rising_w, panel,
+                          panel + 1 < panels ? opening_w[panel + 1] : rising_w[panel], out[1]);
             const int64_t columns = std::min<int64_t>(NR, n - panel * NR);
             for (int64_t row = 0; row < rows; ++row)
                 for (int64_t c = 0; c < columns; c += VL) {

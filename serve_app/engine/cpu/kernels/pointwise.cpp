@@ -21,7 +21,10 @@ extern "C" void serve_app_rms_norm(const float* x, const float* scale, float eps
         vf squares[4] = {};
         int64_t i = 0;
         for (; i + 4 * VL <= dim; i += 4 * VL)
-            for (int v = 0; v < 4; ++v) squares[v] += load(from + i + v * VL) * load(from + i + v * VL);
+            for (int v = 0; v < 4; ++v) {
+                const vf some = load(from + i + v * VL);
+                squares[v] = fma(some, some, squares[v]);
+            }
         float rest = 0.0f;
         for (; i < dim; ++i) rest += from[i] * from[i];
         const float mean = (sum((squares[0] + squares[1]) + (squares[2] + squares[3])) + rest) / static_cast<float>(dim);
