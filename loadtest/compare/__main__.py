@@ -26,10 +26,11 @@ from loadtest.compare.contenders import (
     Contender,
     llama_cpp_model,
     llama_cpp_program,
+    llama_cpp_source,
     llama_cpp_version,
 )
 from loadtest.compare.environments import Environment, InstallationFailed, install, python_of, version_of
-from loadtest.compare.gguf import ConversionFailed, ensure_float32_gguf
+from loadtest.compare.gguf import ConversionFailed, ensure_gguf
 from loadtest.compare.measure import Place, Record, Settings, our_version, visit
 from loadtest.compare.results import OtherSettings, Results
 from loadtest.compare.servers import ServerFailed
@@ -123,7 +124,7 @@ def _install_llama_cpp(peer: Contender, arguments: argparse.Namespace) -> str:
     else:
         version = f"built elsewhere, {llama_cpp_version(arguments.llama_server)}"
         quantize = arguments.llama_server.with_name("llama-quantize")
-    ensure_float32_gguf(llama_cpp_model(arguments.environments), quantize)
+    ensure_gguf(llama_cpp_source(arguments.environments), llama_cpp_model(arguments.environments), quantize)
     return version
 
 
@@ -160,7 +161,8 @@ def measure_all(arguments: argparse.Namespace, results: Results, peers: list[Con
 
 def markdown(results: Results) -> str:
     """The whole report."""
-    ours, peers = [contender.name for contender in OURS], [peer.name for peer in PEERS.values()]
+    ours, all_peers = [contender.name for contender in OURS], [peer.name for peer in PEERS.values()]
+    peers = [peer.name for peer in PEERS.values() if peer.same_precision]
     measured = {record["contender"] for record in results.records}
     days = sorted({str(datetime.datetime.fromtimestamp(r["at"], datetime.UTC).date()) for r in results.records})
     lines = [
@@ -168,7 +170,7 @@ def markdown(results: Results) -> str:
         "",
         *(f"- {name}: {', '.join(versions)}" for name, versions in results.versions.items()),
         *(f"- **{name} is absent**: {reason}" for name, reason in results.absentees.items()),
-        *(f"- **{name} was not run.**" for name in peers if name not in measured | set(results.absentees)),
+        *(f"- **{name} was not run.**" for name in all_peers if name not in measured | set(results.absentees)),
         *(f"- {line}" for line in report.versions_of_ours(results.records, ours)),
         *(f"- {line}" for line in report.agreement(results.records, FAST.name)),
         f"- {report.disturbance(results.records)}",
@@ -184,9 +186,9 @@ def markdown(results: Results) -> str:
         "",
         "Everything (`serve_app is x`: its tokens per second, measured nearest in time, over this contender's):",
         "",
-        report.figures(results.records, ours, peers, memory_kind()),
+        report.figures(results.records, ours, all_peers, memory_kind()),
     ]
-    if prefixes := report.prefix_table(results.records, [*ours, *peers]):
+    if prefixes := report.prefix_table(results.records, [*ours, *all_peers]):
         lines += ["", "Time to first token with a prefix of 600 tokens, cold and in the cache:", "", prefixes]
     if delivered := report.delivery_lines(results.records, ours):
         lines += [

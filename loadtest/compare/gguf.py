@@ -1,4 +1,4 @@
-"""The demo model as a float32 GGUF, for llama.cpp, made once from the file that the demo model is converted from.
+"""The demo model for llama.cpp: the file that the demo model is converted from, and a float32 GGUF made of it once.
 
 Promises the numbers that serve_app computes with: both dequantise the same Q4_1 tensors to float32.
 """
@@ -17,16 +17,20 @@ class ConversionFailed(Exception):
     """llama.cpp's own converter failed; the message has its last words."""
 
 
-def ensure_float32_gguf(target: Path, quantize: Path) -> None:
-    """Make `target` with llama.cpp's `quantize` unless it is there. Raises `ConversionFailed`, `ModelError`."""
-    if target.exists():
+def ensure_gguf(source: Path, target: Path, quantize: Path) -> None:
+    """Fetch the file as `source` and make `target` of it with llama.cpp's `quantize`, unless they are there.
+
+    Raises `ConversionFailed`, `ModelError`.
+    """
+    if source.exists() and target.exists():
         return
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
-        source = fetch_demo_gguf(Path(work), progress=lambda stage: None)
+        fetched = fetch_demo_gguf(Path(work), progress=lambda stage: None)
         partial = Path(work) / "f32.gguf"
         done = subprocess.run(
-            [quantize, "--allow-requantize", source, partial, "F32"], capture_output=True, text=True, check=False
+            [quantize, "--allow-requantize", fetched, partial, "F32"], capture_output=True, text=True, check=False
         )
         if done.returncode:
             raise ConversionFailed(f"{quantize.name} failed: {(done.stderr or done.stdout).strip()[-300:]}")
         os.replace(partial, target)
+        os.replace(fetched, source)

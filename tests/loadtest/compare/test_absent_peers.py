@@ -106,22 +106,24 @@ def test_a_llama_server_that_was_built_elsewhere_takes_the_place_of_the_package(
     server = tmp_path / "llama-server"
     server.write_text("#!/bin/sh\necho version: 11434 >&2\necho built with a compiler >&2\n")
     server.chmod(0o755)
-    converted: list[tuple[Path, Path]] = []
-    monkeypatch.setattr(compare, "ensure_float32_gguf", lambda target, quantize: converted.append((target, quantize)))
-    peers = "llama.cpp,llama.cpp-split"
+    converted: list[tuple[Path, ...]] = []
+    monkeypatch.setattr(compare, "ensure_gguf", lambda *paths: converted.append(paths))
+    peers = "llama.cpp,llama.cpp-split,llama.cpp-4bit"
     arguments = compare.arguments_of(
         ["--peers", peers, "--llama-server", str(server), "--environments", str(tmp_path / "peers")]
     )
     results = Results(tmp_path / "compare.json", SETTINGS)
     present = compare.install_peers(arguments, results)
     assert installer.commands == []
-    assert converted == [(tmp_path / "peers" / "demo-f32.gguf", tmp_path / "llama-quantize")] * 2
+    folder = tmp_path / "peers"
+    assert converted == [(folder / "demo.gguf", folder / "demo-f32.gguf", tmp_path / "llama-quantize")] * 3
     assert results.versions["llama.cpp"] == ["built elsewhere, version: 11434; built with a compiler"]
     start = Start(Path("python"), tmp_path, tmp_path, tmp_path / "peers", 23456, 2, 32, server)
-    unified, split = (peer.command(start).arguments for peer in present)
+    unified, split, coarse = (peer.command(start).arguments for peer in present)
     assert unified[0] == split[0] == str(server)
     assert ("--kv-unified" in unified, "--no-kv-unified" in split) == (True, True)
     assert unified[:-1] == split[:-1]
+    assert [str(folder / "demo-f32.gguf") in unified, str(folder / "demo.gguf") in coarse] == [True, True]
 
 
 def test_a_llama_server_that_is_not_there_is_absent(installer: Installer, tmp_path: Path) -> None:

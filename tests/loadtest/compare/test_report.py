@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from loadtest.compare import __main__ as compare
 from loadtest.compare import report
 from loadtest.compare.client import Stream
+from loadtest.compare.contenders import FAST
+from loadtest.compare.contenders import PEERS as CONTENDERS
 from loadtest.compare.measure import figures
+from loadtest.compare.results import Results
 from loadtest.compare.workload import Cell, Set
 
 OURS, PEERS = ("ours",), ("slow", "quick", "absent")
@@ -166,3 +171,14 @@ def test_cells_group_in_the_order_of_measurement() -> None:
     grouped = report.by_cell([record("b", 0, 1.0), record("a", 0, 1.0, concurrency=1), record("a", 1, 1.0)])
     assert list(grouped) == [Cell(Set.VARIED, 8), Cell(Set.VARIED, 1)]
     assert list(grouped[Cell(Set.VARIED, 8)]) == ["b", "a"]
+
+
+def test_a_peer_of_other_precision_is_shown_and_nobodys_best(tmp_path: Path) -> None:
+    results = Results(tmp_path / "compare.json", {"threads": 2})
+    coarse = CONTENDERS["llama.cpp-4bit"].name
+    assert [name for name, peer in CONTENDERS.items() if not peer.same_precision] == ["llama.cpp-4bit"]
+    for contender, seconds in ((FAST.name, 2.0), (CONTENDERS["llama.cpp"].name, 3.0), (coarse, 1.0)):
+        results.add(record(contender, 0, seconds, version="1"))
+    text = compare.markdown(results)
+    assert f"({coarse})" not in text
+    assert f"| {coarse} |" in text
