@@ -178,7 +178,7 @@ def test_a_peer_of_other_precision_is_shown_and_nobodys_best(tmp_path: Path) -> 
     coarse = CONTENDERS["llama.cpp-4bit"].name
     assert [name for name, peer in CONTENDERS.items() if not peer.same_precision] == ["llama.cpp-4bit"]
     for contender, seconds in ((FAST.name, 2.0), (CONTENDERS["llama.cpp"].name, 3.0), (coarse, 1.0)):
-        results.add(record(contender, 0, seconds, version="1"))
+        results.add(record(contender, 0, seconds, version="1", cpu_by_process_s={}))
     text = compare.markdown(results)
     assert f"({coarse})" not in text
     assert f"| {coarse} |" in text
