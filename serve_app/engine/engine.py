@@ -276,6 +276,7 @@ class Engine:
                 max_running=self._config.max_running,
                 max_step_tokens=self._config.max_step_tokens,
                 prompt_lookup=self._config.prompt_lookup,
+                row_cost=self.capacity.row_cost,
             )
             built.set_result(None)
             self._serve()

@@ -7,6 +7,7 @@ unknown to us, and it is refused. Inexactness is only said.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch
 
 from serve_app.engine.kv_cache import PagePool
 from serve_app.engine.model_runner import ModelRunner
+from serve_app.engine.prompt_lookup import ROW_COST
 from serve_app.engine.scheduler import Scheduler
 from serve_app.engine.sequence import Sequence
 from serve_app.messages import Fingerprint, GenerationRequest, SamplingParams
@@ -29,6 +31,7 @@ _STEP_TOKENS = 16
 _DECODED = {0: 12, 2: 6}
 """How many of which sequence's last tokens the check of exactness decodes: contexts of 1 to 7 and of 30 to 41 tokens,
 all remainders by 8. Decoding all 71 tokens took 1.5 s more of every start and met no other kernel."""
+_TIMED_ROWS, _TIMED_STEPS = 8, 3
 _LONG_LENGTHS = (200, 391, 520)
 _LONG_STEP_TOKENS = 160
 _LONG_DECODED = 8
@@ -75,6 +78,36 @@ def check_exact(runner: ModelRunner, *, num_pages: int, page_tokens: int, longes
     lengths = dict(enumerate(sorted(reached, reverse=True), start=len(_LENGTHS)))
     alone = rows_alone(lengths)
     return same(alone, rows(lengths, _LONG_STEP_TOKENS)) and same(alone, rows(lengths, 512, _LONG_DECODED))
+
+
+def measure_row_cost(runner: ModelRunner, *, num_pages: int, page_tokens: int) -> float:
+    """What one more row adds to a step that decodes, as a share of a step of one row: eight steps.
+
+    For a device whose steps are over when they return. `ROW_COST` where the cache has room for hardly one sequence.
+    """
+    rows = min(_TIMED_ROWS, num_pages // 2, runner.most_tokens or _TIMED_ROWS)  # all are admitted at once
+    if rows < 2:
+        return ROW_COST
+    one, many = (_decode_seconds(runner, PagePool(num_pages), page_tokens, count) for count in (1, rows))
+    return min(max(0.0, many / one - 1) / (rows - 1), 1.0)
+
+
+def _decode_seconds(runner: ModelRunner, pool: PagePool, page_tokens: int, count: int) -> float:
+    """Of a step in which `count` sequences decode: the best of a few, which nothing else on the machine slowed down."""
+    scheduler = Scheduler(pool, page_tokens=page_tokens, max_running=count, max_step_tokens=count)
+    sequences = [_sequence(runner, arrival, 1) for arrival in range(count)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    times = []
+    for _ in range(1 + _TIMED_STEPS):  # the first is their prompts'
+        begin = time.perf_counter()
+        chunks = scheduler.plan()
+        runner.step(chunks)
+        times.append(time.perf_counter() - begin)
+        for chunk in chunks:
+            scheduler.computed(chunk)
+            chunk.sequence.token_ids.append(0)
+    return min(times[1:])
 
 
 def _sequence(runner: ModelRunner, arrival: int, length: int) -> Sequence:

@@ -10,9 +10,8 @@ from array import array
 from collections.abc import Sequence as SequenceOf
 
 ROW_COST = 1 / 12
-"""What one more row adds to a step, as a share of a step of one row, at most. With the demo model on 2 cores with
-AVX-512 it is 1/26 over 8 rows, 1/28 over 16, 1/31 over 32, and up to 1/40 more for sampling. Above the truth, since a
-row's time is paid by all streams of the step and its token goes to one."""
+"""What one more row adds to a step, as a share of a step of one row, where it was not measured (on a GPU it is less). A
+guess with a smaller chance to be right is never made."""
 CANDIDATES = 8
 """Earlier places of the last two ids that are compared, the most recent first."""
 REACH = 16_384
@@ -130,7 +129,9 @@ class Lookup:
             place = self._earlier[place - 1]
 
 
-def share_rows(guesses: SequenceOf[SequenceOf[tuple[int, float]]], rows: int, sampled: int) -> list[int]:
+def share_rows(
+    guesses: SequenceOf[SequenceOf[tuple[int, float]]], rows: int, sampled: int, row_cost: float = ROW_COST
+) -> list[int]:
     """How many guesses of each sequence to verify, at most `rows` together, in a step that gives `sampled` tokens.
 
     A guess gets a row while that raises the tokens expected per time: while its chance to be right, over what a row
@@ -140,16 +141,17 @@ def share_rows(guesses: SequenceOf[SequenceOf[tuple[int, float]]], rows: int, sa
         guesses: of each sequence (see `Lookup.guess`); their chances never rise.
         rows: free ones.
         sampled: tokens that the step gives without guesses.
+        row_cost: of a step of one row.
     """
     lengths = [0] * len(guesses)
-    tokens, cost = float(sampled), 1 + ROW_COST * (sampled - 1)
+    tokens, cost = float(sampled), 1 + row_cost * (sampled - 1)
     best = sorted(((chance, index) for index, of in enumerate(guesses) for _, chance in of), key=lambda c: -c[0])
     for chance, index in best[: max(0, rows)]:
-        if chance * cost <= tokens * ROW_COST:
+        if chance * cost <= tokens * row_cost:
             break
         lengths[index] += 1
         tokens += chance
-        cost += ROW_COST
+        cost += row_cost
     return lengths
 
 

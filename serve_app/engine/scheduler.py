@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from serve_app.engine.kv_cache import PagePool, page_hash, root_hash
-from serve_app.engine.prompt_lookup import READ_AT_ONCE, share_rows
+from serve_app.engine.prompt_lookup import READ_AT_ONCE, ROW_COST, share_rows
 from serve_app.engine.sequence import Sequence, Supposed
 
 
@@ -62,7 +62,14 @@ class Scheduler:
     """Waiting and running sequences, and the pages they hold."""
 
     def __init__(
-        self, pool: PagePool, *, page_tokens: int, max_running: int, max_step_tokens: int, prompt_lookup: bool = False
+        self,
+        pool: PagePool,
+        *,
+        page_tokens: int,
+        max_running: int,
+        max_step_tokens: int,
+        prompt_lookup: bool = False,
+        row_cost: float = ROW_COST,
     ) -> None:
         self.pool = pool
         self.waiting: list[Sequence] = []
@@ -72,6 +79,7 @@ class Scheduler:
         self._max_running = max_running
         self._max_step_tokens = max(max_step_tokens, max_running)
         self.prompt_lookup = prompt_lookup
+        self._row_cost = row_cost
 
     def add(self, sequence: Sequence) -> None:
         bisect.insort(self.waiting, sequence, key=_order)
@@ -176,7 +184,8 @@ class Scheduler:
         if rows <= 0 or not decoding:
             return
         guesses = [step.chunks[place].sequence.guesses(rows) for place in decoding]
-        for place, guessed, length in zip(decoding, guesses, share_rows(guesses, rows, sampled), strict=True):
+        lengths = share_rows(guesses, rows, sampled, self._row_cost)
+        for place, guessed, length in zip(decoding, guesses, lengths, strict=True):
             sequence = step.chunks[place].sequence
             if fitting := self._room(sequence, length):
                 step.chunks[place] = Chunk(sequence, 1, tuple(token_id for token_id, _ in guessed[:fitting]))

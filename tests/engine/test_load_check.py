@@ -10,9 +10,11 @@ import pytest
 import torch
 from tabled_attention import TabledPlain
 
+from serve_app.engine import load_check
 from serve_app.engine.engine import Engine
-from serve_app.engine.load_check import check_exact, check_model
+from serve_app.engine.load_check import check_exact, check_model, measure_row_cost
 from serve_app.engine.model_runner import ModelRunner
+from serve_app.engine.prompt_lookup import ROW_COST
 from serve_app.engine.scheduler import Chunk
 
 PAGE = 16
@@ -133,3 +135,28 @@ def test_a_quantised_model_may_round(runner: ModelRunner, monkeypatch: pytest.Mo
         assert check_model(runner, num_pages=20, page_tokens=PAGE) is None
         monkeypatch.setattr(runner, "step", lambda chunks: step(chunks) * 1.3)
         assert check_model(runner, num_pages=20, page_tokens=PAGE) is not None
+
+
+def test_the_cost_of_a_row_is_measured(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of one row takes 100 ms here, and 15 more for each row after it; now and then something disturbs it."""
+    now, steps, step = [0.0], [0], runner.step
+
+    def timed(chunks: Sequence[Chunk]) -> torch.Tensor:
+        steps[0] += 1
+        now[0] += 0.1 + 0.015 * (sum(chunk.tokens for chunk in chunks) - 1) + 0.5 * (steps[0] % 3 == 0)
+        return step(chunks)
+
+    monkeypatch.setattr(runner, "step", timed)
+    monkeypatch.setattr(load_check.time, "perf_counter", lambda: now[0])
+    assert measure_row_cost(runner, num_pages=80, page_tokens=PAGE) == pytest.approx(0.15)
+    assert steps[0] == 8
+    assert measure_row_cost(runner, num_pages=6, page_tokens=PAGE) == pytest.approx(0.15)
+    assert measure_row_cost(runner, num_pages=3, page_tokens=PAGE) == ROW_COST, "of one sequence nothing is learned"
+
+
+def test_the_cost_of_a_row_is_a_share(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the clock says."""
+    for late, cost in ((-1.0, 0.0), (100.0, 1.0)):
+        times = iter([0.0, 1.0] * 4 + [0.0, 1.0 + late] * 4)
+        monkeypatch.setattr(load_check.time, "perf_counter", lambda times=times: next(times))
+        assert measure_row_cost(runner, num_pages=80, page_tokens=PAGE) == cost

@@ -178,18 +178,23 @@ def _product(factors: list[float]) -> float:
 
 
 @settings(max_examples=200, deadline=None)
-@given(sequences=st.lists(guesses, min_size=1, max_size=3), rows=st.integers(-1, 14), others=st.integers(0, 8))
+@given(
+    sequences=st.lists(guesses, min_size=1, max_size=3),
+    rows=st.integers(-1, 14),
+    others=st.integers(0, 8),
+    row_cost=st.sampled_from([0.0, 1 / 40, ROW_COST, 0.25, 1.0]),
+)
 def test_rows_are_shared_out_for_the_most_tokens_per_time(
-    sequences: list[list[tuple[int, float]]], rows: int, others: int
+    sequences: list[list[tuple[int, float]]], rows: int, others: int, row_cost: float
 ) -> None:
     sampled = len(sequences) + others
-    lengths = share_rows(sequences, rows, sampled)
+    lengths = share_rows(sequences, rows, sampled, row_cost)
 
     def rate(lengths: tuple[int, ...] | list[int]) -> float:
         tokens = sampled + sum(
             chance for of, length in zip(sequences, lengths, strict=True) for _, chance in of[:length]
         )
-        return tokens / (1 + ROW_COST * (sampled - 1 + sum(lengths)))
+        return tokens / (1 + row_cost * (sampled - 1 + sum(lengths)))
 
     assert sum(lengths) <= max(0, rows)
     possible = product(*(range(len(of) + 1) for of in sequences))
@@ -198,9 +203,10 @@ def test_rows_are_shared_out_for_the_most_tokens_per_time(
 
 
 def test_the_fuller_the_step_the_surer_a_guess_must_be() -> None:
-    def shares(rows: int, sampled: int, *of: tuple[float, ...]) -> list[int]:
-        return share_rows([[(0, chance) for chance in one] for one in of], rows, sampled)
+    def shares(rows: int, sampled: int, *of: tuple[float, ...], row_cost: float = ROW_COST) -> list[int]:
+        return share_rows([[(0, chance) for chance in one] for one in of], rows, sampled, row_cost)
 
+    assert shares(30, 1, (0.9, 0.5, 0.2), row_cost=0.25) == [2]
     assert shares(30, 1, (0.2, 0.1)) == [2]
     assert shares(30, 8, (0.2, 0.1)) == [0]
     assert shares(30, 8, (0.9, 0.2), (0.5,)) == [1, 1]

@@ -161,9 +161,13 @@ static void attend_work(const Work& work, int64_t kv_head, const float* q, const
                         float* out, const Layer& layer) {
     const int64_t group = layer.heads / layer.kv_heads, rows = work.queries * group;
     const int64_t key_page = layer.kv_heads * layer.key_dim * PAGE, value_page = layer.kv_heads * layer.value_dim * PAGE;
-    std::vector<float> query(rows * layer.key_dim), acc(rows * layer.value_dim, 0.0f), sums(rows, 0.0f);
-    std::vector<float> peaks(rows, -std::numeric_limits<float>::infinity());
-    std::vector<int64_t> positions(rows);
+    static thread_local std::vector<float> query, acc, sums, peaks;  // kept: a step has thousands of these
+    static thread_local std::vector<int64_t> positions;
+    query.resize(rows * layer.key_dim);
+    acc.assign(rows * layer.value_dim, 0.0f);
+    sums.assign(rows, 0.0f);
+    peaks.assign(rows, -std::numeric_limits<float>::infinity());
+    positions.resize(rows);
     for (int64_t r = 0; r < rows; ++r) {
         const int64_t head = kv_head * group + r % group;
         positions[r] = work.position + r / group;

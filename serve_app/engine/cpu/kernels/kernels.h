@@ -12,7 +12,6 @@ struct Part {
 };
 
 extern "C" {
-int64_t serve_app_packed_bytes(int64_t form, int64_t n, int64_t k);
 void serve_app_linear(const float* x, int64_t ldx, const Part* parts, int64_t count, int64_t m, int64_t k);
 void serve_app_gated(const float* x, int64_t ldx, const Part* gate, const Part* up, int64_t activation, float* y,
                      int64_t m, int64_t k);

@@ -18,13 +18,14 @@ constexpr int LINE_BYTES = 64, LINE = 16;  // of a cache line: bytes, floats
 constexpr int64_t SHARED_K = 1024;    // rows of a panel that are made float32 at once, where blocks of rows share them
 constexpr int NEAR = 16;              // rows of the panel ahead that are fetched into the first-level cache
 
-// out [M][NR] = x [M, k] times a panel, or `more` of k added to what is there. Meanwhile the panel that comes next is fetched into the second-level cache, a
+// out [M][NR] = x [M, k] times a panel, or `more` of k added to what is there. KEEP: the weights are written to `kept`
+// [k][NR] too, for blocks of rows to come; in between the products it costs next to nothing. Meanwhile the panel that comes next is fetched into the second-level cache, a
 // line each `stride` bytes: it is read from memory evenly over all blocks of rows that use the one before it, instead of
 // in a burst by the first of them. On one core with AVX-512, float32 weights [1536, 576]: 194 us instead of 246 at 1 row,
 // 243 instead of 370 at 8, 418 instead of 579 at 32 (without any prefetching).
-template <class Reader, int M>
+template <class Reader, int M, bool KEEP>
 static void multiply(const float* x, int64_t ldx, const uint8_t* w, int64_t k, const uint8_t* next, int64_t stride,
-                     float* out, bool more) {
+                     float* out, bool more, float* kept) {
     constexpr bool wide = Reader::BLOCK == 0;  // a row of the panel is one cache line or more
     vf acc[M][NV];
     for (int m = 0; m < M; ++m)
@@ -35,6 +36,8 @@ static void multiply(const float* x, int64_t ldx, const uint8_t* w, int64_t k, c
         for (const int64_t to = Reader::BLOCK ? std::min(k, from + Reader::BLOCK) : k; from < to; ++from, next += stride) {
             vf weights[NV];
             reader.next(weights);
+            if (KEEP)
+                for (int v = 0; v < NV; ++v) store(kept + from * NR + v * VL, weights[v]);
             __builtin_prefetch(next, 0, 2);
             if (wide)
                 for (int c = 0; c < NR; c += LINE) __builtin_prefetch(reader.at + NEAR * NR + c, 0, 3);
@@ -49,10 +52,10 @@ static void multiply(const float* x, int64_t ldx, const uint8_t* w, int64_t k, c
         for (int v = 0; v < NV; ++v) store(out + m * NR + v * VL, acc[m][v]);
 }
 
-typedef void (*Multiply)(const float*, int64_t, const uint8_t*, int64_t, const uint8_t*, int64_t, float*, bool);
-template <class Reader, int... M>
+typedef void (*Multiply)(const float*, int64_t, const uint8_t*, int64_t, const uint8_t*, int64_t, float*, bool, float*);
+template <class Reader, bool KEEP, int... M>
 static Multiply multiply_for(std::integer_sequence<int, M...>, int64_t rows) {
-    static constexpr Multiply of[] = {multiply<Reader, M + 1>...};
+    static constexpr Multiply of[] = {multiply<Reader, M + 1, KEEP>...};
     return of[rows - 1];
 }
 
@@ -63,42 +66,32 @@ struct Panels {
     const uint8_t* first;
     int64_t form, bytes, k;
     explicit Panels(const Part& part, int64_t inner)
-        : first(part.packed), form(part.form), bytes(serve_app_packed_bytes(form, NR, inner)), k(inner) {}
+        : first(part.packed), form(part.form), bytes(panel_bytes(form, inner)), k(inner) {}
     const uint8_t* operator[](int64_t panel) const { return first + panel * bytes; }
 };
 
-// Rows of x, in blocks, times a panel's rows: out [rows][NR]. What comes next is fetched as `multiply` does.
-template <class Reader>
-static void multiply_blocks(const float* x, int64_t ldx, int64_t rows, const uint8_t* w, int64_t k, const uint8_t* next,
-                            int64_t stride, float* out, bool more) {
-    const int64_t blocks = blocks_of(rows);
-    for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t from = rows * block / blocks, to = rows * (block + 1) / blocks;
-        multiply_for<Reader>(std::make_integer_sequence<int, MR>(), to - from)(
-            x + from * ldx, ldx, w, k, next + k * stride * block, stride, out + from * NR, more);
-    }
-}
-
-// Some of the rows of x times one of the panels: out [rows][NR]. Several blocks of rows share one that was read.
+// Some of the rows of x, in blocks, times one of the panels: out [rows][NR]. What other blocks of rows need again is made
+// float32 by the first.
 static void multiply_rows(const float* x, int64_t ldx, int64_t rows, const Panels& w, int64_t panel,
                           const uint8_t* next, float* out) {
-    static thread_local float values[SHARED_K * NR];
+    static thread_local float kept[SHARED_K * NR];
+    const std::make_integer_sequence<int, MR> up_to_all;
     const int64_t blocks = blocks_of(rows), stride = std::min<int64_t>(w.bytes / (w.k * blocks), 2 * LINE_BYTES);
     with_reader(w.form, [&](auto* kind) {
         using Reader = std::remove_reference_t<decltype(*kind)>;
-        if (blocks == 1 || std::is_same<Reader, Float32Reader>::value)
-            return multiply_blocks<Reader>(x, ldx, rows, w[panel], w.k, next, stride, out, false);
-        Reader reader(w[panel]);
-        for (int64_t from = 0; from < w.k; from += SHARED_K) {
-            const int64_t k = std::min(SHARED_K, w.k - from);
-            for (int64_t i = 0; i < k; ++i) {
-                if (Reader::BLOCK && i % std::max<int64_t>(Reader::BLOCK, 1) == 0) reader.begin_block();
-                vf weights[NV];
-                reader.next(weights);
-                for (int v = 0; v < NV; ++v) store(values + i * NR + v * VL, weights[v]);
+        const bool keep = blocks > 1 && !std::is_same<Reader, Float32Reader>::value;
+        const int64_t at_once = keep ? SHARED_K : w.k;
+        for (int64_t first = 0; first < w.k; first += at_once) {
+            const int64_t k = std::min(at_once, w.k - first);
+            const uint8_t* weights = w[panel] + Reader::panel_bytes(first);
+            for (int64_t block = 0; block < blocks; ++block, next += k * stride) {
+                const int64_t from = rows * block / blocks, to = rows * (block + 1) / blocks;
+                Multiply multiply_block = multiply_for<Reader, false>(up_to_all, to - from);
+                if (keep) multiply_block = block == 0 ? multiply_for<Reader, true>(up_to_all, to - from)
+                                                      : multiply_for<Float32Reader, false>(up_to_all, to - from);
+                const uint8_t* from_here = keep && block > 0 ? reinterpret_cast<const uint8_t*>(kept) : weights;
+                multiply_block(x + from * ldx + first, ldx, from_here, k, next, stride, out + from * NR, first > 0, kept);
             }
-            multiply_blocks<Float32Reader>(x + from, ldx, rows, reinterpret_cast<const uint8_t*>(values), k,
-                                           next + from * stride * blocks, stride, out, from > 0);
         }
     });
 }

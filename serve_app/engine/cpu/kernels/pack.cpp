@@ -131,8 +131,7 @@ extern "C" int64_t serve_app_form(const float* w, int64_t ld, int64_t step, int6
 
 // Bytes that a matrix [n, k] takes in a form.
 extern "C" int64_t serve_app_packed_bytes(int64_t form, int64_t n, int64_t k) {
-    const auto bytes = [&](auto* reader) { return std::remove_reference_t<decltype(*reader)>::panel_bytes(k); };
-    return panels_of(n) * with_reader(form, bytes);
+    return panels_of(n) * panel_bytes(form, k);
 }
 
 static void pack_column(const Matrix& matrix, int64_t row, int64_t form, int64_t column, uint8_t* panel) {
@@ -167,11 +166,11 @@ static void pack_column(const Matrix& matrix, int64_t row, int64_t form, int64_t
 extern "C" void serve_app_pack(const float* w, int64_t ld, int64_t step, int64_t n, int64_t k, int64_t form,
                                uint8_t* packed) {
     const Matrix matrix{w, ld, step, n, k};
-    const int64_t panel_bytes = serve_app_packed_bytes(form, NR, k);
+    const int64_t bytes = panel_bytes(form, k);
 #pragma omp parallel for schedule(static)
     for (int64_t panel = 0; panel < panels_of(n); ++panel) {
-        uint8_t* to = packed + panel * panel_bytes;
-        std::memset(to, 0, panel_bytes);
+        uint8_t* to = packed + panel * bytes;
+        std::memset(to, 0, bytes);
         for (int64_t column = 0; column < std::min<int64_t>(NR, n - panel * NR); ++column)
             pack_column(matrix, panel * NR + column, form, column, to);
     }

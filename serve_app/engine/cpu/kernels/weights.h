@@ -118,7 +118,7 @@ struct CodesReader {
 
 static inline int64_t panels_of(int64_t n) { return (n + NR - 1) / NR; }
 
-// Calls `use` with a reader's type: `with_reader(form, [&]<class Reader>() {...})` of a later C++.
+// Calls `use` with a null pointer to the form's reader, for its type.
 template <class Use>
 static inline auto with_reader(int64_t form, Use use) {
     switch (form) {
@@ -132,4 +132,8 @@ static inline auto with_reader(int64_t form, Use use) {
         case CODES4_BY_32: return use(static_cast<CodesReader<4, 32>*>(nullptr));
         default: return use(static_cast<Float32Reader*>(nullptr));
     }
+}
+
+static inline int64_t panel_bytes(int64_t form, int64_t k) {
+    return with_reader(form, [k](auto* kind) { return std::remove_reference_t<decltype(*kind)>::panel_bytes(k); });
 }
