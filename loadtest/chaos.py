@@ -37,9 +37,9 @@ BASE_CONFIG = Path("configs/serve.yaml")
 RESULTS = Path("loadtest/results")
 OVERRIDES: dict[str, Any] = {
     "model": {"max_model_len": 512},
-    # Either replica can run all clients' streams when the other dies. 80 MiB are 1,820 tokens of the demo model: with
+    # Either replica can run all clients' streams when the other dies. 160 MiB are 3,640 tokens of the demo model: with
     # many streams beside each other it runs out of pages now and then.
-    "engine": {"kv_cache_memory": "80MiB", "max_running": 20, "threads": 1},
+    "engine": {"kv_cache_memory": "160MiB", "max_running": 20, "threads": 1},
     "model_server": {"num_replicas": 2, "num_cpus": 0.1, "graceful_shutdown_timeout_s": 60},
     # A stream whose model replicas die one after the other takes minutes; what drains must wait for it.
     "ingress": {"num_replicas": 2, "num_cpus": 0.1, "graceful_shutdown_timeout_s": 300},

@@ -27,7 +27,7 @@ _RESUME_SHARE = 0.5
 _NEAR_FAULT_SHARE = 0.5
 _NEAR_FAULT_S = 3.0
 """An answer takes one to five seconds here: a client that came so long before a fault is still reading."""
-LONGEST_ANSWER_TOKENS = 96
+SHORTEST_ANSWER_TOKENS, MEAN_MORE_TOKENS, LONGEST_ANSWER_TOKENS = 48, 120, 384
 
 
 class Wire(StrEnum):
@@ -92,7 +92,9 @@ def _question(generator: random.Random, number: int) -> Question:
     text = generator.choice(_TASKS).format(subject, subject)
     wire = Wire.CHAT if number % 2 else Wire.NATIVE
     body: dict[str, Any] = {
-        "max_tokens": min(LONGEST_ANSWER_TOKENS, 12 + int(generator.expovariate(1 / 30))),
+        "max_tokens": min(
+            LONGEST_ANSWER_TOKENS, SHORTEST_ANSWER_TOKENS + int(generator.expovariate(1 / MEAN_MORE_TOKENS))
+        ),
         "seed": generator.getrandbits(32),
         "temperature": 0,
     }
