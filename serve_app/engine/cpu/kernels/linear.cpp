@@ -75,7 +75,7 @@ struct Panels {
 static void multiply_rows(const float* x, int64_t ldx, int64_t rows, const Panels& w, int64_t panel,
                           const uint8_t* next, float* out) {
     static thread_local float kept[SHARED_K * NR];
-    const std::make_integer_sequence<int, MR> up_to_all;
+    const std::make_integer_sequence<int, MR> up_to_all{};
     const int64_t blocks = blocks_of(rows), stride = std::min<int64_t>(w.bytes / (w.k * blocks), 2 * LINE_BYTES);
     with_reader(w.form, [&](auto* kind) {
         using Reader = std::remove_reference_t<decltype(*kind)>;
