@@ -47,11 +47,11 @@ def settle(loaded: PreTrainedModel, model: ModelConfig) -> tuple[str, ...]:
         fast = _use_packed_kernel_where_it_fits(loaded)
     else:
         fast = model.llm_int8_threshold == 0 and use_int8_linears(loaded) > 0
-    if fast:
-        return ()
+    # What is left when the kernel is fast: `none` reads a checkpoint of 16 bits, or of a GGUF file's codes, as such.
+    when = ", unless the checkpoint is float32 to the last bit" if fast else ""
     note = (
         f"model.quantization {model.quantization} saves memory on this CPU and costs speed: answers come slower than "
-        "with none (docs/quantization.md)"
+        f"with none{when} (docs/quantization.md)"
     )
     logger.warning(note)
     return (note,)
