@@ -44,6 +44,9 @@ CONCURRENCY = (1, 8, 32)
 PREFILL_TOKENS = 900
 SEED_TOKENS = 16
 """The seed's loop slows with each token; this many of them flatter it."""
+MORE_ALONE = 5
+"""Times as many requests where they come one after the other: three have no median to speak of, and the first of them
+finds the connection closed and the caches cold."""
 ENGINE_ALONE, ENGINE, SERVICE = "engine alone", "engine", "service"
 """The engine before there is a service; the same beside a service that idles; the service."""
 Record = dict[str, Any]
@@ -118,13 +121,15 @@ class Bench:
                     for turn in range(rounds):
                         order = in_turn((ENGINE, SERVICE), turn)
                         for count in CONCURRENCY:
-                            self._undisturbed(f"round {turn}", count, partial(self._beside, engine, server, order))
+                            beside = partial(self._beside, engine, server, order)
+                            self._undisturbed(f"round {turn}", count, beside, MORE_ALONE if count == 1 else 1)
 
-    def _undisturbed(self, turn: str, count: int, take: Take) -> None:
+    def _undisturbed(self, turn: str, count: int, take: Take, times: int = 1) -> None:
         """Keep the records, by contender, of the first try that no other program disturbed, or of the last. Each asks
-        other questions."""
+        other questions, `times` as many as a comparison does."""
         for name in (turn, *(f"{turn}, again {repeat + 1}" for repeat in range(REPEATS))):
-            records = take(count, chats(Cell(Set.VARIED, count), name))
+            cell, more = Cell(Set.VARIED, count), (f"{name}, more {number}" for number in range(1, times))
+            records = take(count, [chat for part in (name, *more) for chat in chats(cell, part)])
             for contender, record in records.items():
                 said = f"{f'{contender}@{count}':<16} {tokens_per_second(record):7.1f} tok/s"
                 print(said + (", disturbed" if record["disturbed"] else ""), flush=True)
