@@ -51,6 +51,7 @@ class ModelServer:
         self._replica = replica.replica_id.unique_id
         board = ProgressBoard(replica.app_name, config)
         if refusal := await asyncio.to_thread(board.refusal):
+            board.refuse(refusal)  # for the next try, however long that takes
             raise ModelError(refusal)
         note_suspect = partial(SuspectNotes(replica.app_name).write, replica.replica_id.unique_id)
         try:

@@ -29,8 +29,8 @@ NOTE_PERIOD_S = 0.25
 """Between two notes of one stage."""
 LOG_PERIOD_S = 5.0
 """Between two log lines of one stage."""
-REFUSED_FOR_S = 5.0
-"""How long a refusal answers for further tries: Serve makes each a second or two after the one before."""
+REFUSED_FOR_S = 10.0
+"""How long a refusal answers for the next try: Serve makes it a second or two later, on a busy machine some more."""
 _NAMESPACE = "serve_app"
 
 

@@ -47,6 +47,8 @@ async def test_a_replica_that_died_before_the_first_look_is_noticed() -> None:
         async with asyncio.timeout(20):
             while not callers.gone(name):  # noqa: ASYNC110 - a thread looks
                 await asyncio.sleep(0.01)
+        assert callers._gone == {name}
+    assert not callers.gone(name)
 
 
 def test_a_script_has_no_name_and_is_not_watched() -> None:

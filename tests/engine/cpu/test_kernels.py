@@ -104,13 +104,18 @@ def test_the_library_is_compiled_once(kernels: Kernels, kernel_folder: Path, mon
     assert made.stat().st_mtime_ns == before
 
 
+def use_compiler(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the kernels compiled by a line of shell."""
+    compiler = folder / "cxx"
+    compiler.write_text(f"#!/bin/sh\n{command}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+
+
 def test_without_a_compiler_torch_serves_and_it_is_said(
     make_engine: MakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = tmp_path / "cxx"
-    broken.write_text("#!/bin/sh\necho 'error: nothing works here' >&2\nexit 1\n")
-    broken.chmod(0o755)
-    monkeypatch.setenv("CXX", str(broken))
+    use_compiler("echo 'error: nothing works here' >&2; exit 1", tmp_path, monkeypatch)
     with pytest.raises(EngineError, match="nothing works here"):
         load_kernels(tmp_path)
     engine = make_engine(model=tiny_model("llama"), kernel_cache=tmp_path)
@@ -123,10 +128,7 @@ def test_narrower_vectors_are_exact_too(
     make_engine: MakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernels of a processor with AVX2: other copies of each function, of which none may round differently."""
-    compiler = tmp_path / "cxx"
-    compiler.write_text('#!/bin/sh\nexec g++ "$@" -mno-avx512f\n')
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
+    use_compiler('exec g++ "$@" -mno-avx512f', tmp_path, monkeypatch)
     for kind in ("llama", "mistral"):
         engine = make_engine(model=tiny_model(kind), kernel_cache=tmp_path)
         assert engine.capacity.attention_backend == "cpu"
