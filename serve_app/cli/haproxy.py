@@ -54,7 +54,7 @@ def haproxy_environment(current: Mapping[str, str], launcher: Path) -> dict[str,
     program = bundled_haproxy()
     if program is None or current.get(ENABLE, "1") != "1" or "RAY_SERVE_HAPROXY_BINARY_PATH" in current:
         return {}
-    statistics, metrics = _free_ports(2)
+    statistics, metrics, fallback, grpc_fallback = _free_ports(4)
     launcher.write_text(
         _LAUNCHER.format(program=shlex.quote(str(program)), ports=f"{statistics}|{metrics}", starting=_STARTING)
     )
@@ -66,6 +66,10 @@ def haproxy_environment(current: Mapping[str, str], launcher: Path) -> dict[str,
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(launcher),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        # Where HAProxy sends requests while no ingress replica runs. Serve's proxies of all services on a machine would
+        # share one port (SO_REUSEPORT): a service that starts would hand its requests to another, which answers them.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(grpc_fallback),
         # As it has on a cluster, for load balancers of others to notice that an ingress replica goes: ours is told at
         # once. Ctrl-C would take so long.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",

@@ -1,7 +1,7 @@
 """The ingress's end of the channels: takes the messages of each model replica apart, into the inboxes of its attempts.
 
-A channel is opened to a replica that answers two attempts or more, and ends by itself. Promises that an attempt whose
-tokens were in a channel that broke is told so. Knows no text.
+A channel is opened to a replica that has answered, and lasts as long as the replica. Promises that an attempt whose
+tokens may have been in a channel that broke is told so. Knows no text.
 """
 
 from __future__ import annotations
@@ -10,96 +10,142 @@ import asyncio
 import itertools
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import Context
-from typing import Any
+from typing import cast
 
-from ray.serve.handle import DeploymentResponseGenerator
-
-from serve_app.deployments.calls import caller_cancelled, cancel, in_its_own_right
+from serve_app.deployments.channel_wire import ChannelAddress, ChannelItem, decode, greeting
 from serve_app.deployments.inbox import Inbox
-from serve_app.deployments.token_channels import ChannelItem, ChannelRequest
-from serve_app.messages import TokenBatch
+from serve_app.deployments.replica_table import Attempt
 
 logger = logging.getLogger(__name__)
 
-WORTHWHILE = 2
-"""Attempts at one replica that a channel saves messages for."""
 OPEN_S = 5.0
-"""A channel that is not open after so long is given up, and another is tried so much later."""
+"""A channel that is not open after so long is given up."""
+RETRY_S = 30.0
+"""Between two tries to open one: while it can't be had, tokens come as messages of Serve's."""
 
 
 class ChannelReader:
     """All channels of one caller, for its event loop."""
 
-    def __init__(self, open_channel: Callable[[ChannelRequest], Any], caller: str) -> None:
-        """`open_channel` makes Serve's streaming call; `caller` is "" where nobody can be told apart: no channels."""
-        self._open_channel = open_channel
+    def __init__(self, address_of: Callable[[str], ChannelAddress | None], caller: str) -> None:
+        """`address_of` a replica's channels; `caller` is "" where nobody can be told apart: no channels."""
+        self._address_of = address_of
         self._caller = caller
         self._numbers = itertools.count(1)
-        self._inboxes: dict[int, Inbox] = {}
-        self._at: defaultdict[str, set[int]] = defaultdict(set)
-        self._reading: dict[str, asyncio.Task[None]] = {}
+        self._attempts: dict[int, tuple[Attempt, Inbox]] = {}
+        self._channels: dict[str, _Channel] = {}
+        self._opening: dict[str, asyncio.Task[None]] = {}
         self._not_before: dict[str, float] = {}
 
+    def next_number(self) -> int:
+        """Of an attempt."""
+        return next(self._numbers)
+
     @contextmanager
-    def attempt(self, first_index: int) -> Iterator[tuple[int, Inbox]]:
-        """The number and the inbox of a new attempt, whose first token is to have that position."""
-        number, inbox = next(self._numbers), Inbox(first_index)
-        self._inboxes[number] = inbox
+    def inbox(self, attempt: Attempt) -> Iterator[Inbox]:
+        """For what comes for the attempt."""
+        number, inbox = attempt.request.attempt, Inbox(len(attempt.request.output_token_ids))
+        self._attempts[number] = attempt, inbox
         try:
-            yield number, inbox
+            yield inbox
         finally:
-            del self._inboxes[number]
+            del self._attempts[number]
             inbox.release()
-            for replica in [replica for replica, numbers in self._at.items() if number in numbers]:
-                self._at[replica].discard(number)
-                if not self._at[replica]:
-                    del self._at[replica]
 
-    def answered(self, number: int, replica: str) -> None:
-        """This replica has said its first word to the attempt."""
-        self._at[replica].add(number)
-        worthwhile = self._caller and len(self._at[replica]) >= WORTHWHILE
-        if worthwhile and replica not in self._reading and time.monotonic() >= self._not_before.get(replica, 0.0):
-            self._not_before.pop(replica, None)
-            # It belongs to no request, whoever started it.
-            task = asyncio.create_task(self._read(replica), name=f"channel {replica}", context=Context())
-            self._reading[replica] = task
+    def answered(self, replica: str) -> None:
+        """This replica has said its first word to an attempt."""
+        if not self._caller or replica in self._channels or replica in self._opening:
+            return
+        if time.monotonic() < self._not_before.get(replica, 0.0):
+            return
+        if (address := self._address_of(replica)) is None:
+            return
+        # It belongs to no request, whoever started it.
+        task = asyncio.create_task(self._open(replica, address), name=f"channel {replica}", context=Context())
+        self._opening[replica] = task
 
-    async def _read(self, replica: str) -> None:
-        opened = ended = False
-        response: DeploymentResponseGenerator[Any] | None = None
+    def drop(self, replica: str) -> None:
+        """This replica says nothing any more: it is frozen or cut off, and so is its channel."""
+        if (channel := self._channels.get(replica)) is not None:
+            channel.close()
+
+    async def _open(self, replica: str, address: ChannelAddress) -> None:
+        channel = _Channel(self, replica, greeting(address, self._caller))
         try:
-            response = in_its_own_right(lambda: self._open_channel(ChannelRequest(self._caller, replica)))
-            async with asyncio.timeout(OPEN_S) as limit:
-                async for items in response:
-                    if not opened:
-                        opened = True
-                        limit.reschedule(None)
-                    self._hand_out(items)
-            ended = True
-        except asyncio.CancelledError:
-            if caller_cancelled():
-                raise
-            logger.info("replica %s cancelled its channel", replica)
-        except Exception as error:  # noqa: BLE001 - a replica's exception arrives as itself, of any type
-            logger.info(
-                "the channel to replica %s %s: %r", replica, "broke" if opened else "could not be opened", error
-            )
+            async with asyncio.timeout(OPEN_S):
+                await asyncio.get_running_loop().create_connection(lambda: channel, address.host, address.port)
+                await channel.opened
+        except OSError as error:  # TimeoutError is one
+            now = time.monotonic()
+            self._not_before = {name: until for name, until in self._not_before.items() if until > now}
+            self._not_before[replica] = now + RETRY_S
+            logger.info("no channel to replica %s: %r", replica, error)
         finally:
-            del self._reading[replica]
-            if response is not None and not ended:
-                cancel(response)
-            if not opened:
-                self._not_before[replica] = time.monotonic() + OPEN_S
-            elif not ended:
-                for number in self._at.get(replica, ()):
-                    self._inboxes[number].lose()
+            del self._opening[replica]
+            if replica not in self._channels:
+                channel.close()
 
-    def _hand_out(self, items: tuple[ChannelItem, ...]) -> None:
-        for number, first_index, token_ids, logprobs in items:
-            if (inbox := self._inboxes.get(number)) is not None:
-                inbox.put(TokenBatch(first_index, token_ids, logprobs))
+    def opened(self, replica: str, channel: _Channel) -> None:
+        """Called by a channel."""
+        self._channels[replica] = channel
+
+    def received(self, items: list[ChannelItem]) -> None:
+        """Called by a channel, for each message."""
+        for number, batch in items:
+            if (found := self._attempts.get(number)) is not None:
+                found[1].put(batch)
+
+    def broke(self, replica: str, channel: _Channel) -> None:
+        """Called by a channel that was open."""
+        if self._channels.get(replica) is channel:
+            del self._channels[replica]
+        for attempt, inbox in self._attempts.values():
+            if attempt.replica == replica:
+                inbox.lose()
+
+
+class _Channel(asyncio.Protocol):
+    """One connection."""
+
+    def __init__(self, reader: ChannelReader, replica: str, greeting: bytes) -> None:
+        self._reader = reader
+        self._replica = replica
+        self._greeting = greeting
+        self._unfinished = b""
+        self._transport: asyncio.Transport | None = None
+        self.opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done when the replica has taken this caller; ConnectionError when it hasn't."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """asyncio's."""
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.write(self._greeting)
+
+    def data_received(self, data: bytes) -> None:
+        """asyncio's."""
+        *lines, self._unfinished = (self._unfinished + data).split(b"\n")
+        try:
+            for line in lines:
+                self._reader.received(decode(line))
+        except (ValueError, TypeError, IndexError):
+            logger.exception("replica %s sends what is no message", self._replica)
+            self.close()
+            return
+        if lines and not self.opened.done():
+            self.opened.set_result(None)
+            self._reader.opened(self._replica, self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """asyncio's."""
+        if self.opened.done() and not self.opened.cancelled():
+            self._reader.broke(self._replica, self)
+        elif not self.opened.done():
+            self.opened.set_exception(ConnectionError("the replica closed it"))
+
+    def close(self) -> None:
+        """Break it off."""
+        if self._transport is not None:
+            self._transport.abort()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from functools import partial
@@ -21,9 +22,9 @@ from serve_app.deployments.callers import Callers
 from serve_app.deployments.logs import use_serve_log
 from serve_app.deployments.metrics import RayMetrics
 from serve_app.deployments.progress import ProgressBoard, Reporter
-from serve_app.deployments.request_router import ARITHMETIC_KEY, FINGERPRINT_KEY
+from serve_app.deployments.request_router import ARITHMETIC_KEY, CHANNEL_KEY, FINGERPRINT_KEY
 from serve_app.deployments.suspects import SuspectNotes
-from serve_app.deployments.token_channels import ChannelItem, ChannelRequest, TokenChannels
+from serve_app.deployments.token_channels import TokenChannels
 from serve_app.engine.errors import EngineError
 from serve_app.messages import GenerationRequest, LoadStage, ModelCard, Reply
 from serve_app.models.errors import ModelError
@@ -48,7 +49,6 @@ class ModelServer:
         """Fetch, load and check the model, and start the engine. Raises `ModelError` or `EngineError`."""
         use_serve_log()
         replica = serve.get_replica_context()
-        self._replica = replica.replica_id.unique_id
         board = ProgressBoard(replica.app_name, config)
         if refusal := await asyncio.to_thread(board.refusal):
             board.refuse(refusal)  # for the next try, however long that takes
@@ -68,6 +68,8 @@ class ModelServer:
         board.publish(card)
         self._callers = Callers()
         self._channels = TokenChannels()
+        if (host := await asyncio.to_thread(_channel_host)) is not None:
+            await self._channels.listen(host)
         self._metrics = asyncio.create_task(self._report_metrics(RayMetrics()))
 
     def _start(
@@ -79,7 +81,7 @@ class ModelServer:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Reply, None]:
         """The replies of one attempt; see `streams.replica.ReplicaClient.open`."""
         caller = request.caller
-        with self._callers.waiting(caller), self._channels.stream(caller):
+        with self._callers.waiting(caller):
             async with aclosing(self._engine.generate(request)) as replies:
                 async for reply in replies:  # one each second at least
                     if self._callers.gone(caller):
@@ -87,17 +89,13 @@ class ModelServer:
                     if not self._channels.put(request, reply):
                         yield reply
 
-    async def tokens(self, request: ChannelRequest) -> AsyncGenerator[tuple[ChannelItem, ...], None]:
-        """The tokens of all this caller's streams, as long as it has some, in place of their own ways."""
-        if request.replica != self._replica:  # the one that was meant is no longer there
-            return
-        async with aclosing(self._channels.read(request.caller)) as messages:
-            async for items in messages:
-                yield items
-
     def record_replica_metadata(self) -> dict[str, str]:
         """Serve's hook: what every router learns of this replica. A stream goes on only with its own weights."""
-        return {FINGERPRINT_KEY: self._fingerprint, ARITHMETIC_KEY: self._engine.capacity.arithmetic}
+        return {
+            FINGERPRINT_KEY: self._fingerprint,
+            ARITHMETIC_KEY: self._engine.capacity.arithmetic,
+            CHANNEL_KEY: str(self._channels.address or ""),
+        }
 
     async def stats(self) -> EngineStats:
         """What the engine is doing, for operators and tests."""
@@ -128,6 +126,15 @@ class ModelServer:
         if hasattr(self, "_metrics"):
             self._metrics.cancel()
             self._engine.stop()
+
+
+def _channel_host() -> str | None:
+    """The address for token channels; None where what goes between nodes is to be encrypted. Blocks for a call."""
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+        return None
+    if sum(node["Alive"] for node in ray.nodes()) == 1:  # type: ignore[no-untyped-call]
+        return "127.0.0.1"
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
 def _start_engine(

@@ -23,11 +23,11 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from serve_app.deployments.callers import own_name
 from serve_app.deployments.calls import cancel, in_its_own_right
 from serve_app.deployments.channel_reader import ChannelReader
+from serve_app.deployments.channel_wire import ChannelAddress
 from serve_app.deployments.inbox import Inbox
 from serve_app.deployments.readiness import Readiness
 from serve_app.deployments.replica_table import Attempt, replica_table
 from serve_app.deployments.suspects import SuspectNotes
-from serve_app.deployments.token_channels import ChannelRequest
 from serve_app.messages import Failure, FailureCode, GenerationRequest, LoadStage, ModelCard, Reply, TokenBatch
 from serve_app.streams.replica import ReplicaLost
 
@@ -53,7 +53,7 @@ class RayReplicaClient:
         self._table = replica_table(model_server.app_name, model_server.deployment_name)
         self._suspects = SuspectNotes(model_server.app_name)
         self._name = own_name()
-        self._channels = ChannelReader(self._open_channel, self._name)
+        self._channels = ChannelReader(self._channel_of, self._name)
 
     async def model(self) -> ModelCard | LoadStage:
         """The card of the model, or how far the first replica is; never waits for a replica."""
@@ -67,27 +67,26 @@ class RayReplicaClient:
         then on only what the replica says counts. A stream whose replica is leaving is lost to it as soon as another
         can continue it.
         """
-        with self._channels.attempt(len(request.output_token_ids)) as (number, inbox):
-            request = replace(request, caller=self._name, attempt=number)
-            with self._table.track(request) as attempt:
-                response = in_its_own_right(lambda: self._generate.remote(request))
-                reading = asyncio.create_task(_read(response, inbox), name=f"attempt {number}")
-                reading.add_done_callback(partial(_ended, inbox))
-                try:
-                    async with aclosing(self._replies(attempt, number, inbox, reading)) as replies:
-                        async for reply in replies:
-                            yield reply
-                finally:
-                    if not reading.done():
-                        reading.cancel()
-                        cancel(response)
-                    if request.alone and attempt.replica is not None:
-                        # On a thread, and not awaited: whoever closes this generator may have been cancelled.
-                        forget = partial(self._suspects.forget, attempt.replica, request)
-                        asyncio.get_running_loop().run_in_executor(None, forget)
+        request = replace(request, caller=self._name, attempt=self._channels.next_number())
+        with self._table.track(request) as attempt, self._channels.inbox(attempt) as inbox:
+            response = in_its_own_right(lambda: self._generate.remote(request))
+            reading = asyncio.create_task(_read(response, inbox), name=f"attempt {request.attempt}")
+            reading.add_done_callback(partial(_ended, inbox))
+            try:
+                async with aclosing(self._replies(attempt, inbox, reading)) as replies:
+                    async for reply in replies:
+                        yield reply
+            finally:
+                if not reading.done():
+                    reading.cancel()
+                    cancel(response)
+                if request.alone and attempt.replica is not None:
+                    # On a thread, and not awaited: whoever closes this generator may have been cancelled.
+                    forget = partial(self._suspects.forget, attempt.replica, request)
+                    asyncio.get_running_loop().run_in_executor(None, forget)
 
     async def _replies(
-        self, attempt: Attempt, number: int, inbox: Inbox, reading: asyncio.Task[None]
+        self, attempt: Attempt, inbox: Inbox, reading: asyncio.Task[None]
     ) -> AsyncGenerator[Reply, None]:
         """What comes for one attempt, and how it ends. Raises `ReplicaLost`."""
         answered = ended = False
@@ -100,7 +99,7 @@ class RayReplicaClient:
                     self._table.heard(attempt, tokens=isinstance(reply, TokenBatch) and bool(reply.token_ids))
                     if not answered and attempt.replica is not None:
                         answered = True
-                        self._channels.answered(number, attempt.replica)
+                        self._channels.answered(attempt.replica)
                     ended = isinstance(reply, Failure) or reply.finish_reason is not None
                     if isinstance(reply, Failure) and reply.code in _OUT_OF_ORDER:
                         self._table.out_of_order(attempt)
@@ -120,6 +119,8 @@ class RayReplicaClient:
         finally:
             if not ended and time.monotonic() - heard_at > SILENCE_S:
                 self._table.fell_silent(attempt)
+                if attempt.replica is not None:
+                    self._channels.drop(attempt.replica)
 
     async def _last_word(self, attempt: Attempt, reading: asyncio.Task[None]) -> Failure:
         """The failure that the end of the replica's stream, before its last batch, stands for. Raises `ReplicaLost`."""
@@ -133,9 +134,8 @@ class RayReplicaClient:
             raise await self._lost(type(error).__name__, attempt) from error
         return failure
 
-    def _open_channel(self, request: ChannelRequest) -> Any:
-        # Made from a handle that was used, so that both have one router.
-        return self._generate.options(method_name="tokens").remote(request)
+    def _channel_of(self, replica: str) -> ChannelAddress | None:
+        return ChannelAddress.parse(self._table.channel(replica))
 
     async def _lost(self, reason: str, attempt: Attempt, *, taken: bool = True) -> ReplicaLost:
         self._readiness.doubt()

@@ -48,6 +48,7 @@ class ReplicaTable:
     def __init__(self) -> None:
         self._live: Mapping[str, Fingerprint | None] = {}
         self._arithmetic: Mapping[str, str] = {}
+        self._channels: Mapping[str, str] = {}
         self._silent_until: dict[str, float] = {}
         self._attempts: dict[int, Attempt] = {}
         self._moving_until: dict[tuple[str, int], float] = {}
@@ -57,12 +58,23 @@ class ReplicaTable:
         """Replicas that take requests, with their weights. A draining one is not among them."""
         return self._live
 
-    def update(self, live: Mapping[str, Fingerprint | None], arithmetic: Mapping[str, str] | None = None) -> None:
-        """What the router knows now: the weights of each, and how it computes, where that is exact."""
+    def update(
+        self,
+        live: Mapping[str, Fingerprint | None],
+        arithmetic: Mapping[str, str] | None = None,
+        channels: Mapping[str, str] | None = None,
+    ) -> None:
+        """What the router knows now: the weights of each, how it computes, where that is exact, and where its token
+        channels are had."""
         left = {attempt.replica for attempt in list(self._attempts.values())} - live.keys()
         known = {replica: how for replica, how in self._arithmetic.items() if replica in left}
         self._arithmetic = {**known, **(arithmetic or {})}
+        self._channels = channels or {}
         self._live = live
+
+    def channel(self, replica: str) -> str:
+        """Where token channels of a live replica are had; empty where there are none."""
+        return self._channels.get(replica, "")
 
     @contextmanager
     def track(self, request: GenerationRequest) -> Iterator[Attempt]:

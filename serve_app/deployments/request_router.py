@@ -12,13 +12,14 @@ from typing import Any
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from serve_app.deployments.replica_table import ReplicaTable, replica_table
-from serve_app.deployments.token_channels import ChannelRequest
 from serve_app.messages import Fingerprint, GenerationRequest
 
 FINGERPRINT_KEY = "fingerprint"
 """In what a replica says of itself to the routers (`record_replica_metadata`)."""
 ARITHMETIC_KEY = "arithmetic"
 """Likewise: how it computes, where that is exact."""
+CHANNEL_KEY = "channel"
+"""Likewise: where its token channels are had (`channel_wire.ChannelAddress`)."""
 
 
 class ModelRouter(RequestRouter):
@@ -47,6 +48,7 @@ class ModelRouter(RequestRouter):
         self._table.update(
             {name: _fingerprint(replica) for name, replica in replicas.items()},
             {name: _arithmetic(replica) for name, replica in replicas.items()},
+            {name: str(replica.replica_metadata.get(CHANNEL_KEY, "")) for name, replica in replicas.items()},
         )
 
     async def choose_replicas(
@@ -55,15 +57,12 @@ class ModelRouter(RequestRouter):
         """Two at random of those that fit; Serve takes the one with fewer requests, and asks again when both are full.
 
         When none has the request's weights any one may say so: a request must not wait for what may never come. What
-        another replica began goes to one that computes alike, if there is one. A channel is for one replica alone, and
-        whoever asked for it does not wait long.
+        another replica began goes to one that computes alike, if there is one.
         """
         fitting = candidate_replicas
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True  # else Serve asks again without a pause
             request = pending_request.args[0] if pending_request.args else None
-            if isinstance(request, ChannelRequest):
-                return [[r for r in candidate_replicas if r.replica_id.unique_id == request.replica]]
             if isinstance(request, GenerationRequest):
                 self._table.waiting(request)
                 fitting = [r for r in fitting if _fingerprint(r) == request.fingerprint] or fitting

@@ -1,103 +1,134 @@
 """The model server's end of the channels: what a step made for all streams of one ingress replica, in one message.
 
-Serve's cost is by the message, not by the token. Promises that nothing is delayed, that what is put into a channel was
-handed to Serve before the channel ends, and that a stream without a channel goes its own way. Knows no Ray and no text.
+A channel is a TCP connection of its own: through Serve, each message costs both processes about a millisecond of Python
+and gRPC. Promises that nothing is delayed, that who loses what was put into a channel sees the channel break, and that
+a stream without a channel goes its own way. Knows no Ray and no text.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+import logging
+import secrets
+import socket
+from typing import cast
 
-from serve_app.messages import GenerationRequest, Reply, TokenBatch, TokenLogprobs
+from serve_app.deployments.channel_wire import ChannelAddress, ChannelItem, encode, read_greeting
+from serve_app.messages import GenerationRequest, Reply, TokenBatch
 
-IDLE_S = 2.0
-"""A channel without streams ends after so long. While it is there it is one of the replica's ongoing requests."""
+logger = logging.getLogger(__name__)
 
-ChannelItem = tuple[int, int, tuple[int, ...], tuple[TokenLogprobs, ...] | None]
-"""A batch without a last word and without counters: number of the attempt, first index, token ids, logprobs."""
-
-
-@dataclass(frozen=True, slots=True)
-class ChannelRequest:
-    """Asks one replica, and no other, for the channel of one caller."""
-
-    caller: str
-    replica: str
-    """Its id, as Serve has it."""
+GREETING_S = 5.0
+"""A connection that has not said who it is after so long is closed."""
+MAX_GREETING_BYTES = 1024
+UNREACHABLE_S = 3.0
+"""A channel whose reader's machine confirms nothing for so long is closed, where the system can do that (Linux)."""
+MAX_UNREAD_BYTES = 2**23
+"""A channel that its reader has left so much of is closed: about 500,000 tokens, so the reader's process is stopped."""
 
 
 class TokenChannels:
     """The channels of one replica, for its event loop."""
 
     def __init__(self) -> None:
+        self.messages = 0
+        """Sent so far."""
+        self.address: ChannelAddress | None = None
         self._open: dict[str, _Channel] = {}
-        self._streams: Counter[str] = Counter()
+        self._server: asyncio.Server | None = None
 
-    @contextmanager
-    def stream(self, caller: str) -> Iterator[None]:
-        """A stream of this caller runs as long as the block does."""
-        self._streams[caller] += 1
+    async def listen(self, host: str) -> None:
+        """Let callers open channels at this address of the machine; without it all streams go their own ways."""
+        secret = secrets.token_hex(16)
         try:
-            yield
-        finally:
-            self._streams[caller] -= 1
-            if not self._streams[caller]:
-                del self._streams[caller]
+            self._server = await asyncio.get_running_loop().create_server(lambda: _Channel(self, secret), host, 0)
+        except OSError as error:
+            logger.warning("no token channels at %s: %s; each token is a message of Serve's", host, error)
+            return
+        port = self._server.sockets[0].getsockname()[1]
+        self.address = ChannelAddress(host, port, secret)
 
     def put(self, request: GenerationRequest, reply: Reply) -> bool:
         """Send the reply through its caller's channel; False when it has none or the reply goes the stream's own way.
 
-        So do last words, whose end they are, and the counters that come with an attempt's first tokens.
+        So do last words, whose end they are.
         """
         channel = self._open.get(request.caller)
-        if channel is None or not isinstance(reply, TokenBatch):
+        if channel is None or not isinstance(reply, TokenBatch) or reply.finish_reason is not None:
             return False
-        if reply.finish_reason is not None or reply.stats is not None:
-            return False
-        channel.put((request.attempt, reply.first_index, reply.token_ids, reply.logprobs))
+        channel.put((request.attempt, reply))
         return True
 
-    async def read(self, caller: str) -> AsyncGenerator[tuple[ChannelItem, ...], None]:
-        """All that is put for `caller` from now on: first nothing, which says that the channel is open.
+    def opened(self, caller: str, channel: _Channel) -> None:
+        """Called by a channel. A later one of the same caller takes the place of the first, which it has given up."""
+        previous, self._open[caller] = self._open.get(caller), channel
+        if previous is not None:
+            previous.close()
 
-        Ends when the caller has had no stream for a while. A later channel of the same caller takes its place.
-        """
-        channel = self._open[caller] = _Channel()
-        try:
-            yield ()
-            while await channel.wait(IDLE_S) or caller in self._streams:
-                if items := channel.take():
-                    yield items
-        finally:
-            if self._open.get(caller) is channel:
-                del self._open[caller]
+    def closed(self, caller: str, channel: _Channel) -> None:
+        """Called by a channel."""
+        if self._open.get(caller) is channel:
+            del self._open[caller]
 
 
-class _Channel:
-    """What waits to be sent. The streams of one step put theirs in before whoever waits is woken."""
+class _Channel(asyncio.Protocol):
+    """One connection. The streams of a step put theirs in one after the other, before the loop goes on to `_flush`."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: TokenChannels, secret: str) -> None:
+        self._channels = channels
+        self._secret = secret
+        self._loop = asyncio.get_running_loop()
+        self._caller = ""
+        self._greeting = b""
         self._items: list[ChannelItem] = []
-        self._arrived = asyncio.Event()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """asyncio's."""
+        self._transport = cast("asyncio.Transport", transport)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            connection = transport.get_extra_info("socket")
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * UNREACHABLE_S))
+        self._impatience = self._loop.call_later(GREETING_S, self.close)
+
+    def data_received(self, data: bytes) -> None:
+        """asyncio's. After its greeting a caller says nothing."""
+        self._greeting += data
+        line, end, more = self._greeting.partition(b"\n")
+        if self._caller or more or len(line) > MAX_GREETING_BYTES:
+            self._refuse()
+        elif end:
+            self._impatience.cancel()
+            if (caller := read_greeting(line, self._secret)) is None:
+                self._refuse()
+                return
+            self._caller = caller
+            self._transport.write(encode(()))
+            self._channels.opened(caller, self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """asyncio's."""
+        self._impatience.cancel()
+        self._channels.closed(self._caller, self)
 
     def put(self, item: ChannelItem) -> None:
-        self._items.append(item)
-        self._arrived.set()
-
-    def take(self) -> tuple[ChannelItem, ...]:
-        items = tuple(self._items)
-        self._items.clear()
-        self._arrived.clear()
-        return items
-
-    async def wait(self, timeout_s: float) -> bool:
-        """Whether there is something to take."""
+        """Have it sent with all else that is put before the loop's next turn."""
         if not self._items:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(timeout_s):
-                    await self._arrived.wait()
-        return bool(self._items)
+            self._loop.call_soon(self._flush)
+        self._items.append(item)
+
+    def close(self) -> None:
+        """Break it off: what is not sent yet is lost, and the reader sees that it is."""
+        self._transport.abort()
+
+    def _refuse(self) -> None:
+        logger.warning("a connection to the token channels is none of an ingress replica; closed")
+        self.close()
+
+    def _flush(self) -> None:
+        message = encode(self._items)
+        self._items.clear()
+        self._transport.write(message)
+        self._channels.messages += 1
+        if self._transport.get_write_buffer_size() > MAX_UNREAD_BYTES:
+            logger.warning("%s does not read its token channel; closed", self._caller)
+            self.close()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import httpx
@@ -27,6 +29,8 @@ def ports(environment: dict[str, str]) -> dict[str, int]:
     return {
         "statistics": int(environment["RAY_SERVE_HAPROXY_STATS_PORT"]),
         "metrics": int(environment["RAY_SERVE_HAPROXY_METRICS_PORT"]),
+        "fallback": int(environment["RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"]),
+        "gRPC fallback": int(environment["RAY_SERVE_FALLBACK_PROXY_GRPC_PORT"]),
     }
 
 
@@ -88,7 +92,17 @@ def test_what_serve_writes_is_what_is_rewritten() -> None:
 
 def test_services_get_ports_of_their_own(tmp_path: Path) -> None:
     both = [ports(haproxy_environment({}, tmp_path / name)) for name in ("a", "b")]
-    assert len({port for numbers in both for port in numbers.values()}) == 4
+    assert len({port for numbers in both for port in numbers.values()}) == 8
+
+
+@pytest.mark.parametrize("protocol", ["HTTP", "GRPC"])
+def test_serve_takes_the_port_of_the_proxy_behind_it(protocol: str, tmp_path: Path) -> None:
+    """In a process of its own: a Ray that reads another variable is noticed here."""
+    environment = haproxy_environment({}, tmp_path / "launcher")
+    name = f"RAY_SERVE_FALLBACK_PROXY_{protocol}_PORT"
+    code = f"from ray.serve._private import constants; print(constants.{name})"
+    run = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, check=True)
+    assert run.stdout.decode().strip() == environment[name]
 
 
 @pytest.mark.parametrize("set_by_the_user", [{ENABLE: "0"}, {"RAY_SERVE_HAPROXY_BINARY_PATH": "/opt/haproxy"}])

@@ -1,153 +1,213 @@
-"""A channel to each replica that has several attempts; who loses something when it breaks is told."""
+"""A channel to each replica that has answered; who may have lost something when it breaks is told."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
+from collections.abc import AsyncIterator
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
+from fake_replica import generation_request
 
 from serve_app.deployments import channel_reader
 from serve_app.deployments.channel_reader import ChannelReader
+from serve_app.deployments.channel_wire import ChannelAddress, ChannelItem, encode, read_greeting
 from serve_app.deployments.inbox import Inbox
-from serve_app.deployments.token_channels import ChannelItem, ChannelRequest
+from serve_app.deployments.replica_table import Attempt
 from serve_app.messages import TokenBatch
 
 
-class Call:
-    """Serve's streaming call, as a test wants it to go."""
+class Replica:
+    """The other end, as a test wants it to be."""
 
-    def __init__(self, request: ChannelRequest) -> None:
-        self.request = request
-        self.messages: asyncio.Queue[tuple[ChannelItem, ...] | BaseException | None] = asyncio.Queue()
-        self.cancelled = False
-        self.given_up = asyncio.Event()
+    def __init__(self, secret: str) -> None:
+        self.callers: list[str | None] = []
+        self.connections: asyncio.Queue[asyncio.StreamWriter] = asyncio.Queue()
+        self.address: ChannelAddress | None = None
+        self._secret = secret
+        self._answer = encode(())
 
-    def __aiter__(self) -> Call:
-        return self
+    async def start(self, answer: bytes | None = None) -> None:
+        """`answer`: to a greeting; by default that the channel is open."""
+        if answer is not None:
+            self._answer = answer
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.address = ChannelAddress("127.0.0.1", self._server.sockets[0].getsockname()[1], self._secret)
 
-    async def __anext__(self) -> tuple[ChannelItem, ...]:
-        message = await self.messages.get()
-        if message is None:
-            raise StopAsyncIteration
-        if isinstance(message, BaseException):
-            raise message
-        return message
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.callers.append(read_greeting(await reader.readline(), self._secret))
+        writer.write(self._answer)
+        self.connections.put_nowait(writer)
 
-    def cancel(self) -> None:
-        self.cancelled = True
-        self.given_up.set()
+    def stop(self) -> None:
+        self._server.close()
 
 
-class Replicas:
-    """A reader, the calls it has made, and attempts that last as long as the test."""
+class Channels:
+    """A reader, two replicas that it may connect to, and attempts that last as long as the test."""
 
-    def __init__(self, stack: ExitStack, caller: str = "me") -> None:
+    def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
-        self.calls: list[Call] = []
-        self.reader = ChannelReader(self._open, caller)
+        self.replicas = {"a": Replica("secret-of-a"), "b": Replica("secret-of-b")}
+        self.reader = ChannelReader(lambda name: self.replicas[name].address, "me")
 
-    def _open(self, request: ChannelRequest) -> Call:
-        self.calls.append(Call(request))
-        return self.calls[-1]
+    def send(self, replica: str, first_index: int = 0) -> tuple[int, Inbox]:
+        """An attempt that is at this replica, which has not answered; its number and inbox."""
+        number = self.reader.next_number()
+        attempt = Attempt(replace(generation_request(), attempt=number, output_token_ids=tuple(range(first_index))))
+        attempt.replica = replica
+        return number, self._stack.enter_context(self.reader.inbox(attempt))
 
-    async def answer(self, replica: str, first_index: int = 0) -> tuple[int, Inbox]:
-        number, inbox = self._stack.enter_context(self.reader.attempt(first_index))
-        self.reader.answered(number, replica)
-        await asyncio.sleep(0)
-        return number, inbox
+    def answer(self, replica: str, first_index: int = 0) -> tuple[int, Inbox]:
+        sent = self.send(replica, first_index)
+        self.reader.answered(replica)
+        return sent
 
-    async def say(self, message: tuple[ChannelItem, ...] | BaseException | None) -> None:
-        """On the latest call; returns when the reader has done what it does with it."""
-        self.calls[-1].messages.put_nowait(message)
-        for _ in range(5):
-            await asyncio.sleep(0)
+    async def open(self, replica: str) -> asyncio.StreamWriter:
+        """The replica's side of the channel that is open, or about to be."""
+        async with asyncio.timeout(5):
+            writer = await self.replicas[replica].connections.get()
+            await until_done(self.reader._opening.get(replica))
+        assert replica in self.reader._channels
+        return writer
+
+
+async def until_done(task: asyncio.Task[None] | None) -> None:
+    if task is not None:
+        await asyncio.wait({task}, timeout=5)
+        assert task.done()
+
+
+async def told(*inboxes: Inbox) -> list[bool]:
+    """Of each, whether it is lost. Waits for the first to be."""
+    assert await inboxes[0].take(5) is None
+    return [inbox.lost for inbox in inboxes]
 
 
 @pytest.fixture
-def replicas() -> Replicas:
-    return Replicas(ExitStack())
+async def channels() -> AsyncIterator[Channels]:
+    with ExitStack() as stack:
+        made = Channels(stack)
+        for replica in made.replicas.values():
+            await replica.start()
+        yield made
+        for name, replica in made.replicas.items():
+            made.reader.drop(name)
+            replica.stop()
+        await asyncio.sleep(0)
 
 
-async def test_two_attempts_at_a_replica_get_a_channel_and_one_does_not(replicas: Replicas) -> None:
-    await replicas.answer("a")
-    await replicas.answer("b")
-    assert replicas.calls == []
-    await replicas.answer("b")
-    await replicas.answer("b")
-    assert [call.request for call in replicas.calls] == [ChannelRequest("me", "b")]
+async def test_a_replica_that_has_answered_gets_one_channel(channels: Channels) -> None:
+    channels.answer("a")
+    channels.answer("a")
+    channels.send("b")
+    await channels.open("a")
+    channels.answer("a")
+    assert channels.replicas["a"].callers == ["me"]
+    assert channels.replicas["b"].callers == []
+    assert set(channels.reader._channels) == {"a"}
+    assert not channels.reader._opening
 
 
-async def test_a_caller_without_a_name_opens_none() -> None:
-    replicas = Replicas(ExitStack(), caller="")
-    await replicas.answer("a")
-    await replicas.answer("a")
-    assert replicas.calls == []
+async def test_a_caller_without_a_name_and_a_replica_without_an_address_have_none(channels: Channels) -> None:
+    ChannelReader(lambda name: channels.replicas[name].address, "").answered("a")
+    channels.replicas["b"].address = None
+    channels.answer("b")
+    channels.answer("a")
+    await channels.open("a")
+    assert channels.replicas["a"].callers == ["me"]
+    assert channels.replicas["b"].callers == []
 
 
-async def test_each_item_comes_to_its_attempt_and_one_that_is_over_is_no_trouble(replicas: Replicas) -> None:
-    first, its = await replicas.answer("a", first_index=2)
-    second, others = await replicas.answer("a")
-    await replicas.say(())
-    await replicas.say(((second, 0, (9,), None), (77, 0, (1,), None), (first, 2, (5, 6), None)))
-    assert await its.take(0) == TokenBatch(2, (5, 6))
-    assert await others.take(0) == TokenBatch(0, (9,))
+async def test_each_item_comes_to_its_attempt_and_one_that_is_over_is_no_trouble(channels: Channels) -> None:
+    first, its = channels.answer("a", first_index=2)
+    second, others = channels.answer("a")
+    writer = await channels.open("a")
+    items: list[ChannelItem] = [(second, TokenBatch(0, (9,))), (77, TokenBatch(0, (1,))), (first, TokenBatch(2, (5,)))]
+    writer.write(encode(items))
+    assert await its.take(5) == TokenBatch(2, (5,))
+    assert await others.take(5) == TokenBatch(0, (9,))
 
 
-@pytest.mark.parametrize(
-    "end", [ConnectionResetError(), asyncio.CancelledError(), RuntimeError("a bug in the replica")]
-)
-async def test_when_it_breaks_its_attempts_are_lost_and_no_others(replicas: Replicas, end: BaseException) -> None:
-    _, elsewhere = await replicas.answer("b")
-    lost = [(await replicas.answer("a"))[1] for _ in range(2)]
-    await replicas.say(())
-    await replicas.say(end)
-    assert [inbox.lost for inbox in (*lost, elsewhere)] == [True, True, False]
-    assert replicas.calls[0].cancelled
+async def test_a_message_may_come_in_pieces_and_several_at_once(channels: Channels) -> None:
+    number, inbox = channels.answer("a")
+    writer = await channels.open("a")
+    batches = [TokenBatch(index, (100 + index,)) for index in range(9)]
+    sent = b"".join(encode([(number, batch)]) for batch in batches)
+    cuts = [0, 1, 30, 31, len(sent) - 1, len(sent)]
+    for begin, end in itertools.pairwise(cuts):
+        writer.write(sent[begin:end])
+        await writer.drain()
+        await asyncio.sleep(0.01)  # so that the pieces arrive as such; what is asserted holds anyway
+    assert [await inbox.take(5) for _ in batches] == batches
 
 
-async def test_its_end_loses_nothing_and_the_next_attempts_get_another(replicas: Replicas) -> None:
-    inboxes = [(await replicas.answer("a"))[1] for _ in range(2)]
-    await replicas.say(())
-    await replicas.say(None)
-    assert not any(inbox.lost for inbox in inboxes)
-    assert not replicas.calls[0].cancelled
-    await replicas.answer("a")
-    assert len(replicas.calls) == 2
+@pytest.mark.parametrize("aborts", [False, True])
+async def test_when_it_breaks_the_attempts_of_its_replica_are_lost_and_no_others(
+    channels: Channels, aborts: bool
+) -> None:
+    _, elsewhere = channels.answer("b")
+    _, lost = channels.answer("a")
+    _, unheard = channels.send("a")
+    writer = await channels.open("a")
+    await channels.open("b")
+    if aborts:
+        writer.transport.abort()
+    else:
+        writer.close()
+    assert await told(lost, unheard, elsewhere) == [True, True, False]
+    assert set(channels.reader._channels) == {"b"}
+    channels.answer("a")
+    await channels.open("a")
 
 
-@pytest.mark.parametrize("refusal", [None, ConnectionResetError()])
+async def test_what_is_no_message_breaks_it(channels: Channels) -> None:
+    for garbage in (b"{}\n[3]\n", b"[[1]]\n", b"nonsense\n"):
+        _, inbox = channels.answer("a")
+        writer = await channels.open("a")
+        writer.write(garbage)
+        assert await told(inbox) == [True]
+
+
+async def test_that_of_a_replica_that_fell_silent_is_dropped(channels: Channels) -> None:
+    _, inbox = channels.answer("a")
+    await channels.open("a")
+    channels.reader.drop("a")
+    channels.reader.drop("b")
+    assert await told(inbox) == [True]
+
+
+@pytest.mark.parametrize("answer", [b"nonsense\n", None])
 async def test_one_that_could_not_be_opened_costs_nobody_and_is_not_tried_again_at_once(
-    replicas: Replicas, monkeypatch: pytest.MonkeyPatch, refusal: BaseException | None
+    channels: Channels, monkeypatch: pytest.MonkeyPatch, answer: bytes | None
 ) -> None:
-    inboxes = [(await replicas.answer("a"))[1] for _ in range(2)]
-    await replicas.say(refusal)
+    refuses = channels.replicas["a"]
+    refuses.stop()
+    if answer is not None:
+        await refuses.start(answer)
+    inboxes = [channels.answer("a")[1] for _ in range(2)]
     for _ in range(3):
-        await replicas.answer("a")
-    assert len(replicas.calls) == 1
+        await until_done(channels.reader._opening.get("a"))
+        channels.answer("a")
+    assert len(refuses.callers) == (answer is not None)
     assert not any(inbox.lost for inbox in inboxes)
-    monkeypatch.setattr(replicas.reader, "_not_before", {"a": 0.0})
-    await replicas.answer("a")
-    assert len(replicas.calls) == 2
+    assert channels.reader._channels == {}
+    refuses.stop()
+    await refuses.start(encode(()))
+    while not refuses.connections.empty():
+        refuses.connections.get_nowait()
+    monkeypatch.setattr(channels.reader, "_not_before", {"a": 0.0})
+    channels.answer("a")
+    await channels.open("a")
 
 
-async def test_one_that_can_not_even_be_asked_for_is_asked_for_again_later(
-    replicas: Replicas, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(request: ChannelRequest) -> Call:
-        raise RuntimeError("the router has shut down")
-
-    monkeypatch.setattr(replicas.reader, "_open_channel", refuse)
-    inboxes = [(await replicas.answer("a"))[1] for _ in range(2)]
-    await asyncio.sleep(0)
-    assert replicas.reader._reading == {}
-    assert "a" in replicas.reader._not_before
-    assert not any(inbox.lost for inbox in inboxes)
-
-
-async def test_one_that_does_not_open_in_time_is_given_up(replicas: Replicas, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_one_that_does_not_open_in_time_is_given_up(channels: Channels, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel_reader, "OPEN_S", 0.01)
-    inboxes = [(await replicas.answer("a"))[1] for _ in range(2)]
-    async with asyncio.timeout(5):
-        await replicas.calls[0].given_up.wait()
+    channels.replicas["a"].stop()
+    await channels.replicas["a"].start(b"")
+    inboxes = [channels.answer("a")[1] for _ in range(2)]
+    await until_done(channels.reader._opening["a"])
+    assert channels.reader._channels == {}
     assert not any(inbox.lost for inbox in inboxes)

@@ -6,7 +6,8 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
 
@@ -16,11 +17,11 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import AppConfig
-from serve_app.deployments import channel_reader, replica_client
+from serve_app.deployments import replica_client
+from serve_app.deployments.channel_wire import ChannelAddress
 from serve_app.deployments.progress import ProgressBoard
 from serve_app.deployments.readiness import Readiness
 from serve_app.deployments.replica_client import RayReplicaClient
-from serve_app.deployments.token_channels import ChannelRequest
 from serve_app.messages import Failure, FailureCode, FinishReason, LoadStage, Reply, TokenBatch
 from serve_app.streams.generation import Generation, interleave
 from serve_app.streams.replica import ReplicaLost
@@ -200,10 +201,14 @@ async def test_no_application_is_no_model(handle: DeploymentHandle) -> None:
 
 
 @pytest.fixture
-def named_client(roomy: DeploymentHandle, monkeypatch: pytest.MonkeyPatch) -> RayReplicaClient:
-    """As in an ingress replica: one whose streams at one replica share a channel."""
-    monkeypatch.setattr(replica_client, "own_name", lambda: "a caller")
-    return client_of(roomy)
+async def named_client(roomy: DeploymentHandle, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[RayReplicaClient]:
+    """As in an ingress replica: one that has channels to the replicas that answer it."""
+    name = f"caller {uuid.uuid4()}"
+    monkeypatch.setattr(replica_client, "own_name", lambda: name)
+    client = client_of(roomy)
+    yield client
+    for replica in list(client._channels._channels):
+        client._channels.drop(replica)
 
 
 async def answers(client: RayReplicaClient, streams: int, tokens: int, meanwhile: Callable[[], None]) -> None:
@@ -229,21 +234,22 @@ async def messages(roomy: DeploymentHandle) -> int:
 async def test_streams_at_one_replica_share_messages(roomy: DeploymentHandle, named_client: RayReplicaClient) -> None:
     before = await messages(roomy)
     readers: list[int] = []
-    await answers(named_client, 5, 60, lambda: readers.append(len(named_client._channels._reading)))
+    await answers(named_client, 5, 60, lambda: readers.append(len(named_client._channels._channels)))
     assert readers
-    assert 1 <= readers[0] <= 2, "a channel to each replica that has two streams"
+    assert 1 <= readers[0] <= 2
     assert 0 < await messages(roomy) - before < 5 * 60
 
 
 async def test_streams_go_on_when_their_channel_breaks(roomy: DeploymentHandle, named_client: RayReplicaClient) -> None:
-    torn: list[bool] = []
+    torn: list[str] = []
 
     def tear() -> None:
-        torn.extend(reading.cancel() for reading in named_client._channels._reading.values())
+        for replica in list(named_client._channels._channels):
+            named_client._channels.drop(replica)
+            torn.append(replica)
 
     await answers(named_client, 5, 60, tear)
     assert torn, "there was no channel"
-    assert all(torn)
 
 
 async def test_streams_go_on_when_the_replica_of_their_channel_is_killed(
@@ -253,7 +259,7 @@ async def test_streams_go_on_when_the_replica_of_their_channel_is_killed(
     channels: list[int] = []
 
     def kill() -> None:
-        channels.append(len(named_client._channels._reading))
+        channels.append(len(named_client._channels._channels))
         os.kill(pids[0], signal.SIGKILL)
 
     await answers(named_client, 5, 60, kill)
@@ -265,11 +271,14 @@ async def test_streams_go_on_when_the_replica_of_their_channel_is_killed(
 async def test_a_channel_that_can_not_be_had_is_done_without(
     named_client: RayReplicaClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(request: ChannelRequest) -> ChannelRequest:
-        return replace(request, replica="another")
+    own = named_client._channels._address_of
+    asked: list[str] = []
 
-    monkeypatch.setattr(channel_reader, "OPEN_S", 0.1)
-    open_channel = named_client._channels._open_channel
-    monkeypatch.setattr(named_client._channels, "_open_channel", lambda request: open_channel(refuse(request)))
+    def another(replica: str) -> ChannelAddress | None:
+        asked.append(replica)
+        return replace(address, secret="another") if (address := own(replica)) else None
+
+    monkeypatch.setattr(named_client._channels, "_address_of", another)
     await answers(named_client, 5, 60, lambda: None)
-    assert named_client._channels._reading == {}
+    assert asked
+    assert named_client._channels._channels == {}

@@ -11,7 +11,6 @@ from fake_model_server import CARD, request
 
 from serve_app.deployments.replica_table import ReplicaTable
 from serve_app.deployments.request_router import ARITHMETIC_KEY, FINGERPRINT_KEY, ModelRouter
-from serve_app.deployments.token_channels import ChannelRequest
 
 OURS = CARD.fingerprint
 
@@ -57,7 +56,3 @@ async def test_weights_come_first_and_then_how_it_computes(
 
 async def test_going_on_matters_more_than_the_last_bit() -> None:
     assert await chosen(replace(request(), arithmetic="x"), A, B, silent="a") == {"b"}
-
-
-async def test_a_channel_is_for_one_replica() -> None:
-    assert await chosen(ChannelRequest("me", "b"), A, B) == {"b"}

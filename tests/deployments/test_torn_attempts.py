@@ -66,7 +66,7 @@ async def overtaken(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> list[R
 
     reading = asyncio.create_task(read())
     await replica.opened.wait()
-    client._channels._hand_out(((replica.attempt, 1, (101,), None),))
+    client._channels.received([(replica.attempt, TokenBatch(1, (101,)))])
     replica.goes_on.set()
     async with asyncio.timeout(0.5):  # less than a heartbeat, and than the silence that a generation waits for
         return await reading

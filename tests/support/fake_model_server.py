@@ -19,8 +19,8 @@ from ray import serve
 
 from serve_app.config import AppConfig
 from serve_app.deployments.progress import ProgressBoard
-from serve_app.deployments.request_router import FINGERPRINT_KEY
-from serve_app.deployments.token_channels import ChannelItem, ChannelRequest, TokenChannels
+from serve_app.deployments.request_router import CHANNEL_KEY, FINGERPRINT_KEY
+from serve_app.deployments.token_channels import TokenChannels
 from serve_app.messages import (
     Failure,
     FailureCode,
@@ -101,9 +101,8 @@ class FakeModelServer:
         self._token_s = token_s
         self._running = 0
         self._channels = TokenChannels()
-        self._messages = 0
+        await self._channels.listen("127.0.0.1")
         self._healthy = True
-        self._replica = serve.get_replica_context().replica_id.unique_id
         board = ProgressBoard(serve.get_replica_context().app_name, config)
         while loaded is not None and not await asyncio.to_thread(loaded.exists):
             board.report(LoadStage("loading weights", 0.5))
@@ -111,26 +110,17 @@ class FakeModelServer:
         board.publish(dataclasses.replace(CARD, fingerprint=fingerprint))
 
     def record_replica_metadata(self) -> dict[str, str]:
-        return {FINGERPRINT_KEY: self._fingerprint}
+        return {FINGERPRINT_KEY: self._fingerprint, CHANNEL_KEY: str(self._channels.address or "")}
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Reply, None]:
-        with self._channels.stream(request.caller):
-            async with aclosing(self._replies(request)) as replies:
-                async for reply in replies:
-                    if not self._channels.put(request, reply):
-                        yield reply
-
-    async def tokens(self, request: ChannelRequest) -> AsyncGenerator[tuple[ChannelItem, ...], None]:
-        if request.replica != self._replica:
-            return
-        async with aclosing(self._channels.read(request.caller)) as messages:
-            async for items in messages:
-                self._messages += 1
-                yield items
+        async with aclosing(self._replies(request)) as replies:
+            async for reply in replies:
+                if not self._channels.put(request, reply):
+                    yield reply
 
     async def messages(self) -> int:
         """Sent through channels so far."""
-        return self._messages
+        return self._channels.messages
 
     async def _replies(self, request: GenerationRequest) -> AsyncGenerator[Reply, None]:
         if request.fingerprint != self._fingerprint:
