@@ -241,6 +241,7 @@ def build(threads: int, source: str, cpu_kernels: bool) -> Profile:
         EngineConfig(threads=threads, cpu_kernels=cpu_kernels, prompt_lookup=False),
         context_tokens=model.context_tokens,
         fingerprint=model.fingerprint,
+        dtype=model.dtype,
         kernel_cache=cache_directory() / "kernels",
     )
     return Profile(engine, model)

@@ -185,6 +185,7 @@ def main() -> None:
         EngineConfig(threads=arguments.threads, cpu_kernels=not arguments.torch_kernels),
         context_tokens=model.context_tokens,
         fingerprint=model.fingerprint,
+        dtype=model.dtype,
         kernel_cache=cache_directory() / "kernels",
     )
     rows = measure(

@@ -87,11 +87,11 @@ class Subject:
         self._before = resident_bytes()
         self._model = load(self._files, config, has_gpu=device == "cuda", progress=lambda stage: None)
         self._threads = threads
-        dtype = str(self._model.dtype).removeprefix("torch.")
+        dtype, held = (str(each).removeprefix("torch.") for each in (self._model.dtype, self._model.model.dtype))
         self.facts = {
             "dtype": dtype,
             "device": str(self._model.device),
-            "predicted_bytes": stored_weights_bytes(self._files.folder, dtype, kind),
+            "predicted_bytes": stored_weights_bytes(self._files.folder, held, kind),
             "held_bytes": self._model.weights_bytes,
         }
         self._generate: Any = None
@@ -101,6 +101,7 @@ class Subject:
         ids = AutoTokenizer.from_pretrained(self._files.tokenizer_folder)(text)["input_ids"]
         torch.set_num_threads(self._threads)
         start = time.perf_counter()
+        self._model.in_full()
         result = score(self._model, ids)
         seconds = time.perf_counter() - start
         torch.set_num_threads(1)

@@ -38,6 +38,7 @@ class Run(Protocol):
 def generate_contender(model: LoadedModel, threads: int) -> Run:
     """transformers' own `generate` with its KV cache."""
     torch.set_num_threads(threads)
+    model.in_full()
 
     def run(prompts: list[list[int]], new_tokens: int, concurrency: int | None = None) -> dict[str, Any]:
         start = time.perf_counter()
@@ -53,6 +54,7 @@ def generate_contender(model: LoadedModel, threads: int) -> Run:
 def seed_contender(model: LoadedModel, threads: int) -> Run:
     """The loop this project grew from: `generate(max_new_tokens=1)` for each token, everything computed again."""
     torch.set_num_threads(threads)
+    model.in_full()
 
     def run(prompts: list[list[int]], new_tokens: int, concurrency: int | None = None) -> dict[str, Any]:
         start = time.perf_counter()
@@ -73,6 +75,7 @@ def engine_contender(model: LoadedModel, threads: int, config: EngineConfig | No
         (config or EngineConfig()).model_copy(update={"threads": threads}),
         context_tokens=model.context_tokens,
         fingerprint=model.fingerprint,
+        dtype=model.dtype,
         kernel_cache=cache_directory() / "kernels",
     )
 

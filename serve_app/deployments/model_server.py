@@ -165,6 +165,7 @@ def _start_engine(
         config.engine.model_copy(update={"threads": threads}),
         context_tokens=loaded.context_tokens,
         fingerprint=loaded.fingerprint,
+        dtype=loaded.dtype,
         on_stage=report,
         before_alone=before_alone,
         kernel_cache=cache / "kernels",

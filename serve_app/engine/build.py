@@ -25,6 +25,7 @@ from serve_app.engine.cpu.fusion import fuse_modules
 from serve_app.engine.cpu.library import Kernels, load_kernels
 from serve_app.engine.cpu.linear import pack_linears
 from serve_app.engine.cpu.memory import page_out_mapped_weights
+from serve_app.engine.cpu.widen import HALVES, widen
 from serve_app.engine.cuda.build import graph_bytes, record_graphs
 from serve_app.engine.errors import EngineError, UnsupportedModelError
 from serve_app.engine.kv_cache import KVCache
@@ -69,22 +70,34 @@ class EngineCapacity:
 
 
 def use_cpu_kernels(
-    model: PreTrainedModel, config: EngineConfig, cache_dir: Path | None
+    model: PreTrainedModel, config: EngineConfig, cache_dir: Path | None, dtype: torch.dtype | None = None
 ) -> tuple[Kernels | None, tuple[str, ...]]:
-    """Pack the float32 linear layers of a model on a CPU for our kernels; what to tell the user when that can't be.
+    """Have a model on a CPU that computes in float32 do so with our kernels; what to tell the user when that can't be.
 
-    A quantised model computes in float32 too: its output head and its attention are the kernels' then.
+    A quantised model computes in float32 too: its output head and its attention are the kernels' then. With a `dtype`
+    of float32 so does a model whose weights are held in 16 bits, with our kernels or without them.
+
+    Raises:
+        EngineError: there is no memory for it.
     """
+    narrow = dtype is torch.float32 and any(p.dtype in HALVES for p in model.parameters())
+    computes = {torch.float32, *(HALVES if narrow else ())}
     on_cpu = all(
-        p.device.type == "cpu" and (p.dtype == torch.float32 or not p.is_floating_point()) for p in model.parameters()
+        p.device.type == "cpu" and (p.dtype in computes or not p.is_floating_point()) for p in model.parameters()
     )
-    if cache_dir is None or not config.cpu_kernels or not on_cpu:
-        return None, ()
+    kernels, notes = _packed(model, cache_dir) if cache_dir and config.cpu_kernels and on_cpu else (None, ())
+    if narrow:
+        widen(model)
+    if kernels is not None:
+        fuse_modules(model, kernels)
+        page_out_mapped_weights()
+    return kernels, notes
+
+
+def _packed(model: PreTrainedModel, cache_dir: Path) -> tuple[Kernels | None, tuple[str, ...]]:
     try:
         kernels = load_kernels(cache_dir)
         pack_linears(model, kernels)
-        fuse_modules(model, kernels)
-        page_out_mapped_weights()
     except EngineError as error:
         note = f"{error}; torch's own kernels serve, about half as fast with several streams"
         logger.warning(note)

@@ -82,6 +82,7 @@ class Engine:
         *,
         context_tokens: int,
         fingerprint: Fingerprint,
+        dtype: torch.dtype | None = None,
         on_stage: Callable[[LoadStage], None] = lambda stage: None,
         before_alone: Callable[[GenerationRequest], None] = lambda request: None,
         kernel_cache: Path | None = None,
@@ -94,6 +95,7 @@ class Engine:
             config: the engine's settings.
             context_tokens: longest prompt plus output the model may serve.
             fingerprint: of the weights; requests for others are refused.
+            dtype: float32 for a model on a CPU that is to compute so and holds its weights in 16 bits; else as it is.
             on_stage: told how far the construction is.
             before_alone: told of a request, on the engine's thread, before each step that it has to itself.
             kernel_cache: folder for compiled CPU kernels; without one they are not used.
@@ -120,7 +122,7 @@ class Engine:
 
         def build() -> tuple[ModelRunner, EngineCapacity]:
             on_stage(LoadStage("preparing the kernels"))
-            kernels, notes = use_cpu_kernels(model, config, kernel_cache)
+            kernels, notes = use_cpu_kernels(model, config, kernel_cache, dtype)
             self._sampler = Sampler(kernels)
             step_tokens = max(config.max_step_tokens, config.max_running)
             padded = config.batch_invariant and kernels is None

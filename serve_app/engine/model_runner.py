@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -82,7 +84,8 @@ class ModelRunner:
         register()
         self._fixed_rows = fixed_rows
         self._model = model
-        self._device: torch.device = next(model.get_input_embeddings().parameters()).device
+        embeddings: Any = model.get_input_embeddings()
+        self._device: torch.device = next(chain(embeddings.parameters(), embeddings.buffers())).device
         self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._cache: KVCache | None = None
         self._backend: AttentionBackend | None = None

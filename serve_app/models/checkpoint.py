@@ -18,6 +18,7 @@ PICKLE_WEIGHTS = ("pytorch_model.bin.index.json", "pytorch_model.bin")
 """The index of a sharded checkpoint, or its only file."""
 _MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
+_FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 """Any one of them makes a tokenizer."""
 
@@ -31,6 +32,11 @@ class TensorEntry:
     shape: tuple[int, ...]
     begin: int
     end: int
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it holds numbers that a model computes with, in any precision."""
+        return self.dtype in _FLOAT_DTYPES
 
     @property
     def numel(self) -> int:

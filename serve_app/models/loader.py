@@ -7,16 +7,18 @@ machine share them; that none is left at random; and that nothing which can't be
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from serve_app.config import ModelConfig
 from serve_app.memory import available_memory_bytes
 from serve_app.messages import Fingerprint, LoadStage
 from serve_app.models.cache import Progress
-from serve_app.models.checkpoint import is_pickle, weight_files
+from serve_app.models.checkpoint import is_pickle, is_safetensors, tensors, weight_files
 from serve_app.models.errors import ModelError
 from serve_app.models.fingerprint import fingerprint
 from serve_app.models.quantization import held_bytes, quantization_config, settle
@@ -25,6 +27,8 @@ from serve_app.models.source import ModelFiles
 from serve_app.models.support import LOAD_ERRORS, built_in_class, check_architecture, explain, read_config
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_HALVES = {"BF16": "bfloat16", "F16": "float16"}
+"""As safetensors has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +40,23 @@ class LoadedModel:
     name: str
     context_tokens: int
     """Longest prompt plus output: the model's own, or less by `max_model_len`."""
-    weights_bytes: int
     device: torch.device
     """Where ids go in; with a device map, the first part's."""
     dtype: torch.dtype
-    """Of activations and so of keys and values; quantised weights are smaller."""
+    """Of activations and so of keys and values. Weights may be smaller: quantised, or held in 16 bits until whoever
+    computes in float32 takes them."""
     notes: tuple[str, ...]
+
+    @property
+    def weights_bytes(self) -> int:
+        """What they take now: as they were loaded, or as the engine keeps them."""
+        return held_bytes(self.model)
+
+    def in_full(self) -> PreTrainedModel:
+        """The model with its weights in `dtype`, for who calls it without the engine."""
+        if self.model.dtype != self.dtype:
+            self.model.to(self.dtype)  # type: ignore[arg-type]
+        return self.model
 
 
 def load(files: ModelFiles, model: ModelConfig, *, has_gpu: bool, progress: Progress) -> LoadedModel:
@@ -55,11 +70,14 @@ def load(files: ModelFiles, model: ModelConfig, *, has_gpu: bool, progress: Prog
     device = choose_device(model, has_gpu=has_gpu)
     dtype = choose_dtype(config, model, device)
     context_tokens = choose_context(config, model)
-    needed = stored_weights_bytes(files.folder, dtype, model.quantization)
+    held = held_dtype(files.folder, config, model, device, dtype)
+    needed = stored_weights_bytes(files.folder, held, model.quantization)
     _require_memory(files.name, needed, device)
-    progress(LoadStage(f"loading weights ({needed / 1e9:.1f} GB, {dtype})"))
-    loaded = _from_pretrained(files, model, config, device, _DTYPES[dtype])
+    progress(LoadStage(f"loading weights ({needed / 1e9:.1f} GB, {held})"))
+    loaded = _from_pretrained(files, model, config, device, _DTYPES[held])
     check_architecture(config, type(loaded))
+    if held != dtype:
+        _compute_constants(loaded, model, _DTYPES[dtype])
     loaded.train(False).requires_grad_(False)
     notes = files.notes if model.quantization == "none" else (*files.notes, *settle(loaded, model))
     progress(LoadStage("fingerprinting weights"))
@@ -68,7 +86,6 @@ def load(files: ModelFiles, model: ModelConfig, *, has_gpu: bool, progress: Prog
         fingerprint=fingerprint(files.folder, files.tokenizer_folder, model, dtype),
         name=files.name,
         context_tokens=context_tokens,
-        weights_bytes=held_bytes(loaded),
         device=next(loaded.parameters()).device,
         dtype=_DTYPES[dtype],
         notes=notes,
@@ -96,8 +113,30 @@ def choose_dtype(config: Any, model: ModelConfig, device: torch.device) -> str:
         return model.dtype
     if device.type == "cpu":
         return "float32"
-    own = str(getattr(config, "dtype", None) or config.get_text_config().dtype or "").removeprefix("torch.")
+    own = _own_dtype(config)
     return own if own in DTYPE_BYTES else "bfloat16"
+
+
+def held_dtype(folder: Path, config: Any, model: ModelConfig, device: torch.device, dtype: str) -> str:
+    """In which the weights are held in memory: `dtype`, or the 16 bits that a whole checkpoint is in, on a CPU that
+    computes in float32. Nothing is lost: each of their values is a float32 too. Before the weights are there, by what
+    the config says of them."""
+    if device.type != "cpu" or dtype != "float32" or model.quantization != "none" or model.device_map is not None:
+        return dtype
+    if getattr(config, "quantization_config", None) is not None:
+        return dtype
+    files = weight_files(folder)
+    if not files:
+        return own if (own := _own_dtype(config)) in _HALVES.values() else dtype
+    if not all(map(is_safetensors, files)):
+        return dtype
+    stored = {entry.dtype for file in files for entry in tensors(file) if entry.is_float}
+    return _HALVES.get(stored.pop(), dtype) if len(stored) == 1 else dtype
+
+
+def _own_dtype(config: Any) -> str:
+    """What the config says of the checkpoint; empty when it says nothing."""
+    return str(getattr(config, "dtype", None) or config.get_text_config().dtype or "").removeprefix("torch.")
 
 
 def choose_context(config: Any, model: ModelConfig) -> int:
@@ -150,6 +189,24 @@ def _from_pretrained(
     _require_no_offload(files, model, loaded)
     assert isinstance(loaded, PreTrainedModel)
     return loaded
+
+
+def _compute_constants(loaded: PreTrainedModel, model: ModelConfig, dtype: torch.dtype) -> None:
+    """Give a model those of its tensors that no checkpoint has as a model of `dtype` computes them: what a class rounds
+    to the dtype of its weights (Gemma's scale of embeddings) is otherwise not what it is in float32."""
+    factory: Any = AutoModelForCausalLM
+    with init_empty_weights(include_buffers=False):
+        other = factory.from_config(
+            loaded.config,
+            dtype=dtype,
+            attn_implementation=loaded.config._attn_implementation,
+            trust_remote_code=model.trust_remote_code,
+        )
+    for name, module in other.named_modules():
+        own = loaded.get_submodule(name)
+        for key in module._non_persistent_buffers_set:
+            own._buffers[key] = module._buffers[key]
+        vars(own).update({key: value for key, value in vars(module).items() if isinstance(value, torch.Tensor)})
 
 
 def _attention_name(config: Any) -> str:

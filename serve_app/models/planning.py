@@ -14,7 +14,7 @@ from transformers import AutoConfig, LlamaConfig
 from serve_app.config import ModelConfig
 from serve_app.models.cache import Progress
 from serve_app.models.checkpoint import weight_files
-from serve_app.models.loader import choose_context, choose_dtype
+from serve_app.models.loader import choose_context, choose_dtype, held_dtype
 from serve_app.models.sizes import MemoryPlan, config_weights_bytes, kv_bytes_per_token, stored_weights_bytes
 from serve_app.models.source import ModelFiles, SourceKind, source_kind
 from serve_app.models.support import LOAD_ERRORS, built_in_class, check_architecture, explain, read_config
@@ -46,13 +46,15 @@ def plan_replica(files: ModelFiles | None, model: ModelConfig, *, has_gpu: bool,
     if (built_in := built_in_class(config)) is not None:
         check_architecture(config, built_in)
     on_gpu = model.device == "cuda" or (model.device == "auto" and has_gpu)
-    dtype = choose_dtype(config, model, torch.device("cuda" if on_gpu else "cpu"))
+    device = torch.device("cuda" if on_gpu else "cpu")
+    dtype = choose_dtype(config, model, device)
+    held = dtype if files is None else held_dtype(files.folder, config, model, device, dtype)
     if files is not None and weight_files(files.folder):
-        weights_bytes = stored_weights_bytes(files.folder, dtype, model.quantization)
+        weights_bytes = stored_weights_bytes(files.folder, held, model.quantization)
     else:
         try:
             weights_bytes = config_weights_bytes(
-                config, dtype, model.quantization, trust_remote_code=model.trust_remote_code
+                config, held, model.quantization, trust_remote_code=model.trust_remote_code
             )
         except LOAD_ERRORS as error:
             raise explain(model.source, files.folder if files is not None else Path(model.source), error) from error

@@ -14,7 +14,6 @@ from serve_app.models.checkpoint import TensorEntry, is_safetensors, tensors, we
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _WEIGHT_BYTES = {"bnb-int8": 1.0, "bnb-nf4": 0.5625, "bnb-fp4": 0.5625}
 """Bytes of a quantised weight; in 4 bits each block of 64 has a float32 scale."""
-_FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 _STORED_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
 
@@ -84,7 +83,7 @@ def config_weights_bytes(
 
 
 def _loaded_bytes(entry: TensorEntry, dtype: str, quantization: str) -> float:
-    if entry.dtype not in _FLOAT_DTYPES:
+    if not entry.is_float:
         return entry.numel * _STORED_BYTES.get(entry.dtype, 1)
     per_weight = _WEIGHT_BYTES.get(quantization)
     if per_weight is not None and _is_linear(entry):

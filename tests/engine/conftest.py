@@ -19,13 +19,17 @@ from serve_app.engine.errors import EngineError
 def make_engine() -> Iterator[Callable[..., Engine]]:
     """Engines of tiny models, stopped at the end.
 
-    Keywords are EngineConfig's, and `model`, `context`, `backends`, `kernel_cache`, `before_alone`, `on_stage`.
+    Keywords are EngineConfig's, `model`, `context`, `backends`, `dtype`, `kernel_cache`, `before_alone`, `on_stage`.
     """
     engines: list[Engine] = []
 
     def make(kind: str = "llama", **settings: Any) -> Engine:
         model = settings.pop("model", None) or tiny_model(kind)
-        extras = {name: settings.pop(name) for name in ("kernel_cache", "before_alone", "on_stage") if name in settings}
+        extras = {
+            name: settings.pop(name)
+            for name in ("kernel_cache", "before_alone", "on_stage", "dtype")
+            if name in settings
+        }
         context, backends = settings.pop("context", CONTEXT), settings.pop("backends", None)
         config = EngineConfig(**({"kv_cache_memory": "16MiB", "threads": 1} | settings))
         engines.append(

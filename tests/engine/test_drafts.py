@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_models import (
     ARCHITECTURES,
@@ -140,7 +140,15 @@ requests = st.builds(
 )
 
 
+CROWD = [
+    request_for(prompt, 40, sampling=SamplingParams(seed=seed, logit_bias=FEW))
+    for seed, prompt in enumerate(prompts_of([50] * 6))
+]
+"""More than the cramped cache holds at a time, and each repeats itself: what the fixture counts does happen."""
+
+
 @settings(max_examples=25, deadline=None)
+@example(asked=CROWD, cut=20)
 @given(asked=st.lists(requests, min_size=2, max_size=8), cut=st.integers(1, 30))
 def test_the_same_bits_with_guesses_and_without(
     engines: list[Engine], asked: list[GenerationRequest], cut: int

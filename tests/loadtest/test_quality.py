@@ -18,7 +18,7 @@ from serve_app.models.loader import LoadedModel
 def _loaded(context: int = 2048) -> LoadedModel:
     model = tiny_model("llama")
     model.set_attn_implementation("eager")
-    return LoadedModel(model, Fingerprint(""), "tiny", context, 0, torch.device("cpu"), torch.float32, ())
+    return LoadedModel(model, Fingerprint(""), "tiny", context, torch.device("cpu"), torch.float32, ())
 
 
 def test_who_knows_nothing_has_the_vocabulary_as_perplexity() -> None:

@@ -84,6 +84,61 @@ def test_dtype(llama_folder: Path, dtype: str) -> None:
     assert loaded.dtype == loaded.model.dtype == getattr(torch, dtype)
 
 
+def _narrowed(model: tf.PreTrainedModel, dtype: torch.dtype, folder: Path, wide: str = "") -> Path:
+    """`model` saved in 16 bits, but for weights whose names contain `wide`."""
+    model.to(dtype)
+    _save(model, folder)
+    if wide:
+        file = folder / "model.safetensors"
+        save_file({k: v.float() if wide in k else v for k, v in load_file(file).items()}, file, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("architecture", ["Llama", "Gemma3"])
+def test_on_a_cpu_a_checkpoint_of_16_bits_is_held_so_and_is_the_same_model(
+    tmp_path: Path, dtype: torch.dtype, architecture: str
+) -> None:
+    torch.manual_seed(0)
+    if architecture == "Llama":
+        model: tf.PreTrainedModel = tf.LlamaForCausalLM(tiny_config(rope_theta=12_345.0))
+    else:  # its embeddings are scaled by a constant that is rounded to the dtype of the weights
+        config = tf.Gemma3TextConfig(
+            vocab_size=300,
+            hidden_size=40,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+        )
+        model = tf.Gemma3ForCausalLM(config)
+    loaded = _load(_narrowed(model, dtype, tmp_path / "m"))
+    assert loaded.dtype == torch.float32
+    assert loaded.model.dtype == dtype
+    exact = type(model).from_pretrained(tmp_path / "m", dtype=torch.float32).eval()
+    assert loaded.weights_bytes < 0.6 * sum(4 * parameter.numel() for parameter in exact.parameters())
+    others = dict(exact.named_buffers())
+    assert others
+    for name, buffer in loaded.model.named_buffers():
+        assert torch.equal(buffer, others[name])
+    assert torch.equal(loaded.in_full()(IDS).logits, exact(IDS).logits)
+
+
+def test_one_that_is_not_in_16_bits_throughout_is_held_in_float32(tmp_path: Path) -> None:
+    folder = _narrowed(tf.LlamaForCausalLM(tiny_config()), torch.bfloat16, tmp_path / "m", wide="norm")
+    assert _load(folder).model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("settings", [{"dtype": "float16"}, {"quantization": "bnb-int8"}])
+def test_what_the_user_asks_for_is_done(tmp_path: Path, settings: dict[str, Any]) -> None:
+    config = tiny_config(hidden_size=64, intermediate_size=128, head_dim=16)
+    folder = _narrowed(tf.LlamaForCausalLM(config), torch.bfloat16, tmp_path / "m")
+    loaded = _load(folder, **settings)
+    assert loaded.dtype == getattr(torch, settings.get("dtype", "float32"))
+    assert loaded.model.model.norm.weight.dtype == loaded.dtype
+
+
 def test_dtype_auto() -> None:
     bf16 = tiny_config(dtype="bfloat16")
     assert choose_dtype(bf16, ModelConfig(), torch.device("cpu")) == "float32"

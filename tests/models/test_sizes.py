@@ -1,6 +1,8 @@
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import transformers as tf
 from model_builders import ignore_progress, tiny_config, write_gguf
 from transformers import LlamaForCausalLM
@@ -41,6 +43,19 @@ def test_quantised_weights_keep_embeddings_and_norms(llama_folder: Path) -> None
 def test_kv_bytes_of_a_token(config: object, expected: int) -> None:
     assert kv_bytes_per_token(config, "float32") == expected
     assert kv_bytes_per_token(config, "float16") == expected // 2
+
+
+def test_weights_of_16_bits_are_planned_as_such_on_a_cpu(llama_folder: Path, tmp_path: Path) -> None:
+    folder, model = tmp_path / "narrow", ModelConfig(source=str(tmp_path / "narrow"))
+    LlamaForCausalLM.from_pretrained(llama_folder, dtype=torch.bfloat16).save_pretrained(folder)
+    for file in llama_folder.glob("token*"):
+        shutil.copy(file, folder)
+    files = resolve(model, tmp_path, progress=ignore_progress)
+    plan = plan_replica(files, model, has_gpu=False, kv_cache_bytes=100_000)
+    assert plan.weights_bytes == stored_weights_bytes(llama_folder, "float32") / 2
+    assert plan.kv_bytes_per_token == 256, "it computes in float32"
+    (folder / "model.safetensors").unlink()
+    assert plan_replica(files, model, has_gpu=False, kv_cache_bytes=100_000) == plan
 
 
 def test_plan_of_a_replica(llama_folder: Path, tmp_path: Path) -> None:

@@ -66,7 +66,9 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.form = smallest_form(kernels, weight) if form is None else form
         size = packed_bytes(kernels, weight, self.form)
-        self._packed = torch.empty(size, dtype=torch.uint8) if memory is None else memory
+        packed = torch.empty(size, dtype=torch.uint8) if memory is None else memory
+        self._packed: torch.Tensor
+        self.register_buffer("_packed", packed, persistent=False)
         self._bias = None if bias is None else bias.detach().contiguous()
         kernels.pack(*_matrix(weight), self.form, self._packed.data_ptr())
         self.product = Products([self])
@@ -131,9 +133,10 @@ def _matrix(weight: torch.Tensor) -> tuple[int, int, int, int, int]:
 
 
 def pack_linears(model: PreTrainedModel, kernels: Kernels) -> tuple[int, int]:
-    """Replace the model's float32 CPU linear layers; (replaced, left as they are because they are something else).
+    """Replace the model's CPU linear layers; (replaced, left as they are because they are something else).
 
-    The original weights go as each is packed, so at no time are there two copies of the whole.
+    They compute in float32, whatever the weights come in. The original weights go as each is packed, so at no time are
+    there two copies of the whole.
 
     Raises:
         EngineError: a packed product differs from torch's: nothing may be served with these kernels.
@@ -145,7 +148,7 @@ def pack_linears(model: PreTrainedModel, kernels: Kernels) -> tuple[int, int]:
         if weight is None:
             left += _computes_linearly(module)
         else:
-            form = smallest_form(kernels, weight)
+            form = smallest_form(kernels, weight.float())
             found.append((name, module, form, packed_bytes(kernels, weight, form)))
     # One stretch of memory, which the system can map in large pages; it is taken as it is written to.
     memory = torch.empty(sum(size for *_, size in found), dtype=torch.uint8)
@@ -157,10 +160,11 @@ def pack_linears(model: PreTrainedModel, kernels: Kernels) -> tuple[int, int]:
         name, module, form, size = found.pop(0)
         weight = _weight(module)
         assert weight is not None
-        packed = PackedLinear(kernels, weight, module.bias, memory[:size], form)
+        weight, bias = weight.float(), None if module.bias is None else module.bias.detach().float()
+        packed = PackedLinear(kernels, weight, bias, memory[:size], form)
         memory = memory[size:]
         if (shape := (packed.out_features, packed.in_features, form)) not in checked:
-            _check(packed, weight, module.bias, name)
+            _check(packed, weight, bias, name)
             _check_form(kernels, weight[:CHECKED_COLUMNS], form, name)
             checked.add(shape)
         model.set_submodule(name, packed)
@@ -170,11 +174,11 @@ def pack_linears(model: PreTrainedModel, kernels: Kernels) -> tuple[int, int]:
 
 
 def _weight(module: nn.Module) -> torch.Tensor | None:
-    """The `[out, in]` weight of a layer that can be packed."""
+    """The `[out, in]` weight of a layer that can be packed, in the dtype that it comes in."""
     if type(module) not in (nn.Linear, Conv1D) or hasattr(module, "_hf_hook"):
         return None
     weight: Any = module.weight
-    if weight.dtype != torch.float32 or weight.device.type != "cpu":
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16) or weight.device.type != "cpu":
         return None
     transposed: torch.Tensor = weight.detach().t() if isinstance(module, Conv1D) else weight.detach()
     return transposed
