@@ -18,6 +18,7 @@ from ray import serve
 import serve_app.app
 from serve_app.config import AppConfig
 from serve_app.deployments.model_server import ModelServer
+from serve_app.engine.build import EngineCapacity
 from serve_app.engine.engine import EngineHealth, EngineStats
 from serve_app.engine.replies import ReplyStream, deliver
 from serve_app.messages import (
@@ -51,6 +52,8 @@ CARD = ModelCard(
 
 class PacedEngine:
     """Has the face of `serve_app.engine.engine.Engine`, and delivers as that does."""
+
+    capacity = EngineCapacity(1_000_000, 0, 8_192, 16, "none", reads_runs=False, exact=False)
 
     def __init__(self, rate: float) -> None:
         self._step_s = 1 / rate

@@ -1,0 +1,35 @@
+"""The engine by the clock has all that a model server asks of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from loadtest.paced_app import CARD, PacedEngine, PacedModelServer
+from serve_app.deployments.callers import Callers
+from serve_app.deployments.token_channels import TokenChannels
+from serve_app.messages import FinishReason, GenerationRequest, SamplingParams, TokenBatch
+
+
+@pytest.fixture
+def server() -> Iterator[PacedModelServer]:
+    """A replica without Ray around it."""
+    made = object.__new__(PacedModelServer)
+    made._callers, made._channels = Callers(), TokenChannels()
+    made._engine = PacedEngine(500)  # type: ignore[assignment]
+    made._fingerprint = CARD.fingerprint
+    yield made
+    made._engine.stop()
+
+
+async def test_a_model_server_runs_on_it(server: PacedModelServer) -> None:
+    assert server.record_replica_metadata()["fingerprint"] == CARD.fingerprint
+    await server.check_health()
+    request = GenerationRequest("r", CARD.fingerprint, (1,), SamplingParams(seed=3), max_new_tokens=5)
+    replies = [reply async for reply in server.generate(request)]
+    tokens = [token for reply in replies if isinstance(reply, TokenBatch) for token in reply.token_ids]
+    assert len(tokens) == 5
+    assert isinstance(replies[-1], TokenBatch)
+    assert replies[-1].finish_reason is FinishReason.LENGTH
+    assert (await server.stats()).running == 0
