@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
+import ray
 import torch
 from tiny_models import FINGERPRINT, request_for, tiny_model, until
 
@@ -104,3 +105,23 @@ async def test_guessed_tokens_are_counted_once(server: ModelServer, monkeypatch:
     for metric, count in ((DRAFTED_TOKENS, stats.drafted_tokens), (ACCEPTED_TOKENS, stats.accepted_tokens)):
         await until(lambda metric=metric, count=count: metrics.counters[metric.name, ()] == count)  # type: ignore[misc]
     reports.cancel()
+
+
+@pytest.mark.parametrize(
+    ("alive", "environment", "host"),
+    [
+        ((True,), {}, "127.0.0.1"),
+        ((True, False), {"RAY_USE_TLS": "0"}, "127.0.0.1"),
+        ((True, True), {}, "198.51.100.7"),
+        ((True, True), {"RAY_USE_TLS": "1"}, None),
+    ],
+)
+def test_token_channels_are_had_where_ingress_replicas_can_be(
+    monkeypatch: pytest.MonkeyPatch, alive: tuple[bool, ...], environment: dict[str, str], host: str | None
+) -> None:
+    monkeypatch.delenv("RAY_USE_TLS", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": each} for each in alive])
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "198.51.100.7")
+    assert model_server._channel_host() == host
