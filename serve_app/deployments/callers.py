@@ -65,13 +65,14 @@ class Callers:
 
     async def _watch(self) -> None:
         while self._waiting:
+            # Not at once: most have what they wait for by then, and a look takes CPU from their prefill.
+            await asyncio.sleep(PERIOD_S)
             for name in [name for name in self._waiting if name not in self._gone]:
                 if await asyncio.to_thread(_lives, name):
                     self._found.add(name)
                 elif name in self._waiting and (name in self._found or name.startswith(SERVE_REPLICA_PREFIX)):
                     logger.warning("%s has died; what it waited for is given up", name)
                     self._gone.add(name)
-            await asyncio.sleep(PERIOD_S)
 
 
 def _lives(name: str) -> bool:

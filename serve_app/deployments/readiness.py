@@ -12,13 +12,16 @@ from ray import serve
 from ray.serve.schema import DeploymentStatusOverview
 
 from serve_app.deployments.progress import ProgressBoard
+from serve_app.deployments.replica_table import replica_table
 from serve_app.messages import LoadStage, ModelCard
 
 READY_FOR_S = 2.0
 """Age at which an answer "ready" is refreshed, beside the request that asked. `serve.status()` costs about 18 ms of CPU
-on the 2-core machine, so not per request."""
+on the 2-core machine, taken from the prefill of that request: so not per request."""
 READY_AT_MOST_S = 8.0
 """Age at which an answer "ready" is no longer given: the caller waits for a new one. Most probes come less often."""
+KNOWN_FOR_S = 60.0
+"""The same, for both, while the router of this process knows replicas with the weights of the answer."""
 LOADING_FOR_S = 0.5
 """Age of an answer "loading" that is still given: people watch it."""
 _ANSWERING = ("RUNNING", "PENDING_MIGRATION")
@@ -68,6 +71,7 @@ class Readiness:
         self._deployment_name = deployment_name
         self._may_sleep = may_sleep
         self._answer: ModelCard | LoadStage = LoadStage("starting")
+        self._table = replica_table(app_name, deployment_name)
         self._asked_at = float("-inf")
         self._asking: asyncio.Task[ModelCard | LoadStage] | None = None
 
@@ -75,7 +79,8 @@ class Readiness:
         """The card of a model that can serve, or how far it is. Takes milliseconds, whatever the replicas do."""
         age_s = time.monotonic() - self._asked_at
         ready = isinstance(self._answer, ModelCard)
-        if age_s < (READY_FOR_S if ready else LOADING_FOR_S):
+        known = isinstance(self._answer, ModelCard) and self._answer.fingerprint in self._table.live.values()
+        if age_s < (KNOWN_FOR_S if known else READY_FOR_S if ready else LOADING_FOR_S):
             return self._answer
         if self._asking is None or self._asking.done():
             self._asking = asyncio.create_task(self._ask())

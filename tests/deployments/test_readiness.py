@@ -6,8 +6,11 @@ import pytest
 from fake_model_server import CARD
 from ray.serve.schema import DeploymentStatusOverview
 
-from serve_app.deployments.readiness import judge
-from serve_app.messages import LoadStage, ModelCard
+from serve_app.config import AppConfig
+from serve_app.deployments.progress import ProgressBoard
+from serve_app.deployments.readiness import Readiness, judge
+from serve_app.deployments.replica_table import replica_table
+from serve_app.messages import Fingerprint, LoadStage, ModelCard
 
 LOADING = LoadStage("loading weights", 0.5)
 FAILED = LoadStage("failed", error="there is no such model")
@@ -62,3 +65,37 @@ def test_a_replica_that_has_no_place_says_what_it_waits_for() -> None:
     answer = judge(overview, None, None, may_sleep=False)
     assert isinstance(answer, LoadStage)
     assert "1 GPU" in answer.stage
+
+
+class Looking(Readiness):
+    """What it would ask Ray for is given by a test."""
+
+    def __init__(self, answer: ModelCard | LoadStage) -> None:
+        super().__init__(ProgressBoard("an app", AppConfig()), "an app", "ModelServer", may_sleep=False)
+        self.given = answer
+        self.looks = 0
+
+    def _look(self) -> ModelCard | LoadStage:
+        self.looks += 1
+        return self.given
+
+
+async def test_while_the_router_knows_replicas_nobody_is_asked() -> None:
+    table = replica_table("an app", "ModelServer")
+    readiness = Looking(CARD)
+    assert await readiness.model() == CARD
+    table.update({"a replica": CARD.fingerprint})
+    readiness._asked_at -= 50
+    assert await readiness.model() == CARD
+    assert readiness.looks == 1
+    readiness.given = LOADING
+    readiness.doubt()
+    assert await readiness.model() == LOADING
+    readiness.given = CARD
+    readiness._asked_at -= 1
+    assert await readiness.model() == CARD
+    table.update({"a replica": Fingerprint("of other weights")})
+    readiness.given = LOADING
+    readiness._asked_at -= 50
+    assert await readiness.model() == LOADING
+    table.update({})
