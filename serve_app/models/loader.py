@@ -6,6 +6,7 @@ machine share them; that none is left at random; and that nothing which can't be
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from serve_app.models.quantization import held_bytes, quantization_config, settl
 from serve_app.models.sizes import DTYPE_BYTES, own_context_tokens, stored_weights_bytes
 from serve_app.models.source import ModelFiles
 from serve_app.models.support import LOAD_ERRORS, built_in_class, check_architecture, explain, read_config
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HALVES = {"BF16": "bfloat16", "F16": "float16"}
@@ -70,14 +73,22 @@ def load(files: ModelFiles, model: ModelConfig, *, has_gpu: bool, progress: Prog
     device = choose_device(model, has_gpu=has_gpu)
     dtype = choose_dtype(config, model, device)
     context_tokens = choose_context(config, model)
+
+    def load_in(held: str) -> PreTrainedModel:
+        needed = stored_weights_bytes(files.folder, held, model.quantization)
+        _require_memory(files.name, needed, device)
+        progress(LoadStage(f"loading weights ({needed / 1e9:.1f} GB, {held})"))
+        return _from_pretrained(files, model, config, device, _DTYPES[held])
+
     held = held_dtype(files.folder, config, model, device, dtype)
-    needed = stored_weights_bytes(files.folder, held, model.quantization)
-    _require_memory(files.name, needed, device)
-    progress(LoadStage(f"loading weights ({needed / 1e9:.1f} GB, {held})"))
-    loaded = _from_pretrained(files, model, config, device, _DTYPES[held])
+    loaded = load_in(held)
     check_architecture(config, type(loaded))
     if held != dtype:
-        _compute_constants(loaded, model, _DTYPES[dtype])
+        try:
+            _compute_constants(loaded, model, _DTYPES[dtype])
+        except Exception:  # whatever code that comes with a model raises without weights
+            logger.info("%s is held in %s", files.name, dtype, exc_info=True)
+            loaded = load_in(dtype)
     loaded.train(False).requires_grad_(False)
     notes = files.notes if model.quantization == "none" else (*files.notes, *settle(loaded, model))
     progress(LoadStage("fingerprinting weights"))
@@ -207,6 +218,8 @@ def _compute_constants(loaded: PreTrainedModel, model: ModelConfig, dtype: torch
         for key in module._non_persistent_buffers_set:
             own._buffers[key] = module._buffers[key]
         vars(own).update({key: value for key, value in vars(module).items() if isinstance(value, torch.Tensor)})
+    if any(buffer.is_meta for buffer in loaded.buffers()):
+        raise ValueError("it computes constants from weights")
 
 
 def _attention_name(config: Any) -> str:

@@ -130,6 +130,30 @@ def test_one_that_is_not_in_16_bits_throughout_is_held_in_float32(tmp_path: Path
     assert _load(folder).model.dtype == torch.float32
 
 
+@pytest.mark.parametrize("raises", [True, False])
+def test_a_model_whose_constants_need_weights_is_held_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raises: bool
+) -> None:
+    class Peculiar(tf.LlamaForCausalLM):
+        """As code that comes with a model may be."""
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            without_weights = not self.model.rotary_emb.inv_freq.is_meta
+            if without_weights and raises:
+                raise RuntimeError("no weights")
+            if without_weights:
+                self.model.rotary_emb.inv_freq = self.model.rotary_emb.inv_freq.to("meta")
+
+    folder = _narrowed(tf.LlamaForCausalLM(tiny_config()), torch.bfloat16, tmp_path / "m")
+    exact = tf.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    monkeypatch.setitem(tf.AutoModelForCausalLM._model_mapping._extra_content, tf.LlamaConfig, Peculiar)
+    model = _load(folder).model
+    assert type(model) is Peculiar
+    assert model.dtype == torch.float32
+    assert torch.equal(model(IDS).logits, exact(IDS).logits)
+
+
 @pytest.mark.parametrize("settings", [{"dtype": "float16"}, {"quantization": "bnb-int8"}])
 def test_what_the_user_asks_for_is_done(tmp_path: Path, settings: dict[str, Any]) -> None:
     config = tiny_config(hidden_size=64, intermediate_size=128, head_dim=16)
