@@ -21,6 +21,7 @@ from serve_app.engine.cpu.layer import FusedLayer, StepPlans
 from serve_app.engine.cpu.library import Kernels
 from serve_app.engine.cpu.linear import PackedLinear
 from serve_app.engine.cpu.stack import FusedStack
+from serve_app.engine.cpu.widen import WideEmbedding
 from serve_app.engine.kv_cache import KVCache, LayerShape
 
 logger = logging.getLogger(__name__)
@@ -165,9 +166,9 @@ def _layer(module: nn.Module, kernels: Kernels, plans: StepPlans) -> Forward | N
 
 def _stack(module: nn.Module, kernels: Kernels, plans: StepPlans) -> Forward | None:
     parts: dict[str, Any] = dict(module.named_children())
-    if (
-        set(parts) != {"embed_tokens", "layers", "norm", "rotary_emb"}
-        or type(parts["embed_tokens"]) is not nn.Embedding
+    if set(parts) != {"embed_tokens", "layers", "norm", "rotary_emb"} or type(parts["embed_tokens"]) not in (
+        nn.Embedding,
+        WideEmbedding,
     ):
         return None
     layers = [layer.forward for layer in parts["layers"]]

@@ -25,6 +25,7 @@ class WideEmbedding(nn.Module):
     def __init__(self, table: torch.Tensor) -> None:
         """`table` `[tokens, width]`; it is not copied."""
         super().__init__()
+        self.num_embeddings = len(table)
         self._table: torch.Tensor
         self.register_buffer("_table", table, persistent=False)
 

@@ -40,6 +40,13 @@ def rounded(kind: str, dtype: torch.dtype) -> Any:
     return model
 
 
+def fused(model: Any) -> dict[str, str]:
+    """Which modules have forwards of ours."""
+    return {
+        name: type(vars(each)["forward"]).__name__ for name, each in model.named_modules() if "forward" in vars(each)
+    }
+
+
 async def logprobs(engine: Engine) -> list[Any]:
     sampling = SamplingParams(seed=5, logprobs=3)
     replies = await collect(engine, request_for(prompts_of([37])[0], 12, sampling=sampling))
@@ -51,8 +58,8 @@ async def logprobs(engine: Engine) -> list[Any]:
 async def test_the_same_bits(
     make_engine: MakeEngine, kernels: Kernels, kernel_folder: Path, kind: str, dtype: torch.dtype
 ) -> None:
-    wide = make_engine(model=rounded(kind, dtype), kernel_cache=kernel_folder)
-    narrow_model = held(kind, dtype)
+    wide_model, narrow_model = rounded(kind, dtype), held(kind, dtype)
+    wide = make_engine(model=wide_model, kernel_cache=kernel_folder)
     narrow = make_engine(model=narrow_model, dtype=torch.float32, kernel_cache=kernel_folder)
     assert narrow.capacity.exact
     assert narrow.capacity.arithmetic == wide.capacity.arithmetic
@@ -60,6 +67,7 @@ async def test_the_same_bits(
     forms = {module.form for module in narrow_model.modules() if isinstance(module, PackedLinear)}
     assert forms == {FORMS[dtype]}
     assert all(parameter.dtype == torch.float32 for parameter in narrow_model.parameters())
+    assert fused(narrow_model) == fused(wide_model)
 
 
 async def test_without_kernels_it_computes_in_float32_too(make_engine: MakeEngine) -> None:
