@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from serve_app.engine.cpu.library import Kernels, LinearPart
 from serve_app.engine.cpu.memory import ask_for_huge_pages
+from serve_app.engine.cpu.widen import HALVES
 from serve_app.engine.errors import EngineError
 
 logger = logging.getLogger(__name__)
@@ -178,7 +179,7 @@ def _weight(module: nn.Module) -> torch.Tensor | None:
     if type(module) not in (nn.Linear, Conv1D) or hasattr(module, "_hf_hook"):
         return None
     weight: Any = module.weight
-    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16) or weight.device.type != "cpu":
+    if weight.dtype not in (torch.float32, *HALVES) or weight.device.type != "cpu":
         return None
     transposed: torch.Tensor = weight.detach().t() if isinstance(module, Conv1D) else weight.detach()
     return transposed
