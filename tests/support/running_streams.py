@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import pytest
@@ -40,16 +43,21 @@ class Service:
         return [Stream(self.client, seed, tokens) for seed in range(streams)]
 
 
+_numbers = count()
+
+
 class Stream:
     """One generation, read to its end by a task."""
 
     def __init__(self, client: RayReplicaClient, seed: int, tokens: int) -> None:
+        self.id = f"stream-{next(_numbers)}"
         self.expected = expected_tokens(seed, tokens)
         self.tokens: list[int] = []
         self.failure: Failure | None = None
         self.longest_pause_s = 0.0
         self.flows = asyncio.Event()
-        self.done = asyncio.create_task(self._read(client, request(tokens=tokens, seed=seed)))
+        wanted = replace(request(tokens=tokens, seed=seed), request_id=self.id)
+        self.done = asyncio.create_task(self._read(client, wanted))
 
     async def _read(self, client: RayReplicaClient, wanted: Any) -> None:
         changed = asyncio.Event()
@@ -89,6 +97,8 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.02)
 
 
-def moves(caplog: pytest.LogCaptureFixture) -> int:
-    """Attempts that left a replica which was going; what was logged at level WARNING says so."""
-    return sum("is leaving" in record.getMessage() for record in caplog.records)
+def moves(caplog: pytest.LogCaptureFixture, streams: list[Stream]) -> list[int]:
+    """How often each left a replica that was going; what was logged at level WARNING says so."""
+    left = [str(record.args[0]) for record in caplog.records if record.args and "is leaving" in record.getMessage()]
+    counted = Counter(left)
+    return [counted[stream.id] for stream in streams]
