@@ -9,6 +9,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+STALL_S = 0.1
+"""A timer that goes off so late says that the loop, or the process, stood still: what came meanwhile is unread."""
+MAX_GRACE_S = 1.0
+
 
 class Alarm:
     """For the callers of one event loop."""
@@ -16,7 +20,11 @@ class Alarm:
     __slots__ = ("_due", "_loop", "_on_time", "_timer")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, on_time: Callable[[], object]) -> None:
-        """`on_time` is called in the loop, once for each limit that is reached."""
+        """`on_time` is called in the loop, once for each limit that is reached.
+
+        After a stall of the loop it is called as much later as that was long, at most `MAX_GRACE_S`: nobody is taken
+        for silent by one who did not listen.
+        """
         self._loop = loop
         self._on_time = on_time
         self._due: float | None = None
@@ -46,7 +54,10 @@ class Alarm:
         self._timer = None
         if self._due is None:
             return
-        if self._loop.time() < self._due:
+        late_s = self._loop.time() - self._due
+        if late_s > STALL_S:
+            self._due = self._loop.time() + min(late_s, MAX_GRACE_S)
+        if late_s < 0 or late_s > STALL_S:
             self._timer = self._loop.call_at(self._due, self._look)
         else:
             self._due = None

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from simulated_time import simulated_time
 
-from serve_app.alarm import Alarm
+from serve_app.alarm import MAX_GRACE_S, Alarm
 
 EARLY_S = 1e-4
 """The simulated clock moves a little with each iteration of the loop."""
@@ -29,6 +29,10 @@ class Bell:
             return call_at(*arguments, **options)
 
         self.loop.call_at = counted
+
+    def stands_still(self, seconds: float) -> None:
+        """The process is stopped for so long: no timer goes off meanwhile."""
+        time, self.loop.time = self.loop.time, lambda: time() + seconds
 
     def rings(self, *times_s: float) -> bool:
         return self.rang_s == [pytest.approx(time_s, abs=EARLY_S) for time_s in times_s]
@@ -86,3 +90,23 @@ async def test_no_limit_is_never_reached(bell: Bell) -> None:
     bell.alarm.set(1.0)  # it can be used again
     await asyncio.sleep(2)
     assert len(bell.rang_s) == 2
+
+
+@pytest.mark.parametrize(("stalled_s", "grace_s"), [(0.05, 0.0), (0.6, 0.6), (30.0, MAX_GRACE_S)])
+async def test_after_a_stall_what_came_meanwhile_is_heard_first(bell: Bell, stalled_s: float, grace_s: float) -> None:
+    bell.alarm.set(1.0)
+    await asyncio.sleep(0.5)
+    bell.stands_still(0.5 + stalled_s)
+    await asyncio.sleep(5)
+    assert bell.rings(1.0 + stalled_s + grace_s)
+
+
+async def test_a_limit_that_is_put_off_after_a_stall_is_not_reached(bell: Bell) -> None:
+    bell.alarm.set(1.0)
+    bell.stands_still(3.0)
+    await asyncio.sleep(0.01)
+    bell.alarm.set(1.0)  # what had come meanwhile
+    await asyncio.sleep(0.9)
+    assert bell.rang_s == []
+    await asyncio.sleep(0.2)
+    assert bell.rings(4.01)

@@ -80,4 +80,6 @@ def _lives(name: str) -> bool:
         ray.get_actor(name, namespace=SERVE_NAMESPACE)
     except ValueError:
         return False
+    except Exception:  # the GCS does not answer: nothing is known, and it is asked again
+        logger.exception("whether %s lives could not be found out", name)
     return True

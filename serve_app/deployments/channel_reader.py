@@ -92,19 +92,19 @@ class ChannelReader:
         """Called by a channel."""
         self._channels[replica] = channel
 
-    def received(self, items: list[ChannelItem]) -> None:
+    def received(self, replica: str, items: list[ChannelItem]) -> None:
         """Called by a channel, for each message."""
         for number, batch in items:
             if (found := self._attempts.get(number)) is not None:
-                found[1].put(batch)
+                found[1].put(batch, replica)
 
     def broke(self, replica: str, channel: _Channel) -> None:
         """Called by a channel that was open."""
         if self._channels.get(replica) is channel:
             del self._channels[replica]
         for attempt, inbox in self._attempts.values():
-            if attempt.replica == replica:
-                inbox.lose()
+            if replica in (attempt.replica, inbox.source):
+                inbox.lose(replica)
 
 
 class _Channel(asyncio.Protocol):
@@ -129,7 +129,7 @@ class _Channel(asyncio.Protocol):
         *lines, self._unfinished = (self._unfinished + data).split(b"\n")
         try:
             for line in lines:
-                self._reader.received(decode(line))
+                self._reader.received(self._replica, decode(line))
         except (ValueError, TypeError, IndexError):
             logger.exception("replica %s sends what is no message", self._replica)
             self.close()

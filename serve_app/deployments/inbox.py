@@ -16,7 +16,7 @@ from serve_app.messages import Reply, TokenBatch
 class Inbox:
     """For one attempt, on one event loop, with one reader."""
 
-    __slots__ = ("_alarm", "_closed", "_early", "_loop", "_next", "_ready", "_waiter", "lost")
+    __slots__ = ("_alarm", "_closed", "_early", "_loop", "_next", "_ready", "_waiter", "lost", "source")
 
     def __init__(self, first_index: int) -> None:
         """`first_index`: position of the first token that the attempt is to bring."""
@@ -27,11 +27,20 @@ class Inbox:
         self._waiter: asyncio.Future[None] | None = None
         self._alarm = Alarm(self._loop, self._wake)
         self._closed = False
-        self.lost = False
-        """Something that was sent will not come."""
+        self.lost = ""
+        """The replica whose channel broke, so that something which it sent may not come."""
+        self.source = ""
+        """The replica whose channel has brought something."""
 
-    def put(self, reply: Reply) -> None:
-        """Add what has come. A `Failure` overtakes everything: it says that no more will come."""
+    def put(self, reply: Reply, source: str = "") -> None:
+        """Add what has come, through the channel of the replica `source` or by the attempt's own way.
+
+        A `Failure` overtakes everything: it says that no more will come.
+        """
+        if source and source != self.source:
+            if self.source:
+                return  # the attempt has moved on, and has something of where it is now
+            self.source = source
         if isinstance(reply, TokenBatch):
             if reply.first_index > self._next:
                 if reply.token_ids or reply.finish_reason is not None:
@@ -56,9 +65,9 @@ class Inbox:
         self._closed = True
         self._wake()
 
-    def lose(self) -> None:
-        """A channel broke that may have held something for this attempt."""
-        self.lost = True
+    def lose(self, replica: str) -> None:
+        """The channel of this replica broke, and may have held something for this attempt."""
+        self.lost = replica
         self._wake()
 
     async def take(self, timeout_s: float) -> Reply | None:

@@ -51,7 +51,7 @@ class ModelServer:
         replica = serve.get_replica_context()
         board = ProgressBoard(replica.app_name, config)
         if refusal := await asyncio.to_thread(board.refusal):
-            board.refuse(refusal)  # for the next try, however long that takes
+            board.report(LoadStage("failed", error=refusal))
             raise ModelError(refusal)
         note_suspect = partial(SuspectNotes(replica.app_name).write, replica.replica_id.unique_id)
         try:
@@ -59,7 +59,7 @@ class ModelServer:
             self._engine, card = await asyncio.to_thread(self._start, config, Reporter(board.report), note_suspect)
         except (ModelError, EngineError) as error:
             logger.error("the model can't be served: %s", error)
-            board.refuse(str(error))
+            await asyncio.to_thread(board.refuse, str(error))
             raise error from None  # the sentence says it all; its causes would bury it in `serve status`
         except Exception as error:
             board.report(LoadStage("failed", error=f"loading the model failed with {type(error).__name__}: {error}"))

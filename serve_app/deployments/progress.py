@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 
+from ray import serve
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
 from serve_app.config import AppConfig
@@ -29,8 +30,6 @@ NOTE_PERIOD_S = 0.25
 """Between two notes of one stage."""
 LOG_PERIOD_S = 5.0
 """Between two log lines of one stage."""
-REFUSED_FOR_S = 10.0
-"""How long a refusal answers for the next try: Serve makes it a second or two later, on a busy machine some more."""
 _NAMESPACE = "serve_app"
 
 
@@ -43,6 +42,7 @@ class ProgressBoard:
 
     def __init__(self, app_name: str, config: AppConfig) -> None:
         digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:16]
+        self._app_name = app_name
         self._digest = digest.encode()
         self._served_key = f"{app_name}/served"
         self._stage_key = f"{app_name}/{digest}/stage"
@@ -62,20 +62,30 @@ class ProgressBoard:
     def refuse(self, error: str) -> None:
         """Note that this model can't be served, and why: found out, not suffered, so that it would be found again."""
         self.report(LoadStage("failed", error=error))
-        note = json.dumps({"error": error, "at": time.time()})
+        note = json.dumps({"error": error, "deployed": self._deployed_at()})
         _internal_kv_put(self._refused_key, note, namespace=_NAMESPACE)
 
     def refusal(self) -> str | None:
-        """Why a replica of this deploy has just refused a model that was never served; None when none has.
+        """Why a replica of this very deploy has refused a model that was never served; None when none has.
 
         Serve starts a replica several times before it gives up, and has no way to be told that a model file that is
-        not there will not be there in a second. A user who deploys again after mending it takes longer than this keeps.
+        not there will not be there in a second. Who deploys again has mended it.
         """
         note = _internal_kv_get(self._refused_key, namespace=_NAMESPACE)
         if not note or self.card() is not None:
             return None
         refused = json.loads(note)
-        return str(refused["error"]) if time.time() - refused["at"] < REFUSED_FOR_S else None
+        deployed = refused["deployed"]
+        return str(refused["error"]) if deployed is not None and deployed == self._deployed_at() else None
+
+    def _deployed_at(self) -> float | None:
+        """When the application was last deployed, as Serve tells deploys apart; None when that can't be found out."""
+        try:
+            application = serve.status().applications[self._app_name]
+        except Exception:  # the controller is away: each try then finds out for itself
+            logger.exception("when %s was deployed could not be found out", self._app_name)
+            return None
+        return application.last_deployed_time_s
 
     def is_update(self) -> bool:
         """Whether the application was last served with another configuration, which this one is to replace."""

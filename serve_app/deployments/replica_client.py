@@ -38,6 +38,8 @@ HEARTBEAT_S = 1.0
 SILENCE_S = 4 * HEARTBEAT_S
 """A replica that has a request says something each second. One whose attempt is given up after this long without a word
 gets no others for a while: it is frozen, or cut off."""
+MAX_DEATHS = 2
+"""Replicas that may die with an attempt on its way to them, before its loss counts as any other."""
 RETRY_AFTER_S = 1.0
 """What a refused client is told to wait when Serve names no time."""
 _OUT_OF_ORDER = {FailureCode.REPLICA_LOST: True, FailureCode.NOT_READY: False}
@@ -94,6 +96,9 @@ class RayReplicaClient:
         try:
             while not ended:
                 reply = await inbox.take(HEARTBEAT_S)
+                if inbox.source and inbox.source != attempt.replica:
+                    # Serve sent it on, since that one died before it was known to have it. Two make no one text.
+                    raise await self._lost(f"{inbox.source} had begun it", attempt, taken=True)
                 if reply is not None:
                     heard_at = time.monotonic()
                     self._table.heard(attempt, tokens=isinstance(reply, TokenBatch) and bool(reply.token_ids))
@@ -106,7 +111,14 @@ class RayReplicaClient:
                         raise await self._lost(reply.message, attempt, taken=_OUT_OF_ORDER[reply.code])
                     yield reply
                 elif inbox.lost:
-                    raise await self._lost("its channel broke", attempt)
+                    broken, inbox.lost = inbox.lost, ""
+                    if broken == attempt.replica:
+                        raise await self._lost("its channel broke", attempt)
+                elif attempt.deaths >= MAX_DEATHS and not attempt.taken:
+                    # Serve would send it to one after the other. It may be what kills them.
+                    raise await self._lost(
+                        f"{attempt.deaths} died before they were known to have it", attempt, taken=True
+                    )
                 elif reading.done() and (_broke(reading) or not inbox.torn):
                     # Of one that broke, what was overtaken may have been on its way: nobody would bring it any more.
                     ended = True
@@ -137,14 +149,15 @@ class RayReplicaClient:
     def _channel_of(self, replica: str) -> ChannelAddress | None:
         return ChannelAddress.parse(self._table.channel(replica))
 
-    async def _lost(self, reason: str, attempt: Attempt, *, taken: bool = True) -> ReplicaLost:
+    async def _lost(self, reason: str, attempt: Attempt, *, taken: bool | None = None) -> ReplicaLost:
+        """`taken` unless it was at no replica, if that is not said."""
         self._readiness.doubt()
         blamed = (
             attempt.request.alone
             and attempt.replica is not None
             and await asyncio.to_thread(self._suspects.names, attempt.replica, attempt.request)
         )
-        taken = taken and attempt.replica is not None
+        taken = attempt.replica is not None if taken is None else taken
         return ReplicaLost(f"replica {attempt.replica}: {reason}", taken=taken, blamed=blamed)
 
 

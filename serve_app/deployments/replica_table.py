@@ -25,12 +25,16 @@ MOVE_S = 10.0
 class Attempt:
     """Where one attempt is: at no replica as long as it waits for a place."""
 
-    __slots__ = ("replica", "request")
+    __slots__ = ("deaths", "replica", "request", "taken")
 
     def __init__(self, request: GenerationRequest) -> None:
         self.request = request
         self.replica: str | None = None
         """The id of the replica that it was sent to."""
+        self.taken = False
+        """That replica is known to have it. As long as it isn't, Serve may send it to another."""
+        self.deaths = 0
+        """Replicas that died when it was on its way to them."""
 
     @property
     def stream(self) -> tuple[str, int]:
@@ -41,8 +45,8 @@ class Attempt:
 class ReplicaTable:
     """The replicas of one deployment as this process knows them, and its attempts on them.
 
-    The router's thread writes `update`, `sent` and `waiting`, the ingress's loop the rest; each is a single assignment
-    or dictionary operation, so that neither waits for the other.
+    The router's thread calls `update`, `sent`, `taken`, `died` and `waiting`, the ingress's loop the rest. Each step is
+    a single assignment or dictionary operation, so that neither waits for the other.
     """
 
     def __init__(self) -> None:
@@ -88,7 +92,21 @@ class ReplicaTable:
     def sent(self, request: object, replica: str) -> None:
         """The router has handed it to this replica, which may still reject it."""
         if (attempt := self._attempts.get(id(request))) is not None:
+            attempt.taken = False
             attempt.replica = replica
+
+    def taken(self, request: object, replica: str) -> None:
+        """This replica has it, and the router is done with it."""
+        if (attempt := self._attempts.get(id(request))) is not None:
+            attempt.replica = replica
+            attempt.taken = True
+
+    def died(self, replica: str) -> None:
+        """The router met a dead one. What that had not taken yet waits for another."""
+        for attempt in list(self._attempts.values()):
+            if attempt.replica == replica and not attempt.taken:
+                attempt.replica = None
+                attempt.deaths += 1
 
     def waiting(self, request: object) -> None:
         """The router is looking for a replica."""

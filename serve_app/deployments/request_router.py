@@ -41,7 +41,13 @@ class ModelRouter(RequestRouter):
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         """Called by Serve when a request or a probe met a dead one, which is before its controller knows."""
         super().on_replica_actor_died(replica_id)
+        self._table.died(replica_id.unique_id)
         self._publish()
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        """Called by Serve when the replica has accepted it: from here on it is not sent anywhere else."""
+        if pending_request.args:
+            self._table.taken(pending_request.args[0], replica_id.unique_id)
 
     def _publish(self) -> None:
         replicas = {replica.replica_id.unique_id: replica for replica in self.curr_replicas.values()}

@@ -56,8 +56,7 @@ class TokenChannels:
         channel = self._open.get(request.caller)
         if channel is None or not isinstance(reply, TokenBatch) or reply.finish_reason is not None:
             return False
-        channel.put((request.attempt, reply))
-        return True
+        return channel.put((request.attempt, reply))
 
     def opened(self, caller: str, channel: _Channel) -> None:
         """Called by a channel. A later one of the same caller takes the place of the first, which it has given up."""
@@ -110,11 +109,14 @@ class _Channel(asyncio.Protocol):
         self._impatience.cancel()
         self._channels.closed(self._caller, self)
 
-    def put(self, item: ChannelItem) -> None:
-        """Have it sent with all else that is put before the loop's next turn."""
+    def put(self, item: ChannelItem) -> bool:
+        """Have it sent with all else that is put before the loop's next turn; False when the connection has ended."""
+        if self._transport.is_closing():
+            return False
         if not self._items:
             self._loop.call_soon(self._flush)
         self._items.append(item)
+        return True
 
     def close(self) -> None:
         """Break it off: what is not sent yet is lost, and the reader sees that it is."""

@@ -83,7 +83,7 @@ async def until_done(task: asyncio.Task[None] | None) -> None:
 async def told(*inboxes: Inbox) -> list[bool]:
     """Of each, whether it is lost. Waits for the first to be."""
     assert await inboxes[0].take(5) is None
-    return [inbox.lost for inbox in inboxes]
+    return [bool(inbox.lost) for inbox in inboxes]
 
 
 @pytest.fixture

@@ -62,6 +62,15 @@ async def test_a_sign_of_life_passes_and_one_that_overtook_says_nothing() -> Non
     assert await drained(inbox) == [TokenBatch(0)]
 
 
+async def test_a_channel_that_is_late_adds_nothing_to_what_another_has_brought() -> None:
+    inbox = Inbox(0)
+    inbox.put(TokenBatch(0, (5,)), "a")
+    inbox.put(TokenBatch(1, (9,)), "b")
+    inbox.put(TokenBatch(1, (6,)))
+    assert await drained(inbox) == [TokenBatch(0, (5,)), TokenBatch(1, (6,))]
+    assert inbox.source == "a"
+
+
 async def test_a_failure_waits_for_nothing() -> None:
     inbox = Inbox(0)
     inbox.put(TokenBatch(4, (1,)))
@@ -69,7 +78,7 @@ async def test_a_failure_waits_for_nothing() -> None:
     assert await inbox.take(SOON_S) is LOST
 
 
-@pytest.mark.parametrize("end", [Inbox.close, Inbox.lose, lambda inbox: inbox.put(LOST)])
+@pytest.mark.parametrize("end", [Inbox.close, lambda inbox: inbox.lose("a"), lambda inbox: inbox.put(LOST)])
 async def test_whoever_waits_is_woken(end: object) -> None:
     inbox = Inbox(0)
     waiting = asyncio.create_task(inbox.take(60))
@@ -82,7 +91,7 @@ async def test_whoever_waits_is_woken(end: object) -> None:
 async def test_after_the_end_nobody_waits_and_what_is_there_is_taken() -> None:
     inbox = Inbox(0)
     inbox.put(TokenBatch(0, (1,)))
-    inbox.lose()
+    inbox.lose("a")
     async with asyncio.timeout(1):
         assert await inbox.take(60) == TokenBatch(0, (1,))
         assert await inbox.take(60) is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 from fake_key_value_store import FakeKeyValueStore
@@ -10,50 +10,67 @@ from fake_replica import card
 
 from serve_app.config import AppConfig
 from serve_app.deployments import progress
-from serve_app.deployments.progress import REFUSED_FOR_S, ProgressBoard
+from serve_app.deployments.progress import ProgressBoard
 
 APP, WHY = "progress-app", "there are no weights"
 OTHER = AppConfig.model_validate({"engine": {"max_running": 3}})
 
 
-@pytest.fixture
-def sleep(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Lets simulated seconds pass."""
-    now = [1000.0]
-    monkeypatch.setattr(progress.time, "time", lambda: now[0])
+class Serve:
+    """Knows when an application was deployed, unless its controller is away."""
 
-    def passes(seconds: float) -> None:
-        now[0] += seconds
+    def __init__(self) -> None:
+        self.deployed: dict[str, float] = {APP: 1000.5, "another": 1000.5}
+        self.away = False
 
-    return passes
+    def status(self) -> SimpleNamespace:
+        if self.away:
+            raise RuntimeError("the controller is away")
+        applications = {name: SimpleNamespace(last_deployed_time_s=at) for name, at in self.deployed.items()}
+        return SimpleNamespace(applications=applications)
 
 
 @pytest.fixture(autouse=True)
-def _store(monkeypatch: pytest.MonkeyPatch) -> None:
+def fake_serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
     FakeKeyValueStore().used_by(progress, monkeypatch)
+    fake = Serve()
+    monkeypatch.setattr(progress, "serve", fake)
+    return fake
 
 
-def test_a_refusal_answers_for_the_next_tries_and_then_no_more(sleep: Callable[[float], None]) -> None:
+def test_a_refusal_answers_for_the_other_tries_of_its_deploy_and_no_more(fake_serve: Serve) -> None:
     board = ProgressBoard(APP, AppConfig())
     assert board.refusal() is None
     board.refuse(WHY)
     stage = board.stage()
     assert stage is not None
     assert (stage.stage, stage.error) == ("failed", WHY)
-    sleep(REFUSED_FOR_S - 0.1)
     assert board.refusal() == WHY
-    sleep(0.2)
+    assert board.refusal() == WHY
+    fake_serve.deployed[APP] += 2
     assert board.refusal() is None, "who deploys again has mended it"
 
 
-@pytest.mark.usefixtures("sleep")
+@pytest.mark.parametrize("when", ["refused", "asked", "always"])
+def test_while_serve_does_not_say_which_deploy_it_is_each_try_finds_out_for_itself(
+    fake_serve: Serve, when: str
+) -> None:
+    board = ProgressBoard(APP, AppConfig())
+    fake_serve.away = when in ("refused", "always")
+    board.refuse(WHY)
+    stage = board.stage()
+    assert stage is not None
+    assert stage.error == WHY
+    fake_serve.away = when in ("asked", "always")
+    assert board.refusal() is None
+
+
 def test_a_refusal_is_of_one_config_of_one_application() -> None:
     ProgressBoard(APP, AppConfig()).refuse(WHY)
     assert ProgressBoard(APP, OTHER).refusal() is None
     assert ProgressBoard("another", AppConfig()).refusal() is None
 
 
-@pytest.mark.usefixtures("sleep")
 def test_a_model_that_was_served_is_tried_again() -> None:
     """What hinders it may pass: the memory of a replica that was killed, say, is not free yet."""
     board = ProgressBoard(APP, AppConfig())

@@ -117,6 +117,24 @@ def test_nobody_is_given_to_a_replica_that_is_out_of_order(clock: Clock) -> None
     assert not table.should_leave(at("a"))
 
 
+def test_what_a_dead_replica_had_not_taken_waits_for_another() -> None:
+    table = ReplicaTable()
+    on_its_way, there, elsewhere = (at(None, choice).request for choice in range(3))
+    with table.track(on_its_way) as waits, table.track(there) as lost, table.track(elsewhere) as lives:
+        table.sent(on_its_way, "a")
+        table.sent(there, "a")
+        table.taken(there, "a")
+        table.sent(elsewhere, "b")
+        table.died("a")
+        table.died("a")
+        assert [attempt.replica for attempt in (waits, lost, lives)] == [None, "a", "b"]
+        assert [attempt.deaths for attempt in (waits, lost, lives)] == [1, 0, 0]
+        table.taken(on_its_way, "a")  # what said so was on its way
+        assert (waits.replica, waits.taken) == ("a", True)
+        table.sent(on_its_way, "b")
+        assert not waits.taken
+
+
 def test_an_attempt_is_followed_by_its_very_request_until_it_ends() -> None:
     table = ReplicaTable()
     wanted, equal = request(), request()

@@ -116,6 +116,15 @@ async def test_without_a_channel_of_its_caller_a_stream_goes_its_own_way(
     await until(lambda: not channels.put(request(1, "another"), TokenBatch(0, (1,))))
 
 
+async def test_nothing_is_put_into_a_channel_that_has_ended(channels: TokenChannels, connect: Connect) -> None:
+    await opened(connect)
+    assert channels.put(request(1), TokenBatch(0, (1,)))
+    await asyncio.sleep(0)
+    channels._open["me"].close()  # its end is told in the loop's next turn
+    assert not channels.put(request(1), TokenBatch(1, (2,)))
+    assert channels._open
+
+
 async def test_a_later_channel_of_the_same_caller_takes_the_place_of_the_first(
     channels: TokenChannels, connect: Connect
 ) -> None:
