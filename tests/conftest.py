@@ -1,4 +1,7 @@
-"""The session's Ray cluster, for the tests marked `ray`: one, small, HTTP on loopback, started when first asked for."""
+"""The session's Ray cluster, for the tests marked `ray`: one, small, HTTP on loopback, started when first asked for.
+
+Property tests draw the same examples in each run. `pytest --hypothesis-profile=explore` draws others.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Without limits of time: a machine that stalls for a moment says nothing of what is tested.
+settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("repeat", settings.get_profile("explore"), derandomize=True, print_blob=True)
+settings.load_profile("repeat")
 
 
 def free_port() -> int:

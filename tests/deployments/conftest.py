@@ -36,15 +36,24 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def until() -> Callable[..., httpx.Response]:
-    """`until(url, condition)` asks until the answer satisfies the condition, and gives that answer."""
+    """`until(url, condition)` asks until the answer satisfies the condition, and gives that answer.
 
-    def ask(url: str, condition: Callable[[httpx.Response], bool], timeout_s: float = 60) -> httpx.Response:
+    `times`: so often in a row, where several processes answer in turn.
+    """
+
+    def ask(
+        url: str, condition: Callable[[httpx.Response], bool], timeout_s: float = 180, times: int = 1
+    ) -> httpx.Response:
         deadline = time.monotonic() + timeout_s
+        met = 0
         while True:
             try:
-                response = httpx.get(url, timeout=10)
-                if condition(response):
+                response = httpx.get(url, timeout=30)
+                met = met + 1 if condition(response) else 0
+                if met == times:
                     return response
+                if met:
+                    continue
                 found = f"{response.status_code} {response.text}"
             except httpx.TimeoutException as error:  # a busy machine: Serve starts what was killed
                 found = repr(error)

@@ -24,6 +24,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.demo]
 APP = "demo"
 MESSAGES = [{"role": "user", "content": "What is a prime number?"}]
 TOKENS = 24
+ASKED = 6000
+"""Nearly all that its KV cache holds."""
 
 
 @pytest.fixture(scope="module")
@@ -82,16 +84,15 @@ async def test_a_disconnect_stops_the_engine(url: str) -> None:
     """The engine stops with the step in which it hears of it (its own tests); until then Serve passes it on."""
     handle = serve.get_deployment_handle("ModelServer", APP)
     assert (await handle.stats.remote()).running == 0
-    body = {"prompt": "Once upon a time", "max_tokens": 2000, "temperature": 0}
-    async with httpx.AsyncClient() as client, client.stream("POST", f"{url}/stream", json=body) as response:
+    body = {"prompt": "Once upon a time", "max_tokens": ASKED, "temperature": 0}
+    async with httpx.AsyncClient(timeout=60) as client, client.stream("POST", f"{url}/stream", json=body) as response:
         pieces = response.aiter_bytes()  # held: a collected generator would close the connection
         await anext(pieces)
         before = await handle.stats.remote()
         assert before.running == 1
         assert before.used_pages > 0
-    gone = await handle.stats.remote()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while (after := await handle.stats.remote()).running:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-    assert after.output_tokens - gone.output_tokens < 200, "of the 2,000 that were asked for"
+    assert after.output_tokens - before.output_tokens < ASKED / 2
     assert after.used_pages == 0

@@ -17,9 +17,11 @@ import httpx
 import openai
 import psutil
 import pytest
+import ray
 from answers import CHAT, Answer, body_of, post
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from unruly_model_server import POISON, UnrulyModelServer, write_weights
 
 import serve_app.app
@@ -83,7 +85,7 @@ class Service:
 
     async def whole(self, count: int) -> None:
         """Until all replicas are there again."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while True:
             states = (await asyncio.to_thread(serve.status)).applications[APP].deployments["ModelServer"].replica_states
             if states == {"RUNNING": count}:
@@ -101,23 +103,22 @@ class Service:
                 tasks.create_task(ask(client, self.url, name, answer))
             for name, answer in answers.items():
                 if name in STREAMED:
-                    await asyncio.wait_for(answer.flows.wait(), 30)
+                    await asyncio.wait_for(answer.flows.wait(), 120)
             if disturbance is not None:
                 await disturbance()
         for name, answer in answers.items():
             assert answer.summary() == self.expected[name], name
         return answers
 
-    async def hit(self, strike: Callable[[int], Awaitable[Any]]) -> tuple[int, dict[str, Answer]]:
-        """All requests at once, and `strike` the replica of most of them, among which is a stream: its process."""
+    async def hit(self, strike: Callable[[int], Awaitable[bool]]) -> tuple[int, dict[str, Answer]]:
+        """All requests at once, and `strike` the process of most of them, which says whether there was a stream."""
         struck: list[int] = []
 
         async def once() -> None:
             running = await self.replicas()
             most = max(running, key=lambda pid: running[pid])
-            if running[most] > WHOLE:
+            if await strike(most):
                 struck.append(most)
-                await strike(most)
 
         for _ in range(5):  # again, when the machine was so slow to tell that the answers were already over
             answers = await self.under(once)
@@ -125,11 +126,31 @@ class Service:
                 return struck[0], answers
         raise AssertionError("no replica ever computed a streamed answer when it was to be struck")
 
+    async def send(self, number: signal.Signals, pid: int) -> bool:
+        """A strike: the replica sends itself a signal while it computes a stream. Whether it did."""
+        responses = self.handle.broadcast("strike", pid, number, WHOLE)
+        telling = asyncio.ensure_future(responses.results_async())
+        try:
+            async with asyncio.timeout(60):
+                while True:
+                    if stopped_or_dead(pid):
+                        return True
+                    if telling.done() and telling.exception() is None:
+                        return stopped_or_dead(pid)
+                    await asyncio.sleep(0.01)
+        finally:
+            telling.cancel()
+
+    async def break_engine(self, pid: int) -> bool:
+        """A strike: its next step fails. Serve is not told of it until `hide_illness` is called again."""
+        await self.handle.broadcast("hide_illness", True).results_async()
+        return any(await self.handle.broadcast("break_engine", pid, WHOLE).results_async())
+
     async def moved(self, answers: dict[str, Answer]) -> set[str]:
         """Names of those that a replica computed from a token on that another one had computed before."""
         async with asyncio.timeout(60):
             while True:
-                with suppress(RayError):  # of one that has died, and is not yet known to
+                with suppress(RayError, RayServeException):  # of one that has died, and is not yet known to
                     continued = set().union(*await self.handle.broadcast("continued").results_async())
                     return {name for name, answer in answers.items() if answer.request_id in continued}
                 await asyncio.sleep(0.1)
@@ -140,9 +161,24 @@ def longest_pause_s(answers: dict[str, Answer]) -> float:
     return max(answer.longest_pause_s for name, answer in answers.items() if name in STREAMED)
 
 
-async def send(number: signal.Signals, pid: int) -> None:
-    """To be used as a strike."""
-    os.kill(pid, number)
+def waited_for_silence(answers: dict[str, Answer]) -> set[str]:
+    """Names of those that left a replica since it said nothing for long, as the ingress's log has it."""
+    logs = Path(ray.get_runtime_context().worker.node.get_logs_dir_path())
+    lines = [
+        line
+        for log in logs.glob(f"serve/replica_{APP}_Ingress_*.log")
+        for line in log.read_text().splitlines()
+        if f"nothing came for {SILENCE_S:g} s" in line
+    ]
+    return {name for name, answer in answers.items() if any(answer.request_id in line for line in lines)}
+
+
+def stopped_or_dead(pid: int) -> bool:
+    """Whether a signal has had its effect."""
+    try:
+        return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def replica_processes() -> set[int]:
@@ -209,32 +245,28 @@ def service(
 
 async def test_a_killed_replica_changes_no_answer(service: Service) -> None:
     await service.whole(2)
-    _, answers = await service.hit(partial(send, signal.SIGKILL))
+    _, answers = await service.hit(partial(service.send, signal.SIGKILL))
     assert await service.moved(answers) & STREAMED
-    assert longest_pause_s(answers) < SILENCE_S, "a death is noticed, not waited for"
+    assert not waited_for_silence(answers), "a death is noticed, not waited for"
 
 
 async def test_a_frozen_replica_is_left_after_five_seconds_and_not_asked_again(service: Service) -> None:
     await service.whole(2)
-    frozen: list[int] = []
-
-    async def freeze(pid: int) -> None:
-        frozen.append(pid)
-        os.kill(pid, signal.SIGSTOP)
-
+    running = await service.replicas()
     try:
-        _, answers = await service.hit(freeze)
+        _, answers = await service.hit(partial(service.send, signal.SIGSTOP))
         again = await service.under()
     finally:
-        for pid in frozen:
+        for pid in running:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
     moved = await service.moved(answers)
     assert moved & STREAMED
-    for name in STREAMED:
-        pause_s = answers[name].longest_pause_s
-        assert SILENCE_S - 1 < pause_s < 2 * SILENCE_S if name in moved else pause_s < SILENCE_S - 1, name
-    assert longest_pause_s(again) < SILENCE_S - 1
+    waited = waited_for_silence(answers)
+    assert waited
+    assert waited <= moved, "who was not there did not wait"
+    assert longest_pause_s(answers) < 2 * SILENCE_S, "with it the others leave, whose channel is given up"
+    assert not waited_for_silence(again)
 
 
 async def test_an_update_while_answers_are_written(
@@ -269,7 +301,7 @@ async def test_replicas_that_die_in_an_update_are_replaced(
 
     async def kill_two_of_the_new() -> None:
         killed: set[int] = set()
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(180):
             while len(killed) < 2:
                 for pid in await asyncio.to_thread(replica_processes) - before - killed:
                     killed.add(pid)
@@ -277,27 +309,34 @@ async def test_replicas_that_die_in_an_update_are_replaced(
                 await asyncio.sleep(0.1)
 
     await asyncio.gather(kill_two_of_the_new(), service.under())
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(180):
         while before & set(await service.replicas()):
             await service.under()
     await service.whole(2)
 
 
 async def test_streams_wait_for_the_successor_of_the_last_replica(service: Service) -> None:
-    await service.whole(2)
-    reading = asyncio.Event()
-    openais = asyncio.create_task(read_with_openais_client(service.url, reading))
+    for _ in range(5):  # again, when the machine was so slow that the answers were already over
+        await service.whole(2)
+        reading, in_time = asyncio.Event(), asyncio.Event()
+        openais = asyncio.create_task(read_with_openais_client(service.url, reading))
 
-    async def kill_all() -> None:
-        await reading.wait()
-        assert not openais.done()
-        for pid in await service.replicas():
-            os.kill(pid, signal.SIGKILL)
+        async def kill_all(
+            reading: asyncio.Event = reading, in_time: asyncio.Event = in_time, openais: asyncio.Task[str] = openais
+        ) -> None:
+            await asyncio.wait_for(reading.wait(), 120)
+            if not openais.done():
+                in_time.set()
+            for pid in await service.replicas():
+                os.kill(pid, signal.SIGKILL)
 
-    answers = await service.under(kill_all)
-    assert await openais == service.expected["greedy"][1][0]["text"]
-    waited = [answers[name] for name in await service.moved(answers) & STREAMED]
-    assert len(waited) > 3
+        answers = await service.under(kill_all)
+        assert await openais == service.expected["greedy"][1][0]["text"]
+        waited = [answers[name] for name in await service.moved(answers) & STREAMED]
+        if in_time.is_set() and len(waited) > 3:
+            break
+    else:
+        raise AssertionError("the answers were over each time")
     assert min(answer.longest_pause_s for answer in waited) > 1, "a process and its imports"
     assert min(answer.heartbeats for answer in waited) > 1
 
@@ -327,12 +366,14 @@ async def test_a_request_that_kills_replicas_is_refused_and_what_is_beside_it_is
 
 async def test_a_replica_whose_engine_has_failed_is_left_and_replaced(service: Service) -> None:
     await service.whole(2)
-    broken, answers = await service.hit(lambda pid: service.handle.broadcast("break_engine", pid).results_async())
-    assert longest_pause_s(answers) < SILENCE_S
+    broken, answers = await service.hit(service.break_engine)
+    assert not waited_for_silence(answers)
     os.kill(broken, 0)  # its process lives, and is idle: the first that new requests would be given to
-    assert longest_pause_s(await service.under()) < SILENCE_S
+    assert not waited_for_silence(await service.under())
     assert await service.moved(answers) & STREAMED
-    deadline = time.monotonic() + 30
+    os.kill(broken, 0)
+    await service.handle.broadcast("hide_illness", False).results_async()
+    deadline = time.monotonic() + 180
     while psutil.pid_exists(broken):
         assert time.monotonic() < deadline, "Serve has not replaced it"
         await asyncio.sleep(0.1)
@@ -360,7 +401,7 @@ async def test_an_update_whose_model_can_not_be_loaded_leaves_the_old_one(
     with pytest.raises(RuntimeError):
         await asyncio.to_thread(serve.run_many, [target])
     await service.under()
-    async with httpx.AsyncClient(timeout=20) as client:
+    async with httpx.AsyncClient(timeout=60) as client:
         assert (await client.get(f"{service.url}/ready")).json()["status"] == "ready"
     assert set(await service.replicas()) == set(before), "the old version's processes, untouched"
 
@@ -385,7 +426,7 @@ async def test_streams_whose_weights_are_gone_end_with_an_error_that_says_so(
                 fields = {"max_tokens": 900} if path == "/stream" else long
                 tasks.create_task(post(client, service.url + path, body_of(path, fields), answers[name], headers))
             for answer in answers.values():
-                await asyncio.wait_for(answer.flows.wait(), 30)
+                await asyncio.wait_for(answer.flows.wait(), 120)
             old = await service.replicas()
             target = serve.RunTarget(application(model={"source": str(other)}), name=APP, route_prefix=f"/{APP}")
             await asyncio.to_thread(serve.run_many, [target], wait_for_applications_running=False)
@@ -400,7 +441,7 @@ async def test_streams_whose_weights_are_gone_end_with_an_error_that_says_so(
         await service.whole(2)
         for answer in answers.values():
             if answer.stream_id:
-                deadline = time.monotonic() + 30
+                deadline = time.monotonic() + 180
                 while (late := await client.get(f"{service.url}/v1/streams/{answer.stream_id}")).status_code != 410:
                     assert time.monotonic() < deadline, late.text  # an ingress of the old version answers still
                     await asyncio.sleep(0.2)

@@ -39,7 +39,7 @@ class Gated(SdpaAttention):
         heads: Heads,
         prepared: Any,
     ) -> torch.Tensor:
-        Gated.leave.wait()
+        assert Gated.leave.wait(60), "nobody has opened the gate"
         if Gated.broken:
             raise RuntimeError("the device is gone")
         return super().attend(query, keys, values, spans, heads, prepared)
@@ -83,9 +83,13 @@ async def test_a_busy_engine_is_healthy_and_a_hung_one_is_not(
 
 
 async def test_a_dead_engine_is_ill_and_says_of_what(server: ModelServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    Gated.leave.clear()
     stream = server.generate(request_for([1, 2, 3], 50))
-    await anext(stream)
+    first = asyncio.create_task(anext(stream))
+    await until(lambda: server._engine.health().step_running_s > 0)
     monkeypatch.setattr(Gated, "broken", True)
+    Gated.leave.set()
+    await first
     async for _ in stream:
         pass
     await until(lambda: not server._engine.health().alive)

@@ -30,8 +30,8 @@ GRACES_S = {"drain-start-first": 5.0, "drain-stop-first": 600.0}
 latest: the first after its successor has come up, the second at once."""
 PLACE = "a_place_for_a_replica"
 """A resource: the session's node has one, and each node that joins."""
-TOKENS = 6000
-"""Two minutes. The test says itself when it has seen enough."""
+TOKENS = 30_000
+"""Ten minutes. The test says itself when it has seen enough."""
 NOTICE_S = 60.0
 
 

@@ -12,6 +12,8 @@ from serve_app.streams.generation import FailoverSettings, Generation, interleav
 from serve_app.streams.journal_records import read_record, write_reply
 from serve_app.streams.replica import ReplicaLost
 
+pytestmark = pytest.mark.usefixtures("exact_time")  # else a stall would look like a silent replica
+
 QUICK = FailoverSettings(first_backoff_s=0.001, max_backoff_s=0.002)
 
 

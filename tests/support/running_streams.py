@@ -81,7 +81,7 @@ class Stream:
 async def flowing(streams: list[Stream]) -> None:
     """Until each has its first tokens."""
     for stream in streams:
-        await asyncio.wait_for(stream.flows.wait(), 30)
+        await asyncio.wait_for(stream.flows.wait(), 120)
 
 
 async def going_on(streams: list[Stream]) -> None:
@@ -92,7 +92,7 @@ async def going_on(streams: list[Stream]) -> None:
 
 async def until(condition: Callable[[], bool]) -> None:
     """Ask until it holds; what a slow machine takes a minute for is given up."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(180):
         while not condition():  # noqa: ASYNC110 - of what other processes do
             await asyncio.sleep(0.02)
 

@@ -26,7 +26,7 @@ class UnrulyModelServer(ModelServer):
         await super().__init__(config)
         runner = self._engine._runner
         step = runner.step
-        self._broken = False
+        self._broken = self._hides_illness = False
         self._continued: set[str] = set()
 
         def slow_step(chunks: list[Chunk]) -> Any:
@@ -41,9 +41,27 @@ class UnrulyModelServer(ModelServer):
 
         runner.step = slow_step  # type: ignore[method-assign]
 
-    async def break_engine(self, pid: int) -> None:
-        """In the process `pid` the next step fails; the process lives on."""
-        self._broken |= os.getpid() == pid
+    async def strike(self, pid: int, number: int, more_than: int) -> None:
+        """The process `pid` sends itself a signal, if it computes so many requests."""
+        if os.getpid() == pid and self._engine.stats().running > more_than:
+            os.kill(pid, number)
+
+    async def break_engine(self, pid: int, more_than: int = -1) -> bool:
+        """In the process `pid` the next step fails, if it computes so many requests; the process lives on.
+
+        Whether it was this one, and does.
+        """
+        breaks = os.getpid() == pid and self._engine.stats().running > more_than
+        self._broken |= breaks
+        return breaks
+
+    async def hide_illness(self, hide: bool) -> None:
+        """Whether Serve is told that nothing is wrong, and so does not replace it."""
+        self._hides_illness = hide
+
+    async def check_health(self) -> None:
+        if not self._hides_illness:
+            await super().check_health()
 
     async def continued(self) -> set[str]:
         """Ids of requests that it computed from a token on that others had computed before."""
