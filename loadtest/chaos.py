@@ -77,7 +77,8 @@ async def run(service: ChaosService, wanted: Plan) -> dict[str, Any]:
     await service.until_ready()
     asked = questions(wanted.seed, min(DISTINCT, wanted.streams))
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)  # none to a proxy that has died
-    timeout = httpx.Timeout(60, connect=5)
+    # A connection is accepted at once, or refused: only a stall of this very program would take long.
+    timeout = httpx.Timeout(60, connect=30)
     async with httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False) as http:
         began_s = time.monotonic()
         references = await undisturbed(http, service.url, asked)

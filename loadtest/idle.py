@@ -118,15 +118,19 @@ def differences(now: Counts, before: Counts | None) -> list[str]:
 async def until_idle(service: ChaosService, before: Counts | None) -> tuple[Counts, list[str]]:
     """Look until all is at rest and whole again; the last look, and what is wrong in it.
 
-    Without `before` only the gauges count.
+    Without `before` only the gauges count, and `kept` is the most that any look saw: it expires while others are waited
+    for.
     """
     end = time.monotonic() + PATIENCE_S
+    most: dict[str, float] = {}
     while True:
         try:
             await asyncio.to_thread(service.ask_for_nothing)
             await asyncio.sleep(_TOLD_S)
             now = await asyncio.to_thread(count, service)
             wrong = differences(now, before)
+            if before is None:
+                now.kept = most = {name: max(value, most.get(name, 0.0)) for name, value in now.kept.items()}
             if not await asyncio.to_thread(service.settled):
                 wrong.append("Serve has not all replicas running")
         except httpx.HTTPError as error:

@@ -7,6 +7,7 @@ Serve's Python proxy costs more CPU for each streamed token, and takes all that 
 from __future__ import annotations
 
 import os
+import random
 import shlex
 import shutil
 import socket
@@ -15,7 +16,12 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
+from serve_app.cli.errors import CommandError
+
 ENABLE = "RAY_SERVE_ENABLE_HA_PROXY"
+PORTS = range(20_000, 30_000)
+"""Where ports are taken from. They are bound seconds later; meanwhile Ray's processes bind what the kernel gives them
+(from 32,768 on), its workers 10,002 to 19,999, and Serve's replicas 30,000 to 31,000."""
 
 _STARTING = r'503 content-type text\/plain hdr Retry-After 1 string "The service is starting."'
 _LAUNCHER = """\
@@ -77,11 +83,17 @@ def haproxy_environment(current: Mapping[str, str], launcher: Path) -> dict[str,
 
 
 def _free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
+    """Different ones, drawn by lot, that nobody has bound. Raises CommandError when there are not so many."""
+    free: list[int] = []
+    for port in random.sample(PORTS, len(PORTS)):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+        free.append(port)
+        if len(free) == count:
+            return free
+    raise CommandError(
+        f"HAProxy needs {count} free ports from {PORTS[0]} to {PORTS[-1]}; set {ENABLE}=0 to go without it"
+    )

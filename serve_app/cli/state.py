@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,6 +17,10 @@ from pathlib import Path
 from typing import TextIO
 
 from serve_app.cli.errors import CommandError
+
+_PATIENCE_S = 0.2
+"""How long a claim waits for those who only look, which takes them a moment."""
+_RETRY_S = 0.01
 
 
 def state_directory() -> Path:
@@ -70,11 +75,12 @@ def claim(port: int) -> Iterator[Claim]:
             f"{path} can't be written ({error.strerror}); set SERVE_APP_STATE to a folder of yours"
         ) from error
     with file:
-        if not _lock(file):
+        if not _hold(file):
             raise CommandError(
                 f"serve-app already serves on port {port}; stop it with `serve-app stop --port {port}`, "
                 "or choose another port with --port"
             )
+        file.truncate(0)  # what a crash left names a process that has ended
         try:
             yield Claim(port, file)
         finally:
@@ -85,19 +91,28 @@ def running_servers() -> list[RunningServer]:
     """The services of this user that are alive, by port."""
     found = []
     for path in (state_directory() / "servers").glob("*.json"):
-        with path.open("a+", encoding="utf-8") as file:
-            if _lock(file):  # nobody holds it: its process has ended
+        with path.open(encoding="utf-8") as file:
+            if _lock(file, fcntl.LOCK_SH):  # nobody holds it: its process has ended
                 continue
-            file.seek(0)
             text = file.read()
         if text:  # empty: claimed, and not started yet
             found.append(RunningServer(**json.loads(text)))
     return sorted(found, key=lambda server: server.port)
 
 
-def _lock(file: TextIO) -> bool:
+def _hold(file: TextIO) -> bool:
+    end = time.monotonic() + _PATIENCE_S
+    while not _lock(file, fcntl.LOCK_EX):
+        if time.monotonic() > end:
+            return False
+        time.sleep(_RETRY_S)
+    return True
+
+
+def _lock(file: TextIO, kind: int) -> bool:
+    """Exclusive to hold it, shared to look: who looks is not taken for a holder by another who does."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

@@ -153,9 +153,13 @@ class Engine:
         return EngineHealth(self._thread.is_alive() and self._error is None, running_s, self._error)
 
     def stats(self) -> EngineStats:
+        with self._lock:
+            held = self._pending + len(self._streams)
+        running = len(self._scheduler.running)
         return EngineStats(
-            running=len(self._scheduler.running),
-            waiting=len(self._scheduler.waiting) + self._pending,
+            running=running,
+            # Not counted in the queue: one that is just let in, or sent back, is in neither list for a moment.
+            waiting=max(0, held - running),
             used_pages=self._pool.used,
             total_pages=self._pool.num_pages,
             prompt_tokens=self._prompt_tokens,
@@ -320,7 +324,7 @@ class Engine:
     def _submit(self, sequence: Sequence, stream: ReplyStream) -> None:
         with self._lock:
             self._pending -= 1
-        self._streams[sequence] = stream
+            self._streams[sequence] = stream
         self._scheduler.add(sequence)
 
     def _forget(self, sequence: Sequence) -> None:

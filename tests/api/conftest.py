@@ -108,7 +108,7 @@ async def make_app(tokenizer: ChatTokenizer, eos: int, metrics: MemoryMetrics) -
         resume: ResumeSettings | None = None,
         **config: object,
     ) -> Starlette:
-        failover = failover or FailoverSettings(silence_s=2, max_attempts=3, first_backoff_s=0.001, max_backoff_s=0.01)
+        failover = failover or FailoverSettings(silence_s=60, max_attempts=3, first_backoff_s=0.001, max_backoff_s=0.01)
         service = CompletionService(
             replica,
             PromptFormatter.from_config(tokenizer, ChatConfig()),
@@ -117,7 +117,7 @@ async def make_app(tokenizer: ChatTokenizer, eos: int, metrics: MemoryMetrics) -
         )
         streams = ResumableStreams(
             replica,
-            journals or MemoryJournalStore(JournalLimits(lease_s=0.2)),
+            journals or MemoryJournalStore(JournalLimits(lease_s=60)),
             resume or ResumeSettings(lease_s=0.2, tick_s=0.01, settle_s=0.5, gone_s=0.1),
             failover,
         )

@@ -8,6 +8,7 @@ import httpx
 import pytest
 from asgi_driver import Exchange
 from fake_replica import ALIVE, FakeReplica, Script, says, tokens
+from simulated_time import simulated_time
 from starlette.applications import Starlette
 
 from serve_app.messages import Failure, FailureCode
@@ -43,8 +44,9 @@ async def test_a_client_that_goes_while_it_waits_for_a_whole_answer(
 ) -> None:
     replica.scripts = [script]
     exchange = Exchange(make_app(replica), "POST", "/v1/chat/completions", body)
-    while len(replica.requests) < body.get("n", 1):  # noqa: ASYNC110 - the replica is a fake without an event
-        await asyncio.sleep(0)
+    async with asyncio.timeout(60):
+        while len(replica.requests) < body.get("n", 1):  # noqa: ASYNC110 - the replica is a fake without an event
+            await asyncio.sleep(0)
     exchange.disconnect()
     await exchange.end()
     assert replica.cancelled == body.get("n", 1)
@@ -75,9 +77,9 @@ async def test_closing_the_connection_at_a_real_server_stops_the_work(
 ) -> None:
     replica.scripts = [says(tokens(0, 84), None)]
     url = await serve(make_app(replica))
-    async with httpx.AsyncClient() as client, client.stream("POST", f"{url}/stream", json=HI) as response:
+    async with httpx.AsyncClient(timeout=60) as client, client.stream("POST", f"{url}/stream", json=HI) as response:
         assert "token_id" in await anext(response.aiter_text())
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not metrics.counters:  # noqa: ASYNC110 - the request has ended once it is counted
             await asyncio.sleep(0.001)
     assert replica.cancelled == 1
@@ -121,11 +123,12 @@ async def test_places_come_back_after_every_kind_of_end(
 
 async def test_the_deadline_of_a_request(replica: FakeReplica, make_app: MakeApp, http: Any) -> None:
     client: httpx.AsyncClient = http(make_app(replica, request_timeout_s=0.05))
-    replica.scripts = [says(None)]
-    response = await client.post("/stream", json=HI)
-    assert response.status_code == 504
-    replica.scripts = [says(tokens(0, 84), None)]
-    response = await client.post("/stream", json=HI)
+    with simulated_time():
+        replica.scripts = [says(None)]
+        response = await client.post("/stream", json=HI)
+        assert response.status_code == 504
+        replica.scripts = [says(tokens(0, 84), None)]
+        response = await client.post("/stream", json=HI)
     assert response.status_code == 200
     assert "event: error" in response.text
     assert "deadline_exceeded" in response.text

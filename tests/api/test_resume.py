@@ -13,12 +13,13 @@ import pytest
 from asgi_driver import Exchange
 from fake_replica import FakeReplica, Script, card
 from journal_stores import BrokenStore
+from simulated_time import simulated_time
 from starlette.applications import Starlette
 
 from serve_app.messages import Failure, FailureCode, Fingerprint, TokenBatch
 from serve_app.observability.metrics import MemoryMetrics
 from serve_app.streams.journal_store import JournalLimits
-from serve_app.streams.memory_journals import MemoryJournalStore
+from serve_app.streams.memory_journals import MemoryJournals, MemoryJournalStore
 from serve_app.streams.replica import ReplicaLost
 from serve_app.streams.resumable_stream import ResumeSettings
 
@@ -33,7 +34,7 @@ EVENT = re.compile(rb"id: ([\w-]{22}):(\d+)\n(.*?)\n\n", re.DOTALL)
 
 async def _until(condition: Callable[[], bool]) -> None:
     """Let the other tasks run until it holds; `TimeoutError` when it never does."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 - any condition, of things that tell nobody
             await asyncio.sleep(0.001)
 
@@ -61,7 +62,7 @@ async def fetch(app: Starlette, stream_id: str, position: int | None = None, **h
 
 @pytest.fixture
 def store() -> MemoryJournalStore:
-    return MemoryJournalStore(JournalLimits(lease_s=0.2))
+    return MemoryJournalStore(JournalLimits(lease_s=60))
 
 
 BODIES: list[tuple[str, dict[str, Any]]] = [
@@ -147,8 +148,7 @@ async def test_a_stream_that_was_left_too_long_stops_and_is_continued(
     await first.until(b":3\n")
     first.disconnect()
     await first.end()
-    while replica.cancelled < 2:  # noqa: ASYNC110 - the replica is a fake without an event
-        await asyncio.sleep(0.005)
+    await _until(lambda: replica.cancelled >= 2)
     seen = numbered(first.body)
     rest = await fetch(app, stream_id_of(first), seen[-1][0])
     assert seen + numbered(rest.body) == numbered(expected.body)
@@ -362,13 +362,15 @@ async def test_a_stream_belongs_to_who_opened_it(
 
 
 async def test_an_expired_stream_is_gone(replica: FakeReplica, make_app: MakeApp) -> None:
-    store = MemoryJournalStore(JournalLimits(expiry_s=0.05, lease_s=0.2))
+    now_s = 0.0
+    limits = JournalLimits(expiry_s=60)
+    store = MemoryJournalStore(limits)
+    store.journals = MemoryJournals(limits, lambda: now_s)
     app = make_app(replica, journals=store)
     first = Exchange(app, "POST", "/stream", HI, RESUME)
     await first.end()
-    while len(store.journals):
-        await asyncio.sleep(0.01)
-        store.journals.expire()
+    await _until(lambda: not any(task.get_name().startswith("stream ") for task in asyncio.all_tasks()))
+    now_s = 61
     gone = await fetch(app, stream_id_of(first), 1)
     assert gone.status == 410
     assert "again" in json.loads(gone.body)["error"]["message"]
@@ -377,7 +379,7 @@ async def test_an_expired_stream_is_gone(replica: FakeReplica, make_app: MakeApp
 async def test_full_journals_refuse_at_once(
     replica: FakeReplica, make_app: MakeApp, http: Http, writes: Writes
 ) -> None:
-    store = MemoryJournalStore(JournalLimits(max_journals=1, lease_s=0.2))
+    store = MemoryJournalStore(JournalLimits(max_journals=1, lease_s=60))
     replica.scripts = [writes(pause_s=0.02)]
     app = make_app(replica, journals=store)
     first = Exchange(app, "POST", "/stream", HI, RESUME)
@@ -413,7 +415,7 @@ async def test_a_store_that_is_down_refuses_new_streams_and_keeps_running_ones(
 async def test_a_lost_journal_is_written_again_by_its_owner(
     replica: FakeReplica, make_app: MakeApp, writes: Writes
 ) -> None:
-    store = BrokenStore(JournalLimits(lease_s=0.2))
+    store = BrokenStore(JournalLimits(lease_s=60))
     replica.scripts = [writes(pause_s=0.003)]
     first = Exchange(make_app(replica, journals=store), "POST", "/stream", HI, RESUME)
     await first.until(b":5\n")
@@ -434,10 +436,11 @@ async def test_a_slow_reader_is_told_and_may_resume(
     slow = Exchange(app, "POST", "/stream", body, RESUME)
     await slow.until(b":1\n")
     slow.reading.clear()
-    while b"slow_reader" not in slow.body:
-        await asyncio.sleep(0.005)
-        if len(replica.requests) and replica.closed:
-            slow.reading.set()
+    async with asyncio.timeout(60):
+        while b"slow_reader" not in slow.body:
+            await asyncio.sleep(0.005)
+            if len(replica.requests) and replica.closed:
+                slow.reading.set()
     await slow.end()
     *seen, last = slow.body.strip().split(b"\n\n")
     assert last.startswith(b"event: error\n")  # without an id: the client goes on after the last that has one
@@ -486,8 +489,7 @@ async def test_unattended_streams_are_bounded(
         exchange.disconnect()
         await exchange.end()
         left.append(exchange)
-    while replica.cancelled < 2:  # noqa: ASYNC110
-        await asyncio.sleep(0.005)
+    await _until(lambda: replica.cancelled >= 2)
     assert replica.cancelled == 2
     rest = await fetch(app, stream_id_of(left[0]), 1)
     assert numbered(rest.body)[-1][1].startswith(b"event: done")
@@ -495,8 +497,9 @@ async def test_unattended_streams_are_bounded(
 
 async def test_heartbeats_have_no_id_and_one_newline(replica: FakeReplica, make_app: MakeApp, writes: Writes) -> None:
     replica.scripts = [writes("Hi there", pause_s=0.03)]
-    exchange = Exchange(make_app(replica, stream={"heartbeat_s": 0.01}), "POST", "/stream", HI, RESUME)
-    await exchange.end()
+    with simulated_time():
+        exchange = Exchange(make_app(replica, stream={"heartbeat_s": 0.01}), "POST", "/stream", HI, RESUME)
+        await exchange.end()
     assert exchange.body.count(b": ping\n") > 2
     assert b": ping\n\n" not in exchange.body
     numbered(exchange.body)

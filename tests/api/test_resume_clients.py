@@ -63,7 +63,7 @@ async def test_our_client_yields_every_document_once(
     replica: FakeReplica, make_app: MakeApp, serve: Serve, writes: Writes, seed: int
 ) -> None:
     replica.scripts = [writes(pause_s=0.001)]
-    store = MemoryJournalStore(JournalLimits(lease_s=0.2))
+    store = MemoryJournalStore(JournalLimits(lease_s=60))
     url = await serve(make_app(replica, journals=store))
     async with (
         cutting_proxy(url, cuts(seed)) as (proxied, proxy),
@@ -127,8 +127,9 @@ async def test_an_expired_stream_is_told_at_once(
         """Before the client comes back: the stream has ended, and so long ago that its journal is gone."""
         nonlocal now_s
         if proxy.connections > 1:
-            while any(task.get_name().startswith("stream ") for task in asyncio.all_tasks()):  # noqa: ASYNC110
-                await asyncio.sleep(0.005)
+            async with asyncio.timeout(60):
+                while any(task.get_name().startswith("stream ") for task in asyncio.all_tasks()):  # noqa: ASYNC110
+                    await asyncio.sleep(0.005)
             now_s += 61
 
     url = await serve(make_app(replica, journals=store))
@@ -201,7 +202,8 @@ async def test_openais_client_waits_for_a_place_and_for_a_replica(
         chunks = await client.chat.completions.create(model="tiny", messages=HI, stream=True)  # type: ignore[arg-type]
         assert "".join([chunk.choices[0].delta.content or "" async for chunk in chunks]) == ANSWER
     assert len(replica.requests) == 3
-    assert proxy.passed.count(b": ping\n") > 10
+    # Each wait but the first, which may begin before the stream does, has one before its end however late that is.
+    assert proxy.passed.count(b": ping\n") >= 3
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +214,10 @@ def event_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("node and npm are not installed")
     folder = tmp_path_factory.mktemp("eventsource")
     command = [npm, "install", "--prefix", str(folder), "--no-audit", "--no-fund", "eventsource@4"]
-    installed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    try:
+        installed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    except subprocess.TimeoutExpired:
+        pytest.skip("npm can't install eventsource here: it took longer than two minutes")
     if installed.returncode != 0:
         pytest.skip(f"npm can't install eventsource here: {installed.stderr.strip()[-200:]}")
     program = folder / "read.mjs"
@@ -232,7 +237,7 @@ async def test_an_event_source_continues_by_itself_and_is_ended_by_204(
             "node", str(event_source), path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
         try:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(60):
                 out, err = await node.communicate()
         finally:
             if node.returncode is None:
@@ -241,7 +246,8 @@ async def test_an_event_source_continues_by_itself_and_is_ended_by_204(
     done, end = [json.loads(line) for line in out.splitlines()]
     assert done["done"]["finish_reason"] == "stop"
     assert end == {"text": ANSWER, "opened": 2, "code": 204}
-    assert (proxy.connections, proxy.cuts) == (2, 1)  # the second one is kept for the request that gets 204
+    assert proxy.cuts == 1
+    assert proxy.connections in (2, 3)  # the second one is kept for the request that gets 204, unless that comes late
     assert len(replica.requests) == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import httpx
 import pytest
 
 from serve_app.cli import haproxy
+from serve_app.cli.errors import CommandError
 from serve_app.cli.haproxy import ENABLE, bundled_haproxy, haproxy_environment
 
 pytestmark = pytest.mark.skipif(bundled_haproxy() is None, reason="ray[serve] brings no HAProxy here")
@@ -91,8 +93,29 @@ def test_what_serve_writes_is_what_is_rewritten() -> None:
 
 
 def test_services_get_ports_of_their_own(tmp_path: Path) -> None:
-    both = [ports(haproxy_environment({}, tmp_path / name)) for name in ("a", "b")]
-    assert len({port for numbers in both for port in numbers.values()}) == 8
+    both = [set(ports(haproxy_environment({}, tmp_path / name)).values()) for name in ("a", "b")]
+    assert [len(numbers) for numbers in both] == [4, 4]
+    assert both[0] != both[1]  # one may be in both, by chance
+
+
+def test_no_port_is_one_that_somebody_else_is_given_meanwhile() -> None:
+    """A Ray that takes others is noticed here."""
+    from ray.serve._private import constants
+
+    given = [
+        range(10_002, 20_000),  # to Ray's workers
+        range(32_768, 61_000),  # to whoever asks Linux for any
+        range(constants.RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT, constants.RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT + 1),
+        range(constants.RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT, constants.RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT + 1),
+    ]
+    assert not [port for port in haproxy._free_ports(100) if any(port in others for others in given)]
+
+
+def test_a_port_that_somebody_has_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(haproxy, "PORTS", [server.getsockname()[1]])
+        with pytest.raises(CommandError, match="1 free ports"):
+            haproxy._free_ports(1)
 
 
 @pytest.mark.parametrize("protocol", ["HTTP", "GRPC"])

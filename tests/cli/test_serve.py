@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 import fake_serve_run
 import pytest
@@ -276,14 +279,56 @@ def test_what_the_user_has_set_stays() -> None:
     assert own_cluster(server_environment({}))
 
 
-def test_a_crash_leaves_nothing_that_stop_believes(state: Path) -> None:
+def crash(state: Path) -> Path:
+    """Leave behind what a service on port 8000 does that has crashed."""
     (state / "servers").mkdir(parents=True)
-    (state / "servers" / "8000.json").write_text(f'{{"port": 8000, "pid": {os.getpid()}, "config": "x"}}')
+    path = state / "servers" / "8000.json"
+    path.write_text(f'{{"port": 8000, "pid": {os.getpid()}, "config": "x"}}')
+    return path
+
+
+def test_a_crash_leaves_nothing_that_stop_believes(state: Path) -> None:
+    crash(state)
     assert running_servers() == []
     assert main(["stop"]) == 0
 
 
+def test_two_who_look_at_once_do_not_take_each_other_for_a_service(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crash(state)
+    flock, seen = fcntl.flock, []
+
+    def look_meanwhile(file: TextIO, operation: int) -> None:
+        flock(file, operation)
+        monkeypatch.setattr(fcntl, "flock", flock)
+        seen.append(running_servers())
+
+    monkeypatch.setattr(fcntl, "flock", look_meanwhile)
+    assert running_servers() == []
+    assert seen == [[]]
+
+
+def test_who_only_looks_keeps_no_service_from_starting(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flock, sleep, looked = fcntl.flock, time.sleep, threading.Event()
+    path = crash(state)
+    looking = path.open(encoding="utf-8")
+    flock(looking, fcntl.LOCK_SH)
+
+    def look_until_then(seconds: float) -> None:
+        looking.close()
+        looked.set()
+        sleep(seconds)
+
+    monkeypatch.setattr(time, "sleep", look_until_then)
+    with claim(8000) as held:
+        held.record(1, path)
+        assert running_servers() == [RunningServer(8000, 1, str(path))]
+    assert looked.is_set()
+
+
 def test_a_claim_that_has_not_started_yet_is_no_server(state: Path) -> None:
+    crash(state)
     with claim(8000):
         assert running_servers() == []
         with pytest.raises(CommandError, match="already serves on port 8000"), claim(8000):

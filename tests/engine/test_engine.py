@@ -145,37 +145,49 @@ class Blocking(SdpaAttention):
         self.leave = threading.Event()
         self.leave.set()
         self.spans: list[int] = []
+        self.stops_at: int | None = None
+        """After a call that had so many sequences the next one waits for leave again."""
+        self.stopped = threading.Event()
         Blocking.last = self
 
     def attend(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spans: Sequence[Span], heads: Heads,
         prepared: Any,
     ) -> torch.Tensor:  # fmt: skip
-        self.leave.wait()
+        assert self.leave.wait(60), "nobody has opened the gate"
         self.spans.append(len(spans))
+        if len(spans) == self.stops_at:
+            self.stops_at = None
+            self.leave.clear()
+            self.stopped.set()
         return super().attend(query, keys, values, spans, heads, prepared)
 
 
 async def test_closing_a_stream_stops_its_work_within_a_step(make_engine: MakeEngine) -> None:
     engine = make_engine(backends=(Blocking,))
-    stream = engine.generate(request_for([1, 2, 3], 200))
-    other = asyncio.create_task(tokens_of(engine, request_for([4, 5], 200)))
-    await anext(stream)
-    await until(lambda: engine.stats().running == 2)
     gate = Blocking.last
     gate.leave.clear()
-    await until(lambda: engine.health().step_running_s > 0.05)
+    gate.spans.clear()
+    stream = engine.generate(request_for([1, 2, 3], 200))
+    first = asyncio.ensure_future(anext(stream))
+    other = asyncio.create_task(tokens_of(engine, request_for([4, 5], 200)))
+    await until(lambda: engine.stats().running + engine.stats().waiting == 2)
+    gate.stops_at = 2
+    gate.leave.set()
+    await until(gate.stopped.is_set)
     seen = len(gate.spans)
+    await first
     await stream.aclose()
     gate.leave.set()
     assert len(await other) == 200
-    assert 2 in gate.spans[:seen], "they ran together"
+    assert gate.spans[seen - 1] == 2, "they ran together"
     layers = 3
-    assert set(gate.spans[seen + layers :]) == {1}, "only the step that was running had the closed stream"
+    assert set(gate.spans[seen + layers - 1 :]) == {1}, "only the step that was running had the closed stream"
 
 
 async def test_cancelling_the_caller_stops_the_work(make_engine: MakeEngine) -> None:
-    engine = make_engine(max_running=1)
+    engine = make_engine(max_running=1, backends=(Blocking,))
+    Blocking.last.leave.clear()
     running = asyncio.create_task(collect(engine, request_for([1, 2, 3], 250)))
     waiting = asyncio.create_task(collect(engine, request_for([1, 2, 3], 250)))
     await until(lambda: engine.stats().running == 1 and engine.stats().waiting == 1)
@@ -183,8 +195,10 @@ async def test_cancelling_the_caller_stops_the_work(make_engine: MakeEngine) -> 
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+    Blocking.last.leave.set()
     await until(lambda: not engine.stats().running and not engine.stats().waiting)
     assert engine.stats().used_pages == 0
+    assert engine.stats().output_tokens <= 1, "of the step that was running"
 
 
 @pytest.mark.parametrize(
@@ -228,14 +242,46 @@ async def test_other_weights_are_refused(make_engine: MakeEngine) -> None:
 
 
 async def test_a_full_queue_is_said_at_once(make_engine: MakeEngine) -> None:
-    engine = make_engine(max_running=1, max_waiting=1)
+    engine = make_engine(max_running=1, max_waiting=1, backends=(Blocking,))
+    Blocking.last.leave.clear()
     tasks = [asyncio.create_task(collect(engine, request_for([1, 2], 100))) for _ in range(2)]
     await asyncio.sleep(0)
     (failure,) = await collect(engine, request_for([1, 2], 100))
     assert isinstance(failure, Failure)
     assert failure.code is FailureCode.OVERLOADED
     assert failure.retry_after_s
+    Blocking.last.leave.set()
     assert all(replies[-1].finish_reason for replies in await asyncio.gather(*tasks))  # type: ignore[union-attr]
+
+
+async def test_a_request_on_its_way_to_a_step_is_counted_once(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was missed for a moment would let in one too many."""
+    engine = make_engine()
+    counts: list[int] = []
+
+    def count() -> None:
+        stats = engine.stats()
+        counts.append(stats.running + stats.waiting)
+
+    class Watched(list[Any]):
+        def remove(self, value: Any) -> None:
+            count()
+            super().remove(value)
+            count()
+
+    scheduler, add = engine._scheduler, engine._scheduler.add
+
+    def watched_add(sequence: Any) -> None:
+        count()
+        add(sequence)
+        count()
+
+    monkeypatch.setattr(scheduler, "add", watched_add)
+    monkeypatch.setattr(scheduler, "waiting", Watched())
+    await tokens_of(engine, request_for([1, 2, 3], 2))
+    assert counts == [1] * 4, "before and after it is queued, and before and after it is taken from the queue"
 
 
 async def test_a_deadline_ends_a_stream(make_engine: MakeEngine) -> None:
@@ -265,16 +311,18 @@ async def test_silence_is_filled_with_empty_batches_and_health_tells_how_long_a_
 
 
 class Failing(SdpaAttention):
-    """Breaks when it is told to."""
+    """Breaks after so many calls as it is told."""
 
-    broken = False
+    calls_left: int | None = None
 
     def attend(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spans: Sequence[Span], heads: Heads,
         prepared: Any,
     ) -> torch.Tensor:  # fmt: skip
-        if Failing.broken:
-            raise RuntimeError("the device is gone")
+        if Failing.calls_left is not None:
+            Failing.calls_left -= 1
+            if Failing.calls_left < 0:
+                raise RuntimeError("the device is gone")
         return super().attend(query, keys, values, spans, heads, prepared)
 
 
@@ -282,11 +330,10 @@ async def test_an_engine_that_breaks_tells_every_stream_and_its_health(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine(backends=(Failing,))
-    stream = engine.generate(request_for([1, 2, 3], 200))
-    await anext(stream)
-    monkeypatch.setattr(Failing, "broken", True)
-    replies = [reply async for reply in stream]
+    monkeypatch.setattr(Failing, "calls_left", 10)
+    replies = await collect(engine, request_for([1, 2, 3], 200))
     assert isinstance(replies[-1], Failure)
+    assert any(reply.token_ids for reply in replies[:-1] if isinstance(reply, TokenBatch)), "it had begun"
     assert replies[-1].code is FailureCode.REPLICA_LOST, "so that the stream goes on elsewhere"
     assert not engine.health().alive
     assert "the device is gone" in (engine.health().error or "")
@@ -295,11 +342,16 @@ async def test_an_engine_that_breaks_tells_every_stream_and_its_health(
     assert refused.code is FailureCode.NOT_READY, "never taken, so that it is held against nobody"
 
 
-async def test_stopping_tells_what_was_running(make_engine: MakeEngine) -> None:
-    engine = make_engine()
+async def test_stopping_tells_what_was_running(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve_app.engine.engine.HEARTBEAT_S", 0.01)
+    engine = make_engine(backends=(Blocking,))
+    Blocking.last.leave.clear()
     stream = engine.generate(request_for([1, 2, 3], 200))
-    await anext(stream)
-    await asyncio.to_thread(engine.stop)
+    assert await anext(stream) == TokenBatch(0)
+    stop = asyncio.create_task(asyncio.to_thread(engine.stop))
+    await until(lambda: engine._stopping)
+    Blocking.last.leave.set()
+    await stop
     replies = [reply async for reply in stream]
     assert isinstance(replies[-1], Failure)
     assert replies[-1].code is FailureCode.REPLICA_LOST

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from loadtest.idle import PATIENCE_S
-from loadtest.service import START_TIMEOUT_S, STOP_TIMEOUT_S
+from loadtest.service import START_TIMEOUT_S, STOP_TIMEOUT_S, _name
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.ray, pytest.mark.demo]
@@ -66,7 +66,7 @@ def test_a_model_replica_and_an_ingress_die_and_no_answer_changes(tmp_path: Path
 def test_an_interrupted_run_leaves_no_process_behind(tmp_path: Path) -> None:
     with chaos(tmp_path / "chaos.json", "--minutes", "1", "--streams", "10", "--faults", "1") as process:
         deadline = time.monotonic() + 60
-        while not any("raylet" in child.name() for child in process.children(recursive=True)):
+        while not any("raylet" in _name(child) for child in process.children(recursive=True)):
             assert time.monotonic() < deadline
             assert process.poll() is None
             time.sleep(0.1)

@@ -85,6 +85,27 @@ def test_what_has_grown_since_is_named() -> None:
     assert differences(now, before) == [f"{INGRESS} has 16 tasks, 7 before"]
 
 
+async def test_what_expires_by_itself_was_there_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen at the first look, and gone when a replica that is still busy then has come to rest."""
+    monkeypatch.setattr(idle, "_TOLD_S", 0.0)
+    (in_progress,) = idle.ZERO[INGRESS]
+    journals, *_ = idle.KEPT
+    looks = iter([{(journals, "front"): 3.0, (in_progress, "front"): 1.0}, {}])
+
+    class Expiring(Service):
+        def ask_for_nothing(self) -> None:
+            self.values = REST | next(looks)
+
+    service: Any = Expiring(REST)
+    before, wrong = await idle.until_idle(service, None)
+    assert wrong == []
+    assert before.kept == dict.fromkeys(idle.KEPT, 0.0) | {journals: 3.0}
+    looks = iter([{(journals, "front"): 3.0}, {}])
+    after, wrong = await idle.until_idle(service, before)
+    assert wrong == []
+    assert set(after.kept.values()) == {0.0}
+
+
 async def test_a_service_that_never_tells_is_not_at_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(idle, "PATIENCE_S", 0.0)
     monkeypatch.setattr(idle, "_TOLD_S", 0.0)

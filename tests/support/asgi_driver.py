@@ -72,10 +72,10 @@ class Exchange:
 
     async def until(self, text: bytes) -> None:
         """Wait until `text` was sent."""
-        async with asyncio.timeout(5), self.changed:
+        async with asyncio.timeout(60), self.changed:
             await self.changed.wait_for(lambda: text in self.body)
 
     async def end(self) -> None:
         """Wait until the application has returned."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             await self.task

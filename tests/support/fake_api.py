@@ -65,7 +65,7 @@ class Exchange:
         """Close the connection without an ending."""
         self._handler.close_connection = True
 
-    def wait_until_gone(self, timeout_s: float = 10.0) -> bool:
+    def wait_until_gone(self, timeout_s: float = 60.0) -> bool:
         """Whether the client closes its side within the time."""
         connection = self._handler.connection
         connection.settimeout(timeout_s)

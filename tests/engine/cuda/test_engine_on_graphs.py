@@ -6,7 +6,9 @@ No GPU: `Recorder` stands in for CUDA graphs, so that everything around them is 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -69,15 +71,29 @@ async def test_sampled_tokens_do_not_depend_on_company_in_exact_mode(
     assert list(together) == [await tokens_of(engine, request) for request in requests]
 
 
-async def test_what_came_before_a_failure_is_delivered_before_it(recorder: Recorder, make_engine: MakeEngine) -> None:
+async def test_what_came_before_a_failure_is_delivered_before_it(
+    recorder: Recorder, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Time is up while the sixth step runs: its token is still held back then."""
     engine = on_graphs(make_engine)
     await tokens_of(engine, request_for([1, 2, 3], 2))
-    replies = await collect(engine, request_for(prompts_of((3,))[0], 250, remaining_s=0.2))
+    run, steps = recorder_run(engine), 0
+
+    def counting(inputs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        return run(inputs)
+
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + (1000 if steps >= 6 else 0))
+    monkeypatch.setattr(engine._runner.graphs, "run", counting)
+    monkeypatch.setattr("serve_app.engine.engine.time", clock)
+    replies = await collect(engine, request_for(prompts_of((3,))[0], 250, remaining_s=500))
     failure, batches = replies[-1], replies[:-1]
     assert isinstance(failure, Failure)
     assert failure.code == FailureCode.DEADLINE_EXCEEDED
     tokens = [token for batch in batches if not isinstance(batch, Failure) for token in batch.token_ids]
-    assert tokens
+    assert steps == 6
+    assert len(tokens) >= 6
     assert tokens == greedy_reference("llama", prompts_of((3,))[0], len(tokens))
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import fake_openai_server
 import psutil
 import pytest
 
+from loadtest.compare import servers
 from loadtest.compare.accounting import ProcessTree, memory_kind, title
 from loadtest.compare.servers import Command, Server, ServerFailed
 from loadtest.service import free_port
@@ -19,6 +23,13 @@ def program(code: str, timeout_s: float = 10) -> Command:
     return Command([sys.executable, "-c", code], {}, "/", timeout_s)
 
 
+def _until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+
 def test_a_tree_counts_what_left_the_session_and_ends_with_its_server(tmp_path: Path) -> None:
     port = free_port()
     command = Command([sys.executable, str(Path(fake_openai_server.__file__)), str(port)], {}, "/health", 30)
@@ -26,8 +37,7 @@ def test_a_tree_counts_what_left_the_session_and_ends_with_its_server(tmp_path: 
         members = server.tree.members()
         assert len(members) == 2
         (child,) = [process for process in members if process.ppid() in {other.pid for other in members}]
-        while sum(child.cpu_times()[:2]) < 0.1:
-            time.sleep(0.02)
+        _until(lambda: sum(child.cpu_times()[:2]) >= 0.1)
         assert sum(server.tree.cpu_s().values()) >= 0.1
         assert 5_000_000 < server.tree.memory_bytes() <= server.tree.peak_rss_bytes()
         before = server.tree.cpu_s()
@@ -45,8 +55,7 @@ def test_an_orphan_of_a_killed_parent_is_still_of_the_tree(tmp_path: Path) -> No
         members = server.tree.members()
         (root,) = [process for process in members if process.ppid() == psutil.Process().pid]
         root.kill()
-        while root in server.tree.members():
-            time.sleep(0.02)
+        _until(lambda: root not in server.tree.members())
         (orphan,) = server.tree.members()
         assert orphan in members
         assert orphan != root
@@ -59,9 +68,18 @@ def test_a_server_that_ends_says_its_last_words(tmp_path: Path) -> None:
         pass
 
 
-def test_a_server_that_never_listens_is_stopped(tmp_path: Path) -> None:
+def test_a_server_that_never_listens_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its time is over as soon as it has said something, however long Python takes to start."""
     code = "print('loading', flush=True); import time; time.sleep(600)"
-    server = Server(program(code, timeout_s=1), f"http://127.0.0.1:{free_port()}", tmp_path / "log")
+    log = tmp_path / "log"
+    log.touch()
+    looks = count()
+
+    def monotonic() -> float:
+        return 100.0 if next(looks) and "loading" in log.read_text() else 0.0
+
+    monkeypatch.setattr(servers, "time", SimpleNamespace(sleep=time.sleep, monotonic=monotonic))
+    server = Server(program(code, timeout_s=1), f"http://127.0.0.1:{free_port()}", log)
     with pytest.raises(ServerFailed, match="not ready after 1 s: loading"), server:
         pass
     assert server.tree.members() == []
