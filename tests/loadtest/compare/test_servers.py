@@ -42,7 +42,7 @@ def test_a_tree_counts_what_left_the_session_and_ends_with_its_server(tmp_path: 
         assert 5_000_000 < server.tree.memory_bytes() <= server.tree.peak_rss_bytes()
         before = server.tree.cpu_s()
         child.kill()
-        psutil.wait_procs([child], timeout=10)
+        _until(lambda: child not in server.tree.members())
         after = server.tree.cpu_s()
         assert all(after[name] >= seconds for name, seconds in before.items())
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in members)
