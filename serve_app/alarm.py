@@ -9,35 +9,36 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+TICK_S = 0.5
+"""How often one that judges others looks whether it stood still itself."""
 STALL_S = 0.1
 """A timer that goes off so late says that the loop, or the process, stood still: what came meanwhile is unread."""
-MAX_GRACE_S = 1.0
 
 
 class Alarm:
     """For the callers of one event loop."""
 
-    __slots__ = ("_due", "_loop", "_on_time", "_timer")
+    __slots__ = ("_due", "_loop", "_on_time", "_patient", "_timer")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, on_time: Callable[[], object]) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, on_time: Callable[[], object], *, patient: bool = False
+    ) -> None:
         """`on_time` is called in the loop, once for each limit that is reached.
 
-        After a stall of the loop it is called as much later as that was long, at most `MAX_GRACE_S`: nobody is taken
-        for silent by one who did not listen.
+        A `patient` one judges others: it counts only time in which the loop ran, so that nobody is taken for silent by
+        one who did not listen.
         """
         self._loop = loop
         self._on_time = on_time
+        self._patient = patient
         self._due: float | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     def set(self, delay_s: float) -> None:
         """The limit is `delay_s` from now, whatever it was."""
-        due = self._due = self._loop.time() + delay_s
-        if self._timer is not None:
-            if self._timer.when() <= due:
-                return
-            self._timer.cancel()
-        self._timer = self._loop.call_at(due, self._look)
+        now = self._loop.time()
+        self._due = now + delay_s
+        self._look_again(now, self._due)
 
     def clear(self) -> None:
         """There is no limit for now. The timer stays: it is likely to be wanted again before it goes off."""
@@ -50,15 +51,24 @@ class Alarm:
             self._timer.cancel()
             self._timer = None
 
+    def _look_again(self, now: float, due: float) -> None:
+        when = min(due, now + TICK_S) if self._patient else due
+        if self._timer is not None:
+            if self._timer.when() <= when:
+                return
+            self._timer.cancel()
+        self._timer = self._loop.call_at(when, self._look)
+
     def _look(self) -> None:
-        self._timer = None
-        if self._due is None:
+        timer, self._timer = self._timer, None
+        if self._due is None or timer is None:
             return
-        late_s = self._loop.time() - self._due
-        if late_s > STALL_S:
-            self._due = self._loop.time() + min(late_s, MAX_GRACE_S)
-        if late_s < 0 or late_s > STALL_S:
-            self._timer = self._loop.call_at(self._due, self._look)
+        now = self._loop.time()
+        late_s = now - timer.when()
+        if self._patient and late_s > STALL_S:
+            self._due += late_s
+        if now < self._due:
+            self._look_again(now, self._due)
         else:
             self._due = None
             self._on_time()

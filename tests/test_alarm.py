@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 from simulated_time import simulated_time
 
-from serve_app.alarm import MAX_GRACE_S, Alarm
+from serve_app.alarm import Alarm
 
 EARLY_S = 1e-4
 """The simulated clock moves a little with each iteration of the loop."""
@@ -16,12 +17,12 @@ EARLY_S = 1e-4
 class Bell:
     """An alarm, and when it rang."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, patient: bool = False) -> None:
         self.loop: Any = asyncio.get_running_loop()
         self.began = self.loop.time()
         self.rang_s: list[float] = []
         self.timers = 0
-        self.alarm = Alarm(self.loop, lambda: self.rang_s.append(self.loop.time() - self.began))
+        self.alarm = Alarm(self.loop, lambda: self.rang_s.append(self.loop.time() - self.began), patient=patient)
         call_at = self.loop.call_at
 
         def counted(*arguments: Any, **options: Any) -> Any:
@@ -38,13 +39,25 @@ class Bell:
         return self.rang_s == [pytest.approx(time_s, abs=EARLY_S) for time_s in times_s]
 
 
+@asynccontextmanager
+async def made(*, patient: bool) -> AsyncIterator[Bell]:
+    with simulated_time():
+        bell = Bell(patient=patient)
+        yield bell
+        bell.alarm.close()
+        del bell.loop.call_at
+
+
 @pytest.fixture
 async def bell() -> AsyncIterator[Bell]:
-    with simulated_time():
-        made = Bell()
-        yield made
-        made.alarm.close()
-        del made.loop.call_at
+    async with made(patient=False) as one:
+        yield one
+
+
+@pytest.fixture
+async def patient() -> AsyncIterator[Bell]:
+    async with made(patient=True) as one:
+        yield one
 
 
 async def test_a_limit_is_reached_once(bell: Bell) -> None:
@@ -92,21 +105,40 @@ async def test_no_limit_is_never_reached(bell: Bell) -> None:
     assert len(bell.rang_s) == 2
 
 
-@pytest.mark.parametrize(("stalled_s", "grace_s"), [(0.05, 0.0), (0.6, 0.6), (30.0, MAX_GRACE_S)])
-async def test_after_a_stall_what_came_meanwhile_is_heard_first(bell: Bell, stalled_s: float, grace_s: float) -> None:
+@pytest.mark.parametrize("stalled_s", [0.6, 1.3, 30.0])
+async def test_after_a_stall_a_patient_one_hears_first_what_came_meanwhile(patient: Bell, stalled_s: float) -> None:
+    patient.alarm.set(1.0)
+    await asyncio.sleep(0.4)
+    patient.stands_still(stalled_s)  # it was to look after half a second: 0.1 s of it count
+    await asyncio.sleep(5)
+    assert patient.rings(0.9 + stalled_s)
+
+
+async def test_one_that_judges_nobody_rings_at_once(bell: Bell) -> None:
+    """A heartbeat that waits makes others impatient."""
     bell.alarm.set(1.0)
     await asyncio.sleep(0.5)
-    bell.stands_still(0.5 + stalled_s)
+    bell.stands_still(3.2)
     await asyncio.sleep(5)
-    assert bell.rings(1.0 + stalled_s + grace_s)
+    assert bell.rings(3.7)
 
 
-async def test_a_limit_that_is_put_off_after_a_stall_is_not_reached(bell: Bell) -> None:
-    bell.alarm.set(1.0)
-    bell.stands_still(3.0)
+@pytest.mark.parametrize("turn_s", [0.13, 0.6])
+async def test_no_number_of_stalls_puts_a_limit_off_for_ever(patient: Bell, turn_s: float) -> None:
+    patient.alarm.set(1.0)
+    for _ in range(60):
+        patient.stands_still(turn_s)
+        await asyncio.sleep(0)
+    assert len(patient.rang_s) == 1
+    assert patient.rang_s[0] < 3 * (0.5 + turn_s), "each look counts for half a second"
+
+
+async def test_a_limit_that_is_put_off_after_a_stall_is_not_reached(patient: Bell) -> None:
+    patient.alarm.set(1.0)
+    patient.stands_still(3.0)
     await asyncio.sleep(0.01)
-    bell.alarm.set(1.0)  # what had come meanwhile
+    patient.alarm.set(1.0)  # what had come meanwhile
     await asyncio.sleep(0.9)
-    assert bell.rang_s == []
+    assert patient.rang_s == []
     await asyncio.sleep(0.2)
-    assert bell.rings(4.01)
+    assert patient.rings(4.01)

@@ -42,9 +42,9 @@ def caller_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-def cancel(response: DeploymentResponseGenerator[Any]) -> None:
-    """Cancel the call on its replica, or before it gets to one."""
+def cancel(call: Any) -> None:
+    """Cancel a call on its replica, or before it gets to one: Serve's response, or what is in that. Twice is once."""
     try:
-        response.cancel()  # type: ignore[no-untyped-call]
+        call.cancel()
     except (RayError, RayServeException) as error:  # it was refused in this moment: nothing runs
         logger.debug("a call could not be cancelled: %s", error)

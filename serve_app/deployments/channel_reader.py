@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from contextvars import Context
 from typing import cast
 
-from serve_app.deployments.channel_wire import ChannelAddress, ChannelItem, decode, greeting
+from serve_app.deployments.channel_wire import ChannelAddress, ChannelItem, decode, greeting, keep_alive
 from serve_app.deployments.inbox import Inbox
 from serve_app.deployments.replica_table import Attempt
 
@@ -93,17 +93,22 @@ class ChannelReader:
         self._channels[replica] = channel
 
     def received(self, replica: str, items: list[ChannelItem]) -> None:
-        """Called by a channel, for each message."""
+        """Called by a channel, for each message. What comes late, of where an attempt was before, is nothing to it."""
         for number, batch in items:
-            if (found := self._attempts.get(number)) is not None:
-                found[1].put(batch, replica)
+            if (found := self._attempts.get(number)) is None:
+                continue
+            attempt, inbox = found
+            if attempt.replica == replica:
+                if attempt.begun is None:
+                    attempt.begun = attempt.sendings
+                inbox.put(batch)
 
     def broke(self, replica: str, channel: _Channel) -> None:
         """Called by a channel that was open."""
         if self._channels.get(replica) is channel:
             del self._channels[replica]
         for attempt, inbox in self._attempts.values():
-            if replica in (attempt.replica, inbox.source):
+            if attempt.replica == replica or attempt.begun is not None:
                 inbox.lose(replica)
 
 
@@ -122,6 +127,7 @@ class _Channel(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """asyncio's."""
         self._transport = cast("asyncio.Transport", transport)
+        keep_alive(transport)
         self._transport.write(self._greeting)
 
     def data_received(self, data: bytes) -> None:

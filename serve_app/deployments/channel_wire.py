@@ -6,8 +6,10 @@ step; the first has none and says that the channel is open. Knows no Ray and no 
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
+import socket
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, field
 
@@ -15,6 +17,18 @@ from serve_app.messages import GenerationStats, TokenBatch, TokenLogprobs
 
 ChannelItem = tuple[int, TokenBatch]
 """Number of the attempt, and a batch that is not its last."""
+KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
+"""Seconds without a word before the other machine is asked whether it is there, seconds between two such questions,
+and how many go unanswered before the connection has ended."""
+
+
+def keep_alive(transport: asyncio.BaseTransport) -> None:
+    """Have a connection end whose other machine has vanished, though nothing is to be said."""
+    connection = transport.get_extra_info("socket")
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in KEEPALIVE.items():
+        if hasattr(socket, name):  # not everywhere
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 @dataclass(frozen=True, slots=True)

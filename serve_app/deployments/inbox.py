@@ -16,7 +16,7 @@ from serve_app.messages import Reply, TokenBatch
 class Inbox:
     """For one attempt, on one event loop, with one reader."""
 
-    __slots__ = ("_alarm", "_closed", "_early", "_loop", "_next", "_ready", "_waiter", "lost", "source")
+    __slots__ = ("_alarm", "_closed", "_early", "_loop", "_next", "_ready", "_waiter", "lost")
 
     def __init__(self, first_index: int) -> None:
         """`first_index`: position of the first token that the attempt is to bring."""
@@ -29,18 +29,9 @@ class Inbox:
         self._closed = False
         self.lost = ""
         """The replica whose channel broke, so that something which it sent may not come."""
-        self.source = ""
-        """The replica whose channel has brought something."""
 
-    def put(self, reply: Reply, source: str = "") -> None:
-        """Add what has come, through the channel of the replica `source` or by the attempt's own way.
-
-        A `Failure` overtakes everything: it says that no more will come.
-        """
-        if source and source != self.source:
-            if self.source:
-                return  # the attempt has moved on, and has something of where it is now
-            self.source = source
+    def put(self, reply: Reply) -> None:
+        """Add what has come. A `Failure` overtakes everything: it says that no more will come."""
         if isinstance(reply, TokenBatch):
             if reply.first_index > self._next:
                 if reply.token_ids or reply.finish_reason is not None:

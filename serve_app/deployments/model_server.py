@@ -51,7 +51,7 @@ class ModelServer:
         replica = serve.get_replica_context()
         board = ProgressBoard(replica.app_name, config)
         if refusal := await asyncio.to_thread(board.refusal):
-            board.report(LoadStage("failed", error=refusal))
+            await asyncio.to_thread(board.refuse, refusal)  # for the next try, however long that takes
             raise ModelError(refusal)
         note_suspect = partial(SuspectNotes(replica.app_name).write, replica.replica_id.unique_id)
         try:

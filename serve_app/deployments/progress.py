@@ -30,6 +30,8 @@ NOTE_PERIOD_S = 0.25
 """Between two notes of one stage."""
 LOG_PERIOD_S = 5.0
 """Between two log lines of one stage."""
+REFUSED_FOR_S = 60.0
+"""How long a refusal answers for the next try at most: Serve does not tell deploys from a program apart."""
 _NAMESPACE = "serve_app"
 
 
@@ -62,7 +64,7 @@ class ProgressBoard:
     def refuse(self, error: str) -> None:
         """Note that this model can't be served, and why: found out, not suffered, so that it would be found again."""
         self.report(LoadStage("failed", error=error))
-        note = json.dumps({"error": error, "deployed": self._deployed_at()})
+        note = json.dumps({"error": error, "deployed": self._deployed_at(), "at": time.time()})
         _internal_kv_put(self._refused_key, note, namespace=_NAMESPACE)
 
     def refusal(self) -> str | None:
@@ -75,8 +77,9 @@ class ProgressBoard:
         if not note or self.card() is not None:
             return None
         refused = json.loads(note)
-        deployed = refused["deployed"]
-        return str(refused["error"]) if deployed is not None and deployed == self._deployed_at() else None
+        if refused["deployed"] is None or time.time() - refused["at"] > REFUSED_FOR_S:
+            return None
+        return str(refused["error"]) if refused["deployed"] == self._deployed_at() else None
 
     def _deployed_at(self) -> float | None:
         """When the application was last deployed, as Serve tells deploys apart; None when that can't be found out."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
@@ -82,6 +81,9 @@ class RayReplicaClient:
                 if not reading.done():
                     reading.cancel()
                     cancel(response)
+                    self._table.forget(attempt)  # first: what the router is handed from here on it cancels itself
+                    if attempt.call is not None:
+                        cancel(attempt.call)
                 if request.alone and attempt.replica is not None:
                     # On a thread, and not awaited: whoever closes this generator may have been cancelled.
                     forget = partial(self._suspects.forget, attempt.replica, request)
@@ -92,15 +94,16 @@ class RayReplicaClient:
     ) -> AsyncGenerator[Reply, None]:
         """What comes for one attempt, and how it ends. Raises `ReplicaLost`."""
         answered = ended = False
-        heard_at = time.monotonic()
+        quiet = 0
+        """Heartbeats in a row that did not come. A clock would count what came while this process stood still."""
         try:
             while not ended:
                 reply = await inbox.take(HEARTBEAT_S)
-                if inbox.source and inbox.source != attempt.replica:
-                    # Serve sent it on, since that one died before it was known to have it. Two make no one text.
-                    raise await self._lost(f"{inbox.source} had begun it", attempt, taken=True)
+                quiet = quiet + 1 if reply is None and attempt.replica is not None else 0
+                if attempt.begun is not None and (attempt.replica is None or attempt.begun != attempt.sendings):
+                    # Serve sends on what it does not know to be taken, after a death say. Two make no one text.
+                    raise await self._lost("another had begun it", attempt, taken=True)
                 if reply is not None:
-                    heard_at = time.monotonic()
                     self._table.heard(attempt, tokens=isinstance(reply, TokenBatch) and bool(reply.token_ids))
                     if not answered and attempt.replica is not None:
                         answered = True
@@ -116,23 +119,21 @@ class RayReplicaClient:
                         raise await self._lost("its channel broke", attempt)
                 elif attempt.deaths >= MAX_DEATHS and not attempt.taken:
                     # Serve would send it to one after the other. It may be what kills them.
-                    raise await self._lost(
-                        f"{attempt.deaths} died before they were known to have it", attempt, taken=True
-                    )
+                    reason = f"{attempt.deaths} died before they were known to have it"
+                    raise await self._lost(reason, attempt, taken=True)
                 elif reading.done() and (_broke(reading) or not inbox.torn):
                     # Of one that broke, what was overtaken may have been on its way: nobody would bring it any more.
                     ended = True
                     yield await self._last_word(attempt, reading)
                 elif attempt.replica is None:
-                    heard_at = time.monotonic()
                     yield TokenBatch(first_index=len(attempt.request.output_token_ids))
                 if not ended and self._table.should_leave(attempt):
                     raise ReplicaLost(f"replica {attempt.replica} is leaving and another goes on", taken=False)
         finally:
-            if not ended and time.monotonic() - heard_at > SILENCE_S:
-                self._table.fell_silent(attempt)
-                if attempt.replica is not None:
-                    self._channels.drop(attempt.replica)
+            # The last one has nearly come, or not, when an attempt is given up.
+            silent = not ended and (quiet + 1) * HEARTBEAT_S >= SILENCE_S
+            if silent and self._table.fell_silent(attempt, SILENCE_S) and attempt.replica is not None:
+                self._channels.drop(attempt.replica)
 
     async def _last_word(self, attempt: Attempt, reading: asyncio.Task[None]) -> Failure:
         """The failure that the end of the replica's stream, before its last batch, stands for. Raises `ReplicaLost`."""

@@ -6,9 +6,11 @@ stream should leave a replica that is going. Knows no Ray and no text.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Protocol
 
 from serve_app.messages import Fingerprint, GenerationRequest
 
@@ -22,10 +24,18 @@ MOVE_S = 10.0
 """A stream that has not arrived after this long no longer keeps others from moving."""
 
 
+class Call(Protocol):
+    """Serve's, of a request that a replica has."""
+
+    def cancel(self) -> object:
+        """End it there."""
+        ...
+
+
 class Attempt:
     """Where one attempt is: at no replica as long as it waits for a place."""
 
-    __slots__ = ("deaths", "replica", "request", "taken")
+    __slots__ = ("begun", "call", "deaths", "replica", "request", "sendings", "taken")
 
     def __init__(self, request: GenerationRequest) -> None:
         self.request = request
@@ -33,6 +43,12 @@ class Attempt:
         """The id of the replica that it was sent to."""
         self.taken = False
         """That replica is known to have it. As long as it isn't, Serve may send it to another."""
+        self.call: Call | None = None
+        """What Serve has of it then."""
+        self.sendings = 0
+        """How often the router has handed it to a replica."""
+        self.begun: int | None = None
+        """The sending of which tokens have come through a channel."""
         self.deaths = 0
         """Replicas that died when it was on its way to them."""
 
@@ -54,6 +70,7 @@ class ReplicaTable:
         self._arithmetic: Mapping[str, str] = {}
         self._channels: Mapping[str, str] = {}
         self._silent_until: dict[str, float] = {}
+        self._heard_at: dict[str, float] = {}
         self._attempts: dict[int, Attempt] = {}
         self._moving_until: dict[tuple[str, int], float] = {}
 
@@ -87,19 +104,32 @@ class ReplicaTable:
         try:
             yield attempt
         finally:
-            self._attempts.pop(id(request), None)
+            self.forget(attempt)
+
+    def forget(self, attempt: Attempt) -> None:
+        """It is given up, or has ended: from here on a replica's taking it is news to nobody."""
+        self._attempts.pop(id(attempt.request), None)
 
     def sent(self, request: object, replica: str) -> None:
         """The router has handed it to this replica, which may still reject it."""
         if (attempt := self._attempts.get(id(request))) is not None:
             attempt.taken = False
-            attempt.replica = replica
+            attempt.replica = replica  # first: what an earlier one says from here on is not of this sending
+            attempt.sendings += 1
 
-    def taken(self, request: object, replica: str) -> None:
-        """This replica has it, and the router is done with it."""
-        if (attempt := self._attempts.get(id(request))) is not None:
+    def taken(self, request: object, replica: str, call: Call) -> bool:
+        """This replica has it, and the router is done with it. False when it was given up: `call` is to be cancelled.
+
+        Serve forgets to, where that happens between its taking note of the replica's answer and its caller's.
+        """
+        attempt = self._attempts.get(id(request))
+        if attempt is not None:
             attempt.replica = replica
+            attempt.call = call
             attempt.taken = True
+            # Whoever gives it up looks for the call after that; one of the two sees what the other has done.
+            return id(request) in self._attempts
+        return not (isinstance(request, GenerationRequest) and request.attempt)
 
     def died(self, replica: str) -> None:
         """The router met a dead one. What that had not taken yet waits for another."""
@@ -115,19 +145,31 @@ class ReplicaTable:
 
     def heard(self, attempt: Attempt, *, tokens: bool) -> None:
         """Its replica has said something, if only that it is alive."""
+        if attempt.replica is not None:
+            now = time.monotonic()
+            if attempt.replica not in self._heard_at:
+                self._heard_at = {name: at for name, at in self._heard_at.items() if now - at < SILENT_FOR_S}
+            self._heard_at[attempt.replica] = now
         if attempt.replica in self._silent_until:
             self._silent_until.pop(attempt.replica, None)
         if tokens and attempt.stream in self._moving_until:
             del self._moving_until[attempt.stream]
 
-    def fell_silent(self, attempt: Attempt) -> None:
-        """Its replica has said nothing for longer than a living one does."""
-        if attempt.replica is not None:
-            self._silent_until[attempt.replica] = time.monotonic() + SILENT_FOR_S
+    def fell_silent(self, attempt: Attempt, for_s: float) -> bool:
+        """Its replica has said nothing for so long, which is longer than a living one does.
+
+        False when it was not silent: it has spoken to another attempt meanwhile.
+        """
+        now = time.monotonic()
+        if attempt.replica is None or now - self._heard_at.get(attempt.replica, -math.inf) < for_s:
+            return False
+        self._silent_until[attempt.replica] = now + SILENT_FOR_S
+        return True
 
     def out_of_order(self, attempt: Attempt) -> None:
         """Its replica says that it can compute nothing more. Idle, it would be the first to be given what comes."""
-        self.fell_silent(attempt)
+        if attempt.replica is not None:
+            self._silent_until[attempt.replica] = time.monotonic() + SILENT_FOR_S
 
     def silent(self, replica: str) -> bool:
         """Whether this replica should get no requests for now."""
@@ -136,9 +178,10 @@ class ReplicaTable:
 
     def should_leave(self, attempt: Attempt) -> bool:
         """Whether its replica is going and another can continue it: asked after each reply. It must leave on True."""
-        if attempt.replica is None or attempt.replica in self._live:
+        live, here = self._live, attempt.replica  # the router's thread may put others in their places meanwhile
+        if here is None or here in live:
             return False
-        if not any(self._continues(replica, attempt) for replica in self._live):
+        if not any(self._continues(attempt, here, other, weights) for other, weights in live.items()):
             return False  # the last one: it may finish what it has
         now = time.monotonic()
         self._moving_until = {stream: until for stream, until in self._moving_until.items() if until > now}
@@ -147,16 +190,16 @@ class ReplicaTable:
         self._moving_until[attempt.stream] = now + MOVE_S
         return True
 
-    def _continues(self, replica: str, attempt: Attempt) -> bool:
-        """Whether this one has the weights of an attempt elsewhere, and computes as its replica does if that matters.
+    def _continues(self, attempt: Attempt, here: str, other: str, weights: Fingerprint | None) -> bool:
+        """Whether another replica has the weights of an attempt, and computes as the one here does if that matters.
 
         Where none does, the stream stays until its replica is gone: then going on matters more than the last bit.
         """
-        alike = self._arithmetic.get(attempt.replica or "", "")
+        alike = self._arithmetic.get(here, "")
         return (
-            self._live[replica] == attempt.request.fingerprint
-            and not self.silent(replica)
-            and (not alike or self._arithmetic.get(replica) == alike)
+            weights == attempt.request.fingerprint
+            and not self.silent(other)
+            and (not alike or self._arithmetic.get(other) == alike)
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
+from serve_app.deployments.calls import cancel
 from serve_app.deployments.replica_table import ReplicaTable, replica_table
 from serve_app.messages import Fingerprint, GenerationRequest
 
@@ -46,8 +47,9 @@ class ModelRouter(RequestRouter):
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Called by Serve when the replica has accepted it: from here on it is not sent anywhere else."""
-        if pending_request.args:
-            self._table.taken(pending_request.args[0], replica_id.unique_id)
+        args = pending_request.args
+        if args and not self._table.taken(args[0], replica_id.unique_id, result):
+            cancel(result)
 
     def _publish(self) -> None:
         replicas = {replica.replica_id.unique_id: replica for replica in self.curr_replicas.values()}

@@ -13,7 +13,7 @@ import secrets
 import socket
 from typing import cast
 
-from serve_app.deployments.channel_wire import ChannelAddress, ChannelItem, encode, read_greeting
+from serve_app.deployments.channel_wire import ChannelAddress, ChannelItem, encode, keep_alive, read_greeting
 from serve_app.messages import GenerationRequest, Reply, TokenBatch
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ class _Channel(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """asyncio's."""
         self._transport = cast("asyncio.Transport", transport)
+        keep_alive(transport)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             connection = transport.get_extra_info("socket")
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * UNREACHABLE_S))

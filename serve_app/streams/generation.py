@@ -189,6 +189,8 @@ class Generation:
         self._announced = True
         self.ended = self._finish_reason is not None
         stats, self._to_tell = self._to_tell, None
+        if not self.ended and self._task is not None and self._task.done():
+            self._changed.set()  # its last word is next, and nothing more will say so
         return TokenBatch(
             first_index=first,
             token_ids=tuple(self._journal.token_ids[first:]),
@@ -273,7 +275,7 @@ class Generation:
         heard = False
         try:
             async with aclosing(self._client.open(request)) as replies, asyncio.timeout(None) as silence:
-                with closing(Alarm(loop, lambda: silence.reschedule(loop.time()))) as alarm:
+                with closing(Alarm(loop, lambda: silence.reschedule(loop.time()), patient=True)) as alarm:
                     alarm.set(silence_s)
                     async for reply in replies:
                         _raise_if_cancelled()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import socket
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -209,3 +210,18 @@ async def test_one_that_does_not_open_in_time_is_given_up(channels: Channels, mo
     await until_done(channels.reader._opening["a"])
     assert channels.reader._channels == {}
     assert not any(inbox.lost for inbox in inboxes)
+
+
+async def test_a_channel_whose_replicas_machine_vanishes_ends(channels: Channels) -> None:
+    channels.answer("a")
+    await channels.open("a")
+    transport = channels.reader._channels["a"]._transport
+    assert transport is not None
+    assert transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
+async def test_what_comes_late_of_where_an_attempt_was_before_is_nothing_to_it(channels: Channels) -> None:
+    number, inbox = channels.answer("a")
+    channels.reader.received("b", [(number, TokenBatch(0, (9,)))])
+    channels.reader.received("a", [(number, TokenBatch(0, (5,)))])
+    assert await inbox.take(5) == TokenBatch(0, (5,))

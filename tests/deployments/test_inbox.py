@@ -62,15 +62,6 @@ async def test_a_sign_of_life_passes_and_one_that_overtook_says_nothing() -> Non
     assert await drained(inbox) == [TokenBatch(0)]
 
 
-async def test_a_channel_that_is_late_adds_nothing_to_what_another_has_brought() -> None:
-    inbox = Inbox(0)
-    inbox.put(TokenBatch(0, (5,)), "a")
-    inbox.put(TokenBatch(1, (9,)), "b")
-    inbox.put(TokenBatch(1, (6,)))
-    assert await drained(inbox) == [TokenBatch(0, (5,)), TokenBatch(1, (6,))]
-    assert inbox.source == "a"
-
-
 async def test_a_failure_waits_for_nothing() -> None:
     inbox = Inbox(0)
     inbox.put(TokenBatch(4, (1,)))

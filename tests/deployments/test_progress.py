@@ -10,7 +10,7 @@ from fake_replica import card
 
 from serve_app.config import AppConfig
 from serve_app.deployments import progress
-from serve_app.deployments.progress import ProgressBoard
+from serve_app.deployments.progress import REFUSED_FOR_S, ProgressBoard
 
 APP, WHY = "progress-app", "there are no weights"
 OTHER = AppConfig.model_validate({"engine": {"max_running": 3}})
@@ -49,6 +49,18 @@ def test_a_refusal_answers_for_the_other_tries_of_its_deploy_and_no_more(fake_se
     assert board.refusal() == WHY
     fake_serve.deployed[APP] += 2
     assert board.refusal() is None, "who deploys again has mended it"
+
+
+def test_a_refusal_is_not_believed_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deploys by `serve.run` from a program all have the time of the first."""
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "time", lambda: now[0])
+    board = ProgressBoard(APP, AppConfig())
+    board.refuse(WHY)
+    now[0] += REFUSED_FOR_S - 1
+    assert board.refusal() == WHY
+    now[0] += 2
+    assert board.refusal() is None
 
 
 @pytest.mark.parametrize("when", ["refused", "asked", "always"])

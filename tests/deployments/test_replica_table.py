@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 from fake_model_server import CARD, request
 
@@ -24,6 +27,34 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(replica_table, "time", clock)
     return clock
+
+
+class Call:
+    def cancel(self) -> None:
+        """Nothing runs."""
+
+
+class Changing(dict[str, Fingerprint | None]):
+    """What is live, and while somebody looks through it something else is."""
+
+    def __init__(self, table: ReplicaTable, *args: Any) -> None:
+        super().__init__(*args)
+        self._table = table
+
+    def items(self) -> Any:
+        for item in list(super().items()):
+            self._table.update({"c": OURS})
+            yield item
+
+    def __iter__(self) -> Iterator[str]:
+        for name, _ in self.items():
+            yield name
+
+
+def test_the_router_may_change_what_is_live_at_any_moment() -> None:
+    table = ReplicaTable()
+    table.update(Changing(table, {"b": OURS}))
+    assert table.should_leave(at("a"))
 
 
 def at(replica: str | None, choice: int = 0) -> Attempt:
@@ -99,11 +130,15 @@ def test_few_move_at_once_and_each_that_arrives_makes_room(clock: Clock) -> None
 def test_nobody_moves_to_a_silent_replica_until_it_speaks_or_time_is_over(clock: Clock) -> None:
     table = ReplicaTable()
     table.update({"b": OURS})
-    table.fell_silent(at("b"))
+    table.fell_silent(at("b"), 4)
     assert not table.should_leave(at("a"))
     table.heard(at("b"), tokens=False)
     assert table.should_leave(at("a", 1))
-    table.fell_silent(at("b"))
+    clock.now += 3
+    assert not table.fell_silent(at("b"), 4), "it has spoken meanwhile"
+    clock.now += 1
+    assert table.fell_silent(at("b"), 4)
+    assert table.silent("b")
     clock.now += SILENT_FOR_S + 1
     assert not table.silent("b")
 
@@ -123,13 +158,13 @@ def test_what_a_dead_replica_had_not_taken_waits_for_another() -> None:
     with table.track(on_its_way) as waits, table.track(there) as lost, table.track(elsewhere) as lives:
         table.sent(on_its_way, "a")
         table.sent(there, "a")
-        table.taken(there, "a")
+        assert table.taken(there, "a", Call())
         table.sent(elsewhere, "b")
         table.died("a")
         table.died("a")
         assert [attempt.replica for attempt in (waits, lost, lives)] == [None, "a", "b"]
         assert [attempt.deaths for attempt in (waits, lost, lives)] == [1, 0, 0]
-        table.taken(on_its_way, "a")  # what said so was on its way
+        assert table.taken(on_its_way, "a", Call())  # what said so was on its way
         assert (waits.replica, waits.taken) == ("a", True)
         table.sent(on_its_way, "b")
         assert not waits.taken

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
@@ -183,3 +184,9 @@ async def test_each_replica_has_a_secret_of_its_own(channels: TokenChannels, con
     assert await gone(reader)
     assert other._server is not None
     other._server.close()
+
+
+async def test_a_connection_whose_other_machine_vanishes_ends(channels: TokenChannels, connect: Connect) -> None:
+    await opened(connect)
+    connection = channels._open["me"]._transport.get_extra_info("socket")
+    assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)

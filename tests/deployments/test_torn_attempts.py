@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ from fake_replica import generation_request
 from simulated_time import simulated_time
 
 from serve_app.deployments import replica_client
+from serve_app.deployments import replica_table as replica_module
 from serve_app.deployments.replica_client import RayReplicaClient
 from serve_app.deployments.replica_table import ReplicaTable, replica_table
-from serve_app.messages import FinishReason, GenerationRequest, Reply, TokenBatch
+from serve_app.messages import Failure, FinishReason, GenerationRequest, Reply, TokenBatch
+from serve_app.streams.generation import Generation
 from serve_app.streams.replica import ReplicaLost
 
 APP = "torn-app"
@@ -51,6 +54,15 @@ class Replica:
 
     def cancel(self) -> None:
         """Nothing runs elsewhere."""
+
+
+class Cancelled:
+    """Serve's part of a call."""
+
+    times = 0
+
+    def cancel(self) -> None:
+        self.times += 1
 
 
 class Doubtless:
@@ -101,19 +113,22 @@ async def test_what_comes_is_put_in_order() -> None:
     assert await attempted(Replica(FIRST, LAST), overtakes) == [FIRST, SECOND, LAST]
 
 
-@pytest.mark.parametrize("at_another", [True, False])
-async def test_what_one_began_is_not_joined_to_what_another_makes(at_another: bool) -> None:
-    """Serve sends on what it does not know to be taken: its replica had begun it, and died before that was known."""
+@pytest.mark.parametrize("at_another", ["replica-2", "replica-1", ""])
+async def test_what_one_began_is_not_joined_to_what_another_makes(at_another: str) -> None:
+    """Serve sends on what it does not know to be taken: its replica had begun it, and died before that was known.
+
+    Or its connection broke, and it is sent there again.
+    """
 
     def events(client: RayReplicaClient, replica: Replica, table: ReplicaTable) -> None:
         client._channels.received("replica-1", [(replica.attempt, FIRST)])
         table.died("replica-1")
         if at_another:
-            table.sent(replica.request, "replica-2")
-            client._channels.received("replica-2", [(replica.attempt, SECOND)])
+            table.sent(replica.request, at_another)
+            client._channels.received(at_another, [(replica.attempt, SECOND)])
         replica.goes_on.set()
 
-    with pytest.raises(ReplicaLost, match="replica-1 had begun it") as lost:
+    with pytest.raises(ReplicaLost, match="another had begun it") as lost:
         await attempted(Replica(SECOND, LAST), events)
     assert lost.value.taken
 
@@ -123,7 +138,8 @@ async def test_one_that_serve_sent_on_is_not_lost_with_the_first_channel() -> No
         client._channels.broke("replica-1", object())  # type: ignore[arg-type]
         table.died("replica-1")
         table.sent(replica.request, "replica-2")
-        table.taken(replica.request, "replica-2")
+        assert table.taken(replica.request, "replica-2", Cancelled())
+        client._channels.received("replica-1", [(replica.attempt, TokenBatch(0, (99,)))])  # late
         client._channels.received("replica-2", [(replica.attempt, SECOND)])
         replica.goes_on.set()
 
@@ -153,3 +169,120 @@ async def test_one_whose_replicas_die_before_they_are_known_to_have_it_is_not_se
     with pytest.raises(ReplicaLost, match="2 died") as lost:
         await attempted(Replica(), events, within_s=5)
     assert lost.value.taken
+
+
+async def test_a_call_that_is_assigned_while_it_is_given_up_is_cancelled() -> None:
+    """Serve's own cancel misses what it has assigned and not looked at yet."""
+    replica, table, calls = Replica(), replica_table(APP, "ModelServer"), [Cancelled(), Cancelled()]
+    client = RayReplicaClient(replica, Doubtless())  # type: ignore[arg-type]
+    for taken_before in (True, False):
+        replies = client.open(generation_request())
+        reading = asyncio.ensure_future(anext(replies))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        if taken_before:
+            assert table.taken(replica.request, "replica-1", calls[0])
+        reading.cancel()
+        await asyncio.wait({reading})
+        if not taken_before:
+            assert not table.taken(replica.request, "replica-1", calls[1]), "whoever asked is to cancel it"
+    assert calls[0].times == 1
+    assert table.taken(generation_request(), "replica-1", Cancelled()), "what nobody follows is nobody's to cancel"
+
+
+class Channel:
+    """To the only replica, in the client's reader."""
+
+    def __init__(self, client: RayReplicaClient) -> None:
+        self._client, self.closed = client, False
+        client._channels._channels["replica-1"] = self  # type: ignore[assignment]
+
+    def close(self) -> None:
+        self.closed = True
+        self._client._channels.broke("replica-1", self)  # type: ignore[arg-type]
+
+
+class Silence:
+    """Generations at one replica which says nothing by itself, in simulated time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.loop: Any = asyncio.get_running_loop()
+        monkeypatch.setattr(replica_module, "time", SimpleNamespace(monotonic=lambda: self.loop.time()))
+        monkeypatch.setattr(replica_module, "_tables", {})
+        self.replica = Replica()
+        self.client = RayReplicaClient(self.replica, Doubtless())  # type: ignore[arg-type]
+        self.table = replica_table(APP, "ModelServer")
+        self.channel = Channel(self.client)
+
+    async def begin(self, **changes: Any) -> tuple[Generation, int]:
+        """A generation that has been taken, and the number of its attempt."""
+        generation = Generation(self.client, generation_request(max_new_tokens=1000, **changes), asyncio.Event())
+        self.replica.opened.clear()
+        await generation.__aenter__()
+        await self.replica.opened.wait()
+        return generation, self.replica.attempt
+
+    async def feed(self, attempt: int, seconds: float) -> None:
+        """A token for it each quarter of a second."""
+        for index in range(int(4 * seconds)):
+            self.client._channels.received("replica-1", [(attempt, TokenBatch(index, (7,)))])
+            await asyncio.sleep(0.25)
+
+    def stands_still(self, seconds: float) -> None:
+        """The ingress does. What came meanwhile is read before it looks at its timers."""
+        now = self.loop.time
+        self.loop.time = lambda: now() + seconds
+
+
+async def test_the_silence_of_one_attempt_condemns_no_replica_that_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    with simulated_time():
+        silence = Silence(monkeypatch)
+        fed, attempt = await silence.begin(request_id="fed")
+        silent, another = await silence.begin(request_id="silent")
+        await silence.feed(attempt, 6)
+        assert silence.replica.attempt > another, "the silent one was asked for again"
+        assert not silence.channel.closed
+        assert not silence.table.silent("replica-1")
+        await fed.aclose()
+        await silent.aclose()
+
+
+async def test_a_replica_that_says_nothing_to_anybody_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with simulated_time():
+        silence = Silence(monkeypatch)
+        fed, attempt = await silence.begin()
+        await silence.feed(attempt, 2)
+        await asyncio.sleep(5)
+        assert silence.channel.closed
+        assert silence.table.silent("replica-1")
+        await fed.aclose()
+
+
+async def test_an_end_while_the_ingress_stood_still_condemns_no_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    with simulated_time():
+        silence = Silence(monkeypatch)
+        fed, attempt = await silence.begin(remaining_s=10.0)
+        await silence.feed(attempt, 7)
+        silence.loop.call_soon(silence.client._channels.received, "replica-1", [(attempt, TokenBatch(28, (7,)))])
+        silence.stands_still(4.5)
+        await asyncio.sleep(0.3)
+        fed.take()
+        assert isinstance(fed.take(), Failure), "its time was over"
+        assert not silence.channel.closed
+        assert not silence.table.silent("replica-1")
+        await fed.aclose()
+
+
+@pytest.mark.parametrize("stall_s", [2.0, 4.3, 5.2, 30.0])
+async def test_one_that_waits_for_a_place_is_not_lost_while_the_ingress_stands_still(
+    monkeypatch: pytest.MonkeyPatch, stall_s: float
+) -> None:
+    with simulated_time():
+        silence = Silence(monkeypatch)
+        waiting, attempt = await silence.begin()
+        silence.table.waiting(silence.replica.request)
+        await asyncio.sleep(3.5)
+        silence.stands_still(stall_s)
+        await asyncio.sleep(8)
+        assert silence.replica.attempt == attempt
+        await waiting.aclose()

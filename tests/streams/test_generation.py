@@ -404,3 +404,30 @@ def test_backoff_doubles_up_to_its_cap() -> None:
     settings = FailoverSettings(first_backoff_s=0.1, max_backoff_s=1.0)
     assert 0.05 <= settings.backoff_s(1) <= 0.15
     assert 0.5 <= settings.backoff_s(1000) <= 1.5
+
+
+async def test_a_last_word_that_comes_with_tokens_while_the_reader_is_busy_is_handed_out() -> None:
+    """As while a choice that a stop string ended is closed, beside another one that fails."""
+    changed, goes_on = asyncio.Event(), asyncio.Event()
+
+    class Fails(FakeReplica):
+        async def open(self, request: GenerationRequest) -> AsyncGenerator[Reply, None]:
+            yield TokenBatch(0, (100,))
+            await goes_on.wait()
+            yield TokenBatch(1, (101,))
+            yield Failure(FailureCode.ENGINE_FAILED, "broken")
+
+    async with (
+        Generation(FakeReplica([says(TokenBatch(0, (7,)), None)]), generation_request(), changed) as silent,
+        Generation(Fails([]), generation_request(), changed) as failing,
+    ):
+        got: list[Reply] = []
+        async for position, reply in interleave([silent, failing], changed):
+            if position == 1:
+                got.append(reply)
+                goes_on.set()
+                await asyncio.sleep(1)
+            if isinstance(reply, Failure):
+                await silent.aclose()
+    assert got[:-1] == [TokenBatch(0, (100,)), TokenBatch(1, (101,))]
+    assert isinstance(got[-1], Failure)
