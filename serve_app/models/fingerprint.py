@@ -25,8 +25,10 @@ _VOLATILE = frozenset({"transformers_version", "_name_or_path"})
 """Keys of config.json that say who wrote it, not what it describes."""
 
 
-def fingerprint(folder: Path, tokenizer_folder: Path, model: ModelConfig, dtype: str) -> Fingerprint:
+def fingerprint(folder: Path, tokenizer_folder: Path, model: ModelConfig, dtype: str, angles: str = "") -> Fingerprint:
     """32 hex digits over the config, the tokenizer, the weights, and how they are held (`dtype` is the resolved one).
+
+    `angles`: of its rotary embedding, where a model has several sets.
 
     Raises OSError when a file can't be read and ValueError when config.json isn't JSON.
     """
@@ -41,6 +43,8 @@ def fingerprint(folder: Path, tokenizer_folder: Path, model: ModelConfig, dtype:
         _add(digest, path.name, bytes.fromhex(sampled_digest(path, _MAX_BLOCKS // len(files) or 1)))
     held = (dtype, model.quantization, model.llm_int8_threshold if model.quantization == "bnb-int8" else None)
     _add(digest, "held", json.dumps(held).encode())
+    if angles:
+        _add(digest, "angles", angles.encode())
     return Fingerprint(digest.hexdigest()[:32])
 
 

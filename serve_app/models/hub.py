@@ -74,11 +74,14 @@ def _fetch(model: ModelConfig, tokenizer_only: bool, progress: Progress) -> tupl
 def _check_before_weights(model: ModelConfig, folder: Path) -> None:
     """What can't be served is refused before gigabytes are fetched."""
     # Here and not above: it imports transformers and torch, which fetching for a tokenizer can do without.
+    from serve_app.models.rotary import choose_angles
+    from serve_app.models.sizes import own_context_tokens
     from serve_app.models.support import built_in_class, check_architecture, read_config
 
     config = read_config(folder, model.source, trust_remote_code=model.trust_remote_code)
     if (built_in := built_in_class(config)) is not None:
         check_architecture(config, built_in)
+    choose_angles(config, model.max_model_len or own_context_tokens(config) or 0, model.source)
 
 
 def _refuse_formats(model: ModelConfig, sizes: Mapping[str, int]) -> None:

@@ -23,6 +23,7 @@ from serve_app.models.checkpoint import is_pickle, is_safetensors, tensors, weig
 from serve_app.models.errors import ModelError
 from serve_app.models.fingerprint import fingerprint
 from serve_app.models.quantization import held_bytes, quantization_config, settle
+from serve_app.models.rotary import choose_angles, settle_angles
 from serve_app.models.sizes import DTYPE_BYTES, own_context_tokens, stored_weights_bytes
 from serve_app.models.source import ModelFiles
 from serve_app.models.support import LOAD_ERRORS, built_in_class, check_architecture, explain, read_config
@@ -73,6 +74,7 @@ def load(files: ModelFiles, model: ModelConfig, *, has_gpu: bool, progress: Prog
     device = choose_device(model, has_gpu=has_gpu)
     dtype = choose_dtype(config, model, device)
     context_tokens = choose_context(config, model)
+    angles = choose_angles(config, context_tokens, files.name)
 
     def load_in(held: str) -> PreTrainedModel:
         needed = stored_weights_bytes(files.folder, held, model.quantization)
@@ -91,10 +93,11 @@ def load(files: ModelFiles, model: ModelConfig, *, has_gpu: bool, progress: Prog
             loaded = load_in(dtype)
     loaded.train(False).requires_grad_(False)
     notes = files.notes if model.quantization == "none" else (*files.notes, *settle(loaded, model))
+    notes += settle_angles(loaded, angles, files.name)
     progress(LoadStage("fingerprinting weights"))
     return LoadedModel(
         model=loaded,
-        fingerprint=fingerprint(files.folder, files.tokenizer_folder, model, dtype),
+        fingerprint=fingerprint(files.folder, files.tokenizer_folder, model, dtype, angles),
         name=files.name,
         context_tokens=context_tokens,
         device=next(loaded.parameters()).device,
