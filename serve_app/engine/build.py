@@ -136,12 +136,13 @@ def prepare(
             raise EngineError(complaint)
         page_tokens = config.page_tokens or backend.page_tokens
         if complaint is None and (complaint := _fails(backend, runner, page_tokens)) is None:
-            on_stage(LoadStage("allocating the KV cache"))
-            cache = _allocate(runner, config, context_tokens, page_tokens)
-            runner.use(backend, cache)
+            num_pages = _num_pages(runner, config, context_tokens, page_tokens)
             on_stage(LoadStage("checking the model"))
-            complaint = check_model(runner, num_pages=cache.num_pages - 1, page_tokens=page_tokens)
+            complaint = _differs(backend, runner, num_pages, page_tokens)
             if complaint is None:
+                on_stage(LoadStage("allocating the KV cache"))
+                cache = _allocate(runner, num_pages, page_tokens)
+                runner.use(backend, cache)
                 if config.cuda_graphs and isinstance(backend, TabledAttention):
                     on_stage(LoadStage("recording CUDA graphs"))
                     notes += record_graphs(runner, backend, cache, config, context_tokens)
@@ -228,9 +229,30 @@ def _page_complaint(backend: AttentionBackend, config: EngineConfig) -> str | No
     )
 
 
-def _allocate(runner: ModelRunner, config: EngineConfig, context_tokens: int, page_tokens: int) -> KVCache:
-    shapes = {index: layer.shape for index, layer in runner.layers.items()}
-    page_bytes = page_tokens * sum(shape.bytes_per_token for shape in shapes.values())
+def _differs(backend: AttentionBackend, runner: ModelRunner, num_pages: int, page_tokens: int) -> str | None:
+    """What is wrong with the model's logits by this kernel, found in a cache of a few of the `num_pages` pages.
+
+    The runner holds none afterwards: the next kernel's is measured and allocated as if this one had never been tried.
+    """
+    cache = _allocate(runner, min(num_pages, _check_pages(page_tokens)), page_tokens)
+    runner.use(backend, cache)
+    complaint = check_model(runner, num_pages=cache.num_pages - 1, page_tokens=page_tokens)
+    runner.release()
+    return complaint
+
+
+def _check_pages(page_tokens: int) -> int:
+    """Enough for `check_model`: 71 tokens of three sequences, and a page of slack for each."""
+    return -(-128 // page_tokens) + 4
+
+
+def _num_pages(runner: ModelRunner, config: EngineConfig, context_tokens: int, page_tokens: int) -> int:
+    """Pages to hand out.
+
+    Raises:
+        EngineError: they are too few, or there is no memory for them.
+    """
+    page_bytes = page_tokens * _bytes_per_token(runner)
     budget = config.kv_cache_memory
     if budget is None:
         budget = _gpu_budget(runner, config) if runner.device.type == "cuda" else CPU_KV_CACHE_BYTES
@@ -243,13 +265,24 @@ def _allocate(runner: ModelRunner, config: EngineConfig, context_tokens: int, pa
         )
     if runner.device.type == "cpu":
         _require_memory(num_pages * page_bytes)
+    return num_pages
+
+
+def _bytes_per_token(runner: ModelRunner, device: torch.device | None = None) -> int:
+    """What its layers store of a token, or those on one device."""
+    shapes = [layer.shape for layer in runner.layers.values()]
+    return sum(shape.bytes_per_token for shape in shapes if device is None or shape.device == device)
+
+
+def _allocate(runner: ModelRunner, num_pages: int, page_tokens: int) -> KVCache:
+    shapes = {index: layer.shape for index, layer in runner.layers.items()}
     try:
         # One page more than is handed out takes the keys and values of padding rows.
         return KVCache(shapes, num_pages + 1, page_tokens)
     except RuntimeError as error:  # torch raises it, or its subclass OutOfMemoryError, when memory is short
         raise EngineError(
-            f"there is no memory for {num_pages * page_bytes / 2**30:.1f} GiB of KV cache: lower "
-            "engine.kv_cache_memory or engine.gpu_memory_fraction"
+            f"there is no memory for {num_pages * page_tokens * _bytes_per_token(runner) / 2**30:.1f} GiB of KV cache: "
+            "lower engine.kv_cache_memory or engine.gpu_memory_fraction"
         ) from error
 
 
@@ -265,19 +298,21 @@ def _require_memory(kv_cache_bytes: int) -> None:
 
 
 def _gpu_budget(runner: ModelRunner, config: EngineConfig) -> int:
-    """Bytes of the fraction of the GPUs' memory that weights, activations and other processes leave."""
+    """Bytes of KV cache, spread over the GPUs as the layers are, that fit into what weights, activations and other
+    processes leave of each one's fraction."""
     devices = {layer.shape.device for layer in runner.layers.values()}
     step = max(config.max_step_tokens, config.max_running)
     reserve = runner.peak_bytes(step) + _SAMPLING_COPIES * 4 * config.max_running * runner.vocab_size
     if config.cuda_graphs:
         reserve += graph_bytes(runner, config)
     torch.cuda.empty_cache()
-    shares = []
+    budgets = []
     for device in devices:
         free, total = torch.cuda.mem_get_info(device)
-        shares.append(free - int(total * (1 - config.gpu_memory_fraction)) - reserve)
-    # Layers are spread evenly enough for the fullest device to decide.
-    budget = min(shares) * len(devices)
+        share = free - int(total * (1 - config.gpu_memory_fraction)) - reserve
+        budgets.append(share * _bytes_per_token(runner) // _bytes_per_token(runner, device))
+    # Each page has a part on every device: the one that is full first decides.
+    budget = min(budgets)
     if budget <= 0:
         raise EngineError(
             f"the weights leave no room for a KV cache within {config.gpu_memory_fraction:.0%} of the GPU's memory: "

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
+from serve_app.config import EngineConfig
 from serve_app.engine import build
+from serve_app.engine.attention.base import Heads
+from serve_app.engine.attention.plain import PlainAttention
+from serve_app.engine.attention.sdpa import SdpaAttention
 from serve_app.engine.engine import Engine
-from serve_app.engine.errors import EngineError
-from serve_app.engine.kv_cache import PagePool
+from serve_app.engine.errors import EngineError, UnsupportedModelError
+from serve_app.engine.kv_cache import KVCache, LayerShape, PagePool
+from serve_app.engine.load_check import check_model
+from serve_app.engine.model_runner import AttentionLayer, ModelRunner
+from serve_app.engine.scheduler import Chunk
 
 
 @pytest.mark.parametrize(("attention", "in_runs"), [("plain", False), ("sdpa", True)])
@@ -40,3 +52,155 @@ def test_a_cache_for_which_there_is_none_is_refused_before_it_is_touched(
     assert str(refused.value).startswith("12.0 GiB of KV cache and 0.2 GiB for the computation don't fit into the 8.0")
     assert "lower engine.kv_cache_memory" in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("layers", "share_of_first", "share_of_second"),
+    [((16, 16), 40, 40), ((17, 15), 38, 42), ((15, 17), 42, 38), ((24, 8), 24, 56), ((32, 0), 8, 72)],
+)
+@pytest.mark.parametrize("wide_first", [False, True])
+def test_no_gpu_is_given_more_of_the_cache_than_its_share(
+    monkeypatch: pytest.MonkeyPatch,
+    layers: tuple[int, int],
+    share_of_first: int,
+    share_of_second: int,
+    wide_first: bool,
+) -> None:
+    """Two GPUs of 80 GiB, 32 layers of 2 GiB: what the weights and a tenth left free leave of them is their share."""
+    shapes = [
+        LayerShape(16 if wide_first and index == 0 else 8, 128, 128, torch.bfloat16, torch.device("cuda", device))
+        for index, device in enumerate([0] * layers[0] + [1] * layers[1])
+    ]
+    runner: Any = SimpleNamespace(
+        layers={index: AttentionLayer(shape, 32, Heads(0.1)) for index, shape in enumerate(shapes)},
+        peak_bytes=lambda tokens: 0,
+        vocab_size=0,
+    )
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((80 - 2 * layers[device.index]) * GIB, 80 * GIB))
+    config = EngineConfig(gpu_memory_fraction=0.9, cuda_graphs=False)
+    budget = build._gpu_budget(runner, config)
+    total = sum(shape.bytes_per_token for shape in shapes)
+    filled = []
+    for index, share in enumerate((share_of_first, share_of_second)):
+        held = sum(shape.bytes_per_token for shape in shapes if shape.device.index == index)
+        filled.append(budget * held / total / (share * GIB))
+    assert max(filled) == pytest.approx(1.0), "the fullest one decides, and none of its share is left"
+
+
+def test_the_fullest_gpu_may_have_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [LayerShape(8, 128, 128, torch.bfloat16, torch.device("cuda", device)) for device in (0, 1)]
+    runner: Any = SimpleNamespace(
+        layers={index: AttentionLayer(shape, 32, Heads(0.1)) for index, shape in enumerate(shapes)},
+        peak_bytes=lambda tokens: 0,
+        vocab_size=0,
+    )
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((7 + 60 * device.index) * GIB, 80 * GIB))
+    with pytest.raises(EngineError, match="the weights leave no room"):
+        build._gpu_budget(runner, EngineConfig(gpu_memory_fraction=0.9, cuda_graphs=False))
+
+
+@pytest.fixture
+def ten_mib(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of main memory are free for KV caches, less what those take that somebody still holds."""
+    caches: weakref.WeakSet[KVCache] = weakref.WeakSet()
+
+    class Counted(KVCache):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            caches.add(self)
+
+    def free() -> int:
+        return build.CPU_STEP_BYTES + 10 * 2**20 - sum(cache.bytes for cache in caches)
+
+    monkeypatch.setattr(build, "KVCache", Counted)
+    monkeypatch.setattr(build, "available_memory_bytes", free)
+
+
+def _complain(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    complaints = iter(["its logits differ"] * times)
+    monkeypatch.setattr(build, "check_model", lambda *_, **__: next(complaints, None))
+
+
+@pytest.mark.usefixtures("ten_mib", "kernels")
+@pytest.mark.parametrize("own_kernels", [False, True])
+def test_why_a_model_is_refused_is_said_though_one_cache_fills_the_memory(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, kernel_folder: Path, own_kernels: bool
+) -> None:
+    _complain(monkeypatch, 3)
+    with pytest.raises(UnsupportedModelError, match="logits differ"):
+        make_engine(kernel_cache=kernel_folder if own_kernels else None, kv_cache_memory="8MiB", context=4096)
+
+
+@pytest.mark.usefixtures("ten_mib", "kernels")
+def test_the_next_kernel_serves_though_one_cache_fills_the_memory(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, kernel_folder: Path
+) -> None:
+    _complain(monkeypatch, 1)
+    engine = make_engine(kernel_cache=kernel_folder, kv_cache_memory="8MiB", context=4096)
+    assert engine.capacity.attention_backend == "sdpa"
+    assert engine.capacity.kv_cache_bytes > 7 * 2**20
+    assert "cpu failed its check" in engine.capacity.notes[0]
+
+
+@pytest.mark.parametrize("pages_like", [PlainAttention, SdpaAttention])
+def test_the_model_is_checked_in_a_small_cache_and_served_from_the_large_one(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, pages_like: type[PlainAttention]
+) -> None:
+    checked: list[int] = []
+
+    def spy(runner: ModelRunner, *, num_pages: int, page_tokens: int) -> str | None:
+        assert runner._cache is not None
+        assert runner._cache.num_pages == num_pages + 1
+        checked.append(num_pages)
+        return check_model(runner, num_pages=num_pages, page_tokens=page_tokens)
+
+    monkeypatch.setattr(build, "check_model", spy)
+    engine = make_engine(backends=[pages_like], context=4096)
+    assert checked == [12]
+    assert engine._runner._cache is not None
+    assert engine._runner._cache.bytes == engine.capacity.kv_cache_bytes > 15 * 2**20
+    assert (engine._runner._cache.num_pages - 1) * engine.capacity.page_tokens == engine.capacity.kv_capacity_tokens
+
+
+@pytest.mark.parametrize("kv_cache_memory", ["64KiB", "100KiB"])
+def test_the_check_takes_no_more_than_the_engine_may(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, kv_cache_memory: str
+) -> None:
+    taken: list[int] = []
+
+    class Noted(KVCache):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            taken.append(self.bytes)
+
+    monkeypatch.setattr(build, "KVCache", Noted)
+    engine = make_engine(kv_cache_memory=kv_cache_memory)
+    assert taken == [engine.capacity.kv_cache_bytes] * 2
+
+
+@pytest.mark.parametrize("page_tokens", [1, 3, 8, 16, 24, 32, 40, 48, 64, 71, 256])
+def test_nothing_waits_for_pages_when_the_model_is_checked(page_tokens: int) -> None:
+    def steps(num_pages: int) -> list[list[tuple[int, int]]]:
+        planned: list[list[tuple[int, int]]] = []
+
+        def step(chunks: Sequence[Chunk]) -> torch.Tensor:
+            planned.append([(chunk.sequence.arrival, chunk.tokens) for chunk in chunks])
+            return torch.ones(sum(chunk.completes for chunk in chunks), 2)
+
+        runner: Any = SimpleNamespace(
+            step=step,
+            reference_logits=lambda ids: torch.ones(1, 2),
+            layers={0: SimpleNamespace(shape=SimpleNamespace(dtype=torch.float32))},
+            vocab_size=100,
+            most_tokens=None,
+            quantized=False,
+        )
+        assert check_model(runner, num_pages=num_pages, page_tokens=page_tokens) is None
+        return planned
+
+    assert steps(build._check_pages(page_tokens)) == steps(10_000)

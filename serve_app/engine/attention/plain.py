@@ -5,12 +5,23 @@ Every other backend is checked against it at load, and it serves when one of the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
 import torch
 
 from serve_app.engine.attention.base import AttentionBackend, Heads, Span, visible
+
+MAX_SCORES = 2**24
+"""Held at a time, in a few copies of 4 bytes: what a kernel takes beside the weights is not measured at load for each
+length of context that it may meet."""
+
+
+def row_blocks(rows: int, heads: int, keys: int) -> Iterator[slice]:
+    """Of queries, so that the scores of each block are `MAX_SCORES` at most."""
+    size = max(1, MAX_SCORES // (heads * keys))
+    return (slice(first, min(first + size, rows)) for first in range(0, rows, size))
 
 
 def gather(cache: torch.Tensor, span: Span) -> torch.Tensor:
@@ -26,11 +37,14 @@ def plain_attention(
     group = query.shape[1] // key.shape[1]
     keys = key.float().repeat_interleave(group, dim=1)
     values = value.float().repeat_interleave(group, dim=1)
-    scores = torch.einsum("qhd,khd->hqk", query.float(), keys) * heads.scaling
-    if heads.softcap is not None:
-        scores = torch.tanh(scores / heads.softcap) * heads.softcap
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
-    return torch.einsum("hqk,khd->qhd", weights, values).to(query.dtype)
+    outputs = []
+    for block in row_blocks(len(query), query.shape[1], len(key)):
+        scores = torch.einsum("qhd,khd->hqk", query[block].float(), keys) * heads.scaling
+        if heads.softcap is not None:
+            scores = torch.tanh(scores / heads.softcap) * heads.softcap
+        weights = scores.masked_fill(~mask[block], float("-inf")).softmax(dim=-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", weights, values).to(query.dtype))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 class PlainAttention(AttentionBackend):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from serve_app.engine.attention.base import AttentionBackend, Heads, Span, visible
-from serve_app.engine.attention.plain import gather, plain_attention
+from serve_app.engine.attention.plain import gather, plain_attention, row_blocks
 
 
 def _slots(cache: torch.Tensor) -> torch.Tensor:
@@ -78,13 +78,24 @@ class SdpaAttention(AttentionBackend):
         windowed = heads.sliding_window is not None and span.kv_len > heads.sliding_window
         from_start = span.kv_len == span.query_len and not windowed
         mask = None if from_start else visible(span, heads.sliding_window, query.device, first_key)
-        output = F.scaled_dot_product_attention(
-            query.transpose(0, 1)[None],
-            key.transpose(0, 1)[None],
-            value.transpose(0, 1)[None],
-            attn_mask=mask,
-            is_causal=from_start,
-            scale=heads.scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return output[0].transpose(0, 1)
+        if mask is None or query.device.type == "cpu":
+            return _sdpa(query, key, value, mask, heads)
+        # With a mask and grouped heads torch has no kernel for GPUs that keeps no scores.
+        blocks = row_blocks(len(query), query.shape[1], len(key))
+        return torch.cat([_sdpa(query[block], key, value, mask[block], heads) for block in blocks])
+
+
+def _sdpa(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, heads: Heads
+) -> torch.Tensor:
+    """Shapes as those of `plain_attention`; without a mask each query sees the keys up to its own."""
+    output = F.scaled_dot_product_attention(
+        query.transpose(0, 1)[None],
+        key.transpose(0, 1)[None],
+        value.transpose(0, 1)[None],
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=heads.scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output[0].transpose(0, 1)
