@@ -7,7 +7,7 @@ paged path can't reproduce. Knows no scheduling and no sampling.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,13 +27,19 @@ from serve_app.engine.attention.base import (
     Span,
     contiguous_runs,
     register,
+    visible,
 )
 from serve_app.engine.attention.plain import plain_attention
+from serve_app.engine.cpu.linear import PackedLinear
 from serve_app.engine.cuda.graphs import StepGraphs
-from serve_app.engine.errors import UnsupportedModelError
+from serve_app.engine.errors import EngineError, UnsupportedModelError
 from serve_app.engine.inputs import StepInputs
 from serve_app.engine.kv_cache import KVCache, LayerShape
 from serve_app.engine.scheduler import Chunk
+
+_PROBED_QUERIES = 256
+"""Queries that a probe computes at once. The kernels for GPUs keep no scores: those of a whole step of 8,192 tokens and
+32 heads would look as if it took 28 GB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +64,13 @@ class _Probe:
             raise UnsupportedModelError(f"attention layer {layer} is computed twice in one pass")
         shape = LayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device)
         self.layers[layer] = AttentionLayer(shape, query.shape[1], heads)
-        position = torch.arange(query.shape[2], device=query.device)
-        mask = position[None, :] <= position[:, None]
-        if heads.sliding_window is not None:
-            mask &= position[None, :] > position[:, None] - heads.sliding_window
-        return plain_attention(query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), mask, heads)[
-            None
-        ]
+        queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        blocks = []
+        for first in range(0, len(queries), _PROBED_QUERIES):
+            end = min(first + _PROBED_QUERIES, len(queries))
+            mask = visible(Span(first, end - first, end, (), ()), heads.sliding_window, query.device)
+            blocks.append(plain_attention(queries[first:end], keys[:end], values[:end], mask, heads))
+        return torch.cat(blocks)[None]
 
 
 class ModelRunner:
@@ -118,33 +124,57 @@ class ModelRunner:
         return type(self._model).__name__
 
     def _probe_layers(self) -> dict[int, AttentionLayer]:
-        probe = _Probe()
+        probe, config = _Probe(), self._model.config.get_text_config()
         try:
             self.vocab_size = self._forward([1, 2, 3, 4], [0, 1, 2, 3], probe, [3]).shape[-1]
-        except TypeError as error:
-            raise UnsupportedModelError(f"{self.name} can't be served: {error}") from error
-        expected = self._model.config.get_text_config().num_hidden_layers
+            masked = _masked_window(config, probe.layers)
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+            packed = any(isinstance(module, PackedLinear) for module in self._model.modules())
+            hint = "; engine.cpu_kernels: false may serve it" if packed else ""
+            raise UnsupportedModelError(f"{self.name} can't be served: {error}{hint}") from error
+        expected = config.num_hidden_layers
         if len(probe.layers) != expected:
             raise UnsupportedModelError(
                 f"{self.name} can't be served: {len(probe.layers)} of its {expected} layers use transformers' "
                 f"attention interface (models with recurrent or their own attention are not supported)"
             )
+        if masked is not None:
+            raise UnsupportedModelError(
+                f"{self.name} can't be served: layer {masked} has a sliding window that it does not hand to attention"
+            )
         return probe.layers
 
     def peak_bytes(self, tokens: int) -> int:
-        """Memory that a step of `tokens` tokens takes on the busiest CUDA device beyond what is held now."""
+        """Memory that a step of `tokens` tokens takes on the busiest CUDA device beyond what is held now.
+
+        Raises:
+            EngineError: there is not as much.
+        """
         devices = {layer.shape.device for layer in self.layers.values()}
         before = {}
         for device in devices:
             torch.cuda.reset_peak_memory_stats(device)
             before[device] = torch.cuda.memory_allocated(device)
         ids = [1] * tokens
-        self._forward(ids, list(range(tokens)), _Probe(), [tokens - 1])
+        try:
+            self._forward(ids, list(range(tokens)), _Probe(), [tokens - 1])
+        except torch.OutOfMemoryError as error:
+            raise EngineError(
+                f"a step of {tokens} tokens doesn't fit into the GPU's memory beside the weights: lower "
+                "engine.max_step_tokens, or use a quantization or more GPUs with model.device_map"
+            ) from error
         return max(torch.cuda.max_memory_allocated(device) - before[device] for device in devices)
 
     def use(self, backend: AttentionBackend, cache: KVCache) -> None:
         """Serve from this cache with this kernel from now on."""
         self._backend, self._cache = backend, cache
+
+    def release(self) -> None:
+        """Hold no cache any more, so that its memory is free for another."""
+        self._backend = self._cache = None
+        torch.cuda.empty_cache()
 
     def step(self, chunks: SequenceOf[Chunk]) -> torch.Tensor:
         """Compute the chunks; logits in float32, a row for each of `Chunk.rows` of those that complete, in order."""
@@ -232,3 +262,22 @@ class ModelRunner:
             yield
         finally:
             self._model.set_attn_implementation(ATTENTION_NAME)
+
+
+def _masked_window(config: Any, layers: Mapping[int, AttentionLayer]) -> int | None:
+    """A layer whose window only the model's masks know: none are made for the paged path, so it would be left out.
+
+    A window as wide as the context hides nothing.
+    """
+    window, context = getattr(config, "sliding_window", None), getattr(config, "max_position_embeddings", None)
+    if window and context and window >= context:
+        return None
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        windowed = {layer for layer, kind in enumerate(types) if kind == "sliding_attention"}
+    else:
+        # A field of its class is one that the model's code knows; others may be left over from another model's config.
+        used = window and hasattr(type(config), "sliding_window") and getattr(config, "use_sliding_window", True)
+        handed = any(layer.heads.sliding_window is not None for layer in layers.values())
+        windowed = set(layers) if used and not handed else set()
+    return next((i for i in sorted(windowed & set(layers)) if layers[i].heads.sliding_window is None), None)

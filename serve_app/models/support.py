@@ -6,6 +6,7 @@ computes attention through transformers' AttentionInterface. The engine checks b
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ LOAD_ERRORS = (
 """What transformers and the libraries below it raise for a folder they can't load."""
 _SAID_CHARACTERS = 300
 _SERVED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+_OF_EACH_LAYER = "of each layer"
 
 
 def read_config(folder: Path, name: str, *, trust_remote_code: bool) -> Any:
@@ -73,23 +75,26 @@ def explain(name: str, folder: Path, error: Exception) -> ModelError:
 
 
 def _reason(config: Any, model_class: type[Any]) -> str | None:
+    return next((reason for reason, holds in _reasons(config, model_class) if holds), None)
+
+
+def _reasons(config: Any, model_class: type[Any]) -> Iterator[tuple[str, Any]]:
+    """Each with whether it holds. Later ones look at what configs that an earlier one refuses may not have."""
+    yield "it is an encoder-decoder model, and only text decoders are served", config.is_encoder_decoder
+    yield "it reads images or sound; only text models are served", _is_multimodal(config)
     text = config.get_text_config()
+    stateful = getattr(model_class, "_is_stateful", False)
+    yield "it keeps a recurrent state, which has no place in a paged cache", stateful
     other_layers = sorted(set(getattr(text, "layer_types", None) or ()) - _SERVED_LAYER_TYPES)
-    reasons = {
-        "it is an encoder-decoder model, and only text decoders are served": config.is_encoder_decoder,
-        "it reads images or sound; only text models are served": _is_multimodal(config),
-        "it keeps a recurrent state, which has no place in a paged cache": getattr(model_class, "_is_stateful", False),
-        f"it has layers of type {', '.join(other_layers)}": other_layers,
-        "its attention is chunked": getattr(text, "attention_chunk_size", None) and not hasattr(text, "layer_types"),
-        "its attention reads in both directions": _is_encoder(text),
-        "its keys and values have different widths (latent attention)": getattr(text, "kv_lora_rank", None),
-        "its layers share keys and values": getattr(text, "num_kv_shared_layers", 0),
-        "its heads differ in width between layers": _differs(text, "global_head_dim", "head_dim"),
-        "it doesn't compute attention through transformers' AttentionInterface": not getattr(
-            model_class, "_supports_attention_backend", False
-        ),
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    yield f"it has layers of type {', '.join(other_layers)}", other_layers
+    chunked = getattr(text, "attention_chunk_size", None) and not hasattr(text, "layer_types")
+    yield "its attention is chunked", chunked
+    yield "its attention reads in both directions", _is_encoder(text)
+    yield "its keys and values have different widths (latent attention)", _field(text, "kv_lora_rank")
+    yield "its layers share keys and values", getattr(text, "num_kv_shared_layers", 0)
+    yield "its heads differ in width between layers", _differs(text, "global_head_dim", "head_dim")
+    supported = getattr(model_class, "_supports_attention_backend", False)
+    yield "it doesn't compute attention through transformers' AttentionInterface", not supported
 
 
 def _is_multimodal(config: Any) -> bool:
@@ -103,6 +108,14 @@ def _is_encoder(config: Any) -> bool:
     return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
 
 
+def _field(config: Any, name: str) -> Any:
+    """None where there is none; `_OF_EACH_LAYER` where layers may have their own, for which transformers raises."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return _OF_EACH_LAYER
+
+
 def _differs(config: Any, first: str, second: str) -> bool:
-    one, other = getattr(config, first, None), getattr(config, second, None)
-    return one is not None and one != other
+    one, other = _field(config, first), _field(config, second)
+    return _OF_EACH_LAYER in (one, other) or (one is not None and one != other)

@@ -13,6 +13,8 @@ import torch
 from tiny_models import (
     ARCHITECTURES,
     CONTEXT,
+    MIXTURES,
+    SIZES,
     VOCAB,
     all_tokens,
     collect,
@@ -22,7 +24,16 @@ from tiny_models import (
     tokens_of,
     until,
 )
-from transformers import FalconConfig, FalconForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    LlamaConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    PhimoeConfig,
+    Qwen2MoeConfig,
+)
 
 from serve_app.engine.attention.base import Heads, Span
 from serve_app.engine.attention.plain import PlainAttention
@@ -43,7 +54,7 @@ MakeEngine = Callable[..., Engine]
 LENGTHS = (1, 2, 3, 5, 8, 13, 16, 17, 21, 30, 31, 33, 47, 64, 80, 100)
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", [*ARCHITECTURES, *MIXTURES])
 async def test_greedy_is_generate_token_for_token(kind: str, make_engine: MakeEngine) -> None:
     prompts = prompts_of(LENGTHS)
     expected = [greedy_reference(kind, prompt, 20) for prompt in prompts]
@@ -420,6 +431,30 @@ def test_no_right_kernel_means_no_service(make_engine: MakeEngine) -> None:
 def test_models_without_the_attention_interface_are_refused_by_name(model: Any, make_engine: MakeEngine) -> None:
     with pytest.raises(UnsupportedModelError, match=type(model).__name__):
         make_engine(model=model.eval())
+
+
+def windowed(kind: str, window: int) -> Any:
+    """A model whose window is a matter of its masks only, or, of Llama, of nobody."""
+    if kind == "llama":
+        config: Any = LlamaConfig(**SIZES, sliding_window=window)
+    elif kind == "phimoe":
+        config = PhimoeConfig(**SIZES, num_local_experts=4, sliding_window=window)
+    else:
+        few = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+        use = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 3}
+        config = Qwen2MoeConfig(**SIZES, **few, **use, shared_expert_intermediate_size=48)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize(("kind", "layer"), [("qwen2_moe", 0), ("phimoe", 0)])
+def test_a_window_that_only_the_masks_know_is_refused(kind: str, layer: int, make_engine: MakeEngine) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"layer {layer} has a sliding window that it does not hand"):
+        make_engine(model=windowed(kind, 64))
+
+
+@pytest.mark.parametrize(("kind", "window"), [("qwen2_moe", CONTEXT), ("phimoe", CONTEXT), ("llama", 64)])
+def test_a_window_that_hides_nothing_is_not(kind: str, window: int, make_engine: MakeEngine) -> None:
+    make_engine(model=windowed(kind, window))
 
 
 def test_a_cache_too_small_for_anything_says_what_to_do(make_engine: MakeEngine) -> None:

@@ -12,14 +12,18 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Ernie4_5_MoeConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from serve_app.engine.engine import Engine
@@ -29,7 +33,7 @@ FINGERPRINT = Fingerprint("tiny")
 VOCAB = 128
 CONTEXT = 256
 
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -42,17 +46,27 @@ _SIZES: dict[str, Any] = {
     "pad_token_id": None,
 }
 _CONFIGS = {
-    "llama": lambda: LlamaConfig(**_SIZES),
-    "mistral": lambda: MistralConfig(**_SIZES, sliding_window=24),
-    "qwen2": lambda: Qwen2Config(**_SIZES),
-    "qwen3": lambda: Qwen3Config(**_SIZES, head_dim=16),
-    "gemma2": lambda: Gemma2Config(**_SIZES, head_dim=16, sliding_window=24, attn_logit_softcapping=5.0),
-    "gemma3": lambda: Gemma3TextConfig(**_SIZES, head_dim=16, sliding_window=24),
+    "llama": lambda: LlamaConfig(**SIZES),
+    "mistral": lambda: MistralConfig(**SIZES, sliding_window=24),
+    "qwen2": lambda: Qwen2Config(**SIZES),
+    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=16),
+    "gemma2": lambda: Gemma2Config(**SIZES, head_dim=16, sliding_window=24, attn_logit_softcapping=5.0),
+    "gemma3": lambda: Gemma3TextConfig(**SIZES, head_dim=16, sliding_window=24),
+    "olmo2": lambda: Olmo2Config(**SIZES),
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCAB, n_embd=64, n_layer=3, n_head=4, n_positions=CONTEXT, bos_token_id=None, eos_token_id=None
     ),
 }
 ARCHITECTURES = tuple(_CONFIGS)
+_MIXTURE_CONFIGS = {
+    "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=4),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **SIZES, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48
+    ),
+    "ernie4_5_moe": lambda: Ernie4_5_MoeConfig(**SIZES, moe_num_experts=4, moe_k=2, moe_intermediate_size=48),
+}
+MIXTURES = tuple(_MIXTURE_CONFIGS)
+"""Of experts: how many rows an expert gets depends on the company, so they are not exact."""
 
 
 def tiny_model(kind: str) -> PreTrainedModel:
@@ -63,7 +77,7 @@ def tiny_model(kind: str) -> PreTrainedModel:
 @cache
 def _pristine(kind: str) -> PreTrainedModel:
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(_CONFIGS[kind]()).eval()
+    model = AutoModelForCausalLM.from_config((_CONFIGS | _MIXTURE_CONFIGS)[kind]()).eval()
     for parameter in model.parameters():
         # The usual initialisation is so small that attention hardly matters: errors in it would not show.
         if parameter.dim() > 1:

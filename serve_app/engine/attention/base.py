@@ -23,7 +23,12 @@ from serve_app.engine.kv_cache import LayerShape
 ATTENTION_NAME = "serve_app_paged"
 STEP_KEYWORD = "serve_app_step"
 
-_HARMLESS = frozenset({"position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position"})
+_HARMLESS = frozenset(
+    {
+        *("position_ids", "use_cache", "output_attentions", "output_hidden_states", "cache_position"),
+        "output_router_logits",  # mixtures of experts hand it down to all parts of a layer
+    }
+)
 """Keywords that models pass to every attention function and that change nothing in a causal decoder."""
 
 
@@ -242,7 +247,7 @@ def paged_attention(
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     output = step.attend(module.layer_idx, query, key, value, Heads(scaling, sliding_window, softcap))  # type: ignore[arg-type]
-    return output, None
+    return output.contiguous(), None  # some models take a view of it
 
 
 def register() -> None:

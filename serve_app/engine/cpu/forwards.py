@@ -17,6 +17,13 @@ from serve_app.engine.cpu.library import Kernels
 from serve_app.engine.cpu.linear import PackedLinear, Products
 
 
+def _rows(x: torch.Tensor, width: int) -> int:
+    """Of a kernel's input. Raises ValueError where they aren't of the width that it was made for: it can't tell."""
+    if x.shape[-1] != width:
+        raise ValueError(f"rows of {x.shape[-1]} numbers where {width} are computed")
+    return x.numel() // width
+
+
 class FusedNorm:
     """`x / sqrt(mean(x^2) + eps) * scale` over the last dimension."""
 
@@ -28,12 +35,14 @@ class FusedNorm:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
         y = torch.empty_like(x)
-        self.into(x.data_ptr(), y.data_ptr(), x.numel() // x.shape[-1])
+        self.into(x, y)
         return y
 
-    def into(self, x: int, y: int, rows: int) -> None:
-        """The same between addresses, which may be one."""
-        self._kernels.rms_norm(x, self.scale.data_ptr(), self.eps, y, rows, self.scale.numel())
+    def into(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """The same between contiguous tensors of one shape, which may be one. Raises ValueError for another width."""
+        dim = self.scale.numel()
+        rows = _rows(x, dim)
+        self._kernels.rms_norm(x.data_ptr(), self.scale.data_ptr(), self.eps, y.data_ptr(), rows, dim)
 
 
 class FusedGatedMLP:
@@ -52,7 +61,7 @@ class FusedGatedMLP:
         y = torch.empty((*x.shape[:-1], self.gate.out_features))
         gate, up = (ctypes.addressof(part) for part in self._parts)
         self._kernels.gated(
-            x.data_ptr(), inner, gate, up, self.activation, y.data_ptr(), x.numel() // inner, inner
+            x.data_ptr(), inner, gate, up, self.activation, y.data_ptr(), _rows(x, inner), inner
         )  # fmt: skip
         result: torch.Tensor = self.down(y)
         return result
@@ -112,7 +121,7 @@ class FusedAttention:
         cos, sin = (tensor.contiguous() for tensor in position_embeddings)
         for x, norm in zip((query, key), self.norms, strict=True):
             if norm is not None:
-                norm.into(x.data_ptr(), x.data_ptr(), x.shape[1] * x.shape[2])
+                norm.into(x, x)
             self._kernels.rotate(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), *x.shape[1:])
         attended = step.attend(
             self.layer, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), self.heads

@@ -112,6 +112,8 @@ def _gated_mlp(module: nn.Module, kernels: Kernels) -> Forward | None:
     if (linears := _linears(module, "gate_proj", "up_proj", "down_proj")) is None:
         return None
     gate, up, down = linears
+    _require_one_width("its input", gate.in_features, up.in_features)
+    _require_one_width("what is between its products", gate.out_features, up.out_features, down.in_features)
     x = _noise(_CHECKED_TOKENS, gate.in_features)
     x *= 2 / gate(x).abs().mean()  # where activations bend, and on both sides of it
     expected = module(x)
@@ -130,9 +132,14 @@ def _attention(module: nn.Module, kernels: Kernels) -> Forward | None:
     if not all(isinstance(norm, FusedNorm) for norm in norms):
         raise _Unsuitable("the norms of its queries and keys are of another kind")
     own, head_dim = module.forward, int(module.head_dim)  # type: ignore[arg-type]
-    return _if_alike(
-        module, linears[0].in_features, head_dim, lambda heads: FusedAttention(kernels, module, own, heads)
-    )
+    if any(norm.scale.numel() != head_dim for norm in norms):
+        raise _Unsuitable("the norms of its queries and keys are not of single heads")
+    query, key, value, output = linears
+    _require_one_width("its input", *(linear.in_features for linear in (query, key, value)))
+    _require_one_width("what its heads answer", query.out_features, output.in_features)
+    if query.out_features % key.out_features:
+        raise _Unsuitable("its heads of queries are no multiple of those of keys")
+    return _if_alike(module, query.in_features, head_dim, lambda heads: FusedAttention(kernels, module, own, heads))
 
 
 def _layer(module: nn.Module, kernels: Kernels, plans: StepPlans) -> Forward | None:
@@ -147,6 +154,13 @@ def _layer(module: nn.Module, kernels: Kernels, plans: StepPlans) -> Forward | N
     dim = attention.head_dim
     if attention.projections[1].out_features != attention.projections[2].out_features:
         raise _Unsuitable("its values are of another size than its keys")
+    mlp: FusedGatedMLP = parts["mlp"].forward
+    _require_one_width(
+        "its hidden state",
+        *(parts[name].forward.scale.numel() for name in ("input_layernorm", "post_attention_layernorm")),
+        *(attention.projections[0].in_features, attention.output.out_features),
+        *(mlp.gate.in_features, mlp.down.out_features),
+    )
     fused = FusedLayer(kernels, module, module.forward, plans)
     shape = fused.shape
     if (refusal := CpuAttention.refusal(shape, attention.heads)) is not None:
@@ -180,6 +194,8 @@ def _stack(module: nn.Module, kernels: Kernels, plans: StepPlans) -> Forward | N
         raise _Unsuitable("its layers are of different sizes")
     ids = torch.arange(_CHECKED_TOKENS) % parts["embed_tokens"].num_embeddings
     positions = torch.arange(_CHECKED_TOKENS) * _CHECKED_STRIDE
+    width = parts["embed_tokens"](ids[:1]).shape[-1]
+    _require_one_width("its hidden state", width, layers[0].sizes[0], parts["norm"].forward.scale.numel())
     fused = FusedStack(kernels, module, module.forward, plans)
 
     def outcome(forward: Forward) -> torch.Tensor:
@@ -194,6 +210,12 @@ def _stack(module: nn.Module, kernels: Kernels, plans: StepPlans) -> Forward | N
     if not _agree(outcome(fused), expected):
         raise _Unsuitable(f"{type(module).__name__} does more than what is fused")
     return fused
+
+
+def _require_one_width(what: str, *widths: int) -> None:
+    """The kernels take a width from one part of a module for all, and would leave the memory of a narrower one."""
+    if len(set(widths)) > 1:
+        raise _Unsuitable(f"{what} is of several widths ({', '.join(map(str, widths))})")
 
 
 def _checked_step(kernels: Kernels, layers: dict[int, LayerShape]) -> PagedStep:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import (
     ARCHITECTURES,
+    SIZES,
     all_tokens,
     collect,
     greedy_reference,
@@ -22,6 +23,7 @@ from tiny_models import (
     tiny_model,
     tokens_of,
 )
+from transformers import HunYuanMoEV1Config, HunYuanMoEV1ForCausalLM
 
 from serve_app.config import EngineConfig
 from serve_app.engine.attention.base import Heads
@@ -30,7 +32,7 @@ from serve_app.engine.attention.cpu import CpuAttention
 from serve_app.engine.cpu.library import Kernels, load_kernels
 from serve_app.engine.cpu.linear import PackedLinear, pack_linears
 from serve_app.engine.engine import Engine
-from serve_app.engine.errors import EngineError
+from serve_app.engine.errors import EngineError, UnsupportedModelError
 from serve_app.engine.kv_cache import LayerShape
 from serve_app.messages import GenerationRequest, SamplingParams, TokenBatch
 
@@ -156,6 +158,19 @@ async def test_greedy_is_generate_token_for_token(
     assert engine.capacity.attention_backend == "cpu"
     assert engine.capacity.exact
     assert await all_tokens(engine, [request_for(prompt) for prompt in prompts]) == expected
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_model_that_looks_into_its_linear_layers_is_told_what_may_serve_it(
+    make_engine: MakeEngine, kernel_folder: Path
+) -> None:
+    config = HunYuanMoEV1Config(**SIZES, head_dim=16, num_experts=4, moe_topk=2, moe_intermediate_size=48)
+    with pytest.raises(
+        UnsupportedModelError, match=r"HunYuanMoEV1ForCausalLM can't be served: .*; engine\.cpu_kernels: false may"
+    ):
+        make_engine(model=HunYuanMoEV1ForCausalLM(config).eval(), kernel_cache=kernel_folder)
+    model = HunYuanMoEV1ForCausalLM(config).eval()
+    assert make_engine(model=model, kernel_cache=kernel_folder, cpu_kernels=False).capacity.attention_backend == "sdpa"
 
 
 async def bits(engine: Engine, request: GenerationRequest) -> list[tuple[int, float]]:
