@@ -52,7 +52,7 @@ class ModelConfig(_Config):
     tokenizer: str | None = None
     """Hub id or folder of another tokenizer; default: the model's own."""
     max_model_len: int | None = Field(default=None, ge=2)
-    """Longest prompt plus output in tokens; default and upper limit: the model's own context. LongRoPE models (as Phi-3)
+    """Longest prompt plus output in tokens; default and upper limit: the model's own context. LongRoPE models (Phi-3)
     use their angles for long contexts for all prompts where this is above their original context."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto`: the checkpoint's own on a GPU, float32 on a CPU (bfloat16 has no fast path on most CPUs)."""
