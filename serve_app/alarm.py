@@ -18,7 +18,7 @@ STALL_S = 0.1
 class Alarm:
     """For the callers of one event loop."""
 
-    __slots__ = ("_due", "_loop", "_on_time", "_patient", "_timer")
+    __slots__ = ("_due", "_loop", "_on_time", "_patient", "_spared", "_timer")
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, on_time: Callable[[], object], *, patient: bool = False
@@ -32,12 +32,14 @@ class Alarm:
         self._on_time = on_time
         self._patient = patient
         self._due: float | None = None
+        self._spared = False
         self._timer: asyncio.TimerHandle | None = None
 
     def set(self, delay_s: float) -> None:
         """The limit is `delay_s` from now, whatever it was."""
         now = self._loop.time()
         self._due = now + delay_s
+        self._spared = False
         self._look_again(now, self._due)
 
     def clear(self) -> None:
@@ -67,6 +69,9 @@ class Alarm:
         late_s = now - timer.when()
         if self._patient and late_s > STALL_S:
             self._due += late_s
+            if not self._spared:  # once: turns that are always late would put it off for ever
+                self._spared = True
+                self._due = max(self._due, now + STALL_S)
         if now < self._due:
             self._look_again(now, self._due)
         else:

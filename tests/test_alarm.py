@@ -114,6 +114,19 @@ async def test_after_a_stall_a_patient_one_hears_first_what_came_meanwhile(patie
     assert patient.rings(0.9 + stalled_s)
 
 
+async def test_a_stall_just_before_the_limit_leaves_time_to_hear(patient: Bell) -> None:
+    patient.alarm.set(1.0)
+    await asyncio.sleep(0.7)
+    patient.stands_still(0.6)
+    await asyncio.sleep(0)
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert patient.rang_s == []
+    patient.alarm.set(1.0)  # the reader's task has had its turn
+    await asyncio.sleep(0.9)
+    assert patient.rang_s == []
+
+
 async def test_one_that_judges_nobody_rings_at_once(bell: Bell) -> None:
     """A heartbeat that waits makes others impatient."""
     bell.alarm.set(1.0)

@@ -68,18 +68,23 @@ class Callers:
             # Not at once: most have what they wait for by then, and a look takes CPU from their prefill.
             await asyncio.sleep(PERIOD_S)
             for name in [name for name in self._waiting if name not in self._gone]:
-                if await asyncio.to_thread(_lives, name):
+                lives = await asyncio.to_thread(_lives, name)
+                if lives:
                     self._found.add(name)
+                elif lives is None:
+                    continue
                 elif name in self._waiting and (name in self._found or name.startswith(SERVE_REPLICA_PREFIX)):
                     logger.warning("%s has died; what it waited for is given up", name)
                     self._gone.add(name)
 
 
-def _lives(name: str) -> bool:
+def _lives(name: str) -> bool | None:
+    """None when that could not be found out."""
     try:
         ray.get_actor(name, namespace=SERVE_NAMESPACE)
     except ValueError:
         return False
     except Exception:  # the GCS does not answer: nothing is known, and it is asked again
         logger.exception("whether %s lives could not be found out", name)
+        return None
     return True

@@ -98,9 +98,10 @@ class ChannelReader:
             if (found := self._attempts.get(number)) is None:
                 continue
             attempt, inbox = found
+            sendings = attempt.sendings  # first: the router may send it on meanwhile
             if attempt.replica == replica:
                 if attempt.begun is None:
-                    attempt.begun = attempt.sendings
+                    attempt.begun = sendings
                 inbox.put(batch)
 
     def broke(self, replica: str, channel: _Channel) -> None:

@@ -27,8 +27,8 @@ class Inbox:
         self._waiter: asyncio.Future[None] | None = None
         self._alarm = Alarm(self._loop, self._wake)
         self._closed = False
-        self.lost = ""
-        """The replica whose channel broke, so that something which it sent may not come."""
+        self.lost: set[str] = set()
+        """Replicas whose channels broke, so that something which they sent may not come."""
 
     def put(self, reply: Reply) -> None:
         """Add what has come. A `Failure` overtakes everything: it says that no more will come."""
@@ -58,7 +58,7 @@ class Inbox:
 
     def lose(self, replica: str) -> None:
         """The channel of this replica broke, and may have held something for this attempt."""
-        self.lost = replica
+        self.lost.add(replica)
         self._wake()
 
     async def take(self, timeout_s: float) -> Reply | None:

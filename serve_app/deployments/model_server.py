@@ -51,15 +51,16 @@ class ModelServer:
         replica = serve.get_replica_context()
         board = ProgressBoard(replica.app_name, config)
         if refusal := await asyncio.to_thread(board.refusal):
-            await asyncio.to_thread(board.refuse, refusal)  # for the next try, however long that takes
+            board.report(LoadStage("failed", error=refusal))
             raise ModelError(refusal)
+        deployed_at = asyncio.create_task(asyncio.to_thread(board.deployed_at))  # now: who deploys again mends it
         note_suspect = partial(SuspectNotes(replica.app_name).write, replica.replica_id.unique_id)
         try:
             # In a thread: this loop goes on answering Serve, which asks whether the replica lives.
             self._engine, card = await asyncio.to_thread(self._start, config, Reporter(board.report), note_suspect)
         except (ModelError, EngineError) as error:
             logger.error("the model can't be served: %s", error)
-            await asyncio.to_thread(board.refuse, str(error))
+            board.refuse(str(error), await deployed_at)
             raise error from None  # the sentence says it all; its causes would bury it in `serve status`
         except Exception as error:
             board.report(LoadStage("failed", error=f"loading the model failed with {type(error).__name__}: {error}"))

@@ -30,7 +30,7 @@ NOTE_PERIOD_S = 0.25
 """Between two notes of one stage."""
 LOG_PERIOD_S = 5.0
 """Between two log lines of one stage."""
-REFUSED_FOR_S = 60.0
+REFUSED_FOR_S = 120.0
 """How long a refusal answers for the next try at most: Serve does not tell deploys from a program apart."""
 _NAMESPACE = "serve_app"
 
@@ -61,10 +61,13 @@ class ProgressBoard:
         _internal_kv_put(self._served_key, self._digest, namespace=_NAMESPACE)
         _internal_kv_del(self._stage_key, namespace=_NAMESPACE)
 
-    def refuse(self, error: str) -> None:
-        """Note that this model can't be served, and why: found out, not suffered, so that it would be found again."""
+    def refuse(self, error: str, deployed_at: float | None) -> None:
+        """Note that this model can't be served, and why: found out, not suffered, so that it would be found again.
+
+        `deployed_at`: as it was when the model was looked at.
+        """
         self.report(LoadStage("failed", error=error))
-        note = json.dumps({"error": error, "deployed": self._deployed_at(), "at": time.time()})
+        note = json.dumps({"error": error, "deployed": deployed_at, "at": time.time()})
         _internal_kv_put(self._refused_key, note, namespace=_NAMESPACE)
 
     def refusal(self) -> str | None:
@@ -77,11 +80,12 @@ class ProgressBoard:
         if not note or self.card() is not None:
             return None
         refused = json.loads(note)
-        if refused["deployed"] is None or time.time() - refused["at"] > REFUSED_FOR_S:
+        deployed = refused.get("deployed")
+        if deployed is None or time.time() - refused.get("at", 0.0) > REFUSED_FOR_S:
             return None
-        return str(refused["error"]) if refused["deployed"] == self._deployed_at() else None
+        return str(refused["error"]) if deployed == self.deployed_at() else None
 
-    def _deployed_at(self) -> float | None:
+    def deployed_at(self) -> float | None:
         """When the application was last deployed, as Serve tells deploys apart; None when that can't be found out."""
         try:
             application = serve.status().applications[self._app_name]

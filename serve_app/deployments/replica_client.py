@@ -114,8 +114,8 @@ class RayReplicaClient:
                         raise await self._lost(reply.message, attempt, taken=_OUT_OF_ORDER[reply.code])
                     yield reply
                 elif inbox.lost:
-                    broken, inbox.lost = inbox.lost, ""
-                    if broken == attempt.replica:
+                    broken, inbox.lost = inbox.lost, set()
+                    if attempt.replica in broken:
                         raise await self._lost("its channel broke", attempt)
                 elif attempt.deaths >= MAX_DEATHS and not attempt.taken:
                     # Serve would send it to one after the other. It may be what kills them.
@@ -131,9 +131,10 @@ class RayReplicaClient:
                     raise ReplicaLost(f"replica {attempt.replica} is leaving and another goes on", taken=False)
         finally:
             # The last one has nearly come, or not, when an attempt is given up.
+            here = attempt.replica
             silent = not ended and (quiet + 1) * HEARTBEAT_S >= SILENCE_S
-            if silent and self._table.fell_silent(attempt, SILENCE_S) and attempt.replica is not None:
-                self._channels.drop(attempt.replica)
+            if silent and here is not None and self._table.fell_silent(here, SILENCE_S):
+                self._channels.drop(here)
 
     async def _last_word(self, attempt: Attempt, reading: asyncio.Task[None]) -> Failure:
         """The failure that the end of the replica's stream, before its last batch, stands for. Raises `ReplicaLost`."""

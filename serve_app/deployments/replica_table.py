@@ -35,12 +35,14 @@ class Call(Protocol):
 class Attempt:
     """Where one attempt is: at no replica as long as it waits for a place."""
 
-    __slots__ = ("begun", "call", "deaths", "replica", "request", "sendings", "taken")
+    __slots__ = ("begun", "call", "deaths", "left", "replica", "request", "sendings", "taken")
 
     def __init__(self, request: GenerationRequest) -> None:
         self.request = request
         self.replica: str | None = None
         """The id of the replica that it was sent to."""
+        self.left: str | None = None
+        """The replica at which it was before it waited for another."""
         self.taken = False
         """That replica is known to have it. As long as it isn't, Serve may send it to another."""
         self.call: Call | None = None
@@ -114,6 +116,7 @@ class ReplicaTable:
         """The router has handed it to this replica, which may still reject it."""
         if (attempt := self._attempts.get(id(request))) is not None:
             attempt.taken = False
+            attempt.left = None
             attempt.replica = replica  # first: what an earlier one says from here on is not of this sending
             attempt.sendings += 1
 
@@ -134,13 +137,14 @@ class ReplicaTable:
     def died(self, replica: str) -> None:
         """The router met a dead one. What that had not taken yet waits for another."""
         for attempt in list(self._attempts.values()):
-            if attempt.replica == replica and not attempt.taken:
-                attempt.replica = None
+            if not attempt.taken and replica in (attempt.replica, attempt.left):
+                attempt.replica = attempt.left = None
                 attempt.deaths += 1
 
     def waiting(self, request: object) -> None:
         """The router is looking for a replica."""
-        if (attempt := self._attempts.get(id(request))) is not None:
+        if (attempt := self._attempts.get(id(request))) is not None and attempt.replica is not None:
+            attempt.left = attempt.replica
             attempt.replica = None
 
     def heard(self, attempt: Attempt, *, tokens: bool) -> None:
@@ -155,15 +159,15 @@ class ReplicaTable:
         if tokens and attempt.stream in self._moving_until:
             del self._moving_until[attempt.stream]
 
-    def fell_silent(self, attempt: Attempt, for_s: float) -> bool:
-        """Its replica has said nothing for so long, which is longer than a living one does.
+    def fell_silent(self, replica: str, for_s: float) -> bool:
+        """This replica has said nothing to an attempt for so long, which is longer than a living one does.
 
         False when it was not silent: it has spoken to another attempt meanwhile.
         """
         now = time.monotonic()
-        if attempt.replica is None or now - self._heard_at.get(attempt.replica, -math.inf) < for_s:
+        if now - self._heard_at.get(replica, -math.inf) < for_s:
             return False
-        self._silent_until[attempt.replica] = now + SILENT_FOR_S
+        self._silent_until[replica] = now + SILENT_FOR_S
         return True
 
     def out_of_order(self, attempt: Attempt) -> None:

@@ -30,9 +30,13 @@ class Serve:
         return SimpleNamespace(applications=applications)
 
 
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> FakeKeyValueStore:
+    return FakeKeyValueStore().used_by(progress, monkeypatch)
+
+
 @pytest.fixture(autouse=True)
-def fake_serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
-    FakeKeyValueStore().used_by(progress, monkeypatch)
+def fake_serve(store: FakeKeyValueStore, monkeypatch: pytest.MonkeyPatch) -> Serve:
     fake = Serve()
     monkeypatch.setattr(progress, "serve", fake)
     return fake
@@ -41,7 +45,7 @@ def fake_serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
 def test_a_refusal_answers_for_the_other_tries_of_its_deploy_and_no_more(fake_serve: Serve) -> None:
     board = ProgressBoard(APP, AppConfig())
     assert board.refusal() is None
-    board.refuse(WHY)
+    board.refuse(WHY, board.deployed_at())
     stage = board.stage()
     assert stage is not None
     assert (stage.stage, stage.error) == ("failed", WHY)
@@ -56,7 +60,7 @@ def test_a_refusal_is_not_believed_for_ever(monkeypatch: pytest.MonkeyPatch) -> 
     now = [1000.0]
     monkeypatch.setattr(progress.time, "time", lambda: now[0])
     board = ProgressBoard(APP, AppConfig())
-    board.refuse(WHY)
+    board.refuse(WHY, board.deployed_at())
     now[0] += REFUSED_FOR_S - 1
     assert board.refusal() == WHY
     now[0] += 2
@@ -69,7 +73,7 @@ def test_while_serve_does_not_say_which_deploy_it_is_each_try_finds_out_for_itse
 ) -> None:
     board = ProgressBoard(APP, AppConfig())
     fake_serve.away = when in ("refused", "always")
-    board.refuse(WHY)
+    board.refuse(WHY, board.deployed_at())
     stage = board.stage()
     assert stage is not None
     assert stage.error == WHY
@@ -78,7 +82,8 @@ def test_while_serve_does_not_say_which_deploy_it_is_each_try_finds_out_for_itse
 
 
 def test_a_refusal_is_of_one_config_of_one_application() -> None:
-    ProgressBoard(APP, AppConfig()).refuse(WHY)
+    board = ProgressBoard(APP, AppConfig())
+    board.refuse(WHY, board.deployed_at())
     assert ProgressBoard(APP, OTHER).refusal() is None
     assert ProgressBoard("another", AppConfig()).refusal() is None
 
@@ -87,5 +92,20 @@ def test_a_model_that_was_served_is_tried_again() -> None:
     """What hinders it may pass: the memory of a replica that was killed, say, is not free yet."""
     board = ProgressBoard(APP, AppConfig())
     board.publish(card())
-    board.refuse(WHY)
+    board.refuse(WHY, board.deployed_at())
+    assert board.refusal() is None
+
+
+def test_what_was_found_out_before_the_latest_deploy_says_nothing_of_it(fake_serve: Serve) -> None:
+    board = ProgressBoard(APP, AppConfig())
+    when_it_was_looked_at = board.deployed_at()
+    fake_serve.deployed[APP] += 2  # somebody mends the folder and deploys again, while the try goes on
+    board.refuse(WHY, when_it_was_looked_at)
+    assert board.refusal() is None
+
+
+@pytest.mark.parametrize("note", ['{"error": "x"}', '{"error": "x", "at": 1.0}', '{"error": "x", "deployed": 1000.5}'])
+def test_a_note_of_an_older_version_is_no_refusal(store: FakeKeyValueStore, note: str) -> None:
+    board = ProgressBoard(APP, AppConfig())
+    store.put(board._refused_key, note, "serve_app")
     assert board.refusal() is None

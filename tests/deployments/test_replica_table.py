@@ -127,17 +127,38 @@ def test_few_move_at_once_and_each_that_arrives_makes_room(clock: Clock) -> None
     assert table.should_leave(movers[-2])
 
 
+@pytest.mark.parametrize("known_first", [True, False])
+def test_deaths_are_counted_whether_or_not_the_router_looks_for_another_before_it_knows(known_first: bool) -> None:
+    """Over gRPC a dead replica is unavailable first, and dead when it is asked again."""
+    table = ReplicaTable()
+    wanted = at(None).request
+    with table.track(wanted) as attempt:
+        for deaths, replica in enumerate(("a", "b"), start=1):
+            table.sent(wanted, replica)
+            if known_first:
+                table.died(replica)
+            table.waiting(wanted)
+            table.waiting(wanted)
+            table.died(replica)
+            assert (attempt.deaths, attempt.replica) == (deaths, None)
+        table.sent(wanted, "c")
+        table.waiting(wanted)  # it was full
+        table.sent(wanted, "d")
+        table.died("c")
+        assert (attempt.deaths, attempt.replica) == (2, "d")
+
+
 def test_nobody_moves_to_a_silent_replica_until_it_speaks_or_time_is_over(clock: Clock) -> None:
     table = ReplicaTable()
     table.update({"b": OURS})
-    table.fell_silent(at("b"), 4)
+    table.fell_silent("b", 4)
     assert not table.should_leave(at("a"))
     table.heard(at("b"), tokens=False)
     assert table.should_leave(at("a", 1))
     clock.now += 3
-    assert not table.fell_silent(at("b"), 4), "it has spoken meanwhile"
+    assert not table.fell_silent("b", 4), "it has spoken meanwhile"
     clock.now += 1
-    assert table.fell_silent(at("b"), 4)
+    assert table.fell_silent("b", 4)
     assert table.silent("b")
     clock.now += SILENT_FOR_S + 1
     assert not table.silent("b")

@@ -146,6 +146,19 @@ async def test_one_that_serve_sent_on_is_not_lost_with_the_first_channel() -> No
     assert await attempted(Replica(FIRST, LAST), events) == [FIRST, SECOND, LAST]
 
 
+@pytest.mark.parametrize("breaks", [("replica-1", "replica-2"), ("replica-2", "replica-1"), ("replica-1",)])
+async def test_each_channel_that_breaks_is_told(breaks: tuple[str, ...]) -> None:
+    """Also where several do in one turn, as when the ingress stood still."""
+
+    def events(client: RayReplicaClient, replica: Replica, table: ReplicaTable) -> None:
+        client._channels.received("replica-1", [(replica.attempt, FIRST)])
+        for each in breaks:
+            client._channels.broke(each, object())  # type: ignore[arg-type]
+
+    with pytest.raises(ReplicaLost, match="its channel broke"):
+        await attempted(Replica(), events)
+
+
 async def test_one_that_waits_for_the_successor_of_the_last_replica_says_that_it_lives() -> None:
     """Serve looks for no replica while there is none, and names none as waiting."""
 
