@@ -18,7 +18,7 @@ STALL_S = 0.1
 class Alarm:
     """For the callers of one event loop."""
 
-    __slots__ = ("_due", "_loop", "_on_time", "_patient", "_spared", "_timer")
+    __slots__ = ("_due", "_loop", "_on_time", "_patient", "_set_at", "_spared", "_timer")
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, on_time: Callable[[], object], *, patient: bool = False
@@ -32,12 +32,13 @@ class Alarm:
         self._on_time = on_time
         self._patient = patient
         self._due: float | None = None
+        self._set_at = 0.0
         self._spared = False
         self._timer: asyncio.TimerHandle | None = None
 
     def set(self, delay_s: float) -> None:
         """The limit is `delay_s` from now, whatever it was."""
-        now = self._loop.time()
+        self._set_at = now = self._loop.time()
         self._due = now + delay_s
         self._spared = False
         self._look_again(now, self._due)
@@ -66,7 +67,7 @@ class Alarm:
         if self._due is None or timer is None:
             return
         now = self._loop.time()
-        late_s = now - timer.when()
+        late_s = now - max(timer.when(), self._set_at)  # a stall before the limit was set is none of its own
         if self._patient and late_s > STALL_S:
             self._due += late_s
             if not self._spared:  # once: turns that are always late would put it off for ever

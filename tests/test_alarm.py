@@ -114,6 +114,15 @@ async def test_after_a_stall_a_patient_one_hears_first_what_came_meanwhile(patie
     assert patient.rings(0.9 + stalled_s)
 
 
+async def test_a_limit_that_is_set_after_a_stall_is_as_long_as_any(patient: Bell) -> None:
+    patient.alarm.set(1.0)
+    await asyncio.sleep(0.3)
+    patient.stands_still(3.0)
+    patient.alarm.set(1.0)  # what came is read in the turn in which the loop goes on, before it looks at its timers
+    await asyncio.sleep(5)
+    assert patient.rings(4.3)
+
+
 async def test_a_stall_just_before_the_limit_leaves_time_to_hear(patient: Bell) -> None:
     patient.alarm.set(1.0)
     await asyncio.sleep(0.7)

@@ -109,7 +109,7 @@ class ChannelReader:
         if self._channels.get(replica) is channel:
             del self._channels[replica]
         for attempt, inbox in self._attempts.values():
-            if attempt.replica == replica or attempt.begun is not None:
+            if attempt.replica == replica:
                 inbox.lose(replica)
 
 
