@@ -20,6 +20,8 @@ from pathlib import Path
 import httpx
 import psutil
 
+from loadtest.interrupts import heed_ctrl_c
+
 _STOP_TIMEOUT_S = 60.0
 _POLL_S = 0.02
 
@@ -58,6 +60,7 @@ class LocalService:
                 stderr=subprocess.STDOUT,
                 env=self._environment,
                 start_new_session=True,
+                preexec_fn=heed_ctrl_c,
             )
         return self
 

@@ -26,6 +26,7 @@ import psutil
 import yaml
 
 from loadtest.http_load import drive, percentile, wait_until_ready
+from loadtest.interrupts import heed_ctrl_c
 from loadtest.paced_app import RATE_VARIABLE
 from loadtest.service import derive_config, free_port
 from serve_app.cli.environment import server_environment
@@ -68,6 +69,7 @@ def paced_service(config: Path, rate: float) -> Iterator[tuple[str, psutil.Proce
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
+                preexec_fn=heed_ctrl_c,
             )
         try:
             wait_until_ready(f"http://127.0.0.1:{port}", 120, lambda: process.poll() is None)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-pytest_plugins = ["reruns"]
+pytest_plugins = ["missing_programs", "reruns"]
 
 # Without limits of time: a machine that stalls for a moment says nothing of what is tested.
 settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -17,6 +17,7 @@ import httpx
 import psutil
 
 from loadtest.compare.accounting import ProcessTree
+from loadtest.interrupts import heed_ctrl_c
 
 STOP_PATIENCE_S = 20.0
 """Nothing is in progress when a server is asked to stop. `transformers serve` does not stop when it is asked with
@@ -62,6 +63,7 @@ class Server:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a Ctrl-C reaches this program only, which stops the server in order
+                preexec_fn=heed_ctrl_c,
             )
         self.tree = ProcessTree(self._process)
         try:

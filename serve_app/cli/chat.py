@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import io
 import re
+import signal
 import sys
 import unicodedata
 
@@ -142,6 +143,8 @@ def _answer_lines(conversation: Conversation) -> int:
 
 def _talk(conversation: Conversation) -> None:
     """Prompt, answer, repeat."""
+    # A script's background jobs ignore SIGINT, and so does a terminal that one of them opened. A person types here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with contextlib.suppress(ImportError):  # some builds of Python lack it
         import readline  # noqa: F401  (its import is what gives input() editing and history)
     interrupted = False

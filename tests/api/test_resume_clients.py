@@ -211,7 +211,7 @@ def event_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program above, beside npm's `eventsource`. Skips where it can't be installed."""
     node, npm = shutil.which("node"), shutil.which("npm")
     if node is None or npm is None:
-        pytest.skip("node and npm are not installed")
+        pytest.skip("node and npm are not installed (Debian: apt install nodejs npm)")
     folder = tmp_path_factory.mktemp("eventsource")
     command = [npm, "install", "--prefix", str(folder), "--no-audit", "--no-fund", "eventsource@4"]
     try:

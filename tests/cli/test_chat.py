@@ -137,11 +137,12 @@ def test_no_escape_sequence_reaches_the_terminal() -> None:
 
 
 class Terminal:
-    """A chat in a pty."""
+    """A chat in a pty. `sigint`: what the program that opened the terminal does with SIGINT."""
 
-    def __init__(self, api: FakeApi) -> None:
+    def __init__(self, api: FakeApi, sigint: signal.Handlers) -> None:
         self._pid, self._descriptor = pty.fork()
         if self._pid == 0:
+            signal.signal(signal.SIGINT, sigint)
             os.execve(
                 sys.executable,
                 [sys.executable, "-c", PROGRAM, "chat", "--url", api.url],
@@ -192,9 +193,9 @@ class Terminal:
         os.close(self._descriptor)
 
 
-@pytest.fixture
-def terminal(api: FakeApi) -> Iterator[Terminal]:
-    opened = Terminal(api)
+@pytest.fixture(params=[signal.SIG_DFL, signal.SIG_IGN], ids=["in front", "in the background"])
+def terminal(api: FakeApi, request: pytest.FixtureRequest) -> Iterator[Terminal]:
+    opened = Terminal(api, request.param)
     yield opened
     opened.close()
 

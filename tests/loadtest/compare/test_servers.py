@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -46,6 +47,19 @@ def test_a_tree_counts_what_left_the_session_and_ends_with_its_server(tmp_path: 
         after = server.tree.cpu_s()
         assert all(after[name] >= seconds for name, seconds in before.items())
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in members)
+
+
+def test_a_server_of_a_job_in_the_background_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "STOP_PATIENCE_S", 600)
+    port = free_port()
+    command = Command([sys.executable, str(Path(fake_openai_server.__file__)), str(port)], {}, "/health", 30)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # what a shell without job control gives to `command &`
+    try:
+        with Server(command, f"http://127.0.0.1:{port}", tmp_path / "log"):
+            pass
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "KeyboardInterrupt" in (tmp_path / "log").read_text()
 
 
 def test_an_orphan_of_a_killed_parent_is_still_of_the_tree(tmp_path: Path) -> None:
