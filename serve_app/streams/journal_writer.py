@@ -15,6 +15,7 @@ from contextvars import Context
 
 from serve_app.streams.journal_records import join_replies
 from serve_app.streams.journal_store import Append, Held, Hold, JournalStore, StoreUnavailable, Then
+from serve_app.streams.stream_id import loggable
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,8 @@ class OwnedJournal:
             self._written = 0  # it was created again: to be written from the start
             self._wake()
         else:
-            logger.warning("the journal of stream %s can't be written any more: %s", self.stream_id, held.hold)
+            name = loggable(self.stream_id)
+            logger.warning("the journal of stream %s can't be written any more: %s", name, held.hold)
             self._settled.set()
         self.tell()
 
@@ -187,5 +189,6 @@ class JournalWriter:
     async def _create_again(self, journal: OwnedJournal) -> Held:
         """The store has lost it; its owner has not. Raises `StoreUnavailable`."""
         hold = await self._store.create(journal.stream_id, journal.owner, journal.document)
-        logger.warning("the store has lost the journal of stream %s; created again: %s", journal.stream_id, hold)
+        name = loggable(journal.stream_id)
+        logger.warning("the store has lost the journal of stream %s; created again: %s", name, hold)
         return Held(Hold.GONE if hold is Hold.HELD else hold)

@@ -31,6 +31,7 @@ from serve_app.streams.journal_records import (
 from serve_app.streams.journal_store import Hold, JournalStore, JournalView, StoreUnavailable, Then
 from serve_app.streams.journal_writer import TICK_S, JournalWriter, OwnedJournal
 from serve_app.streams.replica import ReplicaClient
+from serve_app.streams.stream_id import loggable
 from serve_app.streams.transcript import Transcript
 
 logger = logging.getLogger(__name__)
@@ -277,7 +278,7 @@ class ResumableStream:
 
     def _start(self, journal: OwnedJournal | None) -> asyncio.Task[None]:
         # A context of its own: Serve cancels all that was called in the context of a request when its client goes.
-        return asyncio.create_task(self._run(journal), name=f"stream {self.id}", context=Context())
+        return asyncio.create_task(self._run(journal), name=f"stream {loggable(self.id)}", context=Context())
 
     async def _run(self, journal: OwnedJournal | None) -> None:
         """The task: owner or follower, until the end, or until nobody reads."""
@@ -322,7 +323,7 @@ class ResumableStream:
             async with asyncio.timeout(self._home.settings.settle_s):
                 await journal.settled()
         except TimeoutError:
-            logger.warning("the end of stream %s could not be written to its journal", self.id)
+            logger.warning("the end of stream %s could not be written to its journal", loggable(self.id))
         finally:
             self._home.writer.forget(journal)
 
@@ -394,7 +395,7 @@ class ResumableStream:
             if not self.finished and await home.reach(partial(home.store.acquire, self.id, owner)):
                 # The old owner may have written between the two, and the document is needed to write it again.
                 self._feed(await home.look(self.id, len(self._records)))
-                logger.warning("stream %s is continued here after %d tokens", self.id, self.tokens)
+                logger.warning("stream %s is continued here after %d tokens", loggable(self.id), self.tokens)
                 journal = writer.own(self.id, owner, write_document(self.document), self._records)
                 writer.keep(journal)
                 return journal
@@ -413,10 +414,10 @@ class ResumableStream:
                     else:
                         self._push(choice, reply)
         except (RecordError, JournalError) as error:
-            logger.error("the journal of stream %s can't be read", self.id, exc_info=error)
+            logger.error("the journal of stream %s can't be read", loggable(self.id), exc_info=error)
             raise StreamGone from error
         if view.finished and not self.finished:
-            logger.error("the journal of stream %s ends before the stream does", self.id)
+            logger.error("the journal of stream %s ends before the stream does", loggable(self.id))
             raise StreamGone
 
     def _push(self, choice: int, batch: TokenBatch) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from collections.abc import Callable
 
 from serve_app.streams.generation import FailoverSettings
@@ -16,12 +15,10 @@ from serve_app.streams.journal_store import JournalStore
 from serve_app.streams.journal_writer import JournalWriter
 from serve_app.streams.replica import ReplicaClient
 from serve_app.streams.resumable_stream import Home, ResumableStream, ResumeSettings, StreamGone
+from serve_app.streams.stream_id import loggable, new_stream_id
 from serve_app.streams.transcript import Transcript
 
 logger = logging.getLogger(__name__)
-
-ID_BYTES = 16
-"""Of randomness in a stream's id: whoever has one may ask for the stream."""
 
 
 class ResumableStreams:
@@ -40,8 +37,8 @@ class ResumableStreams:
 
     @staticmethod
     def new_id() -> str:
-        """An unguessable id: 22 characters of base64url."""
-        return secrets.token_urlsafe(ID_BYTES)
+        """See `stream_id`."""
+        return new_stream_id()
 
     def __len__(self) -> int:
         """Streams that are generated or followed here."""
@@ -72,7 +69,7 @@ class ResumableStreams:
         try:
             document = read_document(view.document)
         except RecordError as error:
-            logger.error("the journal of stream %s can't be read", stream_id, exc_info=error)
+            logger.error("the journal of stream %s can't be read", loggable(stream_id), exc_info=error)
             raise StreamGone from error
         stream = ResumableStream(stream_id, document, make(document), self._home)
         stream.follow(view)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from fake_replica import FakeReplica, Script, Step, card
 from small_tokenizers import CHATML, byte_level_backend
 from starlette.applications import Starlette
 from transformers import PreTrainedTokenizerFast
+from unlogged_stream_ids import unlogged_stream_ids
 
 from serve_app.api.app import create_app
 from serve_app.api.service import CompletionService, ModelDefaults
@@ -30,6 +31,13 @@ from serve_app.streams.resumable_stream import ResumeSettings
 from serve_app.streams.resumable_streams import ResumableStreams
 
 ANSWER = "The quick brown fox says 🙂 and naïve."
+
+
+@pytest.fixture(autouse=True)
+def no_stream_id_is_logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In no test, whatever goes wrong in it."""
+    with unlogged_stream_ids(monkeypatch):
+        yield
 
 
 @pytest.fixture(scope="session")

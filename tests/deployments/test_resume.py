@@ -202,6 +202,15 @@ async def test_any_ingress_answers_from_the_journal(url: str, until: Callable[..
         headers = {"Last-Event-ID": f"{stream_id}:{len(events)}"}
         assert (await client.get(f"{url}/v1/streams/{stream_id}", headers=headers)).status_code == 204
         assert (await client.get(f"{url}/v1/streams/{'A' * 22}")).status_code == 410
+    assert log_files_with("endpoint=/v1/streams/{stream_id} status=204"), "these are the logs"
+    assert log_files_with(stream_id) == []
+
+
+def log_files_with(text: str) -> list[str]:
+    """Of all that Ray and Serve log on this cluster."""
+    folder = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs"
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return [path.name for path in files if text.encode() in path.read_bytes()]
 
 
 async def test_a_client_that_never_comes_back_is_given_up(url: str) -> None:

@@ -359,6 +359,14 @@ async def test_a_reader_that_lags_is_told(make_ingress: MakeIngress) -> None:
         assert (await anext(stream.read(0, max_lag_bytes=12)))[0] == 0  # from the start nobody lags
 
 
+async def test_a_task_is_named_by_the_beginning_of_its_streams_id(make_ingress: MakeIngress) -> None:
+    """asyncio logs the names of tasks whose errors nobody fetches."""
+    stream = await make_ingress().begin()
+    names = [task.get_name() for task in asyncio.all_tasks()]
+    assert f"stream {stream.id[:8]}…" in names
+    assert not any(stream.id in name for name in names)
+
+
 async def test_ids_can_not_be_guessed() -> None:
     ids = {ResumableStreams.new_id() for _ in range(1000)}
     assert len(ids) == 1000
