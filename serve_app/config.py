@@ -204,6 +204,9 @@ class ApiConfig(_Config):
     30 to 60 s. Also while it waits for a place, or for a replica."""
     slow_reader_bytes: Bytes = 4 * 2**20
     """Unsent bytes a client may leave in the server before its stream is ended with the error `slow_reader`."""
+    unknown_fields: Literal["ignore", "refuse"] = "ignore"
+    """What becomes of a field of `/v1/...` that nobody knows: it is left aside and named in the answer's header
+    `X-Ignored-Fields`, or refused with 400. One that would change the answer is refused always."""
     cors_origins: tuple[str, ...] = ()
     """Origins a browser app may call from, e.g. ["http://localhost:3000"]; ["*"] for any."""
 

@@ -42,7 +42,7 @@ def create_app(
     settings = stream_settings or StreamSettings(config.heartbeat_s, config.slow_reader_bytes)
     admission = Admission(config.max_streams, metrics)
     resume = Resume(service, streams, (NATIVE, CHAT, TEXT), settings)
-    answerer = Answerer(service, resume, settings)
+    answerer = Answerer(service, resume, settings, refuse_unknown_fields=config.unknown_fields == "refuse")
     native, models = Native(service, resume, settings), Models(service)
     probes = Probes(service.state)
 
@@ -59,7 +59,7 @@ def create_app(
                 allow_origins=config.cors_origins,
                 allow_methods=["GET", "POST"],
                 allow_headers=["*"],
-                expose_headers=["x-request-id", "x-seed", "x-stream-id", "retry-after"],
+                expose_headers=["x-request-id", "x-seed", "x-stream-id", "x-ignored-fields", "retry-after"],
             )
         )
     app = Starlette(

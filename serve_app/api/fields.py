@@ -1,19 +1,20 @@
 """The request fields that every wire format shares, and what the service makes of them.
 
-Promises that what passes is finite, in range and of the right type; an unknown field is refused by name. Knows no
-endpoint.
+Promises that what passes is finite, in range and of the right type, and that no unknown field passes in silence. Knows
+no endpoint.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from serve_app.api.errors import from_validation
+from serve_app.api.unknown_fields import NO_EFFECT, NOT_SERVED, UnknownFields, refuse_if_not_served
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1000
@@ -102,18 +103,21 @@ class CompletionParams:
     stop_token_ids: tuple[int, ...] = ()
 
 
-class StreamOptions(RequestModel):
+class OpenModel(RequestModel):
+    """A part of a request to OpenAI's endpoints: it keeps what it doesn't know, for `validate_open` to judge."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class StreamOptions(OpenModel):
     """`stream_options`. `include_obfuscation` pads events against eavesdroppers at OpenAI; here it does nothing."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
-class OpenAIFields(SamplingFields):
-    """What /v1/chat/completions and /v1/completions share. The last five are extensions, as in vLLM."""
-
-    not_served: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-    """Fields that would change an answer in a way that is not served -> the values, besides null, that would not."""
+class OpenAIFields(SamplingFields, OpenModel):
+    """What /v1/chat/completions and /v1/completions share. The last three are extensions, as in vLLM."""
 
     model: str | None = None
     """Left out: the one model that is served."""
@@ -121,26 +125,9 @@ class OpenAIFields(SamplingFields):
     logit_bias: LogitBias = ()
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
-    metadata: dict[str, str] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    prompt_cache_options: dict[str, Any] | None = None
-    """These eight change nothing in an answer, and are ignored."""
     min_tokens: int | None = Field(None, ge=0)
     ignore_eos: bool | None = None
     stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _refuse_what_is_not_served(cls, value: Any, info: ValidationInfo) -> Any:
-        harmless = cls.not_served.get(info.field_name or "")
-        if harmless is not None and value is not None and value not in harmless:
-            raise PydanticCustomError("unsupported_parameter", "It is not supported by this server.")
-        return value
 
     def params(self, *, max_tokens: int | None, max_tokens_param: str, logprobs: int | None) -> CompletionParams:
         """What was asked for; the arguments are what the two schemas write differently."""
@@ -171,3 +158,29 @@ def validate(model: type[Model], data: Mapping[str, Any], *, from_text: bool = F
         return model.model_validate(data, strict=False if from_text else None)
     except ValidationError as error:
         raise from_validation(error) from None
+
+
+Open = TypeVar("Open", bound=OpenModel)
+
+
+def validate_open(model: type[Open], data: Mapping[str, Any], unknown: UnknownFields) -> Open:
+    """`data` as a `model` that may have more fields. Raises `ApiError`, also for one that can't be ignored."""
+    request = validate(model, data)
+    _judge(request, "", unknown)
+    return request
+
+
+def _judge(part: OpenModel, prefix: str, unknown: UnknownFields) -> None:
+    """Refuse or name the fields that `part` and what is in it don't know. Null is as good as left out."""
+    for name, value in (part.model_extra or {}).items():
+        if not prefix:
+            refuse_if_not_served(name, value)
+        if value is not None and (prefix or not _is_judged(name)):
+            unknown.add(prefix + name)
+    for name in type(part).model_fields:
+        if isinstance(inner := getattr(part, name), OpenModel):
+            _judge(inner, f"{prefix}{name}.", unknown)
+
+
+def _is_judged(name: str) -> bool:
+    return name in NO_EFFECT or name in NOT_SERVED

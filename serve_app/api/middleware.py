@@ -1,6 +1,7 @@
 """The outermost layer: a request's id, its access line and metrics, and the last net for what nobody expected.
 
-Promises that every response has the request's id, and that no traceback leaves the server. Knows no endpoint.
+Promises that every response has the request's id and the names of fields that were ignored, and that no traceback
+leaves the server. Knows no endpoint.
 """
 
 from __future__ import annotations
@@ -57,7 +58,10 @@ class RequestScope:
             if message["type"] == "http.response.start":
                 started = True
                 record.status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = record.request_id
+                answer_headers = MutableHeaders(scope=message)
+                answer_headers["x-request-id"] = record.request_id
+                if record.ignored_fields:
+                    answer_headers["x-ignored-fields"] = ", ".join(record.ignored_fields)
             await send(message)
             if message["type"] == "http.response.body" and not message.get("more_body", False):
                 record.sent_whole()

@@ -26,6 +26,7 @@ from serve_app.api.fields import OpenAIFields
 from serve_app.api.resume import Resume
 from serve_app.api.service import Completion, CompletionService, Plan, Usage
 from serve_app.api.sse import EventStream, StreamSettings, event_stream
+from serve_app.api.unknown_fields import UnknownFields
 from serve_app.messages import Fingerprint
 
 LOWEST_LOGPROB = -9999.0
@@ -61,6 +62,12 @@ class Answerer:
     service: CompletionService
     resume: Resume
     settings: StreamSettings
+    refuse_unknown_fields: bool = False
+    """Else they are ignored, and named in the answer."""
+
+    def unknown_fields(self, call: Call) -> UnknownFields:
+        """What becomes of the unknown fields of this request."""
+        return UnknownFields(call.record, refused=self.refuse_unknown_fields)
 
     async def answer(
         self, call: Call, plan: Plan, request: OpenAIFields, schema: ChoiceSchema, wire: WireFormat

@@ -16,7 +16,7 @@ from serve_app.api.choice_text import Delta
 from serve_app.api.endpoint import Call
 from serve_app.api.errors import bad_request
 from serve_app.api.events import WireFormat
-from serve_app.api.fields import CompletionParams, OpenAIFields, validate
+from serve_app.api.fields import CompletionParams, OpenAIFields, validate_open
 from serve_app.api.openai_answer import Answerer, ChoiceSchema, ChunkEvents, finite
 from serve_app.api.service import Plan
 from serve_app.api.sse import EventStream, json_text
@@ -25,21 +25,7 @@ from serve_app.chat.tokenizer import ChatTokenizer
 
 
 class ChatRequest(OpenAIFields):
-    """The body. What of OpenAI's is not here is not known, and refused by name."""
-
-    not_served = {  # noqa: RUF012 - a ClassVar of the parent
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
-        "functions": ([],),
-        "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
-        "modalities": (["text"],),
-        "audio": (),
-        "web_search_options": (),
-        "moderation": (),
-        "reasoning_effort": (),
-        "verbosity": (),
-    }
+    """The body."""
 
     messages: list[dict[str, Any]]
     max_tokens: int | None = Field(None, ge=1)
@@ -47,20 +33,6 @@ class ChatRequest(OpenAIFields):
     """The newer name of the same."""
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    parallel_tool_calls: bool | None = None
-    prediction: dict[str, Any] | None = None
-    """These two change nothing without tools, or only the speed, and are ignored."""
-    tools: Any = None
-    tool_choice: Any = None
-    functions: Any = None
-    function_call: Any = None
-    response_format: Any = None
-    modalities: Any = None
-    audio: Any = None
-    web_search_options: Any = None
-    moderation: Any = None
-    reasoning_effort: Any = None
-    verbosity: Any = None
 
 
 class ChatCompletions:
@@ -74,10 +46,11 @@ class ChatCompletions:
         """Raises `ApiError`."""
         if (continued := await self._answerer.resume.continued(call)) is not None:
             return continued
-        request = validate(ChatRequest, call.body or {})
+        unknown = self._answerer.unknown_fields(call)
+        request = validate_open(ChatRequest, call.body or {}, unknown)
         params = _params(request)
         card = await self._service.ready_model(request.model)
-        prompt = await self._service.render_chat(card, request.messages)
+        prompt = await self._service.render_chat(card, request.messages, unknown.add_in)
         plan = self._service.plan(card, [prompt], params, call.record, call.remaining_s())
         return await self._answerer.answer(call, plan, request, _schema(self._service.tokenizer), CHAT)
 

@@ -15,12 +15,12 @@ from starlette.responses import Response
 
 from serve_app.api.choice_text import Delta
 from serve_app.api.endpoint import Call
-from serve_app.api.errors import bad_request
 from serve_app.api.events import WireFormat
-from serve_app.api.fields import OpenAIFields, validate
+from serve_app.api.fields import OpenAIFields, validate_open
 from serve_app.api.openai_answer import Answerer, ChoiceSchema, ChunkEvents, finite
 from serve_app.api.service import MAX_CHOICES, Plan, Prompt
 from serve_app.api.sse import EventStream, json_text
+from serve_app.api.unknown_fields import unsupported
 from serve_app.chat.token_texts import TokenTexts
 from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.messages import ModelCard
@@ -45,9 +45,7 @@ def _are_ids(value: Any) -> bool:
 
 
 class CompletionRequest(OpenAIFields):
-    """The body. What of OpenAI's is not here is not known, and refused by name."""
-
-    not_served = {"echo": (False,), "suffix": ("",)}  # noqa: RUF012 - a ClassVar of the parent
+    """The body."""
 
     prompt: Annotated[tuple[PromptItem, ...], BeforeValidator(_prompts)]
     max_tokens: int | None = Field(None, ge=1)
@@ -55,8 +53,8 @@ class CompletionRequest(OpenAIFields):
     logprobs: int | None = Field(None, ge=0, le=5)
     best_of: int | None = Field(None, ge=1)
     """Only as many as `n`: nothing is generated that is not returned."""
-    echo: Any = None
-    suffix: Any = None
+    add_special_tokens: bool | None = None
+    """Only true, the default of other servers."""
 
 
 class Completions:
@@ -70,10 +68,12 @@ class Completions:
         """Raises `ApiError`."""
         if (continued := await self._answerer.resume.continued(call)) is not None:
             return continued
-        request = validate(CompletionRequest, call.body or {})
+        request = validate_open(CompletionRequest, call.body or {}, self._answerer.unknown_fields(call))
         params = request.params(max_tokens=request.max_tokens, max_tokens_param="max_tokens", logprobs=request.logprobs)
         if request.best_of not in (None, params.n):
-            raise bad_request("best_of must equal n.", param="best_of", code="unsupported_parameter")
+            raise unsupported("best_of", "It must equal n.")
+        if request.add_special_tokens is False:
+            raise unsupported("add_special_tokens", "Prompts begin with BOS where the model's do; send token ids.")
         card = await self._service.ready_model(request.model)
         prompts = [await self._prompt(card, item) for item in request.prompt]
         plan = self._service.plan(card, prompts, params, call.record, call.remaining_s())

@@ -16,6 +16,7 @@ from types import TracebackType
 from serve_app.api.choice_text import ChoiceText, Delta
 from serve_app.api.errors import ApiError, bad_request, from_failure, from_prompt, model_not_found, not_ready
 from serve_app.api.fields import CompletionParams
+from serve_app.chat.conversation import Unknown, refuse_unknown
 from serve_app.chat.detokenizer import Detokenizer
 from serve_app.chat.errors import CONTEXT_LENGTH_EXCEEDED, PromptError
 from serve_app.chat.prompts import PromptFormatter
@@ -146,12 +147,17 @@ class CompletionService:
             raise model_not_found(name)
         return state
 
-    async def render_chat(self, card: ModelCard, messages: Sequence[Mapping[str, object]]) -> Prompt:
-        """The prompt of a chat. Raises `ApiError`."""
+    async def render_chat(
+        self,
+        card: ModelCard,
+        messages: Sequence[Mapping[str, object]],
+        unknown: Unknown = refuse_unknown,
+    ) -> Prompt:
+        """The prompt of a chat. `unknown` is as in `parse_messages`. Raises `ApiError`."""
         size = sum(_MESSAGE_CHARS + len(str(message.get("content", ""))) for message in messages)
 
         def render() -> list[int]:
-            return self._formatter.render_chat(messages, context_tokens=card.context_tokens)
+            return self._formatter.render_chat(messages, context_tokens=card.context_tokens, unknown=unknown)
 
         try:
             ids = render() if size <= INLINE_CHARS else await asyncio.to_thread(render)

@@ -7,7 +7,7 @@ tokenizer and no template.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
@@ -17,7 +17,20 @@ Role = Literal["system", "developer", "user", "assistant"]
 _ROLES: tuple[str, ...] = get_args(Role)
 _FIELDS = frozenset({"role", "content", "name"})
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_TOOL_FIELDS = frozenset({"tool_calls", "tool_call_id", "function_call"})
+_NOT_SERVED = {
+    "tool_calls": "tool calls are",
+    "tool_call_id": "tool calls are",
+    "function_call": "tool calls are",
+    "audio": "audio is",
+    "images": "images are",
+    "prefix": "it is",
+    "partial": "it is",
+}
+"""Fields of other servers' messages that would change the prompt -> how their refusal begins. The last two ask for the
+message to be continued."""
+_OFF: tuple[object, ...] = (None, False, "", [], {})
+_REASONING_PARTS = frozenset({"thinking", "redacted_thinking", "reasoning"})
+"""Parts of an assistant's content that hold what it thought before it answered."""
 _SHOWN_CHARACTERS = 40
 """How much of a caller's own wrong value an error repeats."""
 
@@ -31,16 +44,26 @@ class ChatMessage:
     name: str | None = None
 
 
-def parse_messages(raw: Sequence[Mapping[str, object]]) -> list[ChatMessage]:
+Unknown = Callable[[str, str], None]
+"""Told of each field that nobody knows: where it is (`messages[3]`) and its name."""
+
+
+def refuse_unknown(where: str, field: str) -> None:
+    """The strict one: raises `PromptError`."""
+    raise PromptError(f"{where} has an unknown field {_shown(field)}.", param=where, code="unknown_parameter")
+
+
+def parse_messages(raw: Sequence[Mapping[str, object]], unknown: Unknown = refuse_unknown) -> list[ChatMessage]:
     """The messages of a request, decoded from JSON.
 
     `content` is a string or a list of `{"type": "text", "text": ...}` parts, which are joined by newlines (as vLLM and
-    llama.cpp do; so two parts can't join into one token either). A field that is null or an empty list counts as
-    absent, because clients send back whole assistant messages (`"refusal": null`). Raises `PromptError`.
+    llama.cpp do; so two parts can't join into one token either). A field that is null or empty counts as absent,
+    because clients send back whole assistant messages (`"refusal": null`). A field that nobody knows is for `unknown`
+    to judge; what an assistant thought before an answer (`reasoning_content`) is one of those. Raises `PromptError`.
     """
     if not isinstance(raw, Sequence) or isinstance(raw, str | bytes) or not raw:
         raise PromptError("messages must be a list with at least one message.", param="messages")
-    return [_parse_message(message, f"messages[{index}]") for index, message in enumerate(raw)]
+    return [_parse_message(message, f"messages[{index}]", unknown) for index, message in enumerate(raw)]
 
 
 def require_unicode(text: str, param: str) -> None:
@@ -55,20 +78,21 @@ def require_unicode(text: str, param: str) -> None:
         ) from error
 
 
-def _parse_message(raw: object, where: str) -> ChatMessage:
+def _parse_message(raw: object, where: str, unknown: Unknown) -> ChatMessage:
     if not isinstance(raw, Mapping):
         raise PromptError(f"{where} must be an object with role and content.", param=where)
-    given = {key: value for key, value in raw.items() if value is not None and value != []}
-    role = _parse_role(given.get("role"), f"{where}.role")
-    for key in given.keys() - _FIELDS:
-        if key in _TOOL_FIELDS:
-            raise PromptError(f"{where}.{key}: tool calls are not served by this server.", param=f"{where}.{key}")
-        raise PromptError(f"{where} has an unknown field {_shown(key)}; known are role, content, name.", param=where)
-    if "content" not in given and raw.get("content") is None:
+    role = _parse_role(raw.get("role"), f"{where}.role")
+    for key, value in raw.items():
+        if key in _FIELDS or value in _OFF:
+            continue
+        if key in _NOT_SERVED:
+            message = f"{where}.{key}: {_NOT_SERVED[key]} not served by this server."
+            raise PromptError(message, param=f"{where}.{key}", code="unsupported_parameter")
+        unknown(where, key)
+    if raw.get("content") is None:
         raise PromptError(f"{where} has no content.", param=f"{where}.content")
-    return ChatMessage(
-        role, _parse_content(raw["content"], f"{where}.content"), _parse_name(given.get("name"), f"{where}.name")
-    )
+    content = _parse_content(raw["content"], f"{where}.content", role, unknown)
+    return ChatMessage(role, content, _parse_name(raw.get("name"), f"{where}.name"))
 
 
 def _parse_role(raw: object, where: str) -> Role:
@@ -80,33 +104,39 @@ def _parse_role(raw: object, where: str) -> Role:
 
 
 def _parse_name(raw: object, where: str) -> str | None:
-    if raw is None:
+    if raw is None or raw == "":
         return None
     if not isinstance(raw, str) or _NAME.fullmatch(raw) is None:
         raise PromptError(f"{where} must be 1 to 64 letters, digits, underscores or hyphens.", param=where)
     return raw
 
 
-def _parse_content(raw: object, where: str) -> str:
+def _parse_content(raw: object, where: str, role: Role, unknown: Unknown) -> str:
     if isinstance(raw, str):
         require_unicode(raw, where)
         return raw
     if not isinstance(raw, Sequence) or isinstance(raw, bytes):
         raise PromptError(f"{where} must be a string or a list of text parts.", param=where)
-    return "\n".join(_parse_part(part, f"{where}[{index}]") for index, part in enumerate(raw))
+    texts = (_parse_part(part, f"{where}[{index}]", role, unknown) for index, part in enumerate(raw))
+    return "\n".join(text for text in texts if text is not None)
 
 
-def _parse_part(raw: object, where: str) -> str:
+def _parse_part(raw: object, where: str, role: Role, unknown: Unknown) -> str | None:
+    """The part's text; None for one that is left aside."""
     if not isinstance(raw, Mapping):
         raise PromptError(f'{where} must be an object such as {{"type": "text", "text": "Hi"}}.', param=where)
-    if raw.get("type") != "text":
-        raise PromptError(f"{where}: this model takes text parts only, not {_shown(raw.get('type'))}.", param=where)
+    kind = raw.get("type")
+    if role == "assistant" and isinstance(kind, str) and kind in _REASONING_PARTS:
+        unknown(where, kind)
+        return None
+    if kind != "text":
+        raise PromptError(f"{where}: this model takes text parts only, not {_shown(kind)}.", param=where)
     text = raw.get("text")
     if not isinstance(text, str):
         raise PromptError(f"{where}.text must be a string.", param=f"{where}.text")
-    for key in raw.keys() - {"type", "text"}:
-        if raw[key] is not None:
-            raise PromptError(f"{where} has an unknown field {_shown(key)}; known are type and text.", param=where)
+    for key, value in raw.items():
+        if key not in ("type", "text") and value not in _OFF:
+            unknown(where, key)
     require_unicode(text, f"{where}.text")
     return text
 

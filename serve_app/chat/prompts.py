@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from serve_app.chat.conversation import ChatMessage, parse_messages
+from serve_app.chat.conversation import ChatMessage, Unknown, parse_messages, refuse_unknown
 from serve_app.chat.detokenizer import Detokenizer
 from serve_app.chat.errors import CONTEXT_LENGTH_EXCEEDED, PromptError
 from serve_app.chat.llama2 import Llama2Format
@@ -50,17 +50,23 @@ class PromptFormatter:
             return cls(tokenizer, None)
         return cls(tokenizer, ChatTemplate(tokenizer, tags=config.llama2_tags))
 
-    def render_chat(self, messages: Sequence[Mapping[str, object]], *, context_tokens: int | None = None) -> list[int]:
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        context_tokens: int | None = None,
+        unknown: Unknown = refuse_unknown,
+    ) -> list[int]:
         """The ids of a chat, from the request's `messages` as decoded from JSON.
 
         With `context_tokens`, prompts that leave no room for an answer in the context are refused, the hopeless ones
-        before they are encoded. Raises `PromptError`.
+        before they are encoded. `unknown` is as in `parse_messages`. Raises `PromptError`.
         """
         if self._chat_format is None:
             raise PromptError(
                 "This model has no chat template, so it can't take messages; send a prompt instead.", param="messages"
             )
-        parsed = parse_messages(messages)
+        parsed = parse_messages(messages, unknown)
         # Every message costs a token at least, and templates may take more than linear time in their number.
         fewest = sum(max(1, self.tokenizer.fewest_tokens(message.content)) for message in parsed)
         _require_room(fewest, context_tokens, "messages", counted="at least ")

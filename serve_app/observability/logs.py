@@ -46,6 +46,8 @@ class RequestRecord:
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     output_tokens: int = 0
+    ignored_fields: list[str] = field(default_factory=list)
+    """Names of the request's fields that nobody knows, safe to be written in a header."""
     arrived: float = field(default_factory=monotonic)
     first_token: float | None = None
     last_token: float | None = None
@@ -81,7 +83,7 @@ def log_access(record: RequestRecord, level: int = logging.INFO) -> None:
     access_logger.log(
         level,
         "request_id=%s endpoint=%s status=%d outcome=%s prompt_tokens=%d cached_prompt_tokens=%d output_tokens=%d"
-        " ttft_s=%s duration_s=%.3f",
+        " ttft_s=%s duration_s=%.3f ignored_fields=%s",
         record.request_id,
         record.endpoint,
         record.status,
@@ -91,4 +93,5 @@ def log_access(record: RequestRecord, level: int = logging.INFO) -> None:
         record.output_tokens,
         "-" if ttft_s is None else f"{ttft_s:.3f}",
         monotonic() - record.arrived,
+        ",".join(record.ignored_fields) or "-",
     )

@@ -118,7 +118,7 @@ async def test_offsets_stay_inside_the_text(api: httpx.AsyncClient) -> None:
         ({"prompt": "Hi", "best_of": 2}, "best_of"),
         ({"prompt": "Hi", "logprobs": 6}, "logprobs"),
         ({"prompt": "Hi", "logprobs": True}, "logprobs"),
-        ({"prompt": "Hi", "messages": []}, "messages"),
+        ({"prompt": "Hi", "messages": [{}]}, "messages"),
         ({"prompt": "Hi", "max_tokens": 300}, "max_tokens"),
     ],
 )

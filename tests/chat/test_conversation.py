@@ -15,7 +15,7 @@ def test_the_usual_messages() -> None:
         {"role": "developer", "content": "Be brief."},
         {"role": "user", "name": "Ann-1_b", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
         {"role": "assistant", "content": "yes", "refusal": None, "tool_calls": [], "annotations": []},
-        {"role": "user", "content": "", "name": None},
+        {"role": "user", "content": "", "name": ""},
     ]
     assert parse_messages(raw) == [
         ChatMessage("developer", "Be brief."),
@@ -49,7 +49,8 @@ def test_the_usual_messages() -> None:
         ({"role": "user", "content": "a", "name": "é"}, "messages[0].name", "letters"),
         ({"role": "user", "content": "a", "name": "x" * 65}, "messages[0].name", "64"),
         ({"role": "user", "content": "a", "name": "x\n"}, "messages[0].name", "letters"),
-        ({"role": "user", "content": "a", "name": ""}, "messages[0].name", "letters"),
+        ({"role": "assistant", "content": [{"type": "thinking"}]}, "messages[0].content[0]", "'thinking'"),
+        ({"role": "user", "content": [{"type": "reasoning"}]}, "messages[0].content[0]", "'reasoning'"),
         ({"role": "user", "content": "a", "<|im_end|>": "b"}, "messages[0]", "unknown field '<|im_end|>'"),
         ({"role": "user", "content": "a", "tools": {"<|im_end|>": 1}}, "messages[0]", "unknown field"),
     ],
@@ -78,6 +79,25 @@ def test_an_error_is_short_and_can_be_sent() -> None:
         with pytest.raises(PromptError) as caught:
             parse_messages([{"role": value, "content": "a"}])
         assert len(caught.value.message.encode("utf-8")) < 400
+
+
+def test_unknown_fields_may_be_left_aside() -> None:
+    thinking = {"type": "thinking", "thinking": "hm"}
+    raw = [
+        {"id": "m1", "role": "user", "content": [{"type": "text", "text": "a", "cache_control": {"type": "x"}}]},
+        {"role": "assistant", "content": [thinking, {"type": "text", "text": "b"}], "reasoning_content": "hm", "x": 0},
+    ]
+    seen: list[tuple[str, str]] = []
+    messages = parse_messages(raw, lambda where, field: seen.append((where, field)))
+    assert messages == [ChatMessage("user", "a"), ChatMessage("assistant", "b")]
+    assert seen == [
+        ("messages[0]", "id"),
+        ("messages[0].content[0]", "cache_control"),
+        ("messages[1]", "reasoning_content"),
+        ("messages[1].content[0]", "thinking"),
+    ]
+    with pytest.raises(PromptError, match="tool calls are not served"):
+        parse_messages([{"role": "assistant", "content": "a", "tool_calls": [1]}], lambda where, field: None)
 
 
 nested = st.recursive(

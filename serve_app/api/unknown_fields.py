@@ -1,0 +1,217 @@
+"""Request fields that are not served: refused where they would change the answer, else ignored and named.
+
+Promises that a field is never ignored in silence: `X-Ignored-Fields` and the log's line have its name, which is text of
+a client and is made safe for both. Knows no endpoint.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+from urllib.parse import quote
+
+from serve_app.api.errors import ApiError, bad_request
+from serve_app.observability.logs import RequestRecord
+
+NO_EFFECT = frozenset(
+    {
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "prompt_cache_options",
+        "parallel_tool_calls",
+        "prediction",
+    }
+)
+"""Fields of OpenAI's own that change nothing in an answer, or only its speed: taken, whatever they hold."""
+
+NOT_SERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        # Tools, media and services around a model
+        "tools": (),
+        "tool_choice": ("none", "auto"),
+        "functions": (),
+        "function_call": ("none", "auto"),
+        "modalities": (["text"],),
+        "audio": (),
+        "images": (),
+        "web_search_options": (),
+        "enable_search": (),
+        "search_parameters": (),
+        "plugins": (),
+        "moderation": (),
+        "safe_prompt": (),
+        "prompt_mode": (),
+        "watermark": (),
+        # Other ways to say what the prompt is; "messages" and "prompt" at the endpoint that takes the other one
+        "messages": (),
+        "prompt": (),
+        "add_special_tokens": (),
+        "system": (),
+        "instructions": (),
+        "input": (),
+        "input_ids": (),
+        "prompt_embeds": (),
+        "negative_prompt": (),
+        "documents": (),
+        "chat_template": (),
+        "template": (),
+        "truncate": (),
+        "truncate_prompt_tokens": (),
+        "options": (),
+        "extra_body": (),
+        "lora": (),
+        "lora_path": (),
+        "lora_request": (),
+        "adapter_id": (),
+        # Structured output
+        "response_format": ({"type": "text"},),
+        "format": (),
+        "grammar": (),
+        "json_schema": (),
+        "regex": (),
+        "ebnf": (),
+        "guided_json": (),
+        "guided_regex": (),
+        "guided_choice": (),
+        "guided_grammar": (),
+        "structural_tag": (),
+        "structured_outputs": (),
+        # How tokens are chosen; where a sampler has several settings, the one that turns it on
+        "best_of": (1,),
+        "use_beam_search": (),
+        "num_beams": (0, 1),
+        "num_return_sequences": (0, 1),
+        "n_cmpl": (0, 1),
+        "do_sample": (True,),
+        "typical_p": (1,),
+        "typical": (1,),
+        "tfs_z": (1,),
+        "tfs": (1,),
+        "top_a": (0,),
+        "top_n_sigma": (-1, 0),
+        "nsigma": (0,),
+        "epsilon_cutoff": (0,),
+        "eta_cutoff": (0,),
+        "mirostat": (0,),
+        "mirostat_mode": (0,),
+        "dry_multiplier": (0,),
+        "xtc_probability": (0,),
+        "dynatemp_range": (0,),
+        "smoothing_factor": (0,),
+        "adaptive_target": (-1, 0),
+        "penalty_alpha": (0,),
+        "guidance_scale": (1,),
+        "cfg_scale": (1,),
+        "encoder_repetition_penalty": (1,),
+        "no_repeat_ngram_size": (0,),
+        "temperature_last": (),
+        "samplers": (),
+        "sampler_priority": (),
+        "sampler_order": (),
+        "allowed_token_ids": (),
+        "bad_words": (),
+        "bad_words_ids": (),
+        "banned_tokens": (),
+        "banned_strings": (),
+        "logits_processors": (),
+        "custom_logit_processor": (),
+        "random_seed": (),
+        # Where the answer ends
+        "max_new_tokens": (-1,),
+        "max_length": (-1,),
+        "n_predict": (-1,),
+        "num_predict": (-1,),
+        "min_new_tokens": (0,),
+        "t_max_predict_ms": (0,),
+        "thinking_budget": (-1,),
+        "thinking_token_budget": (-1,),
+        "reasoning_budget": (-1,),
+        "stop_sequences": (),
+        "stop_words": (),
+        "stop_regex": (),
+        # What the answer shows
+        "echo": (),
+        "suffix": (),
+        "return_full_text": (),
+        "include_stop_str_in_output": (),
+        "no_stop_trim": (),
+        "skip_special_tokens": (True,),
+        "n_probs": (0,),
+        "prompt_logprobs": (),
+        "logprob_token_ids": (),
+        "return_token_ids": (),
+        "return_tokens_as_token_ids": (),
+    }
+)
+"""Fields of OpenAI's or of other servers' (vLLM, SGLang, TGI, llama.cpp, Ollama, text-generation-webui, Mistral, ...)
+that would change an answer in a way that is not served -> the values, besides null, false and what is empty, that would
+not. Where another field is needed for one to mean anything (`dry_base`, `mirostat_tau`, `length_penalty`), only that
+other one stands here."""
+
+_EMPTY: tuple[Any, ...] = (False, "", [], {})
+_ON_BY_DEFAULT = frozenset({"do_sample", "skip_special_tokens"})
+"""Of these false is no default."""
+
+_MAX_NAMES = 20
+_MAX_NAME_CHARS = 64
+_MORE = "..."
+_INDEX = re.compile(r"\[\d+\]")
+
+
+class UnknownFields:
+    """What becomes of the fields of one request that nobody knows."""
+
+    def __init__(self, record: RequestRecord, *, refused: bool) -> None:
+        """`record` gets their names, for the log and the header. `refused`: each is an error instead."""
+        self._record = record
+        self._refused = refused
+
+    def add(self, name: str) -> None:
+        """One more, as `stream_options.x`. Raises `ApiError` when unknown fields are refused."""
+        if self._refused:
+            shown = name if len(name) <= _MAX_NAME_CHARS else name[:_MAX_NAME_CHARS] + "..."
+            raise bad_request(f"Unknown parameter: '{shown}'.", param=shown, code="unknown_parameter")
+        names, safe = self._record.ignored_fields, safe_name(name)
+        if safe not in names and len(names) <= _MAX_NAMES:
+            names.append(safe if len(names) < _MAX_NAMES else _MORE)
+
+    def add_in(self, where: str, field: str) -> None:
+        """The same of a field inside of another one."""
+        self.add(f"{where}.{field}")
+
+
+def safe_name(name: str) -> str:
+    """A field's name for a header and a line of the log: short, ASCII, no spaces, commas or quotes.
+
+    All messages count as one: `messages[3].id` is `messages[].id`.
+    """
+    cut = _INDEX.sub("[]", name[: 2 * _MAX_NAME_CHARS])
+    safe = quote(cut[:_MAX_NAME_CHARS], safe="[]", errors="replace")
+    return safe if len(cut) <= _MAX_NAME_CHARS else safe + _MORE
+
+
+def refuse_if_not_served(name: str, value: Any) -> None:
+    """Raises `ApiError` when the field asks for what would change the answer and is not served."""
+    neutral = NOT_SERVED.get(name)
+    if neutral is None or value is None:
+        return
+    off = neutral if name in _ON_BY_DEFAULT else (*neutral, *_EMPTY)
+    if not any(_same(value, harmless) for harmless in off):
+        raise unsupported(name)
+
+
+def unsupported(name: str, hint: str = "It is not supported by this server.") -> ApiError:
+    """400 for a field that would change the answer and can't be served."""
+    return bad_request(f"The parameter '{name}' can't be used: {hint}", param=name, code="unsupported_parameter")
+
+
+def _same(value: Any, harmless: Any) -> bool:
+    """Equal, and neither a boolean for a number nor the reverse (True == 1 in Python)."""
+    return bool(value == harmless) and isinstance(value, bool) == isinstance(harmless, bool)
