@@ -12,14 +12,18 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from serve_app.messages import LoadStage
 from serve_app.models.cache import Progress, disk_error, require_space
+from serve_app.models.completeness import require_complete
 from serve_app.models.errors import ModelError
+from serve_app.models.gguf_files import GGUFContents, gguf_parts, read_gguf, write_whole
 
-CONVERSION_VERSION = "1"
+CONVERSION_VERSION = "2"
 """Part of the version of every converted folder: raise it when the result changes."""
 
 _DIGIT_SPLITTING = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
@@ -28,6 +32,8 @@ _GPT2_SPLITTING = frozenset({"gpt-2", "mpt", "olmo", "jais"})
 """Those that mean GPT-2's pattern alone, which is what transformers falls back on."""
 _END_OF_TURN_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 """GGUF keys under `tokenizer.ggml.` of ids that end an answer."""
+_NOT_WEIGHTS: frozenset[str] = frozenset()
+"""Tensors that say something else than a weight of the model."""
 
 
 def convert(gguf: Path, folder: Path, progress: Progress) -> tuple[str, ...]:
@@ -90,9 +96,11 @@ def _main(gguf: Path, folder: Path) -> None:
 
         try:
             say(stage="converting GGUF weights (only once)", fraction=0.0)
-            context_tokens = _convert_weights(gguf, folder)
-            say(stage="converting GGUF tokenizer (only once)", fraction=0.9)
-            notes = _convert_tokenizer(gguf, folder, context_tokens)
+            contents = read_gguf(gguf_parts(gguf))
+            with _as_one_file(gguf, contents, folder) as whole:
+                context_tokens = _convert_weights(whole, contents, folder)
+                say(stage="converting GGUF tokenizer (only once)", fraction=0.9)
+                notes = _convert_tokenizer(whole, contents, folder, context_tokens)
             for path in folder.iterdir():
                 if path.is_file():
                     path.chmod(0o644)  # safetensors writes 0600; a cache may be shared
@@ -108,23 +116,42 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _convert_weights(gguf: Path, folder: Path) -> int:
+@contextmanager
+def _as_one_file(gguf: Path, contents: GGUFContents, folder: Path) -> Iterator[Path]:
+    """transformers reads one file: of a model in parts, one that is gone afterwards."""
+    weights_bytes = 4 * sum(int(tensor.n_elements) for tensor in contents.tensors)
+    if len(contents.readers) == 1:
+        require_space(folder, weights_bytes)
+        yield gguf
+        return
+    require_space(folder, weights_bytes + sum(int(tensor.n_bytes) for tensor in contents.tensors))
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        whole = Path(work) / gguf.name
+        write_whole(contents, whole)
+        yield whole
+
+
+def _convert_weights(gguf: Path, contents: GGUFContents, folder: Path) -> int:
     """Writes weights, config.json and generation_config.json; returns the model's context in tokens."""
     import torch
-    from gguf import GGUFReader
-    from transformers import AutoModelForCausalLM, GenerationConfig, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GgufConfig
 
-    require_space(folder, 4 * sum(int(tensor.n_elements) for tensor in GGUFReader(gguf).tensors))
-    model = AutoModelForCausalLM.from_pretrained(
+    factory: Any = AutoModelForCausalLM  # its methods carry no types
+    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    _require_every_tensor(gguf.name, contents, config)
+    model, report = factory.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
+        config=config,
         dtype=torch.float32,
         quantization_config=GgufConfig(dequantize=True),  # without it the result can't be saved
+        output_loading_info=True,
     )
+    require_complete(gguf.name, model, report)
     config = model.config
     if hasattr(config, "rms_norm_eps"):
         config.rms_norm_eps = _shortest_decimal(config.rms_norm_eps)
-    ids = _token_ids(gguf)
+    ids = _token_ids(contents)
     eos_token_ids = sorted({ids[key] for key in _END_OF_TURN_KEYS if key in ids})
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=ids.get("bos_token_id"),
@@ -135,7 +162,42 @@ def _convert_weights(gguf: Path, folder: Path) -> int:
     return int(config.max_position_embeddings)
 
 
-def _convert_tokenizer(gguf: Path, folder: Path, context_tokens: int) -> list[str]:
+def _require_every_tensor(name: str, contents: GGUFContents, config: Any) -> None:
+    """transformers fills what a file lacks with random numbers, and leaves out what it has no place for: both make
+    another model of it. Raises `ModelError`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations.gguf.utils import is_gguf_arch_supported
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    from serve_app.models.support import built_in_class, check_architecture
+
+    if (built_in := built_in_class(config)) is not None:
+        check_architecture(config, built_in)
+    if is_gguf_arch_supported(contents.architecture):  # by transformers' other reader, whose report names all of it
+        return
+    factory: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        model = factory.from_config(config)
+    # The table by which transformers gives each tensor its place.
+    processor: Any = TENSOR_PROCESSORS.get(contents.architecture, TensorProcessor)
+    places = get_gguf_hf_weights_map(model, processor(config={}))
+    tied = set(model.all_tied_weights_keys)
+    names = {key if key.endswith((".weight", ".bias")) else f"{key}.weight": place for key, place in places.items()}
+    present = {tensor.name for tensor in contents.tensors}
+    if missing := sorted(key for key, place in names.items() if key not in present and place not in tied):
+        raise ModelError(
+            f"{name} lacks {len(missing)} of the model's tensors, e.g. {missing[0]}; fetch the whole file, or all of "
+            "its parts."
+        )
+    if unread := sorted(present - set(names) - _NOT_WEIGHTS):
+        raise ModelError(
+            f"{name} holds tensors that transformers' {type(model).__name__} has no place for, e.g. {unread[0]}: "
+            "without them it would be another model; use the original checkpoint."
+        )
+
+
+def _convert_tokenizer(gguf: Path, contents: GGUFContents, folder: Path, context_tokens: int) -> list[str]:
     """Writes the tokenizer and its chat template; returns notes on what the file's format has lost."""
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
@@ -143,13 +205,13 @@ def _convert_tokenizer(gguf: Path, folder: Path, context_tokens: int) -> list[st
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     backend = tokenizer.backend_tokenizer
     notes = []
-    name = _text_field(gguf, "tokenizer.ggml.pre")
+    name = contents.fields.get("tokenizer.ggml.pre")
     if name in _DIGIT_SPLITTING:
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
     elif (
-        _text_field(gguf, "tokenizer.ggml.model") == "gpt2"
+        contents.fields.get("tokenizer.ggml.model") == "gpt2"
         and name not in _GPT2_SPLITTING
         and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel)
     ):
@@ -169,22 +231,10 @@ def _shortest_decimal(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _text_field(gguf: Path, key: str) -> str | None:
-    value = _field(gguf, key)
-    return None if value is None else str(value)
-
-
-def _token_ids(gguf: Path) -> dict[str, int]:
+def _token_ids(contents: GGUFContents) -> dict[str, int]:
     keys = (*_END_OF_TURN_KEYS, "bos_token_id", "padding_token_id")
-    values = {key: _field(gguf, f"tokenizer.ggml.{key}") for key in keys}
+    values = {key: contents.fields.get(f"tokenizer.ggml.{key}") for key in keys}
     return {key: int(value) for key, value in values.items() if value is not None}
-
-
-def _field(gguf: Path, key: str) -> Any:
-    from gguf import GGUFReader
-
-    field = GGUFReader(gguf).get_field(key)
-    return None if field is None else field.contents()
 
 
 if __name__ == "__main__":

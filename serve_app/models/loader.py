@@ -20,6 +20,7 @@ from serve_app.memory import available_memory_bytes
 from serve_app.messages import Fingerprint, LoadStage
 from serve_app.models.cache import Progress
 from serve_app.models.checkpoint import is_pickle, is_safetensors, tensors, weight_files
+from serve_app.models.completeness import require_complete
 from serve_app.models.errors import ModelError
 from serve_app.models.fingerprint import fingerprint
 from serve_app.models.quantization import held_bytes, quantization_config, settle
@@ -199,7 +200,7 @@ def _from_pretrained(
         raise _out_of_memory(files.name, "main") from error
     except LOAD_ERRORS as error:
         raise explain(files.name, files.folder, error) from error
-    _require_complete(files, report)
+    require_complete(str(files.folder), loaded, report)
     _require_no_offload(files, model, loaded)
     assert isinstance(loaded, PreTrainedModel)
     return loaded
@@ -228,16 +229,6 @@ def _compute_constants(loaded: PreTrainedModel, model: ModelConfig, dtype: torch
 def _attention_name(config: Any) -> str:
     """The engine sets its own later. Some classes (Gemma 2, for its softcap) have no SDPA and refuse the name."""
     return "sdpa" if getattr(built_in_class(config), "_supports_sdpa", False) else "eager"
-
-
-def _require_complete(files: ModelFiles, report: Any) -> None:
-    """transformers fills what a checkpoint lacks with random numbers, and only logs it."""
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ModelError(f"{files.folder} lacks weights of the model, e.g. {missing[0]}; fetch a whole checkpoint.")
-    if report["mismatched_keys"]:
-        name = sorted(str(key) for key in report["mismatched_keys"])[0]
-        raise ModelError(f"{files.folder}: weights don't have the shape that config.json says, e.g. {name}.")
 
 
 def _require_no_offload(files: ModelFiles, model: ModelConfig, loaded: Any) -> None:

@@ -5,6 +5,7 @@ Promises that what it returns is whole (config, tokenizer, every shard at full l
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -18,6 +19,7 @@ from serve_app.models.conversion import CONVERSION_VERSION, convert
 from serve_app.models.demo import DEMO_NAME, ensure_demo_model, find_demo_model
 from serve_app.models.errors import ModelError
 from serve_app.models.fingerprint import sampled_digest
+from serve_app.models.gguf_files import gguf_name, gguf_parts
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -96,6 +98,7 @@ def find(model: ModelConfig, cache_dir: Path) -> ModelFiles | None:
     if kind is SourceKind.DEMO:
         name, folder = DEMO_NAME, find_demo_model(cache_dir)
     elif kind is SourceKind.GGUF:
+        name = gguf_name(path)
         built = find_built(*_converted_folder(path, cache_dir))
         folder = built.path if built is not None else None
     elif kind is SourceKind.FOLDER:
@@ -123,7 +126,7 @@ def _resolve_source(model: ModelConfig, cache_dir: Path, tokenizer_only: bool, p
     if kind is SourceKind.DEMO:
         name, folder = DEMO_NAME, ensure_demo_model(cache_dir, progress)
     elif kind is SourceKind.GGUF:
-        name, (folder, notes) = path.stem, _converted(path, cache_dir, progress)
+        name, (folder, notes) = gguf_name(path), _converted(path, cache_dir, progress)
     elif kind is SourceKind.FOLDER:
         name, folder = path.resolve().name, path.resolve()
     else:
@@ -142,7 +145,7 @@ def _converted(gguf: Path, cache_dir: Path, progress: Progress) -> tuple[Path, t
     built = build_once(
         folder,
         version,
-        lambda folder: convert(gguf.resolve(), folder, progress),
+        lambda folder: convert(gguf.absolute(), folder, progress),
         progress,
     )
     return built.path, built.notes
@@ -150,5 +153,6 @@ def _converted(gguf: Path, cache_dir: Path, progress: Progress) -> tuple[Path, t
 
 def _converted_folder(gguf: Path, cache_dir: Path) -> tuple[Path, str]:
     """Where the conversion of these very bytes is kept, and the version it must have."""
-    digest = sampled_digest(gguf)
-    return cache_dir / "models" / f"{gguf.stem}-{digest[:16]}", f"{digest}/{CONVERSION_VERSION}"
+    digests = [sampled_digest(part) for part in gguf_parts(gguf)]
+    digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return cache_dir / "models" / f"{gguf_name(gguf)}-{digest[:16]}", f"{digest}/{CONVERSION_VERSION}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -23,6 +24,8 @@ LOAD_ERRORS = (
     TypeError,
     AttributeError,
     RuntimeError,
+    EOFError,
+    UnpicklingError,
     StrictDataclassError,
 )
 """What transformers and the libraries below it raise for a folder they can't load."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from gguf import GGUFWriter, TokenType
@@ -46,10 +49,23 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>")
 
 
-def write_gguf(path: Path, *, pre: str = "smollm", architecture: str = "llama") -> Path:
-    """A tiny random Llama as a GGUF file, float32, with the tokenizer's pieces in it."""
+def write_gguf(
+    path: Path,
+    *,
+    pre: str = "smollm",
+    architecture: str = "llama",
+    without: str = "",
+    more: Mapping[str, np.ndarray[Any, Any]] = MappingProxyType({}),
+    settings: Callable[[GGUFWriter], None] = lambda _: None,
+    tensors_a_part: int = 0,
+) -> Path:
+    """A tiny random Llama as a GGUF file, float32, with the tokenizer's pieces in it.
+
+    `without` is a tensor to leave out, `more` are ones to add, `settings` adds keys; `tensors_a_part` makes it several
+    files, of which the first is returned.
+    """
     random = np.random.default_rng(0)
-    writer = GGUFWriter(path, architecture)
+    writer = GGUFWriter(path, architecture, split_max_tensors=tensors_a_part)
     writer.add_context_length(64)
     writer.add_block_count(2)
     writer.add_embedding_length(32)
@@ -72,7 +88,9 @@ def write_gguf(path: Path, *, pre: str = "smollm", architecture: str = "llama") 
     writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
 
     def add(name: str, *shape: int) -> None:
-        writer.add_tensor(name, random.standard_normal(shape, dtype=np.float32) * 0.1)
+        values = random.standard_normal(shape, dtype=np.float32) * 0.1
+        if name != without:
+            writer.add_tensor(name, values)
 
     add("token_embd.weight", len(tokens), 32)
     add("output_norm.weight", 32)
@@ -89,8 +107,11 @@ def write_gguf(path: Path, *, pre: str = "smollm", architecture: str = "llama") 
             "ffn_down": (32, 64),
         }.items():
             add(f"blk.{layer}.{name}.weight", *shape)
-    writer.write_header_to_file()
+    for name, values in more.items():
+        writer.add_tensor(name, values)
+    settings(writer)
+    writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return min(path.parent.glob(f"{path.stem}-00001-of-*.gguf")) if tensors_a_part else path

@@ -199,13 +199,56 @@ def test_pickles_when_allowed(llama_folder: Path) -> None:
     assert torch.equal(_load(llama_folder, allow_pickle_weights=True).model(IDS).logits, expected)
 
 
-def test_a_missing_tensor_is_never_left_at_random(llama_folder: Path) -> None:
+@pytest.mark.parametrize("quantization", ["none", "bnb-int8", "bnb-nf4"])
+def test_a_missing_tensor_is_never_left_at_random(llama_folder: Path, quantization: str) -> None:
     for path in llama_folder.glob("model-*.safetensors"):
         state = load_file(path)
         if state.pop("model.layers.1.mlp.up_proj.weight", None) is not None:
             save_file(state, path, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"lacks weights of the model, e\.g\. model\.layers\.1\.mlp\.up_proj"):
-        _load(llama_folder)
+        _load(llama_folder, quantization=quantization)
+
+
+def test_a_tensor_that_pickles_lack_is_never_left_at_random(llama_folder: Path) -> None:
+    state = {k: v for path in llama_folder.glob("*.safetensors") for k, v in load_file(path).items()}
+    for path in llama_folder.glob("model*"):
+        path.unlink()
+    del state["model.layers.0.self_attn.k_proj.weight"]
+    torch.save(state, llama_folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"lacks weights of the model, e\.g\. model\.layers\.0\.self_attn\.k_proj"):
+        _load(llama_folder, allow_pickle_weights=True)
+
+
+@pytest.mark.parametrize("cut", [1, 5000, 10**9])
+def test_a_pickle_that_is_cut_off_is_one_sentence(llama_folder: Path, cut: int) -> None:
+    for path in llama_folder.glob("model*"):
+        path.unlink()
+    file = llama_folder / "pytorch_model.bin"
+    torch.save(tf.LlamaForCausalLM(tiny_config()).state_dict(), file)
+    data = file.read_bytes()
+    file.write_bytes(data[: max(len(data) - cut, 0)])
+    with pytest.raises(ModelError) as caught:
+        _load(llama_folder, allow_pickle_weights=True)
+    assert "tiny-llama can't be loaded" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bias_that_the_config_gives_no_place_is_never_left_out(tmp_path: Path) -> None:
+    folder = _save(tf.LlamaForCausalLM(tiny_config(attention_bias=True)), tmp_path / "m")
+    assert _load(folder).model.config.attention_bias
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "attention_bias": False}))
+    with pytest.raises(ModelError, match=r"no place, e\.g\. model\.layers\.0\.self_attn\.k_proj\.bias"):
+        _load(folder)
+
+
+def test_what_only_other_uses_need_may_lie_beside_the_weights(tmp_path: Path) -> None:
+    folder = _save(tf.LlamaForCausalLM(tiny_config()), tmp_path / "m")
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "score.weight": torch.ones(2, 32)}
+    save_file({**state, **more}, file, {"format": "pt"})
+    assert torch.equal(_load(folder).model.lm_head.weight, state["lm_head.weight"])
 
 
 def test_weights_of_another_shape(llama_folder: Path) -> None:
