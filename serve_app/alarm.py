@@ -18,7 +18,7 @@ STALL_S = 0.1
 class Alarm:
     """For the callers of one event loop."""
 
-    __slots__ = ("_due", "_loop", "_on_time", "_patient", "_set_at", "_spared", "_timer")
+    __slots__ = ("_due", "_looks_at", "_loop", "_on_time", "_patient", "_set_at", "_spared", "_timer")
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, on_time: Callable[[], object], *, patient: bool = False
@@ -34,7 +34,9 @@ class Alarm:
         self._due: float | None = None
         self._set_at = 0.0
         self._spared = False
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._looks_at = 0.0
+        """When the timer goes off. uvloop's handle does not know: one whose moment has passed has no `when()`."""
 
     def set(self, delay_s: float) -> None:
         """The limit is `delay_s` from now, whatever it was."""
@@ -57,17 +59,18 @@ class Alarm:
     def _look_again(self, now: float, due: float) -> None:
         when = min(due, now + TICK_S) if self._patient else due
         if self._timer is not None:
-            if self._timer.when() <= when:
+            if self._looks_at <= when:
                 return
             self._timer.cancel()
+        self._looks_at = when
         self._timer = self._loop.call_at(when, self._look)
 
     def _look(self) -> None:
-        timer, self._timer = self._timer, None
-        if self._due is None or timer is None:
+        self._timer = None
+        if self._due is None:
             return
         now = self._loop.time()
-        late_s = now - max(timer.when(), self._set_at)  # a stall before the limit was set is none of its own
+        late_s = now - max(self._looks_at, self._set_at)  # a stall before the limit was set is none of its own
         if self._patient and late_s > STALL_S:
             self._due += late_s
             if not self._spared:  # once: turns that are always late would put it off for ever

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -164,3 +165,40 @@ async def test_a_limit_that_is_put_off_after_a_stall_is_not_reached(patient: Bel
     assert patient.rang_s == []
     await asyncio.sleep(0.2)
     assert patient.rings(4.01)
+
+
+@pytest.mark.parametrize("patient", [False, True])
+@pytest.mark.parametrize(("delay_s", "turn_s"), [(0.1, 0.15), (0.0003, 0.0)])
+def test_on_uvloop_a_late_loop_reaches_the_limit_once(delay_s: float, turn_s: float, patient: bool) -> None:
+    """There `call_at` returns a handle without a time for what is due already, or in less than half a millisecond."""
+    uvloop = pytest.importorskip("uvloop")
+
+    class Late(uvloop.Loop):  # type: ignore[misc,name-defined]
+        """The process stands still for `turn_s` after each look at the clock."""
+
+        def time(self) -> float:
+            now = float(super().time())
+            time.sleep(turn_s)
+            return now
+
+    async def run() -> tuple[float, list[float]]:
+        loop = asyncio.get_running_loop()
+        over = asyncio.Event()
+        errors: list[object] = []
+        loop.set_exception_handler(lambda _, context: (errors.append(context), over.set()))
+        rang_s: list[float] = []
+        alarm = Alarm(loop, lambda: (rang_s.append(loop.time()), over.set()), patient=patient)
+        alarm.set(delay_s)
+        set_again_s = loop.time()
+        alarm.set(delay_s)  # finds the timer of the first, whose moment has passed
+        await over.wait()
+        for _ in range(3):
+            await asyncio.sleep(0)
+        alarm.close()
+        assert errors == []
+        return set_again_s, rang_s
+
+    with asyncio.Runner(loop_factory=Late) as runner:
+        set_again_s, rang_s = runner.run(run())
+    assert len(rang_s) == 1
+    assert rang_s[0] >= set_again_s + delay_s
