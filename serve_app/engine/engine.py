@@ -184,10 +184,10 @@ class Engine:
         with self._lock:
             self._arrivals += 1
             sequence = Sequence(request, self._arrivals, deadline)
+        delivered = len(request.output_token_ids)  # of the request: from here on the sequence is the engine's thread's
         if not self._command(lambda: self._submit(sequence, stream), pending=1):
             yield self._out_of_order()
             return
-        delivered = sequence.output_len
         try:
             while True:
                 reply = await stream.take(HEARTBEAT_S)

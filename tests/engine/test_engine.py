@@ -321,6 +321,37 @@ async def test_silence_is_filled_with_empty_batches_and_health_tells_how_long_a_
     await until(lambda: engine.health().step_running_s == 0)
 
 
+async def test_heartbeats_stand_where_the_reader_is_however_quick_the_engine(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a heartbeat that is ahead of its tokens the ingress would think that it had overtaken some."""
+    monkeypatch.setattr("serve_app.engine.engine.HEARTBEAT_S", 0.01)
+    engine = make_engine()
+    step, command = engine._runner.step, engine._command
+    second_step, leave = threading.Event(), threading.Event()
+
+    def one_step_and_then_pause(chunks: Any) -> Any:
+        if engine.stats().steps == 1:
+            second_step.set()
+            assert leave.wait(60), "nobody has opened the gate"
+        return step(chunks)
+
+    def after_the_first_token(do: Callable[[], None], pending: int = 0) -> bool:
+        done = command(do, pending)
+        assert not pending or second_step.wait(60), "the engine has made no token"
+        return done
+
+    monkeypatch.setattr(engine._runner, "step", one_step_and_then_pause)
+    monkeypatch.setattr(engine, "_command", after_the_first_token)
+    stream = engine.generate(request_for([1, 2, 3], 5, output_token_ids=(4, 5)))
+    first, *heartbeats = [await anext(stream) for _ in range(3)]
+    leave.set()
+    assert isinstance(first, TokenBatch)
+    assert (first.first_index, len(first.token_ids)) == (2, 1)
+    assert heartbeats == [TokenBatch(3)] * 2
+    assert sum([len(reply.token_ids) async for reply in stream]) == 2  # type: ignore[union-attr]
+
+
 class Failing(SdpaAttention):
     """Breaks after so many calls as it is told."""
 
