@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 _UNITS = {
     "": 1,
@@ -21,6 +21,7 @@ _UNITS = {
     "GB": 10**9,
     "TB": 10**12,
 }
+_HOST_NAME = re.compile(r"\*|(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")
 
 
 def parse_bytes(value: Any) -> Any:
@@ -208,7 +209,21 @@ class ApiConfig(_Config):
     """What becomes of a field of `/v1/...` that nobody knows: it is left aside and named in the answer's header
     `X-Ignored-Fields`, or refused with 400. One that would change the answer is refused always."""
     cors_origins: tuple[str, ...] = ()
-    """Origins a browser app may call from, e.g. ["http://localhost:3000"]; ["*"] for any."""
+    """Origins a browser app may call from, e.g. ["http://localhost:3000"]; ["*"] for any. Other sites' pages get 403,
+    also for requests that a browser sends without asking first."""
+    hosts: tuple[str, ...] = ()
+    """Names under which the service answers, as requests have them in `Host`, without a port: e.g. ["chat.example.org",
+    "*.lan"]; ["*"] for any. `localhost`, addresses, and the host that the service listens on need no entry. Default:
+    just those for a service that listens on this machine alone, else any: a page whose name was pointed at 127.0.0.1
+    could otherwise read what that service answers."""
+
+    @field_validator("hosts")
+    @classmethod
+    def _are_names(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        for host in hosts:
+            if not _HOST_NAME.fullmatch(host):
+                raise ValueError(f"{host!r} is not a host's name: write chat.example.org, *.example.org or *")
+        return hosts
 
 
 class StreamsConfig(_Config):

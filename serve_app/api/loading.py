@@ -8,33 +8,24 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from serve_app.api.errors import not_ready
-from serve_app.api.middleware import RequestScope
+from serve_app.api.pages import Pages
 from serve_app.api.probes import Probes
+from serve_app.api.routing import application, route
 from serve_app.messages import LoadStage, ModelCard
 from serve_app.observability.metrics import MetricsSink
 
-_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
-
-def create_loading_app(state: Callable[[], Awaitable[ModelCard | LoadStage]], metrics: MetricsSink) -> Starlette:
+def create_loading_app(
+    state: Callable[[], Awaitable[ModelCard | LoadStage]], metrics: MetricsSink, pages: Pages
+) -> Starlette:
     """The application of an ingress that is not there yet. `state` says how far it is."""
-    probes = Probes(state)
 
     async def refuse(request: Request) -> Response:
         stage = await state()
         raise not_ready(stage if isinstance(stage, LoadStage) else LoadStage("loading the tokenizer"))
 
-    return Starlette(
-        routes=[
-            Route("/health", probes.health, methods=["GET"]),
-            Route("/ready", probes.ready, methods=["GET"]),
-            Route("/{path:path}", refuse, methods=_METHODS),
-        ],
-        middleware=[Middleware(RequestScope, metrics=metrics)],
-    )
+    return application([*Probes(state).routes(), route("/{path:path}", refuse)], metrics, pages)

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from serve_app.messages import LoadStage, ModelCard
 
@@ -19,6 +20,10 @@ class Probes:
 
     def __init__(self, state: Callable[[], Awaitable[ModelCard | LoadStage]]) -> None:
         self._state = state
+
+    def routes(self) -> list[Route]:
+        """Where they are."""
+        return [Route("/health", self.health), Route("/ready", self.ready)]
 
     async def health(self, request: Request) -> Response:
         """200: this process answers. It says nothing of a model."""

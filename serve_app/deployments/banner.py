@@ -70,6 +70,12 @@ def service_url(app_name: str) -> str:
     return f"{scheme}://{host}:{options.get('port', 8000)}{prefix}"
 
 
+def listens_on() -> str:
+    """The host that Serve's proxies listen on, which a config's `args` do not know. Blocks for a round trip."""
+    host = cast("Any", _get_global_client()).http_config.host
+    return str(host or "127.0.0.1")
+
+
 def log_folder() -> Path:
     """The folder of this replica's log file, beside those of the others on its machine."""
     for handler in logging.getLogger("ray.serve").handlers:

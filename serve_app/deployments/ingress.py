@@ -18,8 +18,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.api.loading import create_loading_app
+from serve_app.api.pages import Pages
 from serve_app.config import AppConfig
-from serve_app.deployments.banner import banner, log_folder, say, service_url
+from serve_app.deployments.banner import banner, listens_on, log_folder, say, service_url
 from serve_app.deployments.journal_actor import open_streams
 from serve_app.deployments.logs import use_serve_log
 from serve_app.deployments.metrics import RayMetrics
@@ -68,7 +69,8 @@ class Ingress:
         self._client = RayReplicaClient(model_server, readiness)
         self._metrics = RayMetrics()
         self._text_stage: LoadStage | None = LoadStage("loading the tokenizer")
-        self._front = _Front(create_loading_app(self._state, self._metrics))
+        self._pages = Pages(config.api, await asyncio.to_thread(listens_on))
+        self._front = _Front(create_loading_app(self._state, self._metrics, self._pages))
         self._streams: ResumableStreams | None = None
         tried = asyncio.Event()
         self._tasks = {asyncio.create_task(self._load_text(tried)), asyncio.create_task(self._report_metrics())}
@@ -141,7 +143,7 @@ class Ingress:
         formatter, defaults = _load_tokenizer(self._config, Reporter(self._note))
         service = CompletionService(self._client, formatter, ModelDefaults(**dataclasses.asdict(defaults)))
         self._streams = open_streams(self._client, self._config.streams, self._app_name)
-        return create_app(service, self._streams, self._config.api, self._metrics)
+        return create_app(service, self._streams, self._config.api, self._metrics, pages=self._pages)
 
     def _note(self, stage: LoadStage) -> None:
         self._text_stage = stage

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from unlogged_stream_ids import unlogged_stream_ids
 
 from serve_app.api.app import create_app
+from serve_app.api.pages import Pages
 from serve_app.api.service import CompletionService, ModelDefaults
 from serve_app.api.sse import StreamSettings
 from serve_app.chat.prompts import PromptFormatter
@@ -103,7 +104,7 @@ MakeApp = Callable[..., Starlette]
 
 @pytest.fixture
 async def make_app(tokenizer: ChatTokenizer, eos: int, metrics: MemoryMetrics) -> AsyncIterator[MakeApp]:
-    """make_app(replica, stream={...}, defaults={...}, journals=store, **fields of ApiConfig)."""
+    """make_app(replica, stream={...}, defaults={...}, journals=store, bound_to=..., **fields of ApiConfig)."""
     made: list[ResumableStreams] = []
 
     def make(
@@ -114,6 +115,7 @@ async def make_app(tokenizer: ChatTokenizer, eos: int, metrics: MemoryMetrics) -
         failover: FailoverSettings | None = None,
         journals: JournalStore | None = None,
         resume: ResumeSettings | None = None,
+        bound_to: str | None = None,
         **config: object,
     ) -> Starlette:
         failover = failover or FailoverSettings(silence_s=60, max_attempts=3, first_backoff_s=0.001, max_backoff_s=0.01)
@@ -134,7 +136,7 @@ async def make_app(tokenizer: ChatTokenizer, eos: int, metrics: MemoryMetrics) -
         settings = None
         if stream is not None:
             settings = StreamSettings(**{"slow_reader_bytes": api_config.slow_reader_bytes, **stream})  # type: ignore[arg-type]
-        return create_app(service, streams, api_config, metrics, settings)
+        return create_app(service, streams, api_config, metrics, settings, Pages(api_config, bound_to))
 
     yield make
     for streams in made:

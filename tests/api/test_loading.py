@@ -4,6 +4,8 @@ import httpx
 import pytest
 
 from serve_app.api.loading import create_loading_app
+from serve_app.api.pages import Pages
+from serve_app.config import ApiConfig
 from serve_app.messages import LoadStage
 from serve_app.observability.metrics import MemoryMetrics
 
@@ -14,7 +16,7 @@ async def _stage() -> LoadStage:
 
 @pytest.fixture
 async def api() -> httpx.AsyncClient:
-    app = create_loading_app(_stage, MemoryMetrics())
+    app = create_loading_app(_stage, MemoryMetrics(), Pages(ApiConfig()))
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
 
 

@@ -96,6 +96,14 @@ def test_disconnect_detection_can_not_be_switched_off(url: str) -> None:
     assert refused.status_code == 400
 
 
+def test_a_page_under_a_name_that_was_pointed_here_is_refused(url: str) -> None:
+    """The ingress knows that Serve listens on loopback here, which its own config does not say."""
+    refused = post(f"{url}/stream", json=chat(), headers={"Host": "evil.example"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "host_not_allowed")
+    foreign = get(f"{url}/stream?prompt=Hi", headers={"Sec-Fetch-Site": "cross-site"})
+    assert (foreign.status_code, foreign.json()["error"]["code"]) == (403, "origin_not_allowed")
+
+
 async def test_a_disconnect_stops_the_work(url: str) -> None:
     handle = serve.get_deployment_handle("ModelServer", APP)
     await handle.running.remote()  # a new handle knows no replica yet, and would ask none
