@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from serve_app.engine.attention.base import Heads, Span, TabledAttention
+from serve_app.engine.cuda import device as current_device
 from serve_app.engine.kv_cache import LayerShape
 
 try:
@@ -111,10 +112,11 @@ class TritonAttention(TabledAttention):
         tokens, heads, key_dim = key.shape
         value_dim = value.shape[2]
         key, value = _dense(key), _dense(value)
-        kernels.store[(tokens, heads)](
-            key, value, slots, keys, values, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
-            heads, key_dim, value_dim, _block(key_dim), _block(value_dim), num_warps=1,
-        )  # fmt: skip
+        with current_device.on(keys.device):
+            kernels.store[(tokens, heads)](
+                key, value, slots, keys, values, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+                heads, key_dim, value_dim, _block(key_dim), _block(value_dim), num_warps=1,
+            )  # fmt: skip
 
     def attend(
         self,
@@ -141,17 +143,18 @@ class TritonAttention(TabledAttention):
         softcap = heads.softcap or 0.0
         scale = heads.scaling if softcap else heads.scaling * 1.4426950408889634
         large = max(key_dim, value_dim) * keys.element_size() > _LARGE_ROW
-        kernels.attend[(len(prepared.blocks), programs, splits)](
-            query, keys, values, output, parts, sums, prepared.blocks, prepared.pages, scale, softcap,
-            query.stride(0), query.stride(1),
-            query_heads, kv_heads, key_dim, value_dim, _block(key_dim), _block(value_dim), keys.shape[1],
-            heads.sliding_window or 0, bool(softcap), heads_each, rows, 32 if large else 64, splits,
-            num_warps=8 if rows > 64 else 4, num_stages=2,
-        )  # fmt: skip
-        if splits > 1:
-            kernels.combine[(tokens * query_heads,)](
-                output, parts, sums, value_dim, _block(value_dim), splits, num_warps=2
-            )
+        with current_device.on(keys.device):
+            kernels.attend[(len(prepared.blocks), programs, splits)](
+                query, keys, values, output, parts, sums, prepared.blocks, prepared.pages, scale, softcap,
+                query.stride(0), query.stride(1),
+                query_heads, kv_heads, key_dim, value_dim, _block(key_dim), _block(value_dim), keys.shape[1],
+                heads.sliding_window or 0, bool(softcap), heads_each, rows, 32 if large else 64, splits,
+                num_warps=8 if rows > 64 else 4, num_stages=2,
+            )  # fmt: skip
+            if splits > 1:
+                kernels.combine[(tokens * query_heads,)](
+                    output, parts, sums, value_dim, _block(value_dim), splits, num_warps=2
+                )
         return output
 
     @staticmethod

@@ -69,7 +69,7 @@ def record_graphs(
     check = RecordingCheck(
         runner.compute, cache, tuple(runner.layers), runner.vocab_size, context_tokens, config.batch_invariant
     )
-    notes = graphs.record(capture or CudaCapture(), check)
+    notes = graphs.record(capture or CudaCapture(runner.device), check)
     runner.graphs = graphs
     logger.info(
         "%d of %d sizes of step are CUDA graphs, recorded and checked in %.1f s",

@@ -10,6 +10,8 @@ from typing import Protocol
 
 import torch
 
+from serve_app.engine.cuda import device as current_device
+
 
 class Replay(Protocol):
     """A recorded computation."""
@@ -29,11 +31,23 @@ _WARM_UPS = 2
 class CudaCapture:
     """CUDA graphs of one device that share their memory: the result of one is lost when another is replayed."""
 
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        with current_device.on(device):
+            self._pool = torch.cuda.graph_pool_handle()
+            self._stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def __call__(self, run: Callable[[], torch.Tensor]) -> Replay:
+        with current_device.on(self._device):
+            graph, output = self._record(run)
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return output
+
+        return replay
+
+    def _record(self, run: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             for _ in range(_WARM_UPS):
@@ -44,9 +58,4 @@ class CudaCapture:
         # Other threads' work on the device, if any, is no part of the recording and does not end it.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             output = run()
-
-        def replay() -> torch.Tensor:
-            graph.replay()
-            return output
-
-        return replay
+        return graph, output

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 
 from serve_app.engine.attention.base import Heads, TabledAttention
+from serve_app.engine.cuda import device as current_device
 from serve_app.engine.cuda.capture import Capture, Replay
 from serve_app.engine.inputs import StepInputs
 from serve_app.engine.kv_cache import KVCache
@@ -113,7 +114,7 @@ class StepGraphs:
             3 * shape.rows + shape.kept + backend.table_size(shape.rows, shape.kept, shape.kept * most_pages)
             for shape in shapes
         )
-        cuda = device.type == "cuda"
+        self._device, cuda = device, device.type == "cuda"
         self._host = torch.zeros(size, dtype=torch.int64, pin_memory=cuda)
         self._inputs = torch.zeros(size, dtype=torch.int64, device=device)
         self._logits = torch.zeros(most_kept, vocab_size, device=device)
@@ -197,7 +198,8 @@ class StepGraphs:
         end = 3 * shape.rows + shape.kept + used
         self._inputs[:end].copy_(self._host[:end], non_blocking=True)
         if self._copied is not None:
-            self._copied.record()
+            with current_device.on(self._device):
+                self._copied.record()
 
 
 def _line(error: Exception) -> str:

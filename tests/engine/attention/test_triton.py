@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fake_cuda import FakeCuda, FakeKernel
+from torch._subclasses import FakeTensorMode
 
 from serve_app.engine.attention import triton
 from serve_app.engine.attention.base import Heads, Span
@@ -74,3 +76,20 @@ def test_it_refuses_what_it_can_not_compute(monkeypatch: pytest.MonkeyPatch) -> 
     assert "float64" in (TritonAttention.refusal(LayerShape(2, 64, 64, torch.float64, cuda), Heads(0.1)) or "")
     monkeypatch.setattr(triton, "kernels", None)
     assert "not installed" in (TritonAttention.refusal(LayerShape(2, 64, 64, torch.float32, cuda), Heads(0.1)) or "")
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_kernels_are_launched_on_the_device_of_the_layer(monkeypatch: pytest.MonkeyPatch, index: int) -> None:
+    """Layers may lie on several GPUs (`model.device_map`). Triton launches on the current one, wherever tensors are."""
+    cuda = FakeCuda()
+    cuda.install(monkeypatch)
+    names = ("store", "attend", "combine")
+    monkeypatch.setattr(triton, "kernels", SimpleNamespace(**{name: FakeKernel(cuda, name) for name in names}))
+    with FakeTensorMode():
+        keys, query, key = (torch.empty(*shape, 64, device=f"cuda:{index}") for shape in ((4, 32, 2), (1, 4), (1, 2)))
+        slots, pages, blocks = (torch.empty(size, dtype=torch.int64, device=keys.device) for size in (1, 9, (1, 4)))
+        backend = TritonAttention()
+        backend.write(keys, keys, slots, key, key)
+        backend.attend(query, keys, keys, (), Heads(0.1), TritonStep(blocks, pages, 1, True))
+    assert cuda.log == [(name, index) for name in names]
+    assert cuda.current == 0

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_cuda import FakeCuda, FakeEvent
 from tabled_attention import Recorder, TabledPlain
 from tiny_models import CONTEXT, VOCAB, tiny_model
 
@@ -155,6 +156,20 @@ def test_a_result_stays_when_the_next_step_is_computed() -> None:
     kept = first.clone()
     runner.graphs.run(step_of([(1, 30)]))
     assert torch.equal(first, kept)
+
+
+@torch.inference_mode()
+def test_inputs_are_waited_for_on_the_device_that_they_go_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next step's may not overwrite what is on its way; an event is recorded on the current device's stream."""
+    cuda = FakeCuda()
+    cuda.install(monkeypatch)
+    runner, _ = record(Recorder())
+    graphs: Any = runner.graphs
+    graphs._copied, graphs._device = FakeEvent(cuda), torch.device("cuda", 1)
+    graphs.run(step_of([(1, 9)]))
+    graphs.run(step_of([(1, 30)]))
+    assert [what for what, _ in cuda.log] == ["event waited for", "event"] * 2
+    assert [device for what, device in cuda.log if what == "event"] == [1, 1]
 
 
 @torch.inference_mode()
