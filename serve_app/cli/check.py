@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"  {line}")
         if plan is not None and not _on_gpu(app.config):
             memory_bytes += _least(app.config.model_server) * (plan.total_bytes + REPLICA_BYTES)
-    for warning in [*shortages(file), *_memory_shortage(memory_bytes)]:
+    for warning in [*shortages(file), *_memory_shortage(memory_bytes), *_slow_kernels(file)]:
         print(f"\nwarning: {warning}")
     return 0
 
@@ -145,6 +145,20 @@ def _memory_shortage(needed_bytes: int) -> list[str]:
         f"memory needed: {size(needed_bytes)}, and some for Ray and the ingress; this machine has {size(free)} free; "
         "lower engine.kv_cache_memory or the number of replicas, or use a smaller model"
     ]
+
+
+def _slow_kernels(file: ConfigFile) -> list[str]:
+    """Why models on a CPU would be served by torch's kernels and not by ours."""
+    if all(_on_gpu(app.config) or not app.config.engine.cpu_kernels for app in file.apps):
+        return []
+    from serve_app.engine.cpu.compiler import compiler_command
+    from serve_app.engine.errors import EngineError
+
+    try:
+        compiler_command()
+    except EngineError as error:
+        return [f"{error}; without them torch's own serve, about half as fast with several streams"]
+    return []
 
 
 def _least(replicas: ReplicasConfig) -> int:

@@ -118,6 +118,16 @@ def test_memory_is_not_missed_on_a_gpu_or_where_it_is_not_known(
     assert "memory needed" not in capsys.readouterr().out
 
 
+def test_a_missing_compiler_is_a_warning_where_it_would_be_used(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr("serve_app.engine.cpu.compiler.shutil.which", lambda name: None)
+    for settings, warned in (({}, True), ({"engine": {"cpu_kernels": False}}, False)):
+        assert main(["check", write(tmp_path, model={"source": str(model)}, **settings)]) == 0
+        assert ("warning: there is no C++ compiler" in capsys.readouterr().out) == warned
+
+
 @pytest.fixture
 def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test sees this machine's Hugging Face cache or asks the real hub."""

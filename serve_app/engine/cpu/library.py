@@ -1,30 +1,30 @@
 """The C++ of `kernels/` compiled for this processor, once, and called through ctypes.
 
 The library shares torch's OpenMP pool: it needs the same `libgomp.so.1`, which torch has already loaded. Without a
-C++ compiler, or where anything about it fails, there is no library and torch's own kernels serve.
+C++ compiler, or where anything about it fails, there is no library and torch's own kernels serve. Promises that
+nothing is loaded that another user could have written, and that a library that can't run on this processor ends a
+process of its own and not this one.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
+import logging
 import os
-import platform
-import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
+from serve_app.engine.cpu.compiler import Compiler, compiler_command, processor_key
+from serve_app.engine.cpu.private_files import make_private_folder, open_own_file
 from serve_app.engine.errors import EngineError
 
-SOURCES = sorted(Path(__file__).with_name("kernels").glob("*.cpp"))
-HEADERS = sorted(Path(__file__).with_name("kernels").glob("*.h"))
-FLAGS = (
-    *("-O3", "-march=native", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
-    *("-fopenmp", "-fPIC", "-shared"),
-)
-COMPILE_LIMIT_S = 120
-"""It takes 2 to 3 s."""
+logger = logging.getLogger(__name__)
+
+TRIAL_LIMIT_S = 60
+"""A trial takes 0.3 s."""
 
 _int, _float, _pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _SIGNATURES = {
@@ -88,9 +88,13 @@ class StepPlan(ctypes.Structure):
 class Kernels:
     """The functions of `kernels/`; their arguments are described there. Pointers are `tensor.data_ptr()`."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises OSError when the library can't be loaded."""
-        library = ctypes.CDLL(str(path))
+    def __init__(self, descriptor: int, key: str) -> None:
+        """Loads the file that is open as `descriptor`, which is never closed: the loader takes a library for one that
+        it has already when their paths are the same, and this one's is `/proc/self/fd/` and the descriptor.
+
+        Raises OSError when it can't be loaded, AttributeError when it lacks a function.
+        """
+        library = ctypes.CDLL(f"/proc/self/fd/{descriptor}")
         for name, arguments in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
@@ -109,50 +113,73 @@ class Kernels:
         self.sample = library.serve_app_sample
         self.store = library.serve_app_store
         self.attend = library.serve_app_attend
-        self.key = path.stem
+        self.key = key
         """Changes with their source, the compiler and the processor's instructions."""
         self.page_tokens: int = library.serve_app_page_tokens()
 
 
 def load_kernels(cache_dir: Path) -> Kernels:
-    """Compile for this processor unless `cache_dir` has it already, and load.
+    """Load the kernels from this user's folder in `cache_dir`, compiled for this processor if they are not there yet.
+
+    Where nothing can be kept or loaded there, they are compiled in a temporary folder.
 
     Raises:
         EngineError: there is no compiler, or it fails; the message says which and what to install.
     """
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if platform.system() != "Linux" or compiler is None:
-        raise EngineError("there is no C++ compiler for the fast CPU kernels (on Debian: apt install g++)")
+    compiler = Compiler(compiler_command())
+    name = f"{compiler.key}-{processor_key()}.so"
+    own = cache_dir / str(os.geteuid())
     try:
-        path = cache_dir / f"{_key(compiler)}.so"
-        if not path.exists():
-            _compile(compiler, path)
-        return Kernels(path)
-    except subprocess.CalledProcessError as error:
-        reason = (error.stderr or "").strip().splitlines()
-        raise EngineError(f"{compiler} failed on the CPU kernels: {reason[0] if reason else error}") from error
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise EngineError(f"the CPU kernels can't be compiled or loaded: {error}") from error
+        return _load_from(own / name, compiler)
+    except OSError as error:
+        reason = str(error)
+    try:
+        with tempfile.TemporaryDirectory(prefix="serve_app-") as temporary:  # of mode 0700
+            kernels = _load_from(Path(temporary) / name, compiler)
+    except OSError as error:
+        raise EngineError(f"the CPU kernels can't be compiled or loaded: {reason}; {error}") from error
+    logger.warning("the CPU kernels can't be kept in %s (%s): each start compiles them", own, reason)
+    return kernels
 
 
-def _key(compiler: str) -> str:
-    """Changes with the source, the flags, the compiler and the processor that `-march=native` stands for."""
-    native = subprocess.run(
-        [compiler, "-march=native", "-Q", "--help=target"], capture_output=True, text=True, timeout=COMPILE_LIMIT_S
-    ).stdout
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=COMPILE_LIMIT_S).stdout
-    code = (path.read_text() for path in (*SOURCES, *HEADERS))
-    parts = (*code, *FLAGS, compiler, version, native, platform.machine())
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-
-
-def _compile(compiler: str, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _load_from(path: Path, compiler: Compiler) -> Kernels:
+    """Raises OSError when the folder can't be used, EngineError when no folder would help."""
+    make_private_folder(path.parent)
+    try:
+        return Kernels(open_own_file(path), compiler.key)
+    except FileNotFoundError:
+        pass
+    except (OSError, AttributeError) as error:
+        logger.warning("%s is not used but compiled again: %s", path, error)
     # Several replicas may start at once: each compiles a file of its own, and the last rename wins.
     with tempfile.TemporaryDirectory(dir=path.parent) as work:
         made = Path(work) / path.name
-        subprocess.run(
-            [compiler, *FLAGS, "-o", str(made), *map(str, SOURCES)],
-            check=True, capture_output=True, text=True, timeout=COMPILE_LIMIT_S,
-        )  # fmt: skip
+        compiler.compile(made)
+        made.chmod(0o700)
+        descriptor = open_own_file(made)
+        os.fsync(descriptor)  # a power cut must not leave the name without its contents
+        _try(descriptor)
+        kernels = Kernels(descriptor, compiler.key)
         made.replace(path)
+    return kernels
+
+
+def _try(descriptor: int) -> None:
+    """Call all of a new library in a child process. Raises EngineError when that ends otherwise than well."""
+    command = (sys.executable, "-P", "-m", "serve_app.engine.cpu.trial", str(descriptor))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
+    try:
+        tried = subprocess.run(
+            command, env=environment, pass_fds=(descriptor,), stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, errors="replace", timeout=TRIAL_LIMIT_S, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise EngineError(f"a trial of the CPU kernels took more than {TRIAL_LIMIT_S} s") from error
+    if tried.returncode < 0:
+        raise EngineError(
+            f"the CPU kernels were compiled for another processor: a trial of them was ended by "
+            f"{signal.Signals(-tried.returncode).name}"
+        )
+    if tried.returncode:
+        lines = tried.stderr.strip().splitlines()
+        raise EngineError(f"a trial of the CPU kernels failed: {lines[-1] if lines else tried.returncode}")

@@ -100,7 +100,7 @@ def test_attention_says_what_it_can_not_do() -> None:
 
 
 def test_the_library_is_compiled_once(kernels: Kernels, kernel_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (made,) = kernel_folder.glob("*.so")
+    (made,) = kernel_folder.rglob("*.so")
     before = made.stat().st_mtime_ns
     load_kernels(kernel_folder)
     assert made.stat().st_mtime_ns == before

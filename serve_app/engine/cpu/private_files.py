@@ -1,0 +1,41 @@
+"""Folders and files that only this user can have written: what is loaded as code must come from nowhere else."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+_OTHERS = stat.S_IRWXG | stat.S_IRWXO
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+
+def make_private_folder(folder: Path) -> None:
+    """Make the folder with mode 0700 unless it is there. Raises OSError when it can't be made or is another user's."""
+    try:
+        found = folder.lstat()
+    except FileNotFoundError:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)  # two replicas may start at once
+        found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, "it is no folder", str(folder))
+    if found.st_uid != os.geteuid():
+        raise PermissionError(errno.EPERM, "it belongs to another user", str(folder))
+    if found.st_mode & _OTHERS:
+        folder.chmod(0o700)
+
+
+def open_own_file(path: Path) -> int:
+    """A descriptor of a regular file of this user that nobody else may write, for reading.
+
+    Raises OSError where there is none such. What is read through the descriptor is the file that was looked at,
+    whatever becomes of its name.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    found = os.fstat(descriptor)
+    if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & _OTHERS_WRITE:
+        return descriptor
+    os.close(descriptor)
+    raise PermissionError(errno.EPERM, "another user could have written it", str(path))
