@@ -24,10 +24,19 @@ from serve_app.api.sse import EventStream, StreamSettings, event_stream, slow_re
 from serve_app.api.transcript import Transcript
 from serve_app.messages import Failure, FailureCode, Fingerprint, LoadStage
 from serve_app.observability.logs import RequestRecord
+from serve_app.streams.event_log import Mark
 from serve_app.streams.journal_records import StreamDocument
 from serve_app.streams.journal_store import StoreUnavailable
-from serve_app.streams.resumable_stream import JournalsFull, ReaderTooSlow, Refused, ResumableStream, StreamGone
+from serve_app.streams.resumable_stream import (
+    JournalsFull,
+    ReaderTooSlow,
+    Refused,
+    ResumableStream,
+    StreamChanged,
+    StreamGone,
+)
 from serve_app.streams.resumable_streams import ResumableStreams
+from serve_app.streams.transcript import Event
 
 RESUME_HEADER = "x-stream-resume"
 RESUME_QUERY = "resume"
@@ -38,8 +47,12 @@ ENDPOINT = "/v1/streams/{stream_id}"
 _RETRY = b"retry: 1000\n"
 """How long an EventSource waits before it connects again; left to itself 3 to 5 s."""
 _STREAM_ID = re.compile(r"[A-Za-z0-9_-]{22}")
-_EVENT_ID = re.compile(r"([A-Za-z0-9_-]{22}):([0-9]{1,9})")
+_EVENT_ID = re.compile(r"([A-Za-z0-9_-]{22}):([0-9]{1,9})(?::([0-9a-f]{8}))?")
+"""Stream, number of the next event, digest of the text so far; earlier versions gave no digest."""
 _UNAVAILABLE_RETRY_AFTER_S = 2.0
+_CHECK_WAIT_S = 5.0
+"""How long an answer waits for the events that its reader has already and this process has not: so long a refusal is a
+real status. Of a stream whose ingress died it takes a lease (1 s) and the computation of its last 0.1 s."""
 
 
 class Resume:
@@ -77,20 +90,19 @@ class Resume:
         last_event_id = call.headers.get(LAST_EVENT_ID_HEADER)
         if not last_event_id or not self.wanted(call):
             return None
-        stream_id, position = _parse_event_id(last_event_id)
-        return await self._rest(call, stream_id, position)
+        return await self._rest(call, *_parse_event_id(last_event_id))
 
     async def handle(self, call: Call) -> Response | EventStream:
         """`GET /v1/streams/{stream_id}`. Raises `ApiError`."""
         stream_id = call.path_params["stream_id"]
         if not _STREAM_ID.fullmatch(stream_id):
             raise bad_request("That is not the id of a stream.", param="stream_id", code="invalid_stream_id")
-        position, last_event_id = 0, call.headers.get(LAST_EVENT_ID_HEADER)
+        mark, last_event_id = Mark(), call.headers.get(LAST_EVENT_ID_HEADER)
         if last_event_id:
-            of_stream, position = _parse_event_id(last_event_id)
+            of_stream, mark = _parse_event_id(last_event_id)
             if of_stream != stream_id:
                 raise bad_request("Last-Event-ID is of another stream.", code="invalid_event_id")
-        return await self._rest(call, stream_id, position)
+        return await self._rest(call, stream_id, mark)
 
     async def open(self, call: Call, plan: Plan, wire: WireFormat, fields: Mapping[str, Any]) -> Response | EventStream:
         """A new stream that can be resumed. Raises `ApiError`."""
@@ -101,7 +113,7 @@ class Resume:
         stream = self._streams.new(stream_id, document, transcript)
         return await self._answer(call.record, stream, None)
 
-    async def _rest(self, call: Call, stream_id: str, position: int) -> Response | EventStream:
+    async def _rest(self, call: Call, stream_id: str, mark: Mark) -> Response | EventStream:
         call.record.endpoint = ENDPOINT
         fingerprint = await self._model()
         try:
@@ -111,16 +123,20 @@ class Resume:
         if not hmac.compare_digest(stream.document.caller, _caller(stream_id, call)):
             message = "This stream was opened with other credentials; send the Authorization header it was opened with."
             raise ApiError(404, message, code="stream_not_found")
-        if stream.finished and position >= len(stream.events):
+        if stream.finished and mark.position >= len(stream.events):
+            try:
+                await stream.check(mark, 0)
+            except StreamChanged as changed:
+                raise _api_error(changed) from None
             call.record.outcome = "delivered"
             return Response(status_code=204, headers={STREAM_ID_HEADER: stream_id})
-        return await self._answer(call.record, stream, position)
+        return await self._answer(call.record, stream, mark)
 
-    async def _answer(self, record: RequestRecord, stream: ResumableStream, position: int | None) -> EventStream:
-        """The events from `position` on; None: of a stream that is to begin."""
+    async def _answer(self, record: RequestRecord, stream: ResumableStream, mark: Mark | None) -> EventStream:
+        """The events from the reader's mark on; None: of a stream that is to begin."""
         plan, wire, _ = self._read_wire(stream.document)
         return await event_stream(
-            _chunks(record, stream, position, self._settings.slow_reader_bytes),
+            _chunks(record, stream, mark, self._settings.slow_reader_bytes),
             on_error=wire.failed,
             settings=self._settings,
             headers={STREAM_ID_HEADER: stream.id, "x-seed": str(plan.seed)},
@@ -171,22 +187,24 @@ def _write_wire(plan: Plan, wire: WireFormat, fields: Mapping[str, Any]) -> str:
 
 
 async def _chunks(
-    record: RequestRecord, stream: ResumableStream, position: int | None, max_lag_bytes: int
+    record: RequestRecord, stream: ResumableStream, mark: Mark | None, max_lag_bytes: int
 ) -> AsyncGenerator[bytes, None]:
     """Events with their ids. Empty first, once it is certain that there will be some: headers go out then."""
     with stream.attended():
         try:
-            if position is None:
+            if mark is None:
                 await stream.begin()
-            seen = 0 if position is None else stream.tokens
+            else:
+                await stream.check(mark, _CHECK_WAIT_S)
+            seen = 0 if mark is None else stream.tokens
             yield b""
             yield _RETRY  # no event of its own, but a field of the first one
-            async with aclosing(stream.read(position or 0, max_lag_bytes)) as pieces:
+            async with aclosing(stream.read(mark or Mark(), max_lag_bytes)) as pieces:
                 async for first, events in pieces:
                     if stream.tokens > seen:
                         record.saw_tokens(stream.tokens - seen)
                         seen = stream.tokens
-                    if position is None:  # the prompt counts for the request that brought it
+                    if mark is None:  # the prompt counts for the request that brought it
                         record.cached_prompt_tokens = stream.cached_prompt_tokens
                     yield _numbered(stream.id, first, events)
         except Refused as refused:
@@ -198,19 +216,21 @@ async def _chunks(
         record.outcome = stream.outcome
 
 
-def _numbered(stream_id: str, first: int, events: Sequence[bytes]) -> bytes:
-    """Each event with the index of the one after it: what a client that has it goes on with."""
+def _numbered(stream_id: str, first: int, events: Sequence[Event]) -> bytes:
+    """Each event with the mark of a client that has it: the index of the one after it, and the digest of the text."""
     start = f"id: {stream_id}:".encode()
-    return b"".join(b"%b%d\n%b" % (start, index, event) for index, event in enumerate(events, first + 1))
+    return b"".join(
+        b"%b%d:%08x\n%b" % (start, index, digest, content) for index, (content, digest) in enumerate(events, first + 1)
+    )
 
 
-def _parse_event_id(last_event_id: str) -> tuple[str, int]:
-    """(stream id, index of the next event). Raises `ApiError`."""
+def _parse_event_id(last_event_id: str) -> tuple[str, Mark]:
+    """(stream id, where its reader stands). Raises `ApiError`."""
     match = _EVENT_ID.fullmatch(last_event_id)
     if match is None:
         message = "Last-Event-ID is not the id of an event of this service."
         raise bad_request(message, param="Last-Event-ID", code="invalid_event_id")
-    return match[1], int(match[2])
+    return match[1], Mark(int(match[2]), None if match[3] is None else int(match[3], 16))
 
 
 def _caller(stream_id: str, call: Call) -> str:
@@ -221,6 +241,12 @@ def _caller(stream_id: str, call: Call) -> str:
 
 
 def _api_error(trouble: StreamGone | StoreUnavailable | JournalsFull) -> ApiError:
+    if isinstance(trouble, StreamChanged):
+        message = (
+            "This stream goes on with another text than you have the beginning of: the replica that began it died, and "
+            "no other computes exactly as it did. Send the request again."
+        )
+        return ApiError(410, message, code="stream_changed")
     if isinstance(trouble, StreamGone):
         message = (
             "There is no such stream: it has expired, its journal was lost, or it never was. Send the request again."

@@ -6,6 +6,9 @@ choices taking turns, and the end of a choice a turn of its own. Pure: no I/O.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from zlib import crc32
+
 from serve_app.api.choice_text import Delta
 from serve_app.api.errors import from_failure
 from serve_app.api.events import EventWriter
@@ -13,6 +16,7 @@ from serve_app.api.service import Plan, Usage, choice_texts
 from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.messages import Failure, FinishReason, GenerationStats, TokenBatch
 from serve_app.streams.journal import Journal
+from serve_app.streams.transcript import Event
 
 
 class Transcript:
@@ -38,6 +42,8 @@ class Transcript:
         """Of the attempt that began each choice."""
         self._ended = [False] * plan.choices
         self._turn = 0
+        self._digest = 0
+        """Of what was told: see `Event`. A CRC, since nobody gains by two texts that have the same."""
         self.finished = False
         """See the protocol."""
         self.tokens = 0
@@ -51,11 +57,11 @@ class Transcript:
         counted = self._stats[:: self._plan.choices_per_prompt]
         return sum(stats.cached_prompt_tokens for stats in counted if stats is not None)
 
-    def opening(self) -> list[bytes]:
+    def opening(self) -> list[Event]:
         """See the protocol."""
-        return self._writer.opened()
+        return self._marked(self._writer.opened())
 
-    def push(self, choice: int, batch: TokenBatch) -> list[bytes]:
+    def push(self, choice: int, batch: TokenBatch) -> list[Event]:
         """See the protocol."""
         if self.finished or self._ended[choice]:
             return []
@@ -67,12 +73,13 @@ class Transcript:
         self._stats[choice] = self._stats[choice] or batch.stats  # of who took it over they count no more
         return self._advance()
 
-    def fail(self, failure: Failure) -> list[bytes]:
+    def fail(self, failure: Failure) -> list[Event]:
         """See the protocol."""
         self.finished = True
         error = from_failure(failure)
         self.outcome = error.code or error.type
-        return [self._writer.failed(error)]
+        self._roll(b"failed")
+        return self._marked([self._writer.failed(error)])
 
     def ended(self, choice: int) -> bool:
         """See the protocol."""
@@ -85,11 +92,11 @@ class Transcript:
         logprobs = tuple(journal.logprobs) if with_logprobs else None
         return TokenBatch(0, tuple(journal.token_ids), logprobs, stats=self._stats[choice])
 
-    def _advance(self) -> list[bytes]:
+    def _advance(self) -> list[Event]:
         """The events of all turns that can be taken now."""
-        events: list[bytes] = []
+        events: list[Event] = []
         while not self.finished and (delta := self._next_delta(self._turn)) is not None:
-            events += self._writer.gained(delta)
+            events += self._marked(self._writer.gained(delta))
             if delta.finish_reason is not None:
                 self._ended[self._turn] = True
                 self.outcome = delta.finish_reason
@@ -97,7 +104,7 @@ class Transcript:
                 self.finished = True
                 tokens = sum(text.tokens for text in self._texts)
                 usage = Usage(self._plan.prompt_tokens, self.cached_prompt_tokens, tokens)
-                events += self._writer.ended(usage)
+                events += self._marked(self._writer.ended(usage))
             else:
                 self._pass_on()
         return events
@@ -113,7 +120,17 @@ class Transcript:
         output, told = self._outputs[choice], self._told[choice]
         if told < len(output):
             self._told[choice] += 1
+            self._roll(b"%d %d" % (choice, output.token_ids[told]))
             logprobs = (output.logprobs[told],) if output.logprobs else None
             return self._texts[choice].push(TokenBatch(told, (output.token_ids[told],), logprobs))
         reason = self._last_words[choice]
-        return None if reason is None else self._texts[choice].push(TokenBatch(told, finish_reason=reason))
+        if reason is None:
+            return None
+        self._roll(b"%d %b" % (choice, reason.encode()))
+        return self._texts[choice].push(TokenBatch(told, finish_reason=reason))
+
+    def _roll(self, told: bytes) -> None:
+        self._digest = crc32(told, self._digest)
+
+    def _marked(self, events: Iterable[bytes]) -> list[Event]:
+        return [Event(content, self._digest) for content in events]

@@ -26,8 +26,8 @@ class Position:
 
     def __init__(self) -> None:
         self._stream_id: str | None = None
-        self._next = 0
-        """Index of the event that is to come."""
+        self._last_event_id = ""
+        """As the server gave it: only the server knows what it means."""
         self._failures = 0
 
     @property
@@ -38,20 +38,17 @@ class Position:
     @property
     def headers(self) -> dict[str, str]:
         """What to send for the rest of the stream."""
-        return {"Last-Event-ID": f"{self._stream_id}:{self._next}"}
+        return {"Last-Event-ID": self._last_event_id} if self._last_event_id else {}
 
     def began(self, headers: Mapping[str, str]) -> None:
         """The headers of a response are there."""
         self._stream_id = headers.get("x-stream-id", self._stream_id)
 
     def take(self, event_id: str) -> bool:
-        """Whether the event with this id is a new one."""
-        stream_id, _, following = event_id.rpartition(":")
-        if stream_id != self._stream_id or not following.isdecimal():
-            return self._stream_id is None  # not a server that numbers its events
-        if int(following) <= self._next:
+        """Whether the event with this id is a new one. Of one without an id that can't be known: it is taken."""
+        if event_id and event_id == self._last_event_id:
             return False
-        self._next = int(following)
+        self._last_event_id = event_id or self._last_event_id
         self._failures = 0
         return True
 

@@ -13,6 +13,10 @@ class JournalError(Exception):
     """A batch that can't follow what is there: ids are missing, there are too many, or their logprobs are missing."""
 
 
+class OtherTokens(JournalError):
+    """A batch that repeats positions with other tokens than are there: it is of another text."""
+
+
 class Journal:
     """The output of one choice, in order. With the request it is the whole state of a stream."""
 
@@ -32,11 +36,14 @@ class Journal:
     def append(self, batch: TokenBatch) -> None:
         """Add what is new in `batch`; what overlaps was delivered before and is dropped.
 
-        Raises `JournalError`, and then has added nothing.
+        Raises `JournalError` or `OtherTokens`, and then has added nothing.
         """
-        known = len(self.token_ids) - batch.first_index
+        first = batch.first_index
+        known = len(self.token_ids) - first
         if known < 0:
-            raise JournalError(f"tokens {len(self.token_ids)} to {batch.first_index - 1} are missing")
+            raise JournalError(f"tokens {len(self.token_ids)} to {first - 1} are missing")
+        if known and batch.token_ids[:known] != tuple(self.token_ids[first : first + len(batch.token_ids)]):
+            raise OtherTokens(f"tokens from {first} on are others than those that are known")
         new_ids = batch.token_ids[known:]
         if not new_ids:
             return

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from bisect import bisect
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing, contextmanager
 from contextvars import Context
@@ -19,8 +18,9 @@ from functools import partial
 from typing import TypeVar
 
 from serve_app.messages import Failure, FailureCode, TokenBatch
+from serve_app.streams.event_log import EventLog, Mark
 from serve_app.streams.generation import FailoverSettings, Generation, interleave
-from serve_app.streams.journal import JournalError
+from serve_app.streams.journal import JournalError, OtherTokens
 from serve_app.streams.journal_records import (
     RecordError,
     StreamDocument,
@@ -32,7 +32,7 @@ from serve_app.streams.journal_store import Hold, JournalStore, JournalView, Sto
 from serve_app.streams.journal_writer import TICK_S, JournalWriter, OwnedJournal
 from serve_app.streams.replica import ReplicaClient
 from serve_app.streams.stream_id import loggable
-from serve_app.streams.transcript import Transcript
+from serve_app.streams.transcript import Event, Transcript
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,10 @@ class JournalsFull(Exception):
 
 class StreamGone(Exception):
     """There is no such stream: it never was, it has expired, or its journal was lost."""
+
+
+class StreamChanged(StreamGone):
+    """What a reader has is not how the stream begins: what came after its last record was computed again, otherwise."""
 
 
 class ReaderTooSlow(Exception):
@@ -133,9 +137,8 @@ class ResumableStream:
     def __init__(self, stream_id: str, document: StreamDocument, transcript: Transcript, home: Home) -> None:
         self.id = stream_id
         self.document = document
-        self.events: list[bytes] = transcript.opening()
-        self._sizes = [0]
-        """Bytes of the first k events."""
+        self.events = EventLog()
+        self.events.append(transcript.opening())
         self._transcript = transcript
         self._home = home
         self._readers = 0
@@ -151,7 +154,6 @@ class ResumableStream:
         self._dropped = False
         self._over = False
         self._trouble: StreamGone | StoreUnavailable | None = None
-        self._measure(self.events)
 
     @property
     def finished(self) -> bool:
@@ -197,30 +199,49 @@ class ResumableStream:
             self._judge()
             _limit_unattended(self._home)
 
-    async def read(self, start: int, max_lag_bytes: int) -> AsyncGenerator[tuple[int, list[bytes]], None]:
-        """(index of the first, events) from event `start` on, as they come. To be used inside `attended`.
+    async def check(self, mark: Mark, wait_s: float) -> None:
+        """Raise `StreamChanged` unless the reader's events are how this stream begins.
 
-        Raises `StreamGone` and `StoreUnavailable` when no more can be known here, and `ReaderTooSlow` for a reader
-        that was up to date once and is now more than `max_lag_bytes` behind, apart from what came all at once then.
+        A reader may have more than this process knows yet. It waits for that, at most `wait_s`; `read` looks again.
         """
-        position, caught_up, at_once_bytes = start, False, 0
+        try:
+            async with asyncio.timeout(wait_s):
+                while mark.digest is not None and len(self.events) < mark.position and not self._over:
+                    await self._news.wait()
+        except TimeoutError:
+            return
+        ends_before = self.finished and mark.digest is not None and mark.position > len(self.events)
+        if ends_before or self.events.differs(mark):
+            raise StreamChanged
+
+    async def read(self, mark: Mark, max_lag_bytes: int) -> AsyncGenerator[tuple[int, list[Event]], None]:
+        """(index of the first, events) from the reader's mark on, as they come. To be used inside `attended`.
+
+        Raises `StreamChanged` when the reader's events turn out to be of another text, `StreamGone` and
+        `StoreUnavailable` when no more can be known here, and `ReaderTooSlow` for a reader that was up to date once and
+        is now more than `max_lag_bytes` behind, apart from what came all at once then.
+        """
+        position, caught_up, at_once_bytes = mark.position, False, 0
         while True:
             news = self._news
             if position < len(self.events):
-                if caught_up and self._sizes[-1] - self._sizes[position] > max_lag_bytes + at_once_bytes:
+                if position == mark.position:
+                    await self.check(mark, 0)
+                if caught_up and self.events.bytes_after(position) > max_lag_bytes + at_once_bytes:
                     raise ReaderTooSlow
-                events = self.events[position : bisect(self._sizes, self._sizes[position] + PIECE_BYTES)]
+                events = self.events.piece(position, PIECE_BYTES)
                 yield position, events
                 position += len(events)
             elif self._over:
                 if self._trouble is not None:
                     raise self._trouble
+                await self.check(mark, 0)
                 return
             else:
                 caught_up = True
                 await news.wait()
                 # A reader may know more than this process does yet.
-                at_once_bytes = self._sizes[-1] - self._sizes[min(position, len(self.events))]
+                at_once_bytes = self.events.bytes_after(position)
 
     async def begin(self) -> None:
         """A new stream: generate it. Returns when a replica has accepted it and the journal is there.
@@ -413,6 +434,9 @@ class ResumableStream:
                         self._add(self._transcript.fail(reply))
                     else:
                         self._push(choice, reply)
+        except OtherTokens as error:
+            logger.warning("stream %s was continued elsewhere with other tokens", loggable(self.id))
+            raise StreamChanged from error
         except (RecordError, JournalError) as error:
             logger.error("the journal of stream %s can't be read", loggable(self.id), exc_info=error)
             raise StreamGone from error
@@ -428,14 +452,9 @@ class ResumableStream:
         journal.write(write_reply(0, failure))
         self._add(self._transcript.fail(failure))
 
-    def _add(self, events: Sequence[bytes]) -> None:
-        self.events.extend(events)
-        self._measure(events)
+    def _add(self, events: Sequence[Event]) -> None:
+        self.events.append(events)
         self._tell()
-
-    def _measure(self, events: Sequence[bytes]) -> None:
-        for event in events:
-            self._sizes.append(self._sizes[-1] + len(event))
 
     def _tell(self) -> None:
         news, self._news = self._news, asyncio.Event()

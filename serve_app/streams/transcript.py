@@ -5,9 +5,17 @@ Implemented by `serve_app.api.transcript`, where text and wire formats live, and
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from serve_app.messages import Failure, TokenBatch
+
+
+class Event(NamedTuple):
+    """One event, as a client gets it."""
+
+    content: bytes
+    digest: int
+    """Of all tokens that were told up to here, 32 bits, rolling: equal where two texts are, else hardly ever."""
 
 
 class Transcript(Protocol):
@@ -33,15 +41,18 @@ class Transcript(Protocol):
         """For the log: prompt tokens that the replicas found in their caches."""
         ...
 
-    def opening(self) -> list[bytes]:
+    def opening(self) -> list[Event]:
         """The events before the first token."""
         ...
 
-    def push(self, choice: int, batch: TokenBatch) -> list[bytes]:
-        """The events that `batch` adds; tokens that are known are dropped. Raises `JournalError` for a gap."""
+    def push(self, choice: int, batch: TokenBatch) -> list[Event]:
+        """The events that `batch` adds; tokens that are known are dropped.
+
+        Raises `JournalError` for a gap, and `OtherTokens` where known ones are others.
+        """
         ...
 
-    def fail(self, failure: Failure) -> list[bytes]:
+    def fail(self, failure: Failure) -> list[Event]:
         """The stream ends with an error: its events."""
         ...
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -16,8 +17,10 @@ from journal_stores import BrokenStore
 from simulated_time import simulated_time
 from starlette.applications import Starlette
 
-from serve_app.messages import Failure, FailureCode, Fingerprint, TokenBatch
+from serve_app.api import resume
+from serve_app.messages import Failure, FailureCode, Fingerprint, GenerationRequest, TokenBatch, TokenLogprobs
 from serve_app.observability.metrics import MemoryMetrics
+from serve_app.streams.journal_records import read_record, write_reply
 from serve_app.streams.journal_store import JournalLimits
 from serve_app.streams.memory_journals import MemoryJournals, MemoryJournalStore
 from serve_app.streams.replica import ReplicaLost
@@ -29,7 +32,7 @@ Http = Callable[[Starlette], httpx.AsyncClient]
 
 HI = {"messages": [{"role": "user", "content": "Hi"}], "seed": 7}
 RESUME = {"X-Stream-Resume": "1"}
-EVENT = re.compile(rb"id: ([\w-]{22}):(\d+)\n(.*?)\n\n", re.DOTALL)
+EVENT = re.compile(rb"id: ([\w-]{22}):(\d+):[0-9a-f]{8}\n(.*?)\n\n", re.DOTALL)
 
 
 async def _until(condition: Callable[[], bool]) -> None:
@@ -126,7 +129,7 @@ async def test_the_owner_goes_on_for_a_client_that_went(
     replica.scripts = [writes(pause_s=0.005)]
     app = make_app(replica, journals=store)
     first = Exchange(app, "POST", "/stream", HI, RESUME)
-    await first.until(b":3\n")
+    await first.until(b":3:")
     first.disconnect()
     await first.end()
     seen = numbered(first.body)
@@ -145,7 +148,7 @@ async def test_a_stream_that_was_left_too_long_stops_and_is_continued(
     replica.scripts = [writes(pause_s=0.02)]
     app = make_app(replica, journals=store, resume=ResumeSettings(grace_s=0.03, lease_s=0.2, tick_s=0.01))
     first = Exchange(app, "POST", "/stream", HI, RESUME)
-    await first.until(b":3\n")
+    await first.until(b":3:")
     first.disconnect()
     await first.end()
     await _until(lambda: replica.cancelled >= 2)
@@ -162,7 +165,7 @@ async def test_a_stream_that_is_continued_keeps_its_cache_salt(
     replica.scripts = [writes(pause_s=0.02)]
     app = make_app(replica, journals=store, resume=ResumeSettings(grace_s=0.0, lease_s=0.2, tick_s=0.01))
     first = Exchange(app, "POST", "/stream", {**HI, "cache_salt": "s"}, RESUME)
-    await first.until(b":3\n")
+    await first.until(b":3:")
     first.disconnect()
     await first.end()
     await _until(lambda: replica.cancelled == 1)
@@ -176,7 +179,7 @@ async def test_the_prompt_and_its_cache_hits_count_once_however_often_a_stream_i
     replica.scripts = [writes(pause_s=0.005), writes(pause_s=0.005, cached=64)]
     app = make_app(replica, journals=store, resume=ResumeSettings(grace_s=0.0, lease_s=0.2, tick_s=0.01))
     first = Exchange(app, "POST", "/stream", HI, RESUME)
-    await first.until(b":3\n")
+    await first.until(b":3:")
     first.disconnect()
     await first.end()
     await _until(lambda: replica.cancelled == 1)
@@ -269,6 +272,72 @@ async def test_a_stream_whose_weights_are_gone_says_so_and_is_never_continued_by
     assert refused.status == 410
     assert json.loads(refused.body)["error"]["code"] == "wrong_weights"
     assert not others.requests
+
+
+EVENT_ID = re.compile(rb"id: ([\w:-]+)\n")
+COMPLETION = {"prompt": "Once", "stream": True, "logprobs": 1, "seed": 7}
+
+
+async def left_behind(app: Starlette, store: MemoryJournalStore, body: dict[str, Any], path: str) -> list[str]:
+    """The ids of a whole answer's events, of which the journal has only the first two tokens: the ingress died then."""
+    exchange = Exchange(app, "POST", path, body, RESUME)
+    await exchange.end()
+    stream_id = stream_id_of(exchange)
+    await _until(lambda: store.journals._journals[stream_id].finished)
+    journal = store.journals._journals[stream_id]
+    replies = [reply for record in journal.records for _, reply in read_record(record)]
+    tokens = [token for reply in replies if isinstance(reply, TokenBatch) for token in reply.token_ids]
+    logprobs = [entry for reply in replies if isinstance(reply, TokenBatch) for entry in reply.logprobs or ()]
+    beginning = TokenBatch(0, tuple(tokens[:2]), tuple(logprobs[:2]) if logprobs else None)
+    journal.records, journal.finished = [write_reply(0, beginning)], False
+    return [event_id.decode() for event_id in EVENT_ID.findall(exchange.body)]
+
+
+async def resumed(app: Starlette, event_id: str) -> Exchange:
+    exchange = Exchange(app, "GET", f"/v1/streams/{event_id[:22]}", headers={"Last-Event-ID": event_id})
+    await exchange.end()
+    return exchange
+
+
+@pytest.mark.parametrize(("path", "body"), [("/stream", HI), ("/v1/completions", COMPLETION)])
+async def test_an_answer_is_never_joined_from_two_texts(
+    replica: FakeReplica, make_app: MakeApp, writes: Writes, store: MemoryJournalStore, path: str, body: dict[str, Any]
+) -> None:
+    replica.scripts = [writes(), writes("The end, otherwise.")]
+    ids = await left_behind(make_app(replica, journals=store), store, body, path)
+    other = make_app(replica, journals=store)
+    for event_id in (ids[5], ids[-1]):  # computed again first, then known
+        refused = await resumed(other, event_id)
+        assert refused.status == 410
+        assert json.loads(refused.body)["error"]["code"] == "stream_changed"
+    assert (await resumed(other, ids[1])).status == 200, "of that the journal has all"
+    assert (await resumed(other, ids[5].rpartition(":")[0])).status == 200, "an id of an earlier version says nothing"
+
+
+async def test_a_text_that_turns_out_another_late_ends_with_an_error(
+    replica: FakeReplica, make_app: MakeApp, writes: Writes, store: MemoryJournalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resume, "_CHECK_WAIT_S", 0.001)
+    replica.scripts = [writes(), writes("The end, otherwise.", pause_s=0.02)]
+    ids = await left_behind(make_app(replica, journals=store), store, HI, "/stream")
+    late = await resumed(make_app(replica, journals=store), ids[5])
+    assert late.status == 200
+    assert late.body.startswith(b"retry: 1000\nevent: error\n")
+    assert b"stream_changed" in late.body
+
+
+async def test_the_same_tokens_with_other_logprobs_are_one_text(
+    replica: FakeReplica, make_app: MakeApp, writes: Writes, store: MemoryJournalStore
+) -> None:
+    def otherwise(request: GenerationRequest) -> list[Any]:
+        steps = list(writes()(request))
+        return [replace(step, logprobs=tuple(TokenLogprobs(-0.26, e.top) for e in step.logprobs)) for step in steps]
+
+    replica.scripts = [writes(), otherwise]
+    ids = await left_behind(make_app(replica, journals=store), store, COMPLETION, "/v1/completions")
+    rest = await resumed(make_app(replica, journals=store), ids[5])
+    assert rest.status == 200
+    assert [index for index, _ in numbered(rest.body)] == list(range(7, len(ids) + 1))
 
 
 async def test_eventsource_repeats_its_url(replica: FakeReplica, make_app: MakeApp, store: MemoryJournalStore) -> None:
@@ -383,7 +452,7 @@ async def test_full_journals_refuse_at_once(
     replica.scripts = [writes(pause_s=0.02)]
     app = make_app(replica, journals=store)
     first = Exchange(app, "POST", "/stream", HI, RESUME)
-    await first.until(b":1\n")
+    await first.until(b":1:")
     refused = await http(app).post("/stream", json=HI, headers=RESUME)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
     assert "retry-after" in refused.headers
@@ -399,7 +468,7 @@ async def test_a_store_that_is_down_refuses_new_streams_and_keeps_running_ones(
     replica.scripts = [writes(pause_s=0.003)]
     app = make_app(replica, journals=store)
     first = Exchange(app, "POST", "/stream", HI, RESUME)
-    await first.until(b":2\n")
+    await first.until(b":2:")
     store.down = True
     refused = await http(app).post("/stream", json=HI, headers=RESUME)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "journal_unavailable")
@@ -418,7 +487,7 @@ async def test_a_lost_journal_is_written_again_by_its_owner(
     store = BrokenStore(JournalLimits(lease_s=60))
     replica.scripts = [writes(pause_s=0.003)]
     first = Exchange(make_app(replica, journals=store), "POST", "/stream", HI, RESUME)
-    await first.until(b":5\n")
+    await first.until(b":5:")
     store.forget_all()
     await first.end()
     again = await fetch(make_app(replica, journals=store), stream_id_of(first), 1)
@@ -434,7 +503,7 @@ async def test_a_slow_reader_is_told_and_may_resume(
     replica.scripts = [writes(text, pause_s=0.0)]
     app = make_app(replica, journals=store, slow_reader_bytes=2000)
     slow = Exchange(app, "POST", "/stream", body, RESUME)
-    await slow.until(b":1\n")
+    await slow.until(b":1:")
     slow.reading.clear()
     async with asyncio.timeout(60):
         while b"slow_reader" not in slow.body:
@@ -485,7 +554,7 @@ async def test_unattended_streams_are_bounded(
     left = []
     for _ in range(4):
         exchange = Exchange(app, "POST", "/stream", HI, RESUME)
-        await exchange.until(b":1\n")
+        await exchange.until(b":1:")
         exchange.disconnect()
         await exchange.end()
         left.append(exchange)

@@ -37,9 +37,14 @@ def complete(request: pytest.FixtureRequest, api: FakeApi) -> Callable[[], str]:
     return synchronous if request.param == "sync" else lambda: asyncio.run(asynchronous())
 
 
+def event_id(index: int) -> str:
+    """Of which only the server knows what it means."""
+    return f"{index}?;=x:"
+
+
 def token(exchange: Exchange, index: int) -> None:
     data = json.dumps({"token_id": index, "generated_text": f"{index} "})
-    exchange.write(f"id: {STREAM_ID}:{index + 1}\ndata: {data}\n\n".encode())
+    exchange.write(f"id: {event_id(index)}\ndata: {data}\n\n".encode())
 
 
 def begin(exchange: Exchange) -> None:
@@ -54,7 +59,7 @@ def finish(exchange: Exchange) -> None:
     token(exchange, 1)
     usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
     done = json.dumps({"finish_reason": "stop", "usage": usage, "seed": 7})
-    exchange.write(f"id: {STREAM_ID}:3\nevent: done\ndata: {done}\n\n".encode())
+    exchange.write(f"id: {event_id(2)}\nevent: done\ndata: {done}\n\n".encode())
     exchange.end_stream()
 
 
@@ -92,7 +97,32 @@ def test_what_may_pass_is_waited_for(
 ) -> None:
     api.routes |= {"/stream": begin, REST: after(trouble, trouble)}
     assert complete() == "0 1 "
-    assert [exchange.headers["last-event-id"] for exchange in api.asked(REST)] == [f"{STREAM_ID}:1"] * 3
+    assert [exchange.headers["last-event-id"] for exchange in api.asked(REST)] == [event_id(0)] * 3
+
+
+def test_an_event_that_comes_twice_is_taken_once(api: FakeApi, complete: Callable[[], str]) -> None:
+    def repeat(exchange: Exchange) -> None:
+        exchange.start_stream({"X-Stream-Id": STREAM_ID})
+        token(exchange, 0)
+        exchange.drop()
+
+    api.routes |= {"/stream": begin, REST: after(repeat)}
+    assert complete() == "0 1 "
+
+
+def test_who_has_no_event_yet_asks_for_all(api: FakeApi, complete: Callable[[], str]) -> None:
+    def nothing(exchange: Exchange) -> None:
+        exchange.start_stream({"X-Stream-Id": STREAM_ID})
+        exchange.drop()
+
+    def all_of_it(exchange: Exchange) -> None:
+        exchange.start_stream({"X-Stream-Id": STREAM_ID})
+        token(exchange, 0)
+        exchange.drop()
+
+    api.routes |= {"/stream": nothing, REST: after(all_of_it)}
+    assert complete() == "0 1 "
+    assert [exchange.headers.get("last-event-id") for exchange in api.asked(REST)] == [None, event_id(0)]
 
 
 @pytest.mark.parametrize(
@@ -101,8 +131,10 @@ def test_what_may_pass_is_waited_for(
         (error_event("engine_failed"), StreamError),
         (lambda exchange: exchange.refuse(404, "stream_not_found", "Not yours."), BadRequest),
         (lambda exchange: exchange.refuse(410, "stream_gone", "Send it again."), BadRequest),
+        (lambda exchange: exchange.refuse(410, "stream_changed", "Send it again."), BadRequest),
+        (error_event("stream_changed"), StreamError),
     ],
-    ids=["failed", "foreign", "gone"],
+    ids=["failed", "foreign", "gone", "changed", "changed later"],
 )
 def test_what_ends_the_stream_is_raised_at_once(
     api: FakeApi, complete: Callable[[], str], trouble: Callable[[Exchange], None], error: type[ServeAppError]

@@ -194,12 +194,11 @@ async def test_any_ingress_answers_from_the_journal(url: str, until: Callable[..
         )
         stream_id = first.headers["x-stream-id"]
         events = first.text.removeprefix("retry: 1000\n").split("\n\n")[:-1]
-        for position in range(20):
-            again = await client.get(
-                f"{url}/v1/streams/{stream_id}", headers={"Last-Event-ID": f"{stream_id}:{position}"}
-            )
+        ids = [event.partition("\n")[0].removeprefix("id: ") for event in events]
+        for position, event_id in enumerate(ids[:20], 1):
+            again = await client.get(f"{url}/v1/streams/{stream_id}", headers={"Last-Event-ID": event_id})
             assert again.text.removeprefix("retry: 1000\n").split("\n\n")[:-1] == events[position:]
-        headers = {"Last-Event-ID": f"{stream_id}:{len(events)}"}
+        headers = {"Last-Event-ID": ids[-1]}
         assert (await client.get(f"{url}/v1/streams/{stream_id}", headers=headers)).status_code == 204
         assert (await client.get(f"{url}/v1/streams/{'A' * 22}")).status_code == 410
     assert log_files_with("endpoint=/v1/streams/{stream_id} status=204"), "these are the logs"

@@ -11,11 +11,13 @@ from fake_replica import ALIVE, FakeReplica, counts, generation_request
 from journal_stores import BrokenStore
 
 from serve_app.messages import Failure, TokenBatch
+from serve_app.streams.event_log import Mark
 from serve_app.streams.journal import Journal
 from serve_app.streams.journal_records import StreamDocument
 from serve_app.streams.journal_store import Hold, JournalLimits, StoreUnavailable
 from serve_app.streams.resumable_stream import JournalsFull, ResumableStream, ResumeSettings, StreamGone
 from serve_app.streams.resumable_streams import ResumableStreams
+from serve_app.streams.transcript import Event
 
 pytestmark = pytest.mark.usefixtures("exact_time")
 
@@ -34,19 +36,19 @@ class Ids:
         self.outcome = ""
         self.cached_prompt_tokens = 0
 
-    def opening(self) -> list[bytes]:
+    def opening(self) -> list[Event]:
         return []
 
-    def push(self, choice: int, batch: TokenBatch) -> list[bytes]:
+    def push(self, choice: int, batch: TokenBatch) -> list[Event]:
         known = len(self._journal)
         self._journal.append(batch)
-        events = [b"%d" % token_id for token_id in self._journal.token_ids[known:]]
+        events = [Event(b"%d" % token_id, token_id) for token_id in self._journal.token_ids[known:]]
         self.finished = batch.finish_reason is not None
-        return [*events, batch.finish_reason.encode()] if batch.finish_reason is not None else events
+        return [*events, Event(batch.finish_reason.encode(), 1)] if batch.finish_reason is not None else events
 
-    def fail(self, failure: Failure) -> list[bytes]:
+    def fail(self, failure: Failure) -> list[Event]:
         self.finished = True
-        return [failure.code.encode()]
+        return [Event(failure.code.encode(), 2)]
 
     def ended(self, choice: int) -> bool:
         return self.finished
@@ -96,8 +98,8 @@ async def begun(streams: ResumableStreams) -> ResumableStream:
 async def rest(streams: ResumableStreams, stream_id: str) -> list[bytes]:
     stream = await streams.find(stream_id, Ids)
     with stream.attended():
-        async with aclosing(stream.read(0, 10**6)) as pieces:
-            return [event async for _, events in pieces for event in events]
+        async with aclosing(stream.read(Mark(), 10**6)) as pieces:
+            return [content async for _, events in pieces for content, _ in events]
 
 
 async def following(streams: ResumableStreams, stream_id: str) -> asyncio.Task[list[bytes]]:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.messages import TokenBatch, TokenLogprobs
-from serve_app.streams.journal import Journal, JournalError
+from serve_app.streams.journal import Journal, JournalError, OtherTokens
 
 
 def test_appends_consecutive_batches() -> None:
@@ -22,6 +22,15 @@ def test_drops_what_overlaps() -> None:
     journal.append(TokenBatch(1, (6, 7, 8)))
     journal.append(TokenBatch(0, (5,)))
     assert journal.token_ids == [5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("batch", [TokenBatch(1, (9, 7)), TokenBatch(1, (6, 9, 8)), TokenBatch(0, (9,))])
+def test_refuses_a_repetition_of_another_text(batch: TokenBatch) -> None:
+    journal = Journal(10)
+    journal.append(TokenBatch(0, (5, 6, 7)))
+    with pytest.raises(OtherTokens):
+        journal.append(batch)
+    assert journal.token_ids == [5, 6, 7]
 
 
 def test_refuses_a_gap_and_stays_as_it_was() -> None:

@@ -7,24 +7,28 @@ import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
+from zlib import crc32
 
 import pytest
 from fake_replica import FakeReplica, counts, generation_request
 from journal_stores import BrokenStore
 
 from serve_app.messages import Failure, FailureCode, TokenBatch
+from serve_app.streams.event_log import Mark
 from serve_app.streams.generation import FailoverSettings
 from serve_app.streams.journal import Journal
-from serve_app.streams.journal_records import StreamDocument, write_document, write_reply
+from serve_app.streams.journal_records import StreamDocument, read_record, write_document, write_reply
 from serve_app.streams.journal_store import Append, Held, JournalLimits, JournalView, StoreUnavailable, Then
 from serve_app.streams.resumable_stream import (
     ReaderTooSlow,
     Refused,
     ResumableStream,
     ResumeSettings,
+    StreamChanged,
     StreamGone,
 )
 from serve_app.streams.resumable_streams import ResumableStreams
+from serve_app.streams.transcript import Event
 
 pytestmark = pytest.mark.usefixtures("exact_time")  # else a stall would end leases and streams
 
@@ -38,28 +42,33 @@ class Sentences:
 
     def __init__(self, document: StreamDocument) -> None:
         self._journal = Journal(document.requests[0].max_new_tokens)
+        self._digest = 0
         self.finished = False
         self.tokens = 0
         self.outcome = ""
         self.cached_prompt_tokens = 0
 
-    def opening(self) -> list[bytes]:
-        return [b"begin"]
+    def opening(self) -> list[Event]:
+        return [Event(b"begin", 0)]
 
-    def push(self, choice: int, batch: TokenBatch) -> list[bytes]:
+    def push(self, choice: int, batch: TokenBatch) -> list[Event]:
         known = len(self._journal)
         self._journal.append(batch)
-        events = [b"%d" % token_id for token_id in self._journal.token_ids[known:]]
+        events = [self._event(b"%d" % token_id) for token_id in self._journal.token_ids[known:]]
         if 666 in batch.token_ids:
             raise ZeroDivisionError("a bug")
         if batch.finish_reason is not None:
             self.finished = True
-            events.append(batch.finish_reason.encode())
+            events.append(self._event(batch.finish_reason.encode()))
         return events
 
-    def fail(self, failure: Failure) -> list[bytes]:
+    def fail(self, failure: Failure) -> list[Event]:
         self.finished = True
-        return [failure.code.encode()]
+        return [self._event(failure.code.encode())]
+
+    def _event(self, content: bytes) -> Event:
+        self._digest = crc32(content, self._digest)
+        return Event(content, self._digest)
 
     def ended(self, choice: int) -> bool:
         return self.finished
@@ -137,12 +146,16 @@ class Ingress:
 
     async def rest(self, stream_id: str, start: int = 0, until: int | None = None) -> list[bytes]:
         """The events from `start` on, as a client of this ingress gets them."""
+        return [content for content, _ in await self.rest_after(stream_id, Mark(start), until)]
+
+    async def rest_after(self, stream_id: str, mark: Mark, until: int | None = None) -> list[Event]:
+        """The events that come after those of which the client has the last one's mark."""
         stream = await self.find(stream_id)
-        found: list[bytes] = []
+        found: list[Event] = []
         with stream.attended():
-            async with aclosing(stream.read(start, 10**6)) as pieces:
+            async with aclosing(stream.read(mark, 10**6)) as pieces:
                 async for first, events in pieces:
-                    assert first == start + len(found)
+                    assert first == mark.position + len(found)
                     found += events
                     if until is not None and len(found) >= until:
                         break
@@ -187,6 +200,98 @@ async def test_another_ingress_takes_over_from_a_dead_one(
     await dying
     assert await other.rest(stream.id) == EXPECTED
     assert len(replica.requests) == 2
+
+
+class Cut:
+    """A stream whose ingress died a moment after its connection to the store; another replica continues it."""
+
+    def __init__(self, stream_id: str, written: int, seen: list[Event]) -> None:
+        self.stream_id = stream_id
+        self.written = written
+        """Events of which all tokens are in the journal."""
+        self.seen = seen
+        """What a client at the dead ingress has."""
+
+
+@pytest.fixture
+async def cut(make_ingress: MakeIngress, replica: FakeReplica, store: BrokenStore) -> AsyncIterator[Cut]:
+    one = make_ingress()
+    stream = await one.begin()
+    await one.rest(stream.id, until=8)
+    one.wire.cut = True
+    seen = await one.rest_after(stream.id, Mark(), until=16)
+    dying = die(one)
+    view = await store.read(stream.id, 0)
+    assert view is not None
+    written = 1 + max(batch.first_index + len(batch.token_ids) for r in view.records for _, batch in read_record(r))
+    assert 8 <= written < len(seen) - 3
+    yield Cut(stream.id, written, seen)
+    await dying
+
+
+def mark_of(events: list[Event]) -> Mark:
+    return Mark(len(events), events[-1].digest)
+
+
+async def test_two_texts_are_never_joined(make_ingress: MakeIngress, replica: FakeReplica, cut: Cut) -> None:
+    """The tokens that nobody had written come out differently at another replica."""
+    replica.scripts = [counts(TOKENS, ids=lambda n: 100 + n if n < cut.written - 1 else 500 + n)]
+    other = make_ingress()
+    for _ in range(2):
+        with pytest.raises(StreamChanged):
+            await other.rest_after(cut.stream_id, mark_of(cut.seen))
+    rest = await other.rest_after(cut.stream_id, mark_of(cut.seen[: cut.written]))
+    assert len(rest) == len(EXPECTED) - cut.written, "whoever has only what was written goes on"
+    with pytest.raises(StreamChanged):
+        await other.rest_after(cut.stream_id, mark_of(cut.seen[: cut.written + 1]))
+
+
+async def test_a_text_that_ends_before_what_a_reader_has_is_another(
+    make_ingress: MakeIngress, replica: FakeReplica, cut: Cut
+) -> None:
+    replica.scripts = [counts(cut.written)]
+    other = make_ingress()
+    for _ in range(2):
+        with pytest.raises(StreamChanged):
+            await other.rest_after(cut.stream_id, mark_of(cut.seen))
+        stream = await other.find(cut.stream_id)
+        with stream.attended(), pytest.raises(StreamChanged):
+            await stream.check(mark_of(cut.seen), 1)
+
+
+async def test_the_same_tokens_again_are_the_same_text(make_ingress: MakeIngress, cut: Cut) -> None:
+    rest = await make_ingress().rest_after(cut.stream_id, mark_of(cut.seen))
+    assert [content for content, _ in cut.seen + rest] == EXPECTED
+
+
+async def test_a_reader_is_told_before_anything_else_if_that_takes_no_longer_than_it_may_wait(
+    make_ingress: MakeIngress, replica: FakeReplica, cut: Cut
+) -> None:
+    replica.scripts = [counts(TOKENS, pause_s=0.01, ids=lambda n: 100 + n if n < cut.written - 1 else 500 + n)]
+    stream = await make_ingress().find(cut.stream_id)
+    with stream.attended():
+        await stream.check(mark_of(cut.seen), 0.001)  # the lease of the dead has not even lapsed
+        with pytest.raises(StreamChanged):
+            await stream.check(mark_of(cut.seen), 10 * LEASE_S)
+
+
+async def test_an_owner_that_lost_its_lease_does_not_go_on_with_anothers_text(
+    make_ingress: MakeIngress, replica: FakeReplica, store: BrokenStore
+) -> None:
+    replica.scripts = [counts(TOKENS, pause_s=0.01), counts(TOKENS, pause_s=0.01, ids=lambda n: 500 + n)]
+    one, other = make_ingress(), make_ingress()
+    stream = await one.begin()
+    at_one = asyncio.create_task(one.rest(stream.id))
+    await asyncio.sleep(0.05)
+    one.wire.cut = True
+    at_other = asyncio.create_task(other.rest(stream.id))
+    while len(replica.requests) < 2:  # noqa: ASYNC110 - the other has taken over
+        await asyncio.sleep(0.001)
+    one.wire.cut = False
+    with pytest.raises(StreamChanged):
+        await at_one
+    rest = await at_other
+    assert await one.rest(stream.id) == rest, "who comes now gets what the journal has, here too"
 
 
 @pytest.mark.parametrize("written", [0, 1, TOKENS - 1, TOKENS])
@@ -339,7 +444,7 @@ async def test_a_bug_ends_the_stream_with_an_error(
     with stream.attended():
         while not stream.finished:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
-    assert stream.events[-1] == b"engine_failed"
+    assert stream.events.piece(len(stream.events) - 1, 1)[0].content == b"engine_failed"
     assert any(record.exc_info for record in caplog.records)
     await stream.closed()
     with pytest.raises(ZeroDivisionError):  # whoever reads it meets the bug again
@@ -350,13 +455,13 @@ async def test_a_reader_that_lags_is_told(make_ingress: MakeIngress) -> None:
     one = make_ingress()
     stream = await one.begin()
     with stream.attended():
-        async with aclosing(stream.read(0, max_lag_bytes=12)) as pieces:
+        async with aclosing(stream.read(Mark(), max_lag_bytes=12)) as pieces:
             await anext(pieces)
             await anext(pieces)
             await asyncio.sleep(0.1)
             with pytest.raises(ReaderTooSlow):
                 await anext(pieces)
-        assert (await anext(stream.read(0, max_lag_bytes=12)))[0] == 0  # from the start nobody lags
+        assert (await anext(stream.read(Mark(), max_lag_bytes=12)))[0] == 0  # from the start nobody lags
 
 
 async def test_a_task_is_named_by_the_beginning_of_its_streams_id(make_ingress: MakeIngress) -> None:
@@ -385,13 +490,14 @@ async def test_whatever_happens_a_client_that_comes_back_has_it_all(
     streams = [await ingresses[0].begin() for _ in range(4)]
 
     async def client(stream_id: str) -> list[bytes]:
-        seen: list[bytes] = []
-        while seen[-1:] != [b"length"]:
+        seen = [Event(b"begin", 0)]
+        while seen[-1].content != b"length":
             try:
-                seen += await chance.choice(alive).rest(stream_id, len(seen), until=chance.randrange(1, 20))
+                at = chance.choice(alive)
+                seen += await at.rest_after(stream_id, mark_of(seen), until=chance.randrange(1, 20))
             except StoreUnavailable:
                 await asyncio.sleep(0.01)
-        return seen
+        return [content for content, _ in seen]
 
     async def trouble() -> None:
         for step in range(15):
