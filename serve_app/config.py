@@ -47,6 +47,22 @@ class _Config(BaseModel):
     )
 
 
+class GenerationConfig(_Config):
+    """Sampling parameters of requests that don't give them. What is not set is the model's own (its
+    generation_config.json), and where it has none OpenAI's. `/ready` shows what holds."""
+
+    temperature: float | None = Field(default=None, ge=0, le=100)
+    """0 is greedy."""
+    top_p: float | None = Field(default=None, ge=0, le=1)
+    """The most likely tokens that together have this probability; 1 is off."""
+    top_k: int | None = Field(default=None, ge=0, lt=2**31)
+    """The so many most likely tokens; 0 is off."""
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    """Tokens at least so likely as this share of the most likely one; 0 is off."""
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)
+    """Over prompt and output; 1 is off."""
+
+
 class ModelConfig(_Config):
     """Which weights, and how they are held."""
 
@@ -76,6 +92,8 @@ class ModelConfig(_Config):
     """Runs Python code that comes with the model. Only for sources you have read."""
     allow_pickle_weights: bool = False
     """Accepts pytorch_model.bin, which can run code when it is loaded; safetensors are always preferred."""
+    generation: GenerationConfig = GenerationConfig()
+    """Sampling parameters of requests that don't give them, in place of the model's own."""
 
 
 class ChatConfig(_Config):

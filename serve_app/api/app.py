@@ -39,7 +39,7 @@ def create_app(
     resume = Resume(service, streams, (NATIVE, CHAT, TEXT), settings)
     answerer = Answerer(service, resume, settings, refuse_unknown_fields=config.unknown_fields == "refuse")
     native, models = Native(service, resume, settings), Models(service)
-    probes = Probes(service.state)
+    probes = Probes(service.state, service.sampling_defaults)
 
     def endpoint(path: str, handler: Handler, *methods: str) -> Route:
         return route(path, Endpoint(path, handler, admission, config), *methods)

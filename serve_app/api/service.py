@@ -10,7 +10,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import TracebackType
 
 from serve_app.api.choice_text import ChoiceText, Delta
@@ -137,6 +137,11 @@ class CompletionService:
     async def state(self) -> ModelCard | LoadStage:
         """The card of the model when it can serve, or how far it is."""
         return await self._client.model()
+
+    @property
+    def sampling_defaults(self) -> dict[str, float]:
+        """The sampling parameters of requests that don't give them."""
+        return {name: value for name, value in asdict(self._defaults).items() if name != "eos_token_ids"}
 
     async def ready_model(self, name: str | None = None) -> ModelCard:
         """The card. Raises `ApiError`: 503 while there is no model to serve, 404 when it has another `name`."""

@@ -213,7 +213,7 @@ def _load_tokenizer(config: AppConfig, report: Reporter) -> tuple[PromptFormatte
         formatter = PromptFormatter.from_config(tokenizer, chat)
     except TokenizerError as error:
         raise ModelError(str(error)) from error
-    return formatter, read_generation_defaults(files.folder, files.tokenizer_folder)
+    return formatter, read_generation_defaults(files.folder, files.tokenizer_folder, model.generation)
 
 
 def _with_disconnects(receive: Receive) -> Receive:

@@ -1,4 +1,4 @@
-"""What a request leaves out: the model's own generation settings, then OpenAI's defaults.
+"""What a request leaves out: the config's `model.generation`, then the model's own settings, then OpenAI's defaults.
 
 Reads generation_config.json, config.json and the tokenizer's settings as they lie in the folder; loads nothing.
 Promises values that a sampler can honour.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from serve_app.config import GenerationConfig
 from serve_app.models.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -40,8 +41,12 @@ class GenerationDefaults:
     """Sorted; empty when the model says none."""
 
 
-def read_generation_defaults(folder: Path, tokenizer_folder: Path) -> GenerationDefaults:
-    """The defaults of the model in `folder`. Raises `ModelError` for a file that isn't what it should be.
+def read_generation_defaults(
+    folder: Path, tokenizer_folder: Path, configured: GenerationConfig | None = None
+) -> GenerationDefaults:
+    """The defaults of the model in `folder`, but for what is `configured`.
+
+    Raises `ModelError` for a file that isn't what it should be.
 
     Only what the files state counts: transformers' class defaults (top_k 50, greedy unless `do_sample`) are not the
     model's own. A value that no sampler can honour (top_k -1) is left out, and the log says so.
@@ -58,7 +63,7 @@ def read_generation_defaults(folder: Path, tokenizer_folder: Path) -> Generation
         or _ids(_nested(config).get("eos_token_id"))
     ) | _tokenizer_eos(tokenizer_folder)
     try:
-        return GenerationDefaults(
+        own = GenerationDefaults(
             temperature=_number(generation, "temperature", 1.0),
             top_p=_number(generation, "top_p", 1.0),
             top_k=int(_number(generation, "top_k", 0)),
@@ -68,6 +73,7 @@ def read_generation_defaults(folder: Path, tokenizer_folder: Path) -> Generation
         )
     except (TypeError, ValueError) as error:
         raise ModelError(f"{folder / 'generation_config.json'} has a value that is no number: {error}.") from error
+    return replace(own, **configured.model_dump(exclude_none=True)) if configured else own
 
 
 def _number(settings: dict[str, Any], name: str, default: float) -> float:

@@ -30,6 +30,9 @@ async def test_ready_shows_the_card(api: httpx.AsyncClient) -> None:
     assert response.status_code == 200
     assert response.json()["status"] == "ready"
     assert response.json()["model"]["context_tokens"] == 256
+    # OpenAI's, as the model here says none.
+    generation = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+    assert response.json()["generation"] == generation
 
 
 async def test_ready_shows_how_far_loading_is(api: httpx.AsyncClient, replica: FakeReplica) -> None:

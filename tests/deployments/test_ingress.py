@@ -41,7 +41,7 @@ def is_ready(response: httpx.Response) -> bool:
 @pytest.fixture(scope="module")
 def url(deployed: Callable[..., str], until: Until, text_folder: Path) -> str:
     """Two replicas of both."""
-    config = AppConfig.model_validate({"model": {"source": str(text_folder)}})
+    config = AppConfig.model_validate({"model": {"source": str(text_folder), "generation": {"top_p": 0.9}}})
     url = deployed(application(config, TOKEN_S, replicas=2), APP)
     until(f"{url}/ready", is_ready, times=20)  # each of the two has loaded its tokenizer
     return url
@@ -52,7 +52,9 @@ def chat(max_tokens: int = 5) -> dict[str, object]:
 
 
 def test_ready_shows_the_card(url: str) -> None:
-    assert get(f"{url}/ready").json()["model"]["fingerprint"] == CARD.fingerprint
+    ready = get(f"{url}/ready").json()
+    assert ready["model"]["fingerprint"] == CARD.fingerprint
+    assert ready["generation"]["top_p"] == 0.9
 
 
 def test_a_stream_of_documents(url: str) -> None:

@@ -3,7 +3,9 @@ from pathlib import Path
 
 import pytest
 from model_builders import tiny_tokenizer
+from pydantic import ValidationError
 
+from serve_app.config import AppConfig, GenerationConfig
 from serve_app.messages import SamplingParams
 from serve_app.models.defaults import GenerationDefaults, read_generation_defaults
 from serve_app.models.errors import ModelError
@@ -24,6 +26,30 @@ def test_what_the_model_says_is_taken(tmp_path: Path) -> None:
     settings = {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.1}
     got = _read(tmp_path, config={"eos_token_id": 7}, generation_config={**settings, "eos_token_id": [9, 3]})
     assert got == GenerationDefaults(0.6, 0.9, 20, 0.05, 1.1, (3, 9))
+
+
+def test_what_is_configured_comes_before_what_the_model_says(tmp_path: Path) -> None:
+    _read(tmp_path, generation_config={"temperature": 0.6, "top_p": 0.9, "top_k": 20, "eos_token_id": 3})
+    configured = GenerationConfig(temperature=0, top_k=0, repetition_penalty=1.2)
+    got = read_generation_defaults(tmp_path, tmp_path, configured)
+    assert got == GenerationDefaults(0.0, 0.9, 0, 0.0, 1.2, (3,))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": -0.1}, {"top_p": 1.1}, {"top_k": -1}, {"min_p": 2}, {"repetition_penalty": 0}, {"top_q": 1}],
+)
+def test_a_configured_default_that_no_sampler_can_honour_is_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(settings))):
+        AppConfig.model_validate({"model": {"generation": settings}})
+
+
+@pytest.mark.parametrize("bound", [0, 1])
+def test_the_bounds_of_what_can_be_configured_make_sampling_parameters(bound: int) -> None:
+    bounds = {"temperature": (0, 100), "top_p": (0, 1), "top_k": (0, 2**31 - 1), "min_p": (0, 1)}
+    for name, values in {**bounds, "repetition_penalty": (0.01, 100)}.items():
+        GenerationConfig(**{name: values[bound]})
+        SamplingParams(seed=0, **{name: values[bound]})
 
 
 def test_null_is_nothing_said(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from serve_app.config import AppConfig, AutoscalingConfig
+from serve_app.config import AppConfig, AutoscalingConfig, GenerationConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
@@ -41,6 +41,8 @@ def page() -> str:
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             sections.append(section(name, inner))
+            if name == "model":
+                sections.append(section("model.generation", GenerationConfig))
             if name == "ingress":
                 sections.append(section("model_server.autoscaling and ingress.autoscaling", AutoscalingConfig))
     top = {name: field for name, field in AppConfig.model_fields.items() if not _is_model(field)}
@@ -74,7 +76,9 @@ def kind(annotation: Any) -> str:
         return f"list of {kind(get_args(annotation)[0])}"
     if origin is dict:
         return "mapping"
-    names = {int: "integer", float: "number", str: "text", bool: "true/false", AutoscalingConfig: "mapping"}
+    names = {int: "integer", float: "number", str: "text", bool: "true/false"}
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "mapping"
     return names.get(annotation, "size")
 
 
@@ -90,6 +94,8 @@ def default(field: FieldInfo) -> str:
         return "-"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
+    if isinstance(value, BaseModel):
+        return "`{}`"
     if isinstance(value, tuple | dict):
         return "`[]`" if isinstance(value, tuple) else "`{}`"
     if isinstance(value, int) and value and value % 2**20 == 0:
