@@ -57,7 +57,7 @@ class SamplingParams:
     """Both over the output only, as OpenAI defines them."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     min_tokens: int = 0
-    """Stop ids can't be chosen before this many output tokens."""
+    """Stop ids can't be chosen before this many output tokens; the ingress has stop strings wait as well."""
     logprobs: int | None = None
     """None: no logprobs. k >= 0: the chosen token's, and the k most likely ones."""
 

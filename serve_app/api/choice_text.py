@@ -75,16 +75,23 @@ class ChoiceText:
     """The state of one choice's text."""
 
     def __init__(
-        self, choice: int, detokenizer: Detokenizer, stops: Sequence[str], stop_token_ids: frozenset[int]
+        self,
+        choice: int,
+        detokenizer: Detokenizer,
+        stops: Sequence[str],
+        stop_token_ids: frozenset[int],
+        min_tokens: int = 0,
     ) -> None:
         """`stop_token_ids` are counted and have neither text nor logprobs.
 
+        A stop string counts only when a token after the first `min_tokens` completes it, as stop ids do.
         Raises `PromptError` for a stop string that can't be used.
         """
         self._choice = choice
         self._detokenizer = detokenizer
         self._stops = StopStrings(stops)
         self._stop_token_ids = stop_token_ids
+        self._min_tokens = min_tokens
         self._logprobs = _HeldLogprobs()
         self.tokens = 0
         """Counted for the caller: all up to the end, EOS included."""
@@ -101,7 +108,7 @@ class ChoiceText:
                 text = self._detokenizer.push(token_id)
                 if batch.logprobs is not None:
                     self._logprobs.add(token_id, batch.logprobs[index])
-            text, stopped = self._show(text)
+            text, stopped = self._show(text, self.tokens + index + 1)
             texts.append(text)
             if stopped:
                 return self._delta(batch, texts, FinishReason.STOP)
@@ -109,17 +116,17 @@ class ChoiceText:
             return self._delta(batch, texts, None)
         return self._finish(batch, texts, batch.finish_reason)
 
-    def _show(self, text: str, *, last: bool = False) -> tuple[str, bool]:
-        """What of the text that is certain now can be shown, and whether a stop string ends it."""
+    def _show(self, text: str, tokens: int, *, last: bool = False) -> tuple[str, bool]:
+        """What of the text that is certain after `tokens` can be shown, and whether a stop string ends it."""
         self._logprobs.made(text, last=last)
-        shown, stopped = self._stops.push(text)
+        shown, stopped = self._stops.push(text, may_stop=tokens > self._min_tokens)
         if last and not stopped:
             shown += self._stops.flush()
         self._logprobs.out(shown)
         return shown, stopped
 
     def _finish(self, batch: TokenBatch, texts: list[str], reason: FinishReason) -> Delta:
-        text, stopped = self._show(self._detokenizer.flush(), last=True)
+        text, stopped = self._show(self._detokenizer.flush(), self.tokens + len(texts), last=True)
         if texts:
             texts[-1] += text
         elif text:

@@ -10,12 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from serve_app.api.errors import from_validation
 from serve_app.api.unknown_fields import NO_EFFECT, NOT_SERVED, UnknownFields, refuse_if_not_served
 
+NO_LIMIT = -1
+"""As `max_tokens`: all that is left of the context, as other servers mean it."""
+ANY_SEED = -1
+"""As `seed`: one is drawn, as if none had been given."""
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1000
 MAX_CHOICES_PER_PROMPT = 8
@@ -25,13 +29,14 @@ MAX_CACHE_SALT_CHARS = 256
 
 
 def _stops(value: Any) -> Any:
-    """None, a string or a list of strings -> a tuple of strings."""
+    """None, a string or a list of strings -> a tuple of strings, without the empty ones, which stop nothing."""
     if value is None:
         return ()
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         raise PydanticCustomError("stop_type", "A string or a list of strings is expected.")
-    if len(stops) > MAX_STOPS or not all(1 <= len(stop) <= MAX_STOP_CHARS for stop in stops):
+    stops = [stop for stop in stops if stop]
+    if len(stops) > MAX_STOPS or not all(len(stop) <= MAX_STOP_CHARS for stop in stops):
         message = f"At most {MAX_STOPS} stop strings of 1 to {MAX_STOP_CHARS} characters each are taken."
         raise PydanticCustomError("stop_value", "{expected}", {"expected": message})
     return tuple(stops)
@@ -51,8 +56,16 @@ def _logit_bias(value: Any) -> Any:
     return tuple((int(key), float(bias)) for key, bias in value.items())
 
 
+def _limit(value: int) -> int:
+    """At least one token, or `NO_LIMIT`: of an answer of none, OpenAI and vLLM want to know nothing either."""
+    if value == 0 or value < NO_LIMIT:
+        raise PydanticCustomError("limit_value", "It must be at least 1, or -1 for all that is left of the context.")
+    return value
+
+
 Stops = Annotated[tuple[str, ...], BeforeValidator(_stops)]
 LogitBias = Annotated[tuple[tuple[int, float], ...], BeforeValidator(_logit_bias)]
+MaxTokens = Annotated[int, AfterValidator(_limit)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -69,15 +82,16 @@ class SamplingFields(RequestModel):
     """
 
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, lt=2**31)
-    """0 is off."""
+    top_p: float | None = Field(None, ge=0, le=1)
+    """0 is greedy: the likeliest token alone."""
+    top_k: int | None = Field(None, ge=-1, lt=2**31)
+    """0 and -1 are off."""
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
-    """A negative seed is the same as the unsigned one with its 64 bits."""
+    """-1 is none. Any other negative seed is the same as the unsigned one with its 64 bits."""
     stop: Stops = ()
     cache_salt: str | None = Field(None, min_length=1, max_length=MAX_CACHE_SALT_CHARS)
     """As in `GenerationRequest`: an extension, as in vLLM."""
@@ -89,11 +103,11 @@ class CompletionParams:
 
     sampling: SamplingFields
     max_tokens: int | None = None
-    """The caller's own limit: refused when it does not fit the context."""
+    """The caller's own limit: cut to what fits the context, and told when it was. None: there is none."""
     default_max_tokens: int | None = None
     """The wire format's limit when the caller has none: cut to what fits. None: all that is left of the context."""
     max_tokens_param: str = "max_tokens"
-    """What the caller called it."""
+    """What the caller called its limit."""
     n: int = 1
     logprobs: int | None = None
     """As in `SamplingParams`."""
@@ -120,7 +134,11 @@ class OpenAIFields(SamplingFields, OpenModel):
     """What /v1/chat/completions and /v1/completions share. The last three are extensions, as in vLLM."""
 
     model: str | None = None
-    """Left out: the one model that is served."""
+    """Left out or empty: the one model that is served."""
+    repetition_penalty: float | None = Field(
+        None, ge=0.01, le=100, validation_alias=AliasChoices("repetition_penalty", "repeat_penalty")
+    )
+    """llama.cpp and Ollama have the other name."""
     n: int | None = Field(None, ge=1, le=MAX_CHOICES_PER_PROMPT)
     logit_bias: LogitBias = ()
     stream: bool | None = None
@@ -133,7 +151,7 @@ class OpenAIFields(SamplingFields, OpenModel):
         """What was asked for; the arguments are what the two schemas write differently."""
         return CompletionParams(
             sampling=self,
-            max_tokens=max_tokens,
+            max_tokens=None if max_tokens == NO_LIMIT else max_tokens,
             max_tokens_param=max_tokens_param,
             n=self.n or 1,
             logprobs=logprobs,

@@ -67,6 +67,9 @@ class RequestScope:
                 answer_headers.update(self._pages.answer_headers(headers))
                 if record.ignored_fields:
                     answer_headers["x-ignored-fields"] = ", ".join(record.ignored_fields)
+                if record.clamped_fields:
+                    clamped = (f"{name}={value}" for name, value in record.clamped_fields.items())
+                    answer_headers["x-clamped-fields"] = ", ".join(clamped)
             await send(message)
             if message["type"] == "http.response.body" and not message.get("more_body", False):
                 record.sent_whole()

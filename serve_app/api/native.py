@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from pydantic import Field
 from starlette.datastructures import QueryParams
 from starlette.responses import Response
 
@@ -16,7 +15,7 @@ from serve_app.api.choice_text import Delta
 from serve_app.api.endpoint import Call
 from serve_app.api.errors import ApiError, bad_request
 from serve_app.api.events import EventWriter, WireFormat, events_of
-from serve_app.api.fields import CompletionParams, SamplingFields, validate
+from serve_app.api.fields import NO_LIMIT, CompletionParams, MaxTokens, SamplingFields, validate
 from serve_app.api.resume import RESUME_QUERY, Resume
 from serve_app.api.service import CompletionService, Usage
 from serve_app.api.sse import EventStream, StreamSettings, event_stream, json_text
@@ -32,8 +31,8 @@ class PromptDocument(SamplingFields):
     """Text to be continued."""
     messages: list[dict[str, Any]] | None = None
     """A chat: {role, content} each; the server writes the model's prompt."""
-    max_tokens: int | None = Field(None, ge=1)
-    """Default 256, or what is left of the context if that is less."""
+    max_tokens: MaxTokens | None = None
+    """Default 256. It is cut to what is left of the context."""
     parse_special: bool = False
     """Whether control tokens in `prompt` are read as such; else they are text."""
 
@@ -42,7 +41,7 @@ class QueryDocument(SamplingFields):
     """The same from a query string: no messages."""
 
     prompt: str
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: MaxTokens | None = None
     parse_special: bool = False
 
 
@@ -66,15 +65,19 @@ class Native:
         else:
             text = document.prompt or ""
             prompt = await self._service.render_text(card, text, parse_special=document.parse_special)
-        params = CompletionParams(
-            sampling=document, max_tokens=document.max_tokens, default_max_tokens=DEFAULT_MAX_TOKENS
-        )
+        params = _params(document)
         plan = self._service.plan(card, [prompt], params, call.record, call.remaining_s())
         if resumable:
             return await self._resume.open(call, plan, NATIVE, {})
         writer = NativeEvents(plan.seed)
         chunks = events_of(self._service.start(plan, call.record), writer)
         return await event_stream(chunks, on_error=writer.failed, settings=self._settings, headers={})
+
+
+def _params(document: PromptDocument) -> CompletionParams:
+    if document.max_tokens == NO_LIMIT:
+        return CompletionParams(sampling=document)
+    return CompletionParams(sampling=document, max_tokens=document.max_tokens, default_max_tokens=DEFAULT_MAX_TOKENS)
 
 
 def _document(call: Call) -> PromptDocument:

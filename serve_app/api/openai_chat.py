@@ -16,7 +16,7 @@ from serve_app.api.choice_text import Delta
 from serve_app.api.endpoint import Call
 from serve_app.api.errors import bad_request
 from serve_app.api.events import WireFormat
-from serve_app.api.fields import CompletionParams, OpenAIFields, validate_open
+from serve_app.api.fields import CompletionParams, MaxTokens, OpenAIFields, validate_open
 from serve_app.api.openai_answer import Answerer, ChoiceSchema, ChunkEvents, finite
 from serve_app.api.service import Plan
 from serve_app.api.sse import EventStream, json_text
@@ -28,8 +28,8 @@ class ChatRequest(OpenAIFields):
     """The body."""
 
     messages: list[dict[str, Any]]
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: MaxTokens | None = None
+    max_completion_tokens: MaxTokens | None = None
     """The newer name of the same."""
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -61,7 +61,7 @@ def _params(request: ChatRequest) -> CompletionParams:
         if max_tokens not in (None, request.max_completion_tokens):
             raise bad_request("Give max_tokens or max_completion_tokens, not both.", param="max_tokens")
         max_tokens, param = request.max_completion_tokens, "max_completion_tokens"
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.top_logprobs and not request.logprobs:
         raise bad_request("top_logprobs needs logprobs to be true.", param="top_logprobs", code="invalid_value")
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     return request.params(max_tokens=max_tokens, max_tokens_param=param, logprobs=logprobs)

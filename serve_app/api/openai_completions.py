@@ -16,7 +16,7 @@ from starlette.responses import Response
 from serve_app.api.choice_text import Delta
 from serve_app.api.endpoint import Call
 from serve_app.api.events import WireFormat
-from serve_app.api.fields import OpenAIFields, validate_open
+from serve_app.api.fields import MaxTokens, OpenAIFields, validate_open
 from serve_app.api.openai_answer import Answerer, ChoiceSchema, ChunkEvents, finite
 from serve_app.api.service import MAX_CHOICES, Plan, Prompt
 from serve_app.api.sse import EventStream, json_text
@@ -40,6 +40,10 @@ def _prompts(value: Any) -> Any:
     return tuple(item if isinstance(item, str) else tuple(item) for item in value)
 
 
+def _logprobs(value: Any) -> Any:
+    return None if value is False else value
+
+
 def _are_ids(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 0 and all(type(item) is int and item >= 0 for item in value)
 
@@ -48,9 +52,12 @@ class CompletionRequest(OpenAIFields):
     """The body."""
 
     prompt: Annotated[tuple[PromptItem, ...], BeforeValidator(_prompts)]
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: MaxTokens | None = None
     """Left out: all that is left of the context (OpenAI's own default of 16 surprises everybody)."""
-    logprobs: int | None = Field(None, ge=0, le=5)
+    logprobs: Annotated[int | None, BeforeValidator(_logprobs)] = Field(None, ge=0, le=5)
+    """Null or false: none."""
+    parse_special: bool | None = None
+    """Whether control tokens in a text are read as such, as on /stream; else they are text."""
     best_of: int | None = Field(None, ge=1)
     """Only as many as `n`: nothing is generated that is not returned."""
     add_special_tokens: bool | None = None
@@ -75,13 +82,13 @@ class Completions:
         if request.add_special_tokens is False:
             raise unsupported("add_special_tokens", "Prompts begin with BOS where the model's do; send token ids.")
         card = await self._service.ready_model(request.model)
-        prompts = [await self._prompt(card, item) for item in request.prompt]
+        prompts = [await self._prompt(card, item, bool(request.parse_special)) for item in request.prompt]
         plan = self._service.plan(card, prompts, params, call.record, call.remaining_s())
         return await self._answerer.answer(call, plan, request, _schema(self._service.tokenizer), TEXT)
 
-    async def _prompt(self, card: ModelCard, item: PromptItem) -> Prompt:
+    async def _prompt(self, card: ModelCard, item: PromptItem, parse_special: bool) -> Prompt:
         if isinstance(item, str):
-            return await self._service.render_text(card, item)
+            return await self._service.render_text(card, item, parse_special=parse_special)
         return Prompt(item, True, "prompt")
 
 

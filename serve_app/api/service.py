@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 
 from serve_app.api.choice_text import ChoiceText, Delta
-from serve_app.api.errors import ApiError, bad_request, from_failure, from_prompt, model_not_found, not_ready
-from serve_app.api.fields import CompletionParams
+from serve_app.api.errors import bad_request, from_failure, from_prompt, model_not_found, not_ready
+from serve_app.api.fields import ANY_SEED, CompletionParams
 from serve_app.chat.conversation import Unknown, refuse_unknown
 from serve_app.chat.detokenizer import Detokenizer
-from serve_app.chat.errors import CONTEXT_LENGTH_EXCEEDED, PromptError
+from serve_app.chat.errors import PromptError, context_exceeded
 from serve_app.chat.prompts import PromptFormatter
 from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.messages import Failure, Fingerprint, GenerationRequest, LoadStage, ModelCard, SamplingParams
@@ -127,7 +127,10 @@ class CompletionService:
         formatter: PromptFormatter,
         defaults: ModelDefaults,
         failover: FailoverSettings | None = None,
+        aliases: frozenset[str] = frozenset(),
     ) -> None:
+        """`aliases`: other names that the model answers to."""
+        self._aliases = aliases
         self.tokenizer: ChatTokenizer = formatter.tokenizer
         self._client = client
         self._formatter = formatter
@@ -144,11 +147,14 @@ class CompletionService:
         return {name: value for name, value in asdict(self._defaults).items() if name != "eos_token_ids"}
 
     async def ready_model(self, name: str | None = None) -> ModelCard:
-        """The card. Raises `ApiError`: 503 while there is no model to serve, 404 when it has another `name`."""
+        """The card. Raises `ApiError`: 503 while there is no model to serve, 404 when it has another `name`.
+
+        No name, or an empty one, is the model's.
+        """
         state = await self._client.model()
         if isinstance(state, LoadStage):
             raise not_ready(state)
-        if name is not None and name != state.name:
+        if name and name != state.name and name not in self._aliases:
             raise model_not_found(name)
         return state
 
@@ -201,7 +207,7 @@ class CompletionService:
         requests: list[GenerationRequest] = []
         for prompt in prompts:
             self._check_ids(card, prompt.ids, prompt.param)
-            max_new_tokens = _max_new_tokens(card, prompt, params)
+            max_new_tokens = _max_new_tokens(_room(card, prompt), params, record)
             if sampling.min_tokens > max_new_tokens:
                 raise bad_request(f"min_tokens is larger than the {max_new_tokens} that can come.", param="min_tokens")
             for _ in range(params.n):
@@ -229,11 +235,13 @@ class CompletionService:
         asked, model = params.sampling, self._defaults
         self._check_ids(card, [token_id for token_id, _ in params.logit_bias], "logit_bias")
         temperature = model.temperature if asked.temperature is None else asked.temperature
+        top_p = model.top_p if asked.top_p is None else asked.top_p
+        greedy = temperature < GREEDY_BELOW or top_p == 0
         return SamplingParams(
-            seed=secrets.randbits(SEED_BITS) if asked.seed is None else asked.seed % 2**64,
-            temperature=0.0 if temperature < GREEDY_BELOW else temperature,
-            top_p=model.top_p if asked.top_p is None else asked.top_p,
-            top_k=model.top_k if asked.top_k is None else asked.top_k,
+            seed=secrets.randbits(SEED_BITS) if asked.seed in (None, ANY_SEED) else asked.seed % 2**64,
+            temperature=0.0 if greedy else temperature,
+            top_p=top_p or 1.0,
+            top_k=model.top_k if asked.top_k is None else max(0, asked.top_k),
             min_p=model.min_p if asked.min_p is None else asked.min_p,
             repetition_penalty=(
                 model.repetition_penalty if asked.repetition_penalty is None else asked.repetition_penalty
@@ -316,6 +324,7 @@ def choice_texts(plan: Plan, tokenizer: ChatTokenizer) -> list[ChoiceText]:
                 Detokenizer(tokenizer, request.prompt_token_ids if plan.continues else ()),
                 plan.stops,
                 plan.stop_token_ids,
+                request.sampling.min_tokens,
             )
             for request in plan.requests
         ]
@@ -323,21 +332,19 @@ def choice_texts(plan: Plan, tokenizer: ChatTokenizer) -> list[ChoiceText]:
         raise from_prompt(error) from None
 
 
-def _max_new_tokens(card: ModelCard, prompt: Prompt, params: CompletionParams) -> int:
-    """Tokens that the answer may have. Raises `ApiError` when prompt and answer can't fit together."""
+def _room(card: ModelCard, prompt: Prompt) -> int:
+    """Tokens that the context leaves for the answer, at least one. Raises `ApiError`."""
     limit = min(card.context_tokens, card.kv_capacity_tokens)
-    left = limit - len(prompt.ids)
-    if left < 1:
-        raise _too_long(f"The prompt has {len(prompt.ids)} tokens; this server's limit is", limit, prompt.param)
+    if len(prompt.ids) >= limit:
+        raise from_prompt(context_exceeded(limit, len(prompt.ids), prompt.param))
+    return limit - len(prompt.ids)
+
+
+def _max_new_tokens(room: int, params: CompletionParams, record: RequestRecord) -> int:
+    """Tokens that the answer may have; `record` is told when they are fewer than the caller's own limit."""
     if params.max_tokens is None:
-        return left if params.default_max_tokens is None else min(left, params.default_max_tokens)
-    if params.max_tokens > left:
-        total = len(prompt.ids) + params.max_tokens
-        what = f"{total} tokens were requested ({len(prompt.ids)} in the {prompt.param}, {params.max_tokens}"
-        raise _too_long(f"{what} in the answer); this server's limit is", limit, params.max_tokens_param)
-    return params.max_tokens
-
-
-def _too_long(what: str, limit: int, param: str) -> ApiError:
-    message = f"{what} {limit} tokens, prompt and answer together."
-    return bad_request(message, param=param, code=CONTEXT_LENGTH_EXCEEDED)
+        return room if params.default_max_tokens is None else min(room, params.default_max_tokens)
+    if params.max_tokens > room:
+        name = params.max_tokens_param
+        record.clamped_fields[name] = min(room, record.clamped_fields.get(name, room))
+    return min(room, params.max_tokens)

@@ -111,6 +111,7 @@ NOT_SERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "cfg_scale": (1,),
         "encoder_repetition_penalty": (1,),
         "no_repeat_ngram_size": (0,),
+        "repeat_last_n": (-1,),
         "temperature_last": (),
         "samplers": (),
         "sampler_priority": (),

@@ -20,5 +20,17 @@ class PromptError(Exception):
         self.code = code
 
 
+def context_exceeded(context_tokens: int, prompt_tokens: int, param: str, *, counted: str = "") -> PromptError:
+    """A prompt that leaves no room for an answer, in the words by which gateways know one (OpenAI's).
+
+    `counted`: "at least " for a count that is a lower bound.
+    """
+    message = (
+        f"This model's maximum context length is {context_tokens} tokens. However, your {param} resulted in {counted}"
+        f"{prompt_tokens} tokens, which leaves no room for an answer. Please reduce the length of the {param}."
+    )
+    return PromptError(message, param=param, code=CONTEXT_LENGTH_EXCEEDED)
+
+
 class TokenizerError(Exception):
     """The model's tokenizer or chat template can't be used: said once, at start-up, to whoever runs the service."""

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from serve_app.chat.conversation import ChatMessage, Unknown, parse_messages, refuse_unknown
 from serve_app.chat.detokenizer import Detokenizer
-from serve_app.chat.errors import CONTEXT_LENGTH_EXCEEDED, PromptError
+from serve_app.chat.errors import PromptError, context_exceeded
 from serve_app.chat.llama2 import Llama2Format
 from serve_app.chat.templates import ChatTemplate
 from serve_app.chat.tokenizer import ChatTokenizer
@@ -89,9 +89,4 @@ class PromptFormatter:
 
 def _require_room(tokens: int, context_tokens: int | None, param: str, counted: str = "") -> None:
     if context_tokens is not None and tokens >= context_tokens:
-        raise PromptError(
-            f"The prompt has {counted}{tokens:,} tokens; the model's context is {context_tokens:,} tokens, prompt and "
-            "answer together.",
-            param=param,
-            code=CONTEXT_LENGTH_EXCEEDED,
-        )
+        raise context_exceeded(context_tokens, tokens, param, counted=counted)

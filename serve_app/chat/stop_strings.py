@@ -29,15 +29,19 @@ class StopStrings:
         self._held = ""
         self.stopped = False
 
-    def push(self, text: str) -> tuple[str, bool]:
-        """Text that is certain to be shown, and whether a stop string was reached (then it is the last)."""
+    def push(self, text: str, *, may_stop: bool = True) -> tuple[str, bool]:
+        """Text that is certain to be shown, and whether a stop string was reached (then it is the last).
+
+        `may_stop` False: one that this text completes is text like any other.
+        """
         if self.stopped:
             return "", True
         if not self._stops:
             return text, False
         available = self._held + text
         for end, character in enumerate(text, start=len(self._held) + 1):
-            if longest := self._advance(character):
+            longest = self._advance(character)
+            if longest and may_stop:
                 self.stopped = True
                 self._held = ""
                 return available[: end - longest], True
@@ -62,6 +66,7 @@ class StopStrings:
                 matched += 1
             if matched == len(stop):
                 longest = max(longest, matched)
+                matched = failure[matched - 1]  # read on only where it does not end the text
             self._matched[index] = matched
         return longest
 

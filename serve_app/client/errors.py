@@ -42,7 +42,7 @@ class BadRequest(APIError):
 
 
 class ContextLengthExceeded(BadRequest):
-    """Prompt plus max_tokens do not fit the model's context or the server's cache; the message has the limit."""
+    """The prompt does not fit the model's context or the server's cache; the message has the limit."""
 
 
 class ServerError(APIError):

@@ -139,9 +139,15 @@ class Ingress:
         import_without_torch()
         from serve_app.api.app import create_app
         from serve_app.api.service import CompletionService, ModelDefaults
+        from serve_app.models.names import aliases
 
         formatter, defaults = _load_tokenizer(self._config, Reporter(self._note))
-        service = CompletionService(self._client, formatter, ModelDefaults(**dataclasses.asdict(defaults)))
+        service = CompletionService(
+            self._client,
+            formatter,
+            ModelDefaults(**dataclasses.asdict(defaults)),
+            aliases=aliases(self._config.model),
+        )
         self._streams = open_streams(self._client, self._config.streams, self._app_name)
         return create_app(service, self._streams, self._config.api, self._metrics, pages=self._pages)
 

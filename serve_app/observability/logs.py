@@ -48,6 +48,8 @@ class RequestRecord:
     output_tokens: int = 0
     ignored_fields: list[str] = field(default_factory=list)
     """Names of the request's fields that nobody knows, safe to be written in a header."""
+    clamped_fields: dict[str, int] = field(default_factory=dict)
+    """Fields that asked for more than there is -> what they got."""
     arrived: float = field(default_factory=monotonic)
     first_token: float | None = None
     last_token: float | None = None

@@ -116,6 +116,7 @@ async def make_app(tokenizer: ChatTokenizer, eos: int, metrics: MemoryMetrics) -
         journals: JournalStore | None = None,
         resume: ResumeSettings | None = None,
         bound_to: str | None = None,
+        aliases: frozenset[str] = frozenset(),
         **config: object,
     ) -> Starlette:
         failover = failover or FailoverSettings(silence_s=60, max_attempts=3, first_backoff_s=0.001, max_backoff_s=0.01)
@@ -124,6 +125,7 @@ async def make_app(tokenizer: ChatTokenizer, eos: int, metrics: MemoryMetrics) -
             PromptFormatter.from_config(tokenizer, ChatConfig()),
             ModelDefaults(**{"eos_token_ids": (eos,), **(defaults or {})}),  # type: ignore[arg-type]
             failover,
+            aliases,
         )
         streams = ResumableStreams(
             replica,

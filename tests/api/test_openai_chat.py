@@ -277,19 +277,19 @@ async def test_fields_that_change_nothing_are_taken(api: httpx.AsyncClient) -> N
         ("temperature", True, "invalid_type"),
         ("temperature", 2.1, "invalid_value"),
         ("temperature", -0.1, "invalid_value"),
-        ("top_p", 0, "invalid_value"),
+        ("top_p", -0.1, "invalid_value"),
         ("top_k", 2**40, "invalid_value"),
+        ("top_k", -2, "invalid_value"),
         ("max_tokens", 0, "invalid_value"),
-        ("max_tokens", -1, "invalid_value"),
+        ("max_tokens", -2, "invalid_value"),
+        ("max_completion_tokens", 0, "invalid_value"),
         ("max_tokens", 1.5, "invalid_type"),
-        ("max_tokens", 10**9, "context_length_exceeded"),
-        ("max_completion_tokens", 10**9, "context_length_exceeded"),
         ("min_tokens", 10**6, None),
         ("n", 9, "invalid_value"),
         ("n", 0, "invalid_value"),
         ("seed", 2**64, "invalid_value"),
+        ("seed", -(2**63) - 1, "invalid_value"),
         ("seed", "7", "invalid_type"),
-        ("stop", "", "invalid_value"),
         ("stop", 5, "invalid_type"),
         ("stop", ["a"] * 17, "invalid_value"),
         ("stop", ["x" * 1001], "invalid_value"),
@@ -347,21 +347,128 @@ async def test_a_prompt_longer_than_the_context(api: httpx.AsyncClient) -> None:
     assert response.status_code == 400
     error = response.json()["error"]
     assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
-    assert "256" in error["message"]
+    assert error["message"].startswith("This model's maximum context length is 256 tokens. However, your messages ")
 
 
-async def test_prompt_and_answer_together_longer_than_the_cache(api: httpx.AsyncClient, replica: FakeReplica) -> None:
+async def test_a_prompt_longer_than_the_cache(api: httpx.AsyncClient, replica: FakeReplica) -> None:
+    replica.state = card(kv_capacity_tokens=4, vocab_size=1000)
+    error = (await api.post(URL, json=HI)).json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+    assert error["message"].startswith("This model's maximum context length is 4 tokens. However, your messages ")
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+@pytest.mark.parametrize(
+    ("stream", "headers"), [(False, {}), (True, {}), (True, {"X-Stream-Resume": "1"})], ids=["whole", "plain", "resume"]
+)
+async def test_more_tokens_than_there_is_room_for_are_clamped(
+    api: httpx.AsyncClient, replica: FakeReplica, name: str, stream: bool, headers: dict[str, str]
+) -> None:
     replica.state = card(kv_capacity_tokens=64, vocab_size=1000)
-    response = await api.post(URL, json={**HI, "max_tokens": 64})
-    assert response.status_code == 400
-    assert "64" in response.json()["error"]["message"]
+    response = await api.post(URL, json={**HI, name: 10**9, "stream": stream}, headers=headers)
+    assert response.status_code == 200
+    room = 64 - len(replica.requests[0].prompt_token_ids)
+    assert replica.requests[0].max_new_tokens == room
+    assert response.headers["x-clamped-fields"] == f"{name}={room}"
+    response = await api.post(URL, json={**HI, name: room, "stream": stream}, headers=headers)
+    assert replica.requests[1].max_new_tokens == room
+    assert "x-clamped-fields" not in response.headers
 
 
-async def test_another_model_is_not_found(api: httpx.AsyncClient) -> None:
+async def test_another_model_is_not_found(
+    replica: FakeReplica, make_app: Callable[..., Starlette], http: Callable[[Starlette], httpx.AsyncClient]
+) -> None:
+    api = http(make_app(replica, aliases=frozenset({"owner/tiny"})))
     response = await api.post(URL, json={**HI, "model": "gpt-4o"})
     assert response.status_code == 404
     assert response.json()["error"]["code"] == "model_not_found"
     assert (await api.post(URL, json={"messages": HI["messages"]})).status_code == 200
+    for name in ("", "tiny", "owner/tiny", None):
+        response = await api.post(URL, json={**HI, "model": name})
+        assert (response.status_code, response.json()["model"]) == (200, "tiny")
+    assert (await api.get("/v1/models/owner/tiny")).json()["id"] == "tiny"
+    assert (await api.get("/v1/models/owner/other")).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"top_p": 0, "temperature": 1}, {"temperature": 0.0, "top_p": 1.0}),
+        ({"top_k": -1}, {"top_k": 0}),
+        ({"repeat_penalty": 1.3, "repeat_last_n": -1}, {"repetition_penalty": 1.3}),
+        ({"top_logprobs": 0}, {"logprobs": None}),
+        ({"top_logprobs": 0, "logprobs": True}, {"logprobs": 0}),
+        ({"seed": -2}, {"seed": 2**64 - 2}),
+        ({"seed": -(2**63)}, {"seed": 2**63}),
+    ],
+)
+async def test_values_mean_what_they_mean_elsewhere(
+    api: httpx.AsyncClient, replica: FakeReplica, fields: dict[str, Any], told: dict[str, Any]
+) -> None:
+    response = await api.post(URL, json={**HI, **fields})
+    assert response.status_code == 200, response.text
+    assert {name: getattr(replica.requests[0].sampling, name) for name in told} == told
+    assert "x-ignored-fields" not in response.headers
+
+
+@pytest.mark.parametrize("url", [URL, "/v1/completions", "/stream"])
+async def test_a_seed_of_minus_one_is_none(api: httpx.AsyncClient, replica: FakeReplica, url: str) -> None:
+    body = HI if url == URL else {"prompt": "Hi"}
+    for _ in range(2):
+        await api.post(url, json={**body, "seed": -1})
+    first, second = (request.sampling.seed for request in replica.requests)
+    assert first != second
+    assert max(first, second) < 2**53
+
+
+@pytest.mark.parametrize("url", [URL, "/v1/completions", "/stream"])
+@pytest.mark.parametrize("stop", ["", [""], []])
+async def test_no_limit_and_no_stop(api: httpx.AsyncClient, replica: FakeReplica, url: str, stop: Any) -> None:
+    replica.state = card(context_tokens=1000, kv_capacity_tokens=1000, vocab_size=1000)
+    body = {"messages": HI["messages"]} if url == URL else {"prompt": "Hi"}
+    response = await api.post(url, json={**body, "max_tokens": -1, "stop": stop})
+    assert response.status_code == 200, response.text
+    (request,) = replica.requests
+    assert request.max_new_tokens == 1000 - len(request.prompt_token_ids)
+    response = await api.post(url, json={**body, "stop": ["", "fox"]})
+    assert "jumps" not in response.text
+    assert "says" not in response.text
+
+
+@pytest.mark.parametrize("batch", [1, 3, 100])
+@pytest.mark.parametrize(
+    ("stop", "answer"), [("fox", "a fox, a fox"), ("a", "a a a a a a"), (["ox, a fo", "x"], "a fox, a fox")]
+)
+async def test_stop_strings_wait_for_min_tokens(
+    api: httpx.AsyncClient,
+    replica: FakeReplica,
+    tokenizer: ChatTokenizer,
+    writes: Callable[..., Script],
+    batch: int,
+    stop: Any,
+    answer: str,
+) -> None:
+    ids = tokenizer.encode_text(answer, add_bos=False, parse_special=False)
+    ends = [len(tokenizer.decode(ids[: index + 1])) for index in range(len(ids))]
+    stops = [stop] if isinstance(stop, str) else stop
+    for least in range(len(ids) + 1):
+        replica.scripts = [writes(answer, batch=batch)]
+        asked = {**HI, "stop": stop, "min_tokens": least}
+        whole = (await api.post(URL, json=asked)).json()["choices"][0]["message"]["content"]
+        # The first place where a stop string is complete in the text of a later token than the first `least`.
+        before = ends[least - 1] if least else 0
+        done = [
+            (end, end - len(one))
+            for end in range(before + 1, len(answer) + 1)
+            for one in stops
+            if answer.endswith(one, 0, end)
+        ]
+        assert whole == (answer[: min(done)[1]] if done else answer)
+        for headers in ({}, {"X-Stream-Resume": "1"}):
+            response = await api.post(URL, json={**asked, "stream": True}, headers=headers)
+            lines = [line[6:] for line in response.text.splitlines() if line.startswith("data: {")]
+            choices = [entry for line in lines for entry in json.loads(line)["choices"]]
+            assert "".join(one["delta"].get("content") or "" for one in choices) == whole
 
 
 async def test_both_names_of_max_tokens(api: httpx.AsyncClient) -> None:

@@ -119,7 +119,7 @@ async def test_offsets_stay_inside_the_text(api: httpx.AsyncClient) -> None:
         ({"prompt": "Hi", "logprobs": 6}, "logprobs"),
         ({"prompt": "Hi", "logprobs": True}, "logprobs"),
         ({"prompt": "Hi", "messages": [{}]}, "messages"),
-        ({"prompt": "Hi", "max_tokens": 300}, "max_tokens"),
+        ({"prompt": "Hi", "max_tokens": 0}, "max_tokens"),
     ],
 )
 async def test_refused_by_name(
@@ -131,8 +131,23 @@ async def test_refused_by_name(
     assert replica.requests == []
 
 
+async def test_of_several_prompts_the_smallest_room_is_told(api: httpx.AsyncClient, replica: FakeReplica) -> None:
+    response = await api.post(URL, json={"prompt": [[5] * 10, [5] * 30, [5] * 20], "max_tokens": 240})
+    assert [request.max_new_tokens for request in replica.requests] == [240, 226, 236]
+    assert response.headers["x-clamped-fields"] == "max_tokens=226"
+
+
+async def test_control_tokens_are_read_where_the_caller_says_so(
+    api: httpx.AsyncClient, replica: FakeReplica, tokenizer: ChatTokenizer
+) -> None:
+    for parse_special in (None, False, True):
+        await api.post(URL, json={"prompt": ["a<|im_end|>", "b"], "parse_special": parse_special})
+    controls = [tokenizer.control_ids.intersection(request.prompt_token_ids) for request in replica.requests]
+    assert list(map(len, controls)) == [0, 0, 0, 0, 1, 0]
+
+
 async def test_what_asks_for_nothing_is_taken(api: httpx.AsyncClient) -> None:
-    fields = {"prompt": "Hi", "echo": False, "suffix": None, "best_of": 1, "user": "u", "n": None}
+    fields = {"prompt": "Hi", "echo": False, "suffix": None, "best_of": 1, "user": "u", "n": None, "logprobs": False}
     assert (await api.post(URL, json=fields)).status_code == 200
 
 

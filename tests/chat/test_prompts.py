@@ -85,7 +85,7 @@ def test_an_empty_prompt_is_refused(formatter: PromptFormatter) -> None:
 def test_prompts_that_leave_no_room_are_refused(formatter: PromptFormatter) -> None:
     ids = formatter.render_text("one two three")
     assert formatter.render_text("one two three", context_tokens=len(ids) + 1) == ids
-    with pytest.raises(PromptError, match=f"{len(ids)} tokens; the model's context is {len(ids)}") as caught:
+    with pytest.raises(PromptError, match=f"maximum context length is {len(ids)} tokens. However") as caught:
         formatter.render_text("one two three", context_tokens=len(ids))
     assert (caught.value.param, caught.value.code) == ("prompt", "context_length_exceeded")
     with pytest.raises(PromptError, match="context") as caught:
