@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from ray_folder import private_ray_folder
 
 pytest_plugins = ["missing_programs", "reruns"]
 
@@ -42,7 +43,14 @@ class Cluster:
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+def ray_folder() -> Iterator[Path]:
+    """Ray's folder of this session, which the user's own programs don't look into."""
+    with private_ray_folder() as folder:
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def cluster(ray_folder: Path) -> Iterator[Cluster]:
     """Ray with 4 logical CPUs and Serve's proxy on a free port."""
     # Ray listens on the machine's own address. A token of our own: no file in the home folder of who runs the tests.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

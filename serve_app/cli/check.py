@@ -16,6 +16,7 @@ from serve_app.cli.capacity import size, streams
 from serve_app.cli.config_file import ConfigFile, ServedApp, load
 from serve_app.cli.errors import CommandError
 from serve_app.cli.progress import ProgressLine
+from serve_app.cli.ray_address import stale_address
 from serve_app.config import AppConfig, EngineConfig, ReplicasConfig
 from serve_app.memory import available_memory_bytes
 
@@ -46,7 +47,10 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"  {line}")
         if plan is not None and not _on_gpu(app.config):
             memory_bytes += _least(app.config.model_server) * (plan.total_bytes + REPLICA_BYTES)
-    for warning in [*shortages(file), *_memory_shortage(memory_bytes), *_slow_kernels(file)]:
+    warnings = [*shortages(file), *_memory_shortage(memory_bytes), *_slow_kernels(file)]
+    if stale := stale_address(os.environ):
+        warnings.append(stale)
+    for warning in warnings:
         print(f"\nwarning: {warning}")
     return 0
 

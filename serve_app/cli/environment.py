@@ -25,13 +25,17 @@ SERVER_ENVIRONMENT = {
     # 32 s (loadtest/chaos.py).
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
 }
+_NOT_SET = ("RAY_ADDRESS", "")
 
 
 def server_environment(current: Mapping[str, str]) -> dict[str, str]:
-    """`current` with this table's variables added where they are not set."""
-    return {**SERVER_ENVIRONMENT, **current}
+    """`current` with this table's variables added where they are not set.
+
+    An empty RAY_ADDRESS is none to Ray either, which would then join the last cluster of this machine.
+    """
+    return {**SERVER_ENVIRONMENT, **{name: value for name, value in current.items() if (name, value) != _NOT_SET}}
 
 
 def own_cluster(environment: Mapping[str, str]) -> bool:
     """Whether `serve run` will start a Ray of its own on this machine, rather than join one."""
-    return environment.get("RAY_ADDRESS") in ("", "local")
+    return environment["RAY_ADDRESS"] == "local"

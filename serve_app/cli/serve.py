@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -24,6 +25,7 @@ from serve_app.cli.config_file import LAST_PORT, ConfigFile, load
 from serve_app.cli.environment import own_cluster, server_environment
 from serve_app.cli.errors import CommandError
 from serve_app.cli.haproxy import haproxy_environment
+from serve_app.cli.ray_address import answers, stale_address
 from serve_app.cli.state import claim, state_directory
 from serve_app.client import Client, ConnectionLost, Readiness, ServeAppError
 
@@ -48,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     host = arguments.host if arguments.host is not None else file.host
     port = arguments.port if arguments.port is not None else file.port
     environment = server_environment(os.environ)
+    _look_for_cluster(environment)
     with claim(port) as held:
         if own_cluster(environment):  # on a running cluster the port and the weights are needed on its nodes, not here
             require_free(host, port)
@@ -70,6 +73,23 @@ def run(arguments: argparse.Namespace) -> int:
             failed = _watch(child, file, announce.address(file, host, port), stopping)
             status = child.wait()
     return 1 if failed or (status and not stopping.begun) else 0
+
+
+def _look_for_cluster(environment: Mapping[str, str]) -> None:
+    """Raise CommandError when the cluster to serve on does not answer: Ray would wait minutes for it.
+
+    A service with a Ray of its own starts all the same, and the user is told of the address that Ray has kept.
+    """
+    stale = stale_address(environment)
+    if own_cluster(environment):
+        if stale:
+            print(f"serve-app serve: note: {stale}", file=sys.stderr)
+        return
+    named = environment["RAY_ADDRESS"]
+    if named == "auto" and stale:
+        raise CommandError(stale)
+    if named != "auto" and not answers(named.partition("://")[2] or named):
+        raise CommandError(f"no Ray cluster answers at {named}, the address in RAY_ADDRESS; mend it, or unset it")
 
 
 def require_free(host: str, port: int) -> None:

@@ -79,6 +79,16 @@ def test_too_few_cpus_is_a_warning(tmp_path: Path, model: Path, capsys: pytest.C
     assert "warning: CPUs needed: 10001; this machine has" in capsys.readouterr().out
 
 
+def test_the_address_of_a_cluster_that_has_ended_is_a_warning(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+    assert main(["check", write(tmp_path, model={"source": str(model)})]) == 0
+    assert "ray_current_cluster names a Ray cluster that does not answer any more (127." in capsys.readouterr().out
+
+
 def test_a_cache_is_counted_as_far_as_requests_can_fill_it(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

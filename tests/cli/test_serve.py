@@ -279,6 +279,42 @@ def test_what_the_user_has_set_stays() -> None:
     assert own_cluster(server_environment({}))
 
 
+def test_an_empty_ray_address_is_none() -> None:
+    assert server_environment({"RAY_ADDRESS": ""})["RAY_ADDRESS"] == "local"
+
+
+@pytest.fixture
+def stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, port: int) -> str:
+    """The address of a cluster that has ended, as Ray keeps it."""
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{port}")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    return f"rm {tmp_path / 'ray' / 'ray_current_cluster'}"
+
+
+def test_a_stale_address_is_said_and_the_service_starts(
+    config: Path, stale: str, start: Callable[..., Serving]
+) -> None:
+    serving = start(str(config))
+    serving.wait_for("serve_app is ready")
+    serving.process.send_signal(signal.SIGINT)
+    assert serving.end() == 0
+    assert serving.output.count(stale) == 1
+
+
+def test_a_cluster_that_does_not_answer_is_not_waited_for(
+    config: Path, stale: str, port: int, start: Callable[..., Serving]
+) -> None:
+    serving = start(str(config), RAY_ADDRESS="auto")
+    assert serving.end() == 1
+    assert stale in serving.output
+    for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
+        serving = start(str(config), RAY_ADDRESS=address)
+        assert serving.end() == 1
+        assert f"no Ray cluster answers at {address}, the address in RAY_ADDRESS" in serving.output
+    assert "fake serve run" not in serving.output
+
+
 def crash(state: Path) -> Path:
     """Leave behind what a service on port 8000 does that has crashed."""
     (state / "servers").mkdir(parents=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from running_streams import Service, flowing, going_on, moves
 
 from serve_app.app import _free_by_node
+from serve_app.cli.ray_address import address_file
 from serve_app.config import AppConfig
 from serve_app.streams.generation import FailoverSettings
 
@@ -71,6 +73,18 @@ def node(occupant: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
         _, left = psutil.wait_procs(family, timeout=10)
         for process in left:
             process.kill()
+
+
+def test_the_users_own_programs_find_no_address_of_this_cluster(node: str, ray_folder: Path) -> None:
+    ours = ray.get_runtime_context().gcs_address
+    noted = address_file(os.environ)
+    deadline = time.monotonic() + 60
+    while not (noted.exists() and noted.read_text() == ours):  # `ray start` notes it once the node has joined
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert noted.is_relative_to(ray_folder)
+    users = address_file({name: value for name, value in os.environ.items() if name != "RAY_TMPDIR"})
+    assert not users.exists() or users.read_text() != ours
 
 
 def application(grace_s: float, enough: Path) -> serve.Application:
