@@ -26,6 +26,9 @@ LOADING_FOR_S = 0.5
 """Age of an answer "loading" that is still given: people watch it."""
 _ANSWERING = ("RUNNING", "PENDING_MIGRATION")
 """States of replicas that take requests; in the second one on a node that is being drained, until another is up."""
+_NO_PLACE = "to be scheduled"
+_FAILED_ONCE = "failed to start"
+"""What Serve's messages hold while no node has room for a replica, and after a try that failed."""
 
 
 def judge(
@@ -45,9 +48,20 @@ def judge(
         return card  # also while one wakes: the requests that woke it wait for it
     if stage is not None:
         return stage
-    if deployment is not None and deployment.message and not died:
-        return LoadStage(f"waiting for a place in the cluster ({_last_line(deployment.message)})")
-    return LoadStage("starting a model replica")
+    return LoadStage(_stage_by_serve(deployment.message if deployment is not None and not died else ""))
+
+
+def _stage_by_serve(message: str) -> str:
+    """The stage of a replica that has said nothing itself yet, or nothing since it loaded the model.
+
+    Serve's messages are remarks for operators, most of them no stage: of a replica that takes its time, or of the last
+    change of their number. Two of them say what the start waits for.
+    """
+    if _FAILED_ONCE in message:
+        return f"starting a model replica again ({_last_line(message)})"
+    if _NO_PLACE in message:
+        return f"waiting for a place in the cluster ({_last_line(message)})"
+    return "starting a model replica"
 
 
 def answers(deployment: DeploymentStatusOverview | None) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 from fake_model_server import CARD
+from ray.serve._private import deployment_state
 from ray.serve.schema import DeploymentStatusOverview
 
 from serve_app.config import AppConfig
@@ -61,10 +64,36 @@ def test_a_failure_without_a_note_is_told_by_its_last_line() -> None:
 
 
 def test_a_replica_that_has_no_place_says_what_it_waits_for() -> None:
-    overview = deployment("UPDATING", "waiting for 1 GPU", STARTING=1)
-    answer = judge(overview, None, None, may_sleep=False)
-    assert isinstance(answer, LoadStage)
-    assert "1 GPU" in answer.stage
+    message = 'It has 1 replicas that have taken more than 30s to be scheduled. Resources required: {"GPU": 1}.'
+    overview = deployment("UPDATING", message, STARTING=1)
+    assert judge(overview, None, None, may_sleep=False) == LoadStage(f"waiting for a place in the cluster ({message})")
+
+
+@pytest.mark.parametrize("card", [None, CARD])
+@pytest.mark.parametrize(
+    "remark",
+    [
+        "Upscaling from 0 to 1 replicas.",
+        "It has 1 replicas that have taken more than 30s to initialize.\nThis may be caused by a slow __init__ or "
+        "reconfigure method.",
+    ],
+)
+def test_a_remark_of_serve_is_no_stage(card: ModelCard | None, remark: str) -> None:
+    """The replica has a place: it is being made, or has loaded the model and is about to be routed to."""
+    answer = judge(deployment("UPDATING", remark, STARTING=1), card, None, may_sleep=False)
+    assert answer == LoadStage("starting a model replica")
+
+
+def test_a_try_that_failed_is_told_while_the_next_one_starts() -> None:
+    message = "A replica failed to start with exception. Retrying 2 more time(s). Error:\nTraceback:\nMemoryError: no\n"
+    answer = judge(deployment("UPDATING", message, STARTING=1), None, None, may_sleep=False)
+    assert answer == LoadStage("starting a model replica again (MemoryError: no)")
+
+
+def test_the_words_are_serves_own() -> None:
+    said = inspect.getsource(deployment_state)
+    assert 's to be scheduled. "' in said
+    assert 'f"A replica failed to start with exception.' in said
 
 
 class Looking(Readiness):
