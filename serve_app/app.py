@@ -15,6 +15,7 @@ from ray._private import state as ray_state
 from ray.serve.config import AutoscalingConfig
 
 from serve_app.config import AppConfig, ReplicasConfig
+from serve_app.demo_config import demo_arguments
 from serve_app.deployments.ingress import Ingress
 from serve_app.deployments.model_server import ModelServer
 from serve_app.deployments.request_router import ModelRouter
@@ -44,6 +45,11 @@ def build(args: AppConfig) -> serve.Application:
     # an update was an outage until the next deploy. What is known to fail again fails at once each time.
     ingress = serve.deployment(name="Ingress", **replica_options(args.ingress, surge_percent) | health)(Ingress)
     return ingress.bind(args, model_server.bind(args))
+
+
+def demo(args: dict[str, Any]) -> serve.Application:
+    """The demo's application, for `serve run serve_app.app:demo` anywhere; `args` replace sections of its config."""
+    return build(AppConfig.model_validate({**demo_arguments(), **args}))
 
 
 def _room_for_one_more(args: AppConfig) -> bool:

@@ -18,6 +18,7 @@ from serve_app.cli.errors import CommandError
 from serve_app.cli.progress import ProgressLine
 from serve_app.cli.ray_address import stale_address
 from serve_app.config import AppConfig, EngineConfig, ReplicasConfig
+from serve_app.demo_config import DEMO_CONFIG
 from serve_app.memory import available_memory_bytes
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ with the demo model (docs/operations.md: 1,181 MB with 538 of weights and 300 of
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("config", nargs="?", default=DEMO_CONFIG, help=f"default: the demo's, {DEMO_CONFIG}")
 
 
 def run(arguments: argparse.Namespace) -> int:

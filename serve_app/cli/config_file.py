@@ -16,9 +16,11 @@ from pydantic import BaseModel, ValidationError
 from serve_app.cli.errors import CommandError
 from serve_app.cli.yaml_lines import Document, Path, YamlError, parse
 from serve_app.config import AppConfig
+from serve_app.demo_config import DEMO_CONFIG
 from serve_app.deployments.serve_schema import ServeDeploySchema
 
 IMPORT_PATH = "serve_app.app:build"
+DEMO_IMPORT_PATH = "serve_app.app:demo"
 LAST_PORT = 65535
 
 
@@ -75,7 +77,7 @@ def read(path: FilePath) -> ConfigFile | list[Problem]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise CommandError(f"there is no file {path}; give the path of a config, e.g. configs/serve.yaml", 2) from None
+        raise CommandError(f"there is no file {path}; give the path of a config, e.g. {DEMO_CONFIG}", 2) from None
     except IsADirectoryError:
         raise CommandError(f"{path} is a folder; give the path of a config in it", 2) from None
     except UnicodeDecodeError as error:
@@ -118,6 +120,10 @@ def _problems(document: Document) -> Iterator[Problem]:
         if import_path == IMPORT_PATH:
             ours += 1
             yield from _schema_problems(AppConfig, application.get("args", {}), (*path, "args"))
+        elif import_path == DEMO_IMPORT_PATH:
+            ours += 1
+            message = f"{import_path} is for `serve run {import_path}`; in a config write {IMPORT_PATH}"
+            yield Problem((*path, "import_path"), message)
         elif isinstance(import_path, str) and difflib.SequenceMatcher(None, import_path, IMPORT_PATH).ratio() > 0.75:
             ours += 1
             yield Problem((*path, "import_path"), f"{import_path!r} does not exist; did you mean {IMPORT_PATH}?")

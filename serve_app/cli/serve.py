@@ -28,8 +28,8 @@ from serve_app.cli.haproxy import haproxy_environment
 from serve_app.cli.ray_address import answers, stale_address
 from serve_app.cli.state import claim, state_directory
 from serve_app.client import Client, ConnectionLost, Readiness, ServeAppError
+from serve_app.demo_config import DEMO_CONFIG
 
-DEFAULT_CONFIG = "configs/serve.yaml"
 SERVE_RUN = (sys.executable, "-m", "ray.serve.scripts", "run")
 """`serve run`, of this very environment, whatever PATH holds."""
 DEFAULT_PORT = 8000
@@ -39,7 +39,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("config", nargs="?", default=DEFAULT_CONFIG, help=f"default: {DEFAULT_CONFIG}")
+    parser.add_argument("config", nargs="?", default=DEMO_CONFIG, help=f"default: the demo's, {DEMO_CONFIG}")
     parser.add_argument("--port", type=int, help="serve on this port in place of the config's")
     parser.add_argument("--host", help="listen on this address in place of the config's (0.0.0.0: on all)")
 

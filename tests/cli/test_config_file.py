@@ -53,6 +53,13 @@ def test_a_good_file(tmp_path: Path) -> None:
     assert (app.name, app.route_prefix, app.config.engine.max_running) == ("a", "/", 4)
 
 
+def test_the_demos_application_takes_no_config(tmp_path: Path) -> None:
+    assert problems(tmp_path, GOOD.replace(":build", ":demo")) == [
+        "c.yaml:7: applications[0].import_path: serve_app.app:demo is for `serve run serve_app.app:demo`; in a config "
+        "write serve_app.app:build"
+    ]
+
+
 def test_args_may_be_left_out(tmp_path: Path) -> None:
     assert problems(tmp_path, GOOD.partition("    args:")[0]) == []
 
