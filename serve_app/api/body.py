@@ -6,6 +6,7 @@ Promises a decoded JSON object or an `ApiError` that says what is wrong with the
 from __future__ import annotations
 
 import asyncio
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from typing import Any
 
 from pydantic_core import from_json
@@ -70,6 +71,9 @@ async def _read(receive: Receive, max_bytes: int) -> bytes:
 
 
 def _decode(body: bytes, content_type: str) -> dict[str, Any]:
+    if body.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) or b"\0" in body[:2]:  # of UTF-8 it has none
+        raise bad_request("The request body is UTF-16 or UTF-32; send JSON as UTF-8.", code="invalid_json")
+    body = body.removeprefix(BOM_UTF8)  # Windows' editors and PowerShell write one
     if not body.strip():
         raise bad_request("The request body is empty; send a JSON object.", code="invalid_json")
     try:

@@ -19,7 +19,7 @@ from serve_app.api.events import WireFormat
 from serve_app.api.fields import CompletionParams, MaxTokens, OpenAIFields, validate_open
 from serve_app.api.openai_answer import Answerer, ChoiceSchema, ChunkEvents, finite
 from serve_app.api.service import Plan
-from serve_app.api.sse import EventStream, json_text
+from serve_app.api.sse import EventStream, json_text, one_line
 from serve_app.chat.token_texts import TokenTexts
 from serve_app.chat.tokenizer import ChatTokenizer
 
@@ -92,7 +92,7 @@ class _ChatSchema(ChoiceSchema):
         start = f'{{"index": {delta.choice}, "delta": '
         text = "".join(delta.texts)
         if delta.logprobs:
-            logprobs = json.dumps(self._logprobs([delta]), ensure_ascii=False)
+            logprobs = one_line(json.dumps(self._logprobs([delta]), ensure_ascii=False))
             yield f'{start}{{"content": {json_text(text)}}}, "logprobs": {logprobs}, "finish_reason": null}}'
         elif text:
             yield f'{start}{{"content": {json_text(text)}}}, "logprobs": null, "finish_reason": null}}'

@@ -19,7 +19,7 @@ from serve_app.api.events import WireFormat
 from serve_app.api.fields import MaxTokens, OpenAIFields, validate_open
 from serve_app.api.openai_answer import Answerer, ChoiceSchema, ChunkEvents, finite
 from serve_app.api.service import MAX_CHOICES, Plan, Prompt
-from serve_app.api.sse import EventStream, json_text
+from serve_app.api.sse import EventStream, json_text, one_line
 from serve_app.api.unknown_fields import unsupported
 from serve_app.chat.token_texts import TokenTexts
 from serve_app.chat.tokenizer import ChatTokenizer
@@ -112,7 +112,7 @@ class _TextSchema(ChoiceSchema):
         if text or delta.logprobs or delta.finish_reason is not None:
             logprobs = "null"
             if delta.logprobs:
-                logprobs = json.dumps(self._logprobs([delta]), ensure_ascii=False)
+                logprobs = one_line(json.dumps(self._logprobs([delta]), ensure_ascii=False))
             reason = "null" if delta.finish_reason is None else f'"{delta.finish_reason}"'
             start = f'{{"index": {delta.choice}, "text": {json_text(text)}'
             yield f'{start}, "logprobs": {logprobs}, "finish_reason": {reason}}}'

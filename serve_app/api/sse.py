@@ -11,7 +11,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
-from json import JSONEncoder
+from json.encoder import encode_basestring
 
 from starlette.types import Receive, Scope, Send
 
@@ -33,8 +33,22 @@ _HEADERS = (
 _PACE_BYTES = 2**18
 """Unsent bytes beyond which a paced stream waits for its client."""
 
-json_text: Callable[[str], str] = JSONEncoder(ensure_ascii=False).encode
-"""A string as JSON, quotes included; a tenth of the time of `json.dumps(..., ensure_ascii=False)`."""
+_LINE_ENDS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
+"""Those that JSON leaves as they are. None of them is printable to `str.isprintable`."""
+
+
+def json_text(text: str) -> str:
+    """A string as JSON on one line, quotes included.
+
+    About 0.1 us for a token's text, a tenth of the time of `json.dumps(..., ensure_ascii=False)`.
+    """
+    quoted = encode_basestring(text)
+    return quoted if quoted.isascii() or quoted.isprintable() else one_line(quoted)
+
+
+def one_line(json: str) -> str:
+    """The same JSON without the characters at which many clients end a line, though SSE does not: NEL, LS and PS."""
+    return json.translate(_LINE_ENDS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,12 @@ HI = b'{"prompt": "Hi"}'
         (b'{"a":' * 100_000, "not valid JSON"),
         (b'{"prompt": "\xff"}', "not valid UTF-8 (byte 12)"),
         (b"\x1f\x8b\x08\x00", "not valid UTF-8"),
-        ('{"prompt": "Hi"}'.encode("utf-16"), "not valid UTF-8"),
+        ('{"prompt": "Hi"}'.encode("utf-16"), "UTF-16 or UTF-32; send JSON as UTF-8"),
+        ('{"prompt": "Hi"}'.encode("utf-16-be"), "UTF-16 or UTF-32"),
+        ('{"prompt": "Hi"}'.encode("utf-16-le"), "UTF-16 or UTF-32"),
+        ('{"prompt": "Hi"}'.encode("utf-32"), "UTF-16 or UTF-32"),
+        (b"\xef\xbb\xbf", "empty"),
+        (b"\xef\xbb\xbf\xef\xbb\xbf" + HI, "not valid JSON"),
         (b'{"prompt": "\\ud800"}', "not valid JSON"),
         (b'{"prompt": "Hi", "temperature": NaN}', "not valid JSON"),
         (b'{"prompt": "Hi", "temperature": -Infinity}', "not valid JSON"),
@@ -112,3 +117,9 @@ async def test_a_client_that_goes_while_it_sends(replica: FakeReplica, make_app:
     exchange.disconnect()
     await exchange.end()
     assert exchange.sent == []
+
+
+async def test_a_byte_order_mark_changes_nothing(api: httpx.AsyncClient, replica: FakeReplica) -> None:
+    for content in (HI, b"\xef\xbb\xbf" + HI, b"\xef\xbb\xbf \r\n" + HI):
+        assert (await api.post("/stream", content=content)).status_code == 200
+    assert len({request.prompt_token_ids for request in replica.requests}) == 1

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable
 
+import httpx
 import pytest
 from asgi_driver import Exchange
 from fake_replica import ALIVE, FakeReplica, Script, says, tokens
+from hypothesis import given
+from hypothesis import strategies as st
 from simulated_time import simulated_time
 from starlette.applications import Starlette
 
-from serve_app.api.sse import HEARTBEAT, json_text
+from serve_app.api.sse import HEARTBEAT, json_text, one_line
 from serve_app.messages import FinishReason, TokenBatch
 from serve_app.observability.metrics import MemoryMetrics
 from serve_app.streams.replica import ReplicaLost
@@ -176,6 +180,39 @@ async def test_a_client_that_never_reads_the_rest_is_given_up(replica: FakeRepli
     assert not exchange.complete
 
 
-def test_json_text_keeps_events_on_one_line() -> None:
-    assert json_text('a"\\\n\r\u2028é🙂\x00') == '"a\\"\\\\\\n\\r\u2028é🙂\\u0000"'
-    assert "\n" not in json_text("\n\r")
+LINE_ENDS = "a\x0bb\x0cc\x1cd\x1de\x1ef\x85g\u2028h\u2029i\r\nj"
+"""All at which `str.splitlines` ends a line, and with it openai-node, httpx's `iter_lines` and others."""
+
+
+@pytest.mark.parametrize("path", ["/stream", "/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("headers", [{}, {"X-Stream-Resume": "1"}], ids=["plain", "resumable"])
+async def test_events_stay_whole_for_clients_that_end_lines_where_unicode_does(
+    replica: FakeReplica,
+    make_app: MakeApp,
+    http: Callable[[Starlette], httpx.AsyncClient],
+    writes: Callable[..., Script],
+    path: str,
+    headers: dict[str, str],
+) -> None:
+    replica.scripts = [writes(LINE_ENDS)]
+    body = CHAT if path.endswith("chat/completions") else {"prompt": "Hi"}
+    more = {} if path == "/stream" else {"stream": True, "logprobs": True if "messages" in body else 2}
+    response = await http(make_app(replica)).post(path, json={**body, **more}, headers=headers)
+    fields = {"", "data", "event", "id", "retry", "data: [DONE]"}
+    lines = response.text.splitlines()
+    assert {line.partition(":")[0] for line in lines} <= fields
+    text = ""
+    for line in lines:
+        if line.startswith("data: {"):
+            event = json.loads(line[6:])
+            choice = (event.get("choices") or [{}])[0]
+            text += event.get("generated_text") or choice.get("text") or choice.get("delta", {}).get("content") or ""
+    assert text == LINE_ENDS
+
+
+@given(text=st.text())
+def test_json_text_is_one_line_of_the_same_text(text: str) -> None:
+    for written in (json_text(text), one_line(json.dumps({"a": text}, ensure_ascii=False))):
+        assert len(written.splitlines()) == 1
+    assert json.loads(json_text(text)) == text
+    assert json_text('a"\\é🙂') == '"a\\"\\\\é🙂"'
