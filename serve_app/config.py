@@ -145,7 +145,8 @@ class EngineConfig(_Config):
     exact, sampled or not, and faster where text repeats (quotes, edited code, lists). Only as many are guessed as the
     step's spare rows and the request's own record of right guesses make worth it."""
     threads: int | None = Field(default=None, ge=1)
-    """Compute threads on a CPU. Default: the machine's cores for the only replica, else the CPUs Ray gave this one."""
+    """Compute threads on a CPU. Default: the cores that may be used (in a container its share) for the only replica,
+    else the CPUs Ray gave this one."""
 
 
 class AutoscalingConfig(_Config):

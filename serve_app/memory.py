@@ -1,6 +1,6 @@
 """How much main memory a process may still take: for those who would rather refuse than be killed.
 
-Linux promises memory that it doesn't have, and kills who then writes to it. Imports no other room.
+Linux promises memory that it doesn't have, and kills who then writes to it. Imports no other room but `cgroups`.
 """
 
 from __future__ import annotations
@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from serve_app.cgroups import CGROUPS, PROC, ControlGroup, control_groups
 
-def available_memory_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
+
+def available_memory_bytes(proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None:
     """Main memory this process could still take: the machine's and every control group's above it.
 
     None when the system doesn't tell (macOS has no counterpart in the standard library).
@@ -27,42 +29,23 @@ def _free_of_machine(proc: Path) -> int | None:
 
 
 def _free_of_cgroups(proc: Path, cgroups: Path) -> int | None:
-    """The tightest limit on the way up, less what is used there and can't be dropped (cgroup v2, then v1)."""
-    try:
-        lines = (proc / "self" / "cgroup").read_text().splitlines()
-    except OSError:
-        return None
-    free: list[int] = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            root, limit, usage = cgroups, "memory.max", "memory.current"
-        elif "memory" in controllers.split(","):
-            root, limit, usage = cgroups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-        else:
-            continue
-        folder = root / path.lstrip("/")
-        for group in (folder, *folder.parents):
-            if (left := _left(group, limit, usage)) is not None:
-                free.append(left)
-            if group == root:
-                break
+    """The tightest limit on the way up, less what is used there and can't be dropped."""
+    free = [left for group in control_groups("memory", proc, cgroups) if (left := _left(group)) is not None]
     return min(free, default=None)
 
 
-def _left(group: Path, limit_file: str, usage_file: str) -> int | None:
+def _left(group: ControlGroup) -> int | None:
     """Limit less usage of one control group; None when it has no limit (or, in a container, isn't visible)."""
-    try:
-        limit = (group / limit_file).read_text().strip()
-        used = int((group / usage_file).read_text())
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except OSError:
+    # Above `memory.high` nothing is killed, but everything is slowed down until it is below it again.
+    names = ("memory.max", "memory.high") if group.version == 2 else ("memory.limit_in_bytes",)
+    limits = [int(limit) for name in names if (limit := group.read(name)) not in (None, "max")]
+    used = group.read("memory.current" if group.version == 2 else "memory.usage_in_bytes")
+    if used is None or not limits or min(limits) >= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         return None
-    if limit == "max" or int(limit) >= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        return None
+    stat = dict(line.split() for line in (group.read("memory.stat") or "").splitlines())
     inactive = int(stat.get("inactive_file", stat.get("total_inactive_file", 0)))
     active = int(stat.get("active_file", stat.get("total_active_file", 0)))
     mapped = int(stat.get("file_mapped", stat.get("total_mapped_file", 0)))
     # Files that were read twice, as a checkpoint is, are active, and dropped too unless they are weights in use.
     droppable = max(inactive, inactive + active - mapped)
-    return max(int(limit) - used + droppable, 0)
+    return max(min(limits) - int(used) + droppable, 0)

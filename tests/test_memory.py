@@ -35,6 +35,12 @@ def test_the_tightest_control_group_counts_v2(tmp_path: Path) -> None:
     assert available_memory_bytes(proc, root) == 350_000
 
 
+def test_where_everything_is_slowed_down_is_a_limit_too(tmp_path: Path) -> None:
+    proc = _machine(tmp_path, "0::/")
+    _write(tmp_path / "cgroups", memory__max=1_000_000, memory__high=600_000, memory__current=100_000)
+    assert available_memory_bytes(proc, tmp_path / "cgroups") == 500_000, "without memory.stat nothing can be dropped"
+
+
 @pytest.mark.parametrize(("mapped", "left"), [(0, 380_000), (60_000, 320_000), (90_000, 310_000)])
 def test_files_that_were_read_leave_room_unless_they_are_mapped(tmp_path: Path, mapped: int, left: int) -> None:
     proc = _machine(tmp_path, "0::/")

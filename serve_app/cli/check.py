@@ -20,6 +20,7 @@ from serve_app.cli.ray_address import stale_address
 from serve_app.config import AppConfig, EngineConfig, ReplicasConfig
 from serve_app.demo_config import DEMO_CONFIG
 from serve_app.memory import available_memory_bytes
+from serve_app.processors import schedulable_cpus
 
 if TYPE_CHECKING:
     from serve_app.models.sizes import MemoryPlan
@@ -130,10 +131,12 @@ def shortages(file: ConfigFile) -> list[str]:
     deployments = [part for app in file.apps for part in (app.config.model_server, app.config.ingress)]
     needed_cpus = sum(_least(part) * part.num_cpus for part in deployments)
     needed_gpus = sum(_least(part) * part.num_gpus for part in deployments)
-    cpus, gpus = os.cpu_count() or 1, _gpus()
+    cpus, gpus = schedulable_cpus(), _gpus()
     found = []
     if needed_cpus > cpus:
-        found.append(f"CPUs needed: {needed_cpus:g}; this machine has {cpus}; lower num_cpus or the number of replicas")
+        whole = os.cpu_count() or 1
+        has = f"this machine has {cpus}" if cpus == whole else f"of this machine's {whole} {cpus} may be used here"
+        found.append(f"CPUs needed: {needed_cpus:g}; {has}; lower num_cpus or the number of replicas")
     if math.ceil(needed_gpus) > gpus:
         found.append(
             f"GPUs needed: {needed_gpus:g}; this machine has {gpus}; set num_gpus: 0, or serve on a cluster with GPUs"

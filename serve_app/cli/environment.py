@@ -5,6 +5,7 @@ These must be set before Ray starts, so a config's runtime_env would be too late
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 from serve_app.deployments.serve_settings import CHEAP_STREAMS
@@ -34,6 +35,16 @@ def server_environment(current: Mapping[str, str]) -> dict[str, str]:
     An empty RAY_ADDRESS is none to Ray either, which would then join the last cluster of this machine.
     """
     return {**SERVER_ENVIRONMENT, **{name: value for name, value in current.items() if (name, value) != _NOT_SET}}
+
+
+def ray_cpus(current: Mapping[str, str], usable: int, whole: int) -> dict[str, str]:
+    """What tells the Ray that is started how many CPUs it has, where that is not all of the machine's.
+
+    Ray itself knows nothing of affinities, of quotas of groups that are not a container's own, and takes half a CPU
+    for none; a replica would wait for its place for ever, or be one of too many.
+    """
+    settled = "RAY_OVERRIDE_RESOURCES" in current or "RAY_USE_MULTIPROCESSING_CPU_COUNT" in current
+    return {} if settled or usable == whole else {"RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": usable})}
 
 
 def own_cluster(environment: Mapping[str, str]) -> bool:

@@ -22,13 +22,14 @@ import yaml
 from serve_app.cli import announce
 from serve_app.cli.check import shortages
 from serve_app.cli.config_file import LAST_PORT, ConfigFile, load
-from serve_app.cli.environment import own_cluster, server_environment
+from serve_app.cli.environment import own_cluster, ray_cpus, server_environment
 from serve_app.cli.errors import CommandError
 from serve_app.cli.haproxy import haproxy_environment
 from serve_app.cli.ray_address import answers, stale_address
 from serve_app.cli.state import claim, state_directory
 from serve_app.client import Client, ConnectionLost, Readiness, ServeAppError
 from serve_app.demo_config import DEMO_CONFIG
+from serve_app.processors import schedulable_cpus
 
 SERVE_RUN = (sys.executable, "-m", "ray.serve.scripts", "run")
 """`serve run`, of this very environment, whatever PATH holds."""
@@ -56,6 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
             require_free(host, port)
             if missing := shortages(file):  # Ray would wait for a machine that has it, for ever
                 raise CommandError("; ".join(missing))
+            environment |= ray_cpus(environment, schedulable_cpus(), os.cpu_count() or 1)
             _fetch_models(file)
             environment |= haproxy_environment(environment, state_directory() / "servers" / f"{port}.haproxy")
         path = _derived_config(file, host, port) if (host, port) != (file.host, file.port) else file.path

@@ -89,6 +89,16 @@ def test_the_address_of_a_cluster_that_has_ended_is_a_warning(
     assert "ray_current_cluster names a Ray cluster that does not answer any more (127." in capsys.readouterr().out
 
 
+def test_cpus_that_may_not_be_used_are_not_counted(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "schedulable_cpus", lambda: 2)
+    monkeypatch.setattr(check.os, "cpu_count", lambda: 64)
+    config = write(tmp_path, model={"source": str(model)}, model_server={"num_cpus": 2})
+    assert main(["check", config]) == 0
+    assert "warning: CPUs needed: 3; of this machine's 64 2 may be used here" in capsys.readouterr().out
+
+
 def test_a_cache_is_counted_as_far_as_requests_can_fill_it(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

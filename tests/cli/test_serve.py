@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from serve_app.cli import serve
-from serve_app.cli.environment import own_cluster, server_environment
+from serve_app.cli.environment import own_cluster, ray_cpus, server_environment
 from serve_app.cli.errors import CommandError
 from serve_app.cli.main import main
 from serve_app.cli.state import RunningServer, claim, running_servers
@@ -378,3 +378,27 @@ def test_a_state_folder_that_can_not_be_written(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("SERVE_APP_STATE", str(tmp_path / "file"))
     with pytest.raises(CommandError, match="SERVE_APP_STATE"), claim(8000):
         pass
+
+
+def test_ray_is_told_of_a_share_of_the_cpus_unless_the_user_has() -> None:
+    assert ray_cpus({}, 4, 4) == {}
+    assert ray_cpus({}, 2, 4) == {"RAY_OVERRIDE_RESOURCES": '{"CPU": 2}'}
+    assert ray_cpus({"RAY_OVERRIDE_RESOURCES": "{}"}, 2, 4) == {}
+    assert ray_cpus({"RAY_USE_MULTIPROCESSING_CPU_COUNT": "1"}, 2, 4) == {}
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity") or (os.cpu_count() or 1) < 2, reason="needs two CPUs to lose one"
+)
+def test_a_service_that_may_use_one_cpu_starts_a_ray_of_one(config: Path, start: Callable[..., Serving]) -> None:
+    document = yaml.safe_load(config.read_text())
+    document["applications"][0]["args"] = {"ingress": {"num_cpus": 0}}
+    config.write_text(yaml.safe_dump(document))
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        serving = start(str(config))
+        serving.wait_for("resources ")
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert 'resources {"CPU": 1}' in serving.output

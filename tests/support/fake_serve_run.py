@@ -75,6 +75,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, stop)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(f"fake serve run: {' '.join(sys.argv[1:])}, RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}", flush=True)
+    print(f"resources {os.environ.get('RAY_OVERRIDE_RESOURCES')}", flush=True)
     ended.wait()
 
 

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+
+from serve_app.processors import allowed_cpus, usable_cpus
 
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
 def usable_cores(topology: Path = _TOPOLOGY) -> int:
-    """Physical cores that this process may run on: two threads of one core only get in each other's way."""
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
+    """Physical cores that this process may use: two threads of one core only get in each other's way.
+
+    A container's share of CPU time is rounded down: with a thread more, all wait while the share is used up.
+    """
     cores = set()
-    for cpu in os.sched_getaffinity(0):
+    for cpu in allowed_cpus():
         try:
             cores.add((topology / f"cpu{cpu}/topology/thread_siblings_list").read_text().strip())
         except OSError:  # not told here (some containers): count it as a core of its own
             cores.add(str(cpu))
-    return max(1, len(cores))
+    return max(1, min(len(cores), int(usable_cpus())))
 
 
 def default_threads(*, given_cpus: float, only_replica: bool) -> int:
-    """All cores for the only replica of a deployment, else the CPUs that Ray gave this one.
+    """All cores for the only replica of a deployment, else the CPUs that Ray gave this one; no more than it may use.
 
     On 2 cores that also run the proxy and the ingress, 2 threads served 134 tok/s at 8 streams and 1 thread 102
     (the demo model; `python -m loadtest.bench`).
     """
-    return max(int(given_cpus), usable_cores()) if only_replica else max(1, int(given_cpus))
+    given = int(min(given_cpus, usable_cpus()))
+    return max(given, usable_cores()) if only_replica else max(1, given)
