@@ -261,7 +261,8 @@ class StreamsConfig(_Config):
     """Journals kept. The oldest of a stream that nobody generates any more makes room; when all are in use, a new
     request for a resumable stream gets 503."""
     max_bytes: Bytes = 64 * 2**20
-    """Of all journals together; about 6 bytes a token."""
+    """Of all journals together; about 6 bytes a token. Each ingress replica keeps as much again of the streams' events,
+    and of one stream `api.slow_reader_bytes`; what a client needs beyond that is made again from the ids."""
     max_unattended: int = Field(default=64, ge=0)
     """Streams without a client that each ingress replica goes on with. Of more, those left first stop early."""
 

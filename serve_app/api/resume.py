@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from starlette.responses import Response
@@ -109,7 +110,7 @@ class Resume:
         self._fingerprint = plan.fingerprint
         stream_id = self._streams.new_id()
         document = StreamDocument(plan.requests, _caller(stream_id, call), _write_wire(plan, wire, fields))
-        transcript = Transcript(plan, wire.writer(plan, fields, self._service.tokenizer), self._service.tokenizer)
+        transcript = self._made(plan, wire, fields)
         stream = self._streams.new(stream_id, document, transcript)
         return await self._answer(call.record, stream, None)
 
@@ -158,7 +159,11 @@ class Resume:
             message = "The model has been replaced since this stream began, so it can't be continued; send it again."
             raise ApiError(410, message, type=SERVER_ERROR, code=str(FailureCode.WRONG_WEIGHTS))
         plan, wire, fields = self._read_wire(document)
-        return Transcript(plan, wire.writer(plan, fields, self._service.tokenizer), self._service.tokenizer)
+        return self._made(plan, wire, fields)
+
+    def _made(self, plan: Plan, wire: WireFormat, fields: Mapping[str, Any]) -> Transcript:
+        tokenizer = self._service.tokenizer
+        return Transcript(plan, partial(wire.writer, plan, fields, tokenizer), tokenizer)
 
     def _read_wire(self, document: StreamDocument) -> tuple[Plan, WireFormat, Mapping[str, Any]]:
         """Raises `StreamGone` for a format of another version of this program."""

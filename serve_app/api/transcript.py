@@ -6,7 +6,7 @@ choices taking turns, and the end of a choice a turn of its own. Pure: no I/O.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from zlib import crc32
 
 from serve_app.api.choice_text import Delta
@@ -26,10 +26,12 @@ class Transcript:
     does not depend on which choice was faster, and costs at most the wait for the slowest.
     """
 
-    def __init__(self, plan: Plan, writer: EventWriter, tokenizer: ChatTokenizer) -> None:
+    def __init__(self, plan: Plan, new_writer: Callable[[], EventWriter], tokenizer: ChatTokenizer) -> None:
         """Raises `ApiError` for stop strings that can't be used."""
         self._plan = plan
-        self._writer = writer
+        self._new_writer = new_writer
+        self._tokenizer = tokenizer
+        self._writer = new_writer()
         self._texts = choice_texts(plan, tokenizer)
         self._outputs = [
             Journal(request.max_new_tokens, with_logprobs=request.sampling.logprobs is not None)
@@ -41,6 +43,7 @@ class Transcript:
         self._stats: list[GenerationStats | None] = [None] * plan.choices
         """Of the attempt that began each choice."""
         self._ended = [False] * plan.choices
+        self._failure: Failure | None = None
         self._turn = 0
         self._digest = 0
         """Of what was told: see `Event`. A CRC, since nobody gains by two texts that have the same."""
@@ -76,10 +79,37 @@ class Transcript:
     def fail(self, failure: Failure) -> list[Event]:
         """See the protocol."""
         self.finished = True
+        self._failure = failure
         error = from_failure(failure)
         self.outcome = error.code or error.type
         self._roll(b"failed")
         return self._marked([self._writer.failed(error)])
+
+    def again(self) -> Iterator[Event]:
+        """See the protocol."""
+        other = Transcript(self._plan, self._new_writer, self._tokenizer)
+        yield from other.opening()
+        more = True
+        while more:
+            more = False
+            for choice in range(self._plan.choices):
+                batch = self._next_batch(other, choice)
+                if batch is not None:
+                    more = True
+                    yield from other.push(choice, batch)
+        if self._failure is not None:
+            yield from other.fail(self._failure)
+
+    def _next_batch(self, other: Transcript, choice: int) -> TokenBatch | None:
+        """What `other`, which makes the events again, lacks next of this choice."""
+        output, told = self._outputs[choice], len(other._outputs[choice])
+        if other._ended[choice]:
+            return None
+        if told < len(output):
+            logprobs = (output.logprobs[told],) if output.logprobs else None
+            return TokenBatch(told, (output.token_ids[told],), logprobs, stats=self._stats[choice])
+        reason = self._last_words[choice]
+        return None if reason is None or other._last_words[choice] else TokenBatch(told, finish_reason=reason)
 
     def ended(self, choice: int) -> bool:
         """See the protocol."""

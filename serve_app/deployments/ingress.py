@@ -148,7 +148,7 @@ class Ingress:
             ModelDefaults(**dataclasses.asdict(defaults)),
             aliases=aliases(self._config.model),
         )
-        self._streams = open_streams(self._client, self._config.streams, self._app_name)
+        self._streams = open_streams(self._client, self._config, self._app_name)
         return create_app(service, self._streams, self._config.api, self._metrics, pages=self._pages)
 
     def _note(self, stage: LoadStage) -> None:

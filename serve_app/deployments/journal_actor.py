@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
-from serve_app.config import StreamsConfig
+from serve_app.config import AppConfig
 from serve_app.models.errors import ModelError
 from serve_app.streams.journal_store import (
     Append,
@@ -165,13 +165,20 @@ class RayJournalStore:
         return actor
 
 
-def open_streams(client: ReplicaClient, config: StreamsConfig, app_name: str) -> ResumableStreams:
+def open_streams(client: ReplicaClient, app_config: AppConfig, app_name: str) -> ResumableStreams:
     """The resumable streams of an ingress replica, with their journals where the config says.
 
     Raises `ModelError` when that takes a package that is not installed.
     """
+    config = app_config.streams
     limits = JournalLimits(max_journals=config.max_streams, max_bytes=config.max_bytes, expiry_s=config.expiry_s)
-    settings = ResumeSettings(config.grace_s, config.max_unattended, lease_s=limits.lease_s)
+    settings = ResumeSettings(
+        config.grace_s,
+        config.max_unattended,
+        lease_s=limits.lease_s,
+        max_event_bytes=config.max_bytes,
+        max_stream_event_bytes=app_config.api.slow_reader_bytes,
+    )
     store: JournalStore
     if config.store == "ray":
         store = RayJournalStore(app_name, limits)

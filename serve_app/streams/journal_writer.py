@@ -54,9 +54,10 @@ class OwnedJournal:
         return self._records[: self._written]
 
     def write(self, line: bytes) -> None:
-        """Add a line (see `journal_records`); it goes out with the next tick."""
-        self._lines.append(line)
-        self._wake()
+        """Add a line (see `journal_records`); it goes out with the next tick, if anything can."""
+        if not self.is_settled:
+            self._lines.append(line)
+            self._wake()
 
     def end(self, then: Then) -> None:
         """What becomes of the journal once all is written. Nothing may be written after this."""
@@ -100,6 +101,9 @@ class OwnedJournal:
             name = loggable(self.stream_id)
             logger.warning("the journal of stream %s can't be written any more: %s", name, held.hold)
             self._settled.set()
+            if held.hold is Hold.FULL:
+                self._records.clear()  # they are nowhere else, so nobody can go on with them
+                self._written = 0
         self.tell()
 
     def tell(self) -> None:

@@ -18,7 +18,7 @@ from functools import partial
 from typing import TypeVar
 
 from serve_app.messages import Failure, FailureCode, TokenBatch
-from serve_app.streams.event_log import EventLog, Mark
+from serve_app.streams.event_log import EventLog, EventMemory, Mark, Replay
 from serve_app.streams.generation import FailoverSettings, Generation, interleave
 from serve_app.streams.journal import JournalError, OtherTokens
 from serve_app.streams.journal_records import (
@@ -88,6 +88,10 @@ class ResumeSettings:
     lease_s: float = 1.0
     """The store's."""
     tick_s: float = TICK_S
+    max_event_bytes: int = 64 * 2**20
+    """Of the events of all streams that one process keeps; what a reader needs beyond that is made again."""
+    max_stream_event_bytes: int = 4 * 2**20
+    """Of one stream."""
 
 
 @dataclass(slots=True)
@@ -99,6 +103,7 @@ class Home:
     store: JournalStore
     writer: JournalWriter
     settings: ResumeSettings
+    memory: EventMemory
     streams: dict[str, ResumableStream] = field(default_factory=dict)
     """Those that this process generates or follows."""
 
@@ -137,7 +142,7 @@ class ResumableStream:
     def __init__(self, stream_id: str, document: StreamDocument, transcript: Transcript, home: Home) -> None:
         self.id = stream_id
         self.document = document
-        self.events = EventLog()
+        self.events = EventLog(home.memory)
         self.events.append(transcript.opening())
         self._transcript = transcript
         self._home = home
@@ -222,6 +227,7 @@ class ResumableStream:
         is now more than `max_lag_bytes` behind, apart from what came all at once then.
         """
         position, caught_up, at_once_bytes = mark.position, False, 0
+        replay: Replay | None = None
         while True:
             news = self._news
             if position < len(self.events):
@@ -229,7 +235,11 @@ class ResumableStream:
                     await self.check(mark, 0)
                 if caught_up and self.events.bytes_after(position) > max_lag_bytes + at_once_bytes:
                     raise ReaderTooSlow
-                events = self.events.piece(position, PIECE_BYTES)
+                if position >= self.events.first:
+                    replay, events = None, self.events.piece(position, PIECE_BYTES)
+                else:
+                    replay = replay or Replay(self._transcript.again())
+                    events = await replay.piece(position, PIECE_BYTES)
                 yield position, events
                 position += len(events)
             elif self._over:
@@ -238,7 +248,7 @@ class ResumableStream:
                 await self.check(mark, 0)
                 return
             else:
-                caught_up = True
+                caught_up, replay = True, None
                 await news.wait()
                 # A reader may know more than this process does yet.
                 at_once_bytes = self.events.bytes_after(position)

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+from serve_app.streams.event_log import EventMemory
 from serve_app.streams.generation import FailoverSettings
 from serve_app.streams.journal_records import RecordError, StreamDocument, read_document
 from serve_app.streams.journal_store import JournalStore
@@ -33,12 +34,18 @@ class ResumableStreams:
     ) -> None:
         settings = settings or ResumeSettings()
         writer = JournalWriter(store, settings.lease_s, settings.tick_s)
-        self._home = Home(client, failover or FailoverSettings(), store, writer, settings)
+        memory = EventMemory(settings.max_event_bytes, settings.max_stream_event_bytes)
+        self._home = Home(client, failover or FailoverSettings(), store, writer, settings, memory)
 
     @staticmethod
     def new_id() -> str:
         """See `stream_id`."""
         return new_stream_id()
+
+    @property
+    def event_bytes(self) -> int:
+        """Of the events that are kept here."""
+        return self._home.memory.kept_bytes
 
     def __len__(self) -> int:
         """Streams that are generated or followed here."""

@@ -5,6 +5,7 @@ Implemented by `serve_app.api.transcript`, where text and wire formats live, and
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 from serve_app.messages import Failure, TokenBatch
@@ -54,6 +55,10 @@ class Transcript(Protocol):
 
     def fail(self, failure: Failure) -> list[Event]:
         """The stream ends with an error: its events."""
+        ...
+
+    def again(self) -> Iterator[Event]:
+        """All events so far from the first on, made again as they are taken; also those that come meanwhile."""
         ...
 
     def ended(self, choice: int) -> bool:

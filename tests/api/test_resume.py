@@ -20,6 +20,7 @@ from starlette.applications import Starlette
 from serve_app.api import resume
 from serve_app.messages import Failure, FailureCode, Fingerprint, GenerationRequest, TokenBatch, TokenLogprobs
 from serve_app.observability.metrics import MemoryMetrics
+from serve_app.streams import event_log
 from serve_app.streams.journal_records import read_record, write_reply
 from serve_app.streams.journal_store import JournalLimits
 from serve_app.streams.memory_journals import MemoryJournals, MemoryJournalStore
@@ -98,6 +99,33 @@ async def test_events_are_the_same_from_every_position_however_tokens_came(
     for position in (len(events), len(events) + 7):
         assert (await fetch(other, stream_id, position)).status == 204
     assert len(replica.requests) == requests
+
+
+@pytest.mark.parametrize(("path", "body"), BODIES)
+@pytest.mark.parametrize("failing", [False, True])
+async def test_events_that_are_no_longer_kept_are_made_again_to_the_byte(
+    replica: FakeReplica,
+    make_app: MakeApp,
+    writes: Writes,
+    store: MemoryJournalStore,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    body: Any,
+    failing: bool,
+) -> None:
+    monkeypatch.setattr(event_log, "NEWEST_BYTES", 400)
+    if failing:
+        failure = Failure(FailureCode.ENGINE_FAILED, "It broke.")
+        replica.scripts = [lambda request: [*list(writes(pause_s=0.001, end=None)(request))[:16], failure]]
+    settings = ResumeSettings(tick_s=0.01, max_stream_event_bytes=1000)
+    app, other = make_app(replica, journals=store), make_app(replica, journals=store, resume=settings)
+    first = Exchange(app, "POST", path, body, RESUME)
+    await first.end()
+    events = numbered(first.body)
+    for position in (0, 1, len(events) // 2, len(events) - 1):
+        again = await fetch(other, stream_id_of(first), position)
+        assert numbered(again.body) == events[position:]
+    assert len(replica.requests) == len({request.choice for request in replica.requests})
 
 
 @pytest.mark.parametrize(("path", "body"), BODIES)

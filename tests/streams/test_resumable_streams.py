@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
 from zlib import crc32
@@ -13,12 +13,13 @@ import pytest
 from fake_replica import FakeReplica, counts, generation_request
 from journal_stores import BrokenStore
 
-from serve_app.messages import Failure, FailureCode, TokenBatch
+from serve_app.messages import Failure, FailureCode, FinishReason, TokenBatch
+from serve_app.streams import event_log
 from serve_app.streams.event_log import Mark
 from serve_app.streams.generation import FailoverSettings
 from serve_app.streams.journal import Journal
 from serve_app.streams.journal_records import StreamDocument, read_record, write_document, write_reply
-from serve_app.streams.journal_store import Append, Held, JournalLimits, JournalView, StoreUnavailable, Then
+from serve_app.streams.journal_store import Append, Held, Hold, JournalLimits, JournalView, StoreUnavailable, Then
 from serve_app.streams.resumable_stream import (
     ReaderTooSlow,
     Refused,
@@ -41,6 +42,7 @@ class Sentences:
     """A transcript of one choice: one event a token, one for the end."""
 
     def __init__(self, document: StreamDocument) -> None:
+        self._document = document
         self._journal = Journal(document.requests[0].max_new_tokens)
         self._digest = 0
         self.finished = False
@@ -59,6 +61,7 @@ class Sentences:
             raise ZeroDivisionError("a bug")
         if batch.finish_reason is not None:
             self.finished = True
+            self.outcome = batch.finish_reason
             events.append(self._event(batch.finish_reason.encode()))
         return events
 
@@ -69,6 +72,14 @@ class Sentences:
     def _event(self, content: bytes) -> Event:
         self._digest = crc32(content, self._digest)
         return Event(content, self._digest)
+
+    def again(self) -> Iterator[Event]:
+        other = Sentences(self._document)
+        yield from other.opening()
+        while (position := len(other._journal)) < len(self._journal):
+            yield from other.push(0, TokenBatch(position, (self._journal.token_ids[position],)))
+        if self.outcome:
+            yield from other.push(0, TokenBatch(position, finish_reason=FinishReason(self.outcome)))
 
     def ended(self, choice: int) -> bool:
         return self.finished
@@ -470,6 +481,45 @@ async def test_a_task_is_named_by_the_beginning_of_its_streams_id(make_ingress: 
     names = [task.get_name() for task in asyncio.all_tasks()]
     assert f"stream {stream.id[:8]}…" in names
     assert not any(stream.id in name for name in names)
+
+
+async def test_what_is_no_longer_kept_is_made_again(make_ingress: MakeIngress, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For readers at any place of a stream that goes on, and of one that has ended."""
+    monkeypatch.setattr(event_log, "NEWEST_BYTES", 9)
+    one = make_ingress(max_event_bytes=100, max_stream_event_bytes=30)
+    streams = [await one.begin() for _ in range(5)]
+    most_bytes = 0
+
+    async def watch() -> None:
+        nonlocal most_bytes
+        while True:
+            most_bytes = max(most_bytes, one.streams.event_bytes)
+            await asyncio.sleep(0.001)
+
+    watching = asyncio.create_task(watch())
+    answers = await asyncio.gather(*(one.rest(stream.id) for stream in streams))
+    assert answers == [EXPECTED] * 5
+    assert all(stream.events.kept_bytes <= 30 for stream in streams)
+    later = await one.begin()
+    await one.rest(later.id, until=20)
+    assert later.events.first > 5
+    answers = await asyncio.gather(*(one.rest(later.id, start) for start in (0, 3, 15, 25)))
+    assert answers == [EXPECTED[start:] for start in (0, 3, 15, 25)]
+    again = await make_ingress(max_stream_event_bytes=10).rest(later.id)
+    assert again == EXPECTED
+    watching.cancel()
+    assert 30 < most_bytes <= 100
+
+
+async def test_a_journal_that_can_not_be_written_takes_no_memory(make_ingress: MakeIngress, store: BrokenStore) -> None:
+    one = make_ingress()
+    stream = await one.begin()
+    await one.rest(stream.id, until=5)
+    store.journals.limits = replace(store.journals.limits, max_bytes=store.journals.size_bytes)
+    await one.rest(stream.id, until=20)
+    assert stream._journal is not None
+    assert stream._journal.hold is Hold.FULL
+    assert (stream._journal._lines, stream._journal._records) == ([], [])
 
 
 async def test_ids_can_not_be_guessed() -> None:
