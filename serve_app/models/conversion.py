@@ -23,7 +23,7 @@ from serve_app.models.completeness import require_complete
 from serve_app.models.errors import ModelError
 from serve_app.models.gguf_files import GGUFContents, gguf_parts, read_gguf, write_whole
 
-CONVERSION_VERSION = "2"
+CONVERSION_VERSION = "3"
 """Part of the version of every converted folder: raise it when the result changes."""
 
 _DIGIT_SPLITTING = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
@@ -32,8 +32,6 @@ _GPT2_SPLITTING = frozenset({"gpt-2", "mpt", "olmo", "jais"})
 """Those that mean GPT-2's pattern alone, which is what transformers falls back on."""
 _END_OF_TURN_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 """GGUF keys under `tokenizer.ggml.` of ids that end an answer."""
-_NOT_WEIGHTS: frozenset[str] = frozenset()
-"""Tensors that say something else than a weight of the model."""
 
 
 def convert(gguf: Path, folder: Path, progress: Progress) -> tuple[str, ...]:
@@ -134,10 +132,12 @@ def _as_one_file(gguf: Path, contents: GGUFContents, folder: Path) -> Iterator[P
 def _convert_weights(gguf: Path, contents: GGUFContents, folder: Path) -> int:
     """Writes weights, config.json and generation_config.json; returns the model's context in tokens."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GgufConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig, GgufConfig
+
+    from serve_app.models.gguf_settings import gguf_config, sampling_settings
 
     factory: Any = AutoModelForCausalLM  # its methods carry no types
-    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    config = gguf_config(gguf, contents)
     _require_every_tensor(gguf.name, contents, config)
     model, report = factory.from_pretrained(
         gguf.parent,
@@ -148,15 +148,13 @@ def _convert_weights(gguf: Path, contents: GGUFContents, folder: Path) -> int:
         output_loading_info=True,
     )
     require_complete(gguf.name, model, report)
-    config = model.config
-    if hasattr(config, "rms_norm_eps"):
-        config.rms_norm_eps = _shortest_decimal(config.rms_norm_eps)
     ids = _token_ids(contents)
     eos_token_ids = sorted({ids[key] for key in _END_OF_TURN_KEYS if key in ids})
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=ids.get("bos_token_id"),
         eos_token_id=eos_token_ids or None,
         pad_token_id=ids.get("padding_token_id"),
+        **sampling_settings(contents),
     )
     model.save_pretrained(folder)
     return int(config.max_position_embeddings)
@@ -170,6 +168,7 @@ def _require_every_tensor(name: str, contents: GGUFContents, config: Any) -> Non
     from transformers.integrations.gguf.utils import is_gguf_arch_supported
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
+    from serve_app.models.gguf_settings import ROPE_TENSORS
     from serve_app.models.support import built_in_class, check_architecture
 
     if (built_in := built_in_class(config)) is not None:
@@ -190,7 +189,7 @@ def _require_every_tensor(name: str, contents: GGUFContents, config: Any) -> Non
             f"{name} lacks {len(missing)} of the model's tensors, e.g. {missing[0]}; fetch the whole file, or all of "
             "its parts."
         )
-    if unread := sorted(present - set(names) - _NOT_WEIGHTS):
+    if unread := sorted(present - set(names) - ROPE_TENSORS):
         raise ModelError(
             f"{name} holds tensors that transformers' {type(model).__name__} has no place for, e.g. {unread[0]}: "
             "without them it would be another model; use the original checkpoint."
@@ -222,13 +221,6 @@ def _convert_tokenizer(gguf: Path, contents: GGUFContents, folder: Path, context
     tokenizer.model_max_length = context_tokens
     tokenizer.save_pretrained(folder)
     return notes
-
-
-def _shortest_decimal(value: float) -> float:
-    """GGUF keeps float32: 9.999999747378752e-06 is 1e-05 again."""
-    import numpy as np
-
-    return float(str(np.float32(value)))
 
 
 def _token_ids(contents: GGUFContents) -> dict[str, int]:

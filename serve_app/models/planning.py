@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, LlamaConfig
+from transformers import LlamaConfig
 
 from serve_app.config import ModelConfig
 from serve_app.models.cache import Progress
 from serve_app.models.checkpoint import weight_files
-from serve_app.models.gguf_files import gguf_parts
+from serve_app.models.gguf_files import gguf_parts, read_gguf
+from serve_app.models.gguf_settings import gguf_config
 from serve_app.models.loader import choose_context, choose_dtype, held_dtype
 from serve_app.models.sizes import MemoryPlan, config_weights_bytes, kv_bytes_per_token, stored_weights_bytes
 from serve_app.models.source import ModelFiles, SourceKind, source_kind
@@ -77,8 +78,9 @@ def fetch_settings(model: ModelConfig, progress: Progress) -> ModelFiles:
 def _config_before_conversion(model: ModelConfig) -> Any:
     if source_kind(model.source) is SourceKind.DEMO:
         return LlamaConfig(**_DEMO_CONFIG)
-    gguf = gguf_parts(Path(model.source).expanduser())[0]
+    parts = gguf_parts(Path(model.source).expanduser())
+    gguf = parts[0]
     try:
-        return AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+        return gguf_config(gguf, read_gguf(parts))
     except LOAD_ERRORS as error:
         raise explain(gguf.name, gguf, error) from error

@@ -38,9 +38,22 @@ class MemoryPlan:
 
 
 def own_context_tokens(config: Any) -> int | None:
-    """The context the model was trained for; None when its config states none."""
-    value = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return int(value) if value else None
+    """The context the model can serve; None when its config states none.
+
+    YaRN stretches the original context by its factor, also where `max_position_embeddings` still states the original
+    one (Qwen's cards have people add `rope_scaling` alone); as vLLM derives it. transformers takes the original context
+    for `max_position_embeddings` where it is not given. Other kinds of scaling state the context that they reach.
+    """
+    text = config.get_text_config()
+    stated = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    scalings = [rope, *(value for value in rope.values() if isinstance(value, dict))]  # one, or one a kind of layer
+    stretched = [
+        int(scaling["original_max_position_embeddings"] * scaling["factor"])
+        for scaling in scalings
+        if scaling.get("rope_type") == "yarn" and scaling.get("factor")
+    ]
+    return max((int(stated or 0), *stretched)) or None
 
 
 def kv_bytes_per_token(config: Any, dtype: str) -> int:

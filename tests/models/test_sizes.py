@@ -10,8 +10,9 @@ from transformers import LlamaForCausalLM
 from serve_app.config import ModelConfig
 from serve_app.models.cache import cache_directory
 from serve_app.models.errors import ModelError
+from serve_app.models.loader import choose_context
 from serve_app.models.planning import plan_replica
-from serve_app.models.sizes import config_weights_bytes, kv_bytes_per_token, stored_weights_bytes
+from serve_app.models.sizes import config_weights_bytes, kv_bytes_per_token, own_context_tokens, stored_weights_bytes
 from serve_app.models.source import resolve
 
 
@@ -94,3 +95,23 @@ def test_the_demo_models_plan_is_known_before_it_is_fetched() -> None:
     files = resolve(ModelConfig(), cache_directory(), progress=ignore_progress)
     planned = plan_replica(None, ModelConfig(), has_gpu=False, kv_cache_bytes=100_000)
     assert plan_replica(files, ModelConfig(), has_gpu=False, kv_cache_bytes=100_000) == planned
+
+
+@pytest.mark.parametrize(
+    ("stated", "rope", "expected"),
+    [
+        (64, {"rope_type": "yarn", "factor": 4.0}, 256),
+        (64, {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        (256, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        (80, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),  # as Qwen3's
+        (64, {"rope_type": "linear", "factor": 4.0}, 64),
+        (64, {"rope_type": "dynamic", "factor": 4.0}, 64),
+        (64, {"rope_type": "default"}, 64),
+    ],
+)
+def test_yarn_stretches_the_context_by_its_factor(stated: int, rope: dict[str, object], expected: int) -> None:
+    config = tiny_config(max_position_embeddings=stated, rope_parameters={"rope_theta": 10_000.0, **rope})
+    assert own_context_tokens(config) == expected
+    assert choose_context(config, ModelConfig(max_model_len=expected)) == expected
+    with pytest.raises(ModelError, match=f"the model's own context is {expected}"):
+        choose_context(config, ModelConfig(max_model_len=expected + 1))
