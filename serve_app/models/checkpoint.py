@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from serve_app.models.errors import ModelError
 
-SAFETENSORS_WEIGHTS = ("model.safetensors.index.json", "model.safetensors")
-PICKLE_WEIGHTS = ("pytorch_model.bin.index.json", "pytorch_model.bin")
-"""The index of a sharded checkpoint, or its only file."""
+SAFETENSORS_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+PICKLE_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+"""The only file, or the index of a sharded checkpoint: of several that are there, transformers takes the first
+(`_get_resolved_checkpoint_files`), whatever else lies beside it."""
+_DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+"""Files of torch's distributed checkpoints, which transformers would take before all others."""
 _MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 _FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
@@ -74,14 +79,36 @@ def tensors(path: Path) -> list[TensorEntry]:
         raise _damaged(path) from error
 
 
+def weights_entry(names: Collection[str], config: Mapping[str, object]) -> str | None:
+    """Which of a folder's or repository's files is read first: the only file or the index; None without weights.
+
+    `config` is config.json's content, where `transformers_weights` may name another file. Raises `ModelError`.
+    """
+    named = config.get("transformers_weights")
+    if named is None:
+        return next((name for name in (*SAFETENSORS_WEIGHTS, *PICKLE_WEIGHTS) if name in names), None)
+    if named not in names or not str(named).endswith((".safetensors", ".safetensors.index.json")):
+        raise ModelError(
+            f"config.json names {named!r} as the file of the weights (transformers_weights), and there is no "
+            "safetensors file of that name beside it; fetch the model again."
+        )
+    return str(named)
+
+
+def read_settings(folder: Path) -> dict[str, object]:
+    """config.json's content; empty when there is none. Raises `ModelError` for one that is damaged."""
+    return _read_json(folder, "config.json", "") if (folder / "config.json").is_file() else {}
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights, safetensors if there are any, in name order; empty when there are none."""
-    for index, single in (SAFETENSORS_WEIGHTS, PICKLE_WEIGHTS):
-        if (folder / index).is_file():
-            return [folder / name for name in _shards(folder / index)]
-        if (folder / single).is_file():
-            return [folder / single]
-    return []
+    """The files that hold the weights, and that the loader reads, in name order; empty when there are none.
+
+    The one answer for what is checked, planned for, loaded and fingerprinted. Raises `ModelError`.
+    """
+    entry = weights_entry({path.name for path in folder.iterdir()}, read_settings(folder))
+    if entry is None:
+        return []
+    return [folder / name for name in shards(folder / entry)] if entry.endswith(".json") else [folder / entry]
 
 
 def is_pickle(files: list[Path]) -> bool:
@@ -92,6 +119,11 @@ def is_pickle(files: list[Path]) -> bool:
 def check_model_folder(folder: Path, *, allow_pickle: bool) -> None:
     """Raise `ModelError` unless config.json and every whole weight file are there."""
     _read_json(folder, "config.json", f"{folder} holds no model: it has no config.json.")
+    if distributed := sorted(path.name for path in folder.iterdir() if _DISTRIBUTED.fullmatch(path.name)):
+        raise ModelError(
+            f"{folder} holds a distributed checkpoint ({distributed[0]}), which can't be served; convert it, or move "
+            "it out of the folder."
+        )
     files = weight_files(folder)
     if not files:
         adapter = (
@@ -134,12 +166,16 @@ def _check_length(path: Path) -> None:
         )
 
 
-def _shards(index: Path) -> list[str]:
+def shards(index: Path) -> list[str]:
+    """Names of the files that an index speaks of, sorted. Raises `ModelError`."""
     content = _read_json(index.parent, index.name, f"{index} is missing.")
     names = content.get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ModelError(f"{index} names no shards; fetch the file again.")
-    return sorted(set(names.values()))
+    shards = sorted({str(name) for name in names.values()})
+    if outside := [name for name in shards if Path(name).name != name]:
+        raise ModelError(f"{index} names shards outside of its folder, e.g. {outside[0]}; fetch the file again.")
+    return shards
 
 
 def _read_json(folder: Path, name: str, missing: str) -> dict[str, object]:

@@ -41,6 +41,9 @@ def fingerprint(folder: Path, tokenizer_folder: Path, model: ModelConfig, dtype:
     files = weight_files(folder)
     for path in files:
         _add(digest, path.name, bytes.fromhex(sampled_digest(path, _MAX_BLOCKS // len(files) or 1)))
+    if model.trust_remote_code:  # code that comes with the model computes it
+        for path in sorted(folder.glob("*.py")):
+            _add(digest, path.name, path.read_bytes())
     held = (dtype, model.quantization, model.llm_int8_threshold if model.quantization == "bnb-int8" else None)
     _add(digest, "held", json.dumps(held).encode())
     if angles:

@@ -24,7 +24,15 @@ from tqdm import tqdm
 from serve_app.config import ModelConfig
 from serve_app.messages import LoadStage
 from serve_app.models.cache import Progress, disk_error, require_space
-from serve_app.models.checkpoint import PICKLE_WEIGHTS, SAFETENSORS_WEIGHTS, pickle_refused, weight_files
+from serve_app.models.checkpoint import (
+    PICKLE_WEIGHTS,
+    SAFETENSORS_WEIGHTS,
+    pickle_refused,
+    read_settings,
+    shards,
+    weight_files,
+    weights_entry,
+)
 from serve_app.models.errors import ModelError
 
 _TIMEOUT_S = 10.0
@@ -106,13 +114,11 @@ def _is_small(name: str, *, with_code: bool) -> bool:
 
 
 def _weight_names(folder: Path, sizes: Mapping[str, int]) -> list[str]:
-    """Names of the weight files, from the index in `folder` if the repository has one."""
-    for index, single in (SAFETENSORS_WEIGHTS, PICKLE_WEIGHTS):
-        if index in sizes:
-            return [path.name for path in weight_files(folder)]
-        if single in sizes:
-            return [single]
-    return []
+    """Names of the weight files, of which `folder` has the index already if they are several."""
+    entry = weights_entry(sizes, read_settings(folder))
+    if entry is None or not entry.endswith(".json"):
+        return [entry] if entry is not None else []
+    return shards(folder / entry)
 
 
 def _is_cached(repository: str, name: str, commit: str) -> bool:

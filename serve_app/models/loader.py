@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.import_utils import is_peft_available
 
 from serve_app.config import ModelConfig
 from serve_app.memory import available_memory_bytes
@@ -176,6 +177,11 @@ def _from_pretrained(
 ) -> PreTrainedModel:
     factory: Any = AutoModelForCausalLM  # its methods carry no types
     options: dict[str, Any] = {}
+    if (files.folder / "adapter_config.json").is_file() and is_peft_available():
+        raise ModelError(
+            f"{files.folder} holds an adapter beside the weights, which the installed package peft would put on top of "
+            "them; merge it, or move adapter_config.json away to serve the weights as they are."
+        )
     if model.device_map is not None:
         options["device_map"] = model.device_map
     elif device.type == "cuda" or model.quantization != "none":  # bitsandbytes takes a GPU it sees, unless told

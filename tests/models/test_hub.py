@@ -8,10 +8,12 @@ import torch
 from fake_hub import COMMIT, FakeHub, serve_hub
 from huggingface_hub import constants
 from model_builders import ignore_progress
+from safetensors.torch import load_file, save_file
 from transformers import GPTJConfig, GPTJForCausalLM
 
 from serve_app.config import ModelConfig
 from serve_app.messages import LoadStage
+from serve_app.models.checkpoint import weight_files
 from serve_app.models.errors import ModelError
 from serve_app.models.hub import fetch
 from serve_app.models.source import SourceKind, resolve
@@ -58,6 +60,15 @@ def test_fetches_one_format_and_what_goes_with_it(hub: FakeHub, tmp_path: Path) 
     assert not fetched & {"pytorch_model.bin", "model.onnx", "model.gguf", "code.py", "README.md"}
     assert not any("original" in name or name.endswith(".pth") for name in fetched)
     assert any(stage.stage.startswith("fetching team/model") and stage.fraction for stage in stages)
+
+
+def test_of_a_single_file_and_shards_the_one_that_is_loaded_is_fetched(hub: FakeHub, tmp_path: Path) -> None:
+    """A folder that was saved into twice."""
+    state = {k: v for path in hub.folder.glob("model-*.safetensors") for k, v in load_file(path).items()}
+    save_file(state, hub.folder / "model.safetensors", {"format": "pt"})
+    files = resolve(MODEL, tmp_path / "cache", progress=ignore_progress)
+    assert {name for name in hub.fetched if name.endswith(".safetensors")} == {"model.safetensors"}
+    assert [path.name for path in weight_files(files.folder)] == ["model.safetensors"]
 
 
 def test_an_ingress_fetches_no_weights(hub: FakeHub, tmp_path: Path) -> None:

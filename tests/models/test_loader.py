@@ -311,3 +311,26 @@ def test_weights_stay_mapped_and_are_held_once(tmp_path: Path) -> None:
     loaded.model(IDS)
     assert loaded.weights_bytes > 32_000_000
     assert anonymous_bytes() - before < 8_000_000
+
+
+def test_an_adapter_that_would_be_put_on_top_is_refused(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers does it where peft is installed, and only there."""
+    expected = _load(llama_folder)
+    (llama_folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    monkeypatch.setattr(loader, "is_peft_available", lambda: False)
+    assert _load(llama_folder).fingerprint == expected.fingerprint
+    monkeypatch.setattr(loader, "is_peft_available", lambda: True)
+    with pytest.raises(ModelError, match=r"holds an adapter beside the weights, .*adapter_config\.json"):
+        _load(llama_folder)
+
+
+def test_what_is_planned_for_and_fingerprinted_is_what_is_loaded(llama_folder: Path) -> None:
+    """A single file beside an index, from a second save into the same folder: transformers loads the single one."""
+    torch.manual_seed(1)
+    other = _save(tf.LlamaForCausalLM(tiny_config()), llama_folder.parent / "other")
+    alone = _load(other)
+    for name in ("model.safetensors", "config.json"):
+        (llama_folder / name).write_bytes((other / name).read_bytes())
+    loaded = _load(llama_folder)
+    assert torch.equal(loaded.model(IDS).logits, alone.model(IDS).logits)
+    assert loaded.fingerprint == alone.fingerprint
