@@ -251,7 +251,10 @@ class StreamsConfig(_Config):
     store: str = Field(default="ray", pattern=r"^(ray|(redis|rediss|unix)://.+)$")
     """Where their journals are. `ray`: in the memory of one actor of the cluster, started when first needed (about
     100 MB), which outlives ingress replicas and redeploys. `redis://host:6379/0`: in Redis, which outlives the cluster
-    too (`pip install 'serve_app[redis]'`). A journal holds the prompt and the answer as token ids."""
+    too (`pip install 'serve_app[redis]'`). The host may be any node of a Redis Cluster: the service asks whether it is
+    one, and keeps all journals in the slot of `{serve_app}`, on one node. A journal holds the prompt and the answer as
+    token ids. Special characters of a password are percent-encoded. Ray's dashboard shows this URL to all who reach
+    it."""
     grace_s: float = Field(default=30, ge=0)
     """How long the answer is still generated for a client that has gone. A client that comes later continues too: what
     is missing is generated then."""

@@ -168,7 +168,7 @@ class RayJournalStore:
 def open_streams(client: ReplicaClient, app_config: AppConfig, app_name: str) -> ResumableStreams:
     """The resumable streams of an ingress replica, with their journals where the config says.
 
-    Raises `ModelError` when that takes a package that is not installed.
+    Raises `ModelError` when that takes a package that is not installed, and for a URL that can't be read.
     """
     config = app_config.streams
     limits = JournalLimits(max_journals=config.max_streams, max_bytes=config.max_bytes, expiry_s=config.expiry_s)
@@ -187,5 +187,11 @@ def open_streams(client: ReplicaClient, app_config: AppConfig, app_name: str) ->
             from serve_app.streams.redis_journals import RedisJournalStore
         except ModuleNotFoundError as error:
             raise ModelError("streams.store is Redis, which needs: pip install 'serve_app[redis]'.") from error
-        store = RedisJournalStore(config.store, limits)
+        try:
+            store = RedisJournalStore(config.store, limits)
+        except ValueError:  # which may quote a part of the password
+            raise ModelError(
+                "streams.store is no URL that can be read: write redis://[user:password@]host:port/0, with special "
+                "characters of a password percent-encoded."
+            ) from None
     return ResumableStreams(client, store, settings)

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
+from unittest.mock import AsyncMock
 
 import pytest
 from journal_stores import loop_time
 from redis.asyncio import Redis
-from redis_server import redis_server
+from redis.asyncio.cluster import RedisCluster
+from redis.exceptions import ResponseError
+from redis_server import redis_cluster, redis_server
 from simulated_time import simulated_time
 
 from serve_app.streams.journal_store import Append, Hold, JournalLimits, JournalStore, StoreUnavailable, Then
 from serve_app.streams.memory_journals import MemoryJournals, MemoryJournalStore
 from serve_app.streams.redis_journals import RedisJournalStore
+from serve_app.streams.stream_id import new_stream_id
 
 MakeStore = Callable[..., JournalStore]
+RedisClient = Redis | RedisCluster
 LEASE_S = 2.0
 """Where a test waits for its end. Redis has a clock of its own, so a stall of the machine must be shorter."""
 NEVER_S = 600.0
@@ -29,7 +35,13 @@ def redis_url() -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(params=["memory", "redis"])
+@pytest.fixture(scope="module")
+def cluster_url() -> Iterator[str]:
+    with redis_cluster() as urls:
+        yield urls[0]
+
+
+@pytest.fixture(params=["memory", "redis", "cluster"])
 async def make_store(request: pytest.FixtureRequest) -> AsyncIterator[MakeStore]:
     """make_store(**limits): a new, empty store, whose leases last unless the test says how long."""
 
@@ -46,7 +58,7 @@ async def make_store(request: pytest.FixtureRequest) -> AsyncIterator[MakeStore]
         with simulated_time():
             yield make_in_memory
         return
-    url = request.getfixturevalue("redis_url")
+    url = request.getfixturevalue(f"{request.param}_url")
     async with AsyncExitStack() as opened:
 
         def make(**changes: float) -> JournalStore:
@@ -54,8 +66,16 @@ async def make_store(request: pytest.FixtureRequest) -> AsyncIterator[MakeStore]
             opened.push_async_callback(store.aclose)
             return store
 
-        await make()._redis.flushall()  # type: ignore[attr-defined]
+        await flush(make())
         yield make
+
+
+async def flush(store: JournalStore) -> RedisClient:
+    """Its client, when all is gone from all nodes."""
+    assert isinstance(store, RedisJournalStore)
+    client = await store._client()
+    await client.flushall()  # of a cluster that is all primaries
+    return client
 
 
 def add(owner: str, position: int, *records: bytes, then: Then = Then.HOLD, stream: str = "s") -> list[Append]:
@@ -309,17 +329,17 @@ async def test_what_is_kept_is_counted_and_what_has_expired_is_not(make_store: M
 
 async def test_redis_counts_return_to_nothing(redis_url: str) -> None:
     store = RedisJournalStore(redis_url, JournalLimits(expiry_s=3.0))
-    await store._redis.flushall()
+    client = await flush(store)
     for n in range(5):
         await store.create(str(n), "a", b"document")
         await store.append(add("a", 0, b"record", stream=str(n)))
-    assert int(await store._redis.get("{serve_app}:bytes")) == 70
+    assert int(await client.get("{serve_app}:bytes")) == 70
     await asyncio.sleep(3.05)
     await store.create("last", "a", b"")
-    assert int(await store._redis.get("{serve_app}:bytes")) == 0
-    assert await store._redis.zcard("{serve_app}:journals") == 1
+    assert int(await client.get("{serve_app}:bytes")) == 0
+    assert await client.zcard("{serve_app}:journals") == 1
     async with asyncio.timeout(60):
-        while await store._redis.keys("*"):  # noqa: ASYNC110 - also when nobody calls the store any more
+        while await client.keys("*"):  # noqa: ASYNC110 - also when nobody calls the store any more
             await asyncio.sleep(0.05)
     await store.aclose()
 
@@ -349,4 +369,66 @@ async def test_a_redis_that_was_restarted_is_found_again() -> None:
             assert await hold(store, "a", 0, b"one") is Hold.HELD
     with pytest.raises(StoreUnavailable):
         await store.read("s", 0)
+    await store.aclose()
+
+
+async def test_all_keys_of_a_cluster_are_in_one_slot_and_are_found_when_it_moves() -> None:
+    """To another node, as when a cluster is given more nodes; and the URL may name any of them."""
+    with redis_cluster() as urls:
+        stores = [RedisJournalStore(url, JournalLimits(lease_s=NEVER_S)) for url in urls]
+        await stores[0].create("s", "a", b"doc")
+        assert await hold(stores[1], "a", 0, b"one") is Hold.HELD
+        clients = [Redis.from_url(url, decode_responses=True) for url in urls]
+        found = [await client.keys("*") for client in clients]
+        assert sorted(map(len, found)) == [0, 0, 5]
+        keys = max(found, key=len)
+        (slot,) = {await clients[0].execute_command("CLUSTER KEYSLOT", key) for key in keys}
+        source = clients[found.index(keys)]
+        target = clients[found.index([])]
+        ids = {client: await client.execute_command("CLUSTER MYID") for client in clients}
+        port = target.connection_pool.connection_kwargs["port"]
+        await target.execute_command("CLUSTER SETSLOT", slot, "IMPORTING", ids[source])
+        await source.execute_command("CLUSTER SETSLOT", slot, "MIGRATING", ids[target])
+        await source.execute_command("MIGRATE", "127.0.0.1", port, "", 0, 5000, "KEYS", *keys)
+        for client in (target, source, *clients):
+            await client.execute_command("CLUSTER SETSLOT", slot, "NODE", ids[target])
+        for position, store in enumerate(stores, 1):
+            assert await hold(store, "a", position, b"more") is Hold.HELD
+            view = await store.read("s", 0)
+            assert view is not None
+            assert view.records == (b"one", *[b"more"] * position)
+        for closing in (*stores, *clients):
+            await closing.aclose()
+
+
+async def test_a_cluster_has_one_database(cluster_url: str) -> None:
+    store = RedisJournalStore(cluster_url.removesuffix("/0") + "/1", JournalLimits())
+    with pytest.raises(StoreUnavailable, match="SELECT is not allowed in cluster mode"):
+        await store.read(new_stream_id(), 0)
+    await store.aclose()
+
+
+async def test_a_user_that_may_not_ask_what_redis_is_uses_one_server(redis_url: str) -> None:
+    async with Redis.from_url(redis_url) as client:
+        await client.execute_command("ACL SETUSER journals on >secret ~{serve_app}:* +@all -info")
+    store = RedisJournalStore(redis_url.replace("//", "//journals:secret@"), JournalLimits(lease_s=NEVER_S))
+    assert await store.create(new_stream_id(), "a", b"doc") is Hold.HELD
+    await store.aclose()
+
+
+async def test_an_error_of_redis_names_no_stream(redis_url: str) -> None:
+    """Some quote what failed."""
+    store = RedisJournalStore(redis_url, JournalLimits())
+    client = await flush(store)
+    stream_id = new_stream_id()
+    await client.hset("{serve_app}:records:" + stream_id, "not", "a list")
+    await store.create(stream_id, "a", b"doc")
+    quoting = ResponseError(f"Command # 1 (EVALSHA 5ba 5 {{serve_app}}:journal:{stream_id}) of pipeline caused error")
+    for attempt, error in ((store.append(add("a", 0, b"one", stream=stream_id)), "WRONGTYPE"), (None, stream_id[:8])):
+        if attempt is None:
+            store._redis.evalsha = AsyncMock(side_effect=quoting)  # type: ignore[union-attr, method-assign]
+            attempt = store.append(add("a", 0, b"one", stream=stream_id))
+        with pytest.raises(StoreUnavailable, match=error) as told:
+            await attempt
+        assert stream_id not in "".join(traceback.format_exception(told.value))
     await store.aclose()
