@@ -113,6 +113,7 @@ def _beside(folder: Path) -> None:
         save_file(single, folder / name)
     for name in ("pytorch_model.bin", "training_args.bin", "consolidated.00.pth"):
         torch.save(single, folder / name)
+    index = {"metadata": {}, "weight_map": {"weight": "pytorch_model-1.bin"}}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     torch.save(single, folder / "pytorch_model-1.bin")
     (folder / "model.gguf").write_bytes(b"GGUF")
