@@ -30,8 +30,8 @@ class ClientGone(Exception):
         """For the log."""
 
 
-async def read_json_object(scope: Scope, receive: Receive, max_bytes: int) -> dict[str, Any]:
-    """The body as a JSON object.
+async def read_json_object(scope: Scope, receive: Receive, max_bytes: int) -> tuple[dict[str, Any], int]:
+    """The body as a JSON object, and its size in bytes.
 
     Any content type is taken if the bytes are JSON (curl's default is a form's). Raises `ApiError` (400, 408, 413, 415)
     and `ClientGone`.
@@ -51,7 +51,7 @@ async def read_json_object(scope: Scope, receive: Receive, max_bytes: int) -> di
             raise
         message = f"The request body did not arrive within {BODY_TIMEOUT_S:g} s."
         raise ApiError(408, message, code="body_timeout", headers={"connection": "close"}) from None
-    return _decode(body, headers.get("content-type", ""))
+    return _decode(body, headers.get("content-type", "")), len(body)
 
 
 async def _read(receive: Receive, max_bytes: int) -> bytes:

@@ -16,8 +16,10 @@ from starlette.datastructures import Headers, QueryParams
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from serve_app.api import inline
 from serve_app.api.body import ClientGone, read_json_object
 from serve_app.api.errors import ApiError, from_failure
+from serve_app.api.inline import Result
 from serve_app.api.sse import EventStream
 from serve_app.config import ApiConfig
 from serve_app.messages import Failure, FailureCode
@@ -41,6 +43,12 @@ class Call:
     record: RequestRecord
     deadline: float
     """Of the event loop's clock."""
+    size_bytes: int
+    """Of the body, or of the query of a GET."""
+
+    async def run(self, work: Callable[[], Result], *, items: int = 0) -> Result:
+        """What `work` makes of this request, in the loop or in a thread by the request's size; see `inline.run`."""
+        return await inline.run(work, self.size_bytes, items=items)
 
     def remaining_s(self) -> float:
         """Seconds left of the request's time."""
@@ -90,11 +98,12 @@ class Endpoint:
         deadline = asyncio.get_running_loop().time() + self._config.request_timeout_s
         try:
             with self._admission.place():
-                body = None
+                body, size_bytes = None, len(scope["query_string"])
                 if scope["method"] == "POST":
-                    body = await read_json_object(scope, receive, self._config.max_body_bytes)
+                    body, size_bytes = await read_json_object(scope, receive, self._config.max_body_bytes)
                 query = QueryParams(scope["query_string"])
-                call = Call(query, scope.get("path_params", {}), body, Headers(scope=scope), record, deadline)
+                path_params = scope.get("path_params", {})
+                call = Call(query, path_params, body, Headers(scope=scope), record, deadline, size_bytes)
                 await _while_connected(receive, self._answer(call, scope, receive, send))
         except ApiError as error:
             record.outcome = error.code or error.type

@@ -6,6 +6,7 @@ Promises the documents of DESIGN.md. Knows no replica: the service does the work
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 from starlette.datastructures import QueryParams
@@ -58,13 +59,14 @@ class Native:
         resumable = self._resume.wanted(call)
         if resumable and (continued := await self._resume.continued(call)) is not None:
             return continued
-        document = _document(call)
+        document = await call.run(partial(_document, call))
         card = await self._service.ready_model()
         if document.messages is not None:
-            prompt = await self._service.render_chat(card, document.messages)
+            messages = document.messages
+            prompt = await call.run(partial(self._service.render_chat, card, messages), items=len(messages))
         else:
-            text = document.prompt or ""
-            prompt = await self._service.render_text(card, text, parse_special=document.parse_special)
+            text, special = document.prompt or "", document.parse_special
+            prompt = await call.run(partial(self._service.render_text, card, text, parse_special=special))
         params = _params(document)
         plan = self._service.plan(card, [prompt], params, call.record, call.remaining_s())
         if resumable:

@@ -6,6 +6,7 @@ of `choices` looks like is the endpoint's.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import time
@@ -23,12 +24,14 @@ from serve_app.api.endpoint import Call
 from serve_app.api.errors import ApiError
 from serve_app.api.events import EventWriter, WireFormat, events_of
 from serve_app.api.fields import OpenAIFields
+from serve_app.api.inline import INLINE_ENTRIES
 from serve_app.api.resume import Resume
 from serve_app.api.service import Completion, CompletionService, Plan, Usage
 from serve_app.api.sse import EventStream, StreamSettings, event_stream
 from serve_app.api.unknown_fields import UnknownFields
 from serve_app.messages import Fingerprint
 
+_JSON = json.JSONEncoder(ensure_ascii=False)
 LOWEST_LOGPROB = -9999.0
 """What OpenAI gives for a token that can't come; JSON has no -Infinity."""
 
@@ -94,12 +97,21 @@ async def _whole(plan: Plan, completion: Completion, schema: ChoiceSchema) -> by
     async with completion, aclosing(completion.deltas()) as deltas:
         async for delta in deltas:
             gained[delta.choice].append(delta)
-    document = {
-        **_envelope(plan, schema.whole_kind, schema.id_prefix),
-        "choices": [schema.whole(index, of_choice) for index, of_choice in enumerate(gained)],
-        "usage": completion.usage.document(),
-    }
-    return json.dumps(document, ensure_ascii=False).encode()
+    usage = completion.usage
+    entries = usage.completion_tokens * (1 + (plan.requests[0].sampling.logprobs or 0))
+    in_loop = entries <= INLINE_ENTRIES
+
+    def written() -> bytes:
+        document = {
+            **_envelope(plan, schema.whole_kind, schema.id_prefix),
+            "choices": [schema.whole(index, of_choice) for index, of_choice in enumerate(gained)],
+            "usage": usage.document(),
+        }
+        # Of a large document piece by piece: the whole at once is one call, in which no other thread runs.
+        pieces = [_JSON.encode(document)] if in_loop else _JSON.iterencode(document)
+        return "".join(pieces).encode()
+
+    return written() if in_loop else await asyncio.to_thread(written)
 
 
 class ChunkEvents(EventWriter):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from pydantic import Field
@@ -47,10 +48,12 @@ class ChatCompletions:
         if (continued := await self._answerer.resume.continued(call)) is not None:
             return continued
         unknown = self._answerer.unknown_fields(call)
-        request = validate_open(ChatRequest, call.body or {}, unknown)
+        request = await call.run(partial(validate_open, ChatRequest, call.body or {}, unknown))
         params = _params(request)
         card = await self._service.ready_model(request.model)
-        prompt = await self._service.render_chat(card, request.messages, unknown.add_in)
+        messages = request.messages
+        render = partial(self._service.render_chat, card, messages, unknown.add_in)
+        prompt = await call.run(render, items=len(messages))
         plan = self._service.plan(card, [prompt], params, call.record, call.remaining_s())
         return await self._answerer.answer(call, plan, request, _schema(self._service.tokenizer), CHAT)
 

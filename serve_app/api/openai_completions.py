@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
@@ -75,21 +76,26 @@ class Completions:
         """Raises `ApiError`."""
         if (continued := await self._answerer.resume.continued(call)) is not None:
             return continued
-        request = validate_open(CompletionRequest, call.body or {}, self._answerer.unknown_fields(call))
+        unknown = self._answerer.unknown_fields(call)
+        request = await call.run(partial(validate_open, CompletionRequest, call.body or {}, unknown))
         params = request.params(max_tokens=request.max_tokens, max_tokens_param="max_tokens", logprobs=request.logprobs)
         if request.best_of not in (None, params.n):
             raise unsupported("best_of", "It must equal n.")
         if request.add_special_tokens is False:
             raise unsupported("add_special_tokens", "Prompts begin with BOS where the model's do; send token ids.")
         card = await self._service.ready_model(request.model)
-        prompts = [await self._prompt(card, item, bool(request.parse_special)) for item in request.prompt]
+        prompts = await call.run(partial(self._prompts, card, request), items=len(request.prompt))
         plan = self._service.plan(card, prompts, params, call.record, call.remaining_s())
         return await self._answerer.answer(call, plan, request, _schema(self._service.tokenizer), TEXT)
 
-    async def _prompt(self, card: ModelCard, item: PromptItem, parse_special: bool) -> Prompt:
-        if isinstance(item, str):
-            return await self._service.render_text(card, item, parse_special=parse_special)
-        return Prompt(item, True, "prompt")
+    def _prompts(self, card: ModelCard, request: CompletionRequest) -> list[Prompt]:
+        special = bool(request.parse_special)
+        return [
+            self._service.render_text(card, item, parse_special=special)
+            if isinstance(item, str)
+            else Prompt(item, True, "prompt")
+            for item in request.prompt
+        ]
 
 
 class _TextSchema(ChoiceSchema):

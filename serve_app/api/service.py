@@ -32,10 +32,6 @@ SEED_BITS = 53
 """Of a seed drawn here: as many as a JavaScript client can read and send back. Callers may use 64."""
 GREEDY_BELOW = 1e-4
 """A temperature this close to 0 is 0: the quotient leaves float32, and no draw would differ from greedy."""
-INLINE_CHARS = 20_000
-"""Longer prompts are encoded in a thread: 20,000 characters take about 10 ms, during which no other stream moves."""
-_MESSAGE_CHARS = 50
-"""What a message costs besides its text, as characters of text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,32 +154,24 @@ class CompletionService:
             raise model_not_found(name)
         return state
 
-    async def render_chat(
+    def render_chat(
         self,
         card: ModelCard,
         messages: Sequence[Mapping[str, object]],
         unknown: Unknown = refuse_unknown,
     ) -> Prompt:
-        """The prompt of a chat. `unknown` is as in `parse_messages`. Raises `ApiError`."""
-        size = sum(_MESSAGE_CHARS + len(str(message.get("content", ""))) for message in messages)
-
-        def render() -> list[int]:
-            return self._formatter.render_chat(messages, context_tokens=card.context_tokens, unknown=unknown)
-
+        """The prompt of a chat. `unknown` is as in `parse_messages`. Safe on any thread. Raises `ApiError`."""
         try:
-            ids = render() if size <= INLINE_CHARS else await asyncio.to_thread(render)
+            ids = self._formatter.render_chat(messages, context_tokens=card.context_tokens, unknown=unknown)
         except PromptError as error:
             raise from_prompt(error) from None
         return Prompt(tuple(ids), False, "messages")
 
-    async def render_text(self, card: ModelCard, text: str, *, parse_special: bool = False) -> Prompt:
-        """The prompt of a text that is to be continued. Raises `ApiError`."""
-
-        def render() -> list[int]:
-            return self._formatter.render_text(text, parse_special=parse_special, context_tokens=card.context_tokens)
-
+    def render_text(self, card: ModelCard, text: str, *, parse_special: bool = False) -> Prompt:
+        """The prompt of a text that is to be continued. Safe on any thread. Raises `ApiError`."""
+        limit = card.context_tokens
         try:
-            ids = render() if len(text) <= INLINE_CHARS else await asyncio.to_thread(render)
+            ids = self._formatter.render_text(text, parse_special=parse_special, context_tokens=limit)
         except PromptError as error:
             raise from_prompt(error) from None
         return Prompt(tuple(ids), True, "prompt")

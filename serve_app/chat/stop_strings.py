@@ -7,6 +7,7 @@ does not depend on how the text was cut into pushes. Knows no tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from serve_app.chat.errors import PromptError
 
@@ -71,8 +72,12 @@ class StopStrings:
         return longest
 
 
-def _failure_table(stop: str) -> list[int]:
-    """table[i]: the length of the longest proper prefix of stop that is also a suffix of stop[: i + 1]."""
+@lru_cache(maxsize=64)
+def _failure_table(stop: str) -> tuple[int, ...]:
+    """table[i]: the length of the longest proper prefix of stop that is also a suffix of stop[: i + 1].
+
+    Kept for the other choices of a request: 32 of them with 16 stop strings of 1,000 characters are 0.1 s of work.
+    """
     table = [0] * len(stop)
     matched = 0
     for index in range(1, len(stop)):
@@ -81,4 +86,4 @@ def _failure_table(stop: str) -> list[int]:
         if stop[index] == stop[matched]:
             matched += 1
         table[index] = matched
-    return table
+    return tuple(table)

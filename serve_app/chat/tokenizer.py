@@ -118,7 +118,7 @@ class ChatTokenizer:
         Raises `PromptError` for text that is not valid Unicode.
         """
         require_unicode(text, "prompt")
-        ids = self._encoder.encode(text, add_special_tokens=False).ids if parse_special else self._encode_literal(text)
+        ids = _encode(self._encoder, text) if parse_special else self._encode_literal(text)
         if add_bos and self.adds_bos and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
             ids.insert(0, self.bos_token_id)
         return ids
@@ -162,7 +162,7 @@ class ChatTokenizer:
     def _encode_piece(self, piece: Piece) -> list[int]:
         if piece.literal:
             return self._encode_literal(piece.text)
-        return self._encoder.encode(piece.text, add_special_tokens=False).ids
+        return _encode(self._encoder, piece.text)
 
     def _encode_later_piece(self, piece: Piece) -> list[int]:
         """SentencePiece models put a space before whatever they are given; so give them a newline and take it away.
@@ -175,10 +175,20 @@ class ChatTokenizer:
         return self._encode_piece(piece)
 
     def _encode_literal(self, text: str) -> list[int]:
-        ids: list[int] = self._literal_encoder.encode(text, add_special_tokens=False).ids
+        ids = _encode(self._literal_encoder, text)
         if not self.control_ids.isdisjoint(ids):  # some vocabularies (Unigram) hold control tokens as words
             raise PromptError("The text contains a control token that this model's tokenizer can't read as text.")
         return ids
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text, while other threads run.
+
+    `encode` would hold Python's lock for as long as it takes: with 640,000 characters in a thread, the event loop stood
+    still for 2 s. A batch, if only of one, lets go of it.
+    """
+    ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    return ids
 
 
 def _copy(description: Mapping[str, Any], control: frozenset[str], *, as_text: bool) -> Tokenizer:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve_app.chat.errors import PromptError
-from serve_app.chat.stop_strings import StopStrings
+from serve_app.chat.stop_strings import StopStrings, _failure_table
 
 stop_lists = st.lists(st.text(alphabet="ab", min_size=1, max_size=8), max_size=4)
 
@@ -102,3 +102,11 @@ def test_long_repetitive_stop_strings_cost_no_more() -> None:
     stop_strings = StopStrings(["a" * 50_000 + "b"])
     shown, stopped = stop_strings.push("a" * 200_000)
     assert (len(shown), stopped) == (150_000, False)
+
+
+def test_the_choices_of_a_request_share_what_is_made_of_its_stop_strings() -> None:
+    stops = [f"{number} stop here" for number in range(16)]
+    _failure_table.cache_clear()
+    for _ in range(32):
+        StopStrings(stops)
+    assert _failure_table.cache_info().misses == 16

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -167,3 +170,29 @@ def test_a_tokenizer_with_named_templates_uses_the_default(save_tokenizer: Calla
     named = {"default": CHATML, "tool_use": "tools"}
     folder = save_tokenizer(byte_level_backend(), named)  # type: ignore[arg-type]
     assert ChatTokenizer.load(folder).template == CHATML
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(byte_level: ChatTokenizer) -> None:
+    """Python gives them no turn by itself here, so that they run only when the encoder lets them."""
+    text = "The quick brown fox. " * 5000
+    begins, ids = threading.Event(), []
+    turns = 0
+
+    def encode() -> None:
+        begins.set()
+        ids.extend(byte_level.encode_text(text, add_bos=False, parse_special=False))
+
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    try:
+        encoder = threading.Thread(target=encode)
+        encoder.start()
+        begins.wait(60)
+        while not ids and encoder.is_alive():
+            turns += 1
+            time.sleep(0)  # the encoder may have the lock
+    finally:
+        sys.setswitchinterval(interval_s)
+    encoder.join()
+    assert turns > 10
+    assert byte_level.decode(ids) == text

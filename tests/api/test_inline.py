@@ -1,0 +1,116 @@
+"""What of a request runs in the event loop, and what in a thread: by where it runs, not by how long it takes."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from fake_replica import FakeReplica, card
+
+from serve_app.api import native, openai_answer, openai_chat, openai_completions
+from serve_app.api.inline import INLINE_BYTES, INLINE_ENTRIES
+from serve_app.chat.prompts import PromptFormatter
+from serve_app.chat.tokenizer import ChatTokenizer
+
+Where = dict[str, set[str]]
+Ask = Callable[[dict[str, Any]], Any]
+
+
+@pytest.fixture
+def where(monkeypatch: pytest.MonkeyPatch) -> Where:
+    """Function -> where it ran: "loop", "thread"."""
+    seen: Where = defaultdict(set)
+    loop = threading.get_ident()
+
+    def watch(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            seen[name].add("loop" if threading.get_ident() == loop else "thread")
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(PromptFormatter, "render_text")
+    watch(PromptFormatter, "render_chat")
+    watch(native, "validate")
+    watch(openai_chat, "validate_open")
+    watch(openai_completions, "validate_open")
+    watch(openai_chat._ChatSchema, "whole")
+    return seen
+
+
+@pytest.fixture
+def replica(writes: Any, tokenizer: ChatTokenizer) -> FakeReplica:
+    """Answers anything, however long."""
+    state = card(vocab_size=tokenizer.vocab_size, context_tokens=10**6, kv_capacity_tokens=10**6)
+    return FakeReplica([writes()], state=state)
+
+
+SHORT = "The quick fox. " * 60
+
+
+@pytest.mark.parametrize(
+    ("path", "small", "large"),
+    [
+        ("/v1/completions", {"prompt": SHORT}, {"prompt": [SHORT] * 32}),
+        ("/v1/completions", {"prompt": [1] * 100}, {"prompt": [[1] * 2000] * 8}),
+        ("/stream", {"prompt": SHORT}, {"prompt": SHORT * 32}),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": SHORT}]},
+            {"messages": [{"role": "user", "content": SHORT}] * 31},
+        ),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": SHORT}]}]},
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 1000}]},
+        ),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "a"}]},
+            {"messages": [{"role": "user", "content": "a", **dict.fromkeys(map(str, range(3000)))}]},
+        ),
+    ],
+)
+async def test_the_size_of_the_whole_request_decides(
+    path: str, small: dict[str, Any], large: dict[str, Any], api: httpx.AsyncClient, where: Where
+) -> None:
+    for body, place in ((small, "loop"), (large, "thread")):
+        where.clear()
+        answer = await api.post(path, json=body)
+        assert answer.status_code == 200, answer.text
+        whole = where.pop("whole", {"loop"})
+        assert whole == {"loop"}, "a short answer"
+        assert set(map(frozenset, where.values())) == {frozenset({place})}
+        assert len(json.dumps(large)) > INLINE_BYTES
+
+
+async def test_many_short_messages_are_rendered_in_a_thread(api: httpx.AsyncClient, where: Where) -> None:
+    """A template costs more for each message than for the letters in it."""
+    messages = [{"role": "user", "content": "a"}] * 400
+    assert len(json.dumps({"messages": messages})) < INLINE_BYTES
+    assert (await api.post("/v1/chat/completions", json={"messages": messages})).status_code == 200
+    assert where["render_chat"] == {"thread"}
+
+
+async def test_a_long_answer_is_written_in_a_thread_and_is_the_same(
+    api: httpx.AsyncClient, where: Where, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {
+        "messages": [{"role": "user", "content": "Hi"}], "n": 8, "seed": 1, "logprobs": True, "top_logprobs": 20
+    }  # fmt: skip
+    long = (await api.post("/v1/chat/completions", json=body)).json()
+    assert where["whole"] == {"thread"}
+    entries = sum(len(choice["logprobs"]["content"]) for choice in long["choices"]) * 21
+    assert entries > INLINE_ENTRIES
+    where.clear()
+    monkeypatch.setattr(openai_answer, "INLINE_ENTRIES", entries * 2)
+    whole = (await api.post("/v1/chat/completions", json=body)).json()
+    assert where["whole"] == {"loop"}
+    assert [whole["choices"], whole["usage"]] == [long["choices"], long["usage"]]
