@@ -4,7 +4,7 @@
 #   make serve CONFIG=my.yaml         another config
 #   make serve GPU=1                  the demo model on a GPU, in an environment of its own (.venv-gpu)
 #   make serve PYTHON=python3.12      another Python (3.11 to 3.13)
-#   make serve TORCH_INDEX=URL        where pip finds a smaller torch (see README: CPU-only Linux)
+#   make serve TORCH_INDEX=URL        where torch comes from (README: Two commands; constraints/install.py decides)
 #   make chaos ARGS='--minutes 1'     arguments of bench, compare and chaos
 
 PYTHONS := python3.11 python3.12 python3.13
@@ -15,12 +15,12 @@ CONFIG ?= $(if $(GPU),configs/serve.gpu.yaml,configs/serve.yaml)
 CONSTRAINTS := constraints/$(if $(GPU),gpu,cpu).txt
 
 # Named by what they were made from, so that a set-up that is done needs neither time nor network, and a changed pin
-# makes it again. Built with the pinned setuptools (no build isolation), for the same reason.
+# makes it again.
 KEY := $(shell cat pyproject.toml constraints/cpu.txt constraints/gpu.txt | cksum | cut -d ' ' -f 1)
 RUNTIME := $(VENV)/.runtime-$(KEY)
 DEVELOPMENT := $(VENV)/.development-$(KEY)
-PIP_INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check \
-	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --constraint $(CONSTRAINTS)
+INSTALL = $(VENV)/bin/python constraints/install.py --constraint $(CONSTRAINTS) $(if $(GPU),--gpu) \
+	$(if $(TORCH_INDEX),--torch-index '$(TORCH_INDEX)')
 
 .PHONY: help serve stop test check bench compare chaos clean
 .DEFAULT_GOAL := help
@@ -57,7 +57,7 @@ bench: $(DEVELOPMENT)
 	$(VENV)/bin/python -m loadtest.bench $(ARGS)
 
 compare: $(DEVELOPMENT)
-	TORCH_INDEX='$(TORCH_INDEX)' $(VENV)/bin/python -m loadtest.compare $(ARGS)
+	TORCH_INDEX="$$($(INSTALL) --print-torch-index)" $(VENV)/bin/python -m loadtest.compare $(ARGS)
 
 chaos: $(DEVELOPMENT)
 	$(VENV)/bin/python -m loadtest.chaos $(ARGS)
@@ -75,11 +75,9 @@ $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
 
 $(RUNTIME): | $(VENV)/bin/pip
-	$(PIP_INSTALL) setuptools
-	$(PIP_INSTALL) --no-build-isolation --editable .
+	$(INSTALL) .
 	@touch $@
 
 $(DEVELOPMENT): | $(VENV)/bin/pip
-	$(PIP_INSTALL) setuptools
-	$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
+	$(INSTALL) '.[dev]'
 	@touch $(RUNTIME) $@
