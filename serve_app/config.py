@@ -96,6 +96,10 @@ class ModelConfig(_Config):
     """Sampling parameters of requests that don't give them, in place of the model's own."""
 
 
+GPU_MEMORY_FRACTION = 0.9
+"""Share of a whole GPU's memory that a replica takes where the config is silent."""
+
+
 class ChatConfig(_Config):
     """How messages become a prompt."""
 
@@ -115,8 +119,9 @@ class EngineConfig(_Config):
 
     kv_cache_memory: Bytes | None = None
     """Bytes of KV cache, e.g. 2GiB. Default: on a GPU what `gpu_memory_fraction` leaves, on a CPU 1 GiB."""
-    gpu_memory_fraction: float = Field(default=0.9, gt=0, le=1)
-    """Share of the GPU's memory that weights, activations and KV cache together may take."""
+    gpu_memory_fraction: float | None = Field(default=None, gt=0, le=1)
+    """Share of the GPU's memory that weights, activations and KV cache together may take. Default: 0.9, and for a
+    replica that takes a part of a GPU (`model_server.num_gpus: 0.5`) that part of it."""
     page_tokens: int | None = Field(default=None, ge=1)
     """Tokens in one page of KV cache. Default: the attention backend's own (16 for sdpa and cpu, 32 for triton; varlen
     needs 256)."""
@@ -283,6 +288,12 @@ class AppConfig(_Config):
     cache_dir: str | None = None
     """Where fetched and converted models are kept. Default: $SERVE_APP_CACHE, else $XDG_CACHE_HOME/serve_app, else
     ~/.cache/serve_app. Hub downloads stay in Hugging Face's own cache."""
+
+    @property
+    def gpu_memory_fraction(self) -> float:
+        """Share of each of its GPUs' memory that a model replica may take."""
+        part = min(self.model_server.num_gpus, 1.0) or 1.0
+        return self.engine.gpu_memory_fraction or GPU_MEMORY_FRACTION * part
 
     @model_validator(mode="after")
     def _refuses_before_serve_holds_back(self) -> AppConfig:

@@ -17,7 +17,7 @@ from serve_app.cli.config_file import ConfigFile, ServedApp, load
 from serve_app.cli.errors import CommandError
 from serve_app.cli.progress import ProgressLine
 from serve_app.cli.ray_address import stale_address
-from serve_app.config import AppConfig, EngineConfig, ReplicasConfig
+from serve_app.config import AppConfig, ReplicasConfig
 from serve_app.demo_config import DEMO_CONFIG
 from serve_app.memory import available_memory_bytes
 from serve_app.processors import schedulable_cpus
@@ -94,21 +94,21 @@ def look_up(app: ServedApp) -> tuple[list[str], MemoryPlan | None]:
 def describe(config: AppConfig, plan: MemoryPlan | None) -> list[str]:
     """What one application needs."""
     return [
-        *(_replica_lines(config.engine, plan) if plan is not None else []),
+        *(_replica_lines(config, plan) if plan is not None else []),
         f"model server  {_replicas(config.model_server)}",
         f"ingress       {_replicas(config.ingress)}",
     ]
 
 
-def _replica_lines(engine: EngineConfig, plan: MemoryPlan) -> list[str]:
+def _replica_lines(config: AppConfig, plan: MemoryPlan) -> list[str]:
     weights = f"a replica     {size(plan.weights_bytes)} of weights"
     if plan.kv_cache_bytes:
         return [
             f"{weights} + {size(plan.kv_cache_bytes)} of KV cache, and some for the computation",
-            f"holds         {streams(plan.kv_capacity_tokens, plan.context_tokens, engine.max_running)}",
+            f"holds         {streams(plan.kv_capacity_tokens, plan.context_tokens, config.engine.max_running)}",
         ]
     return [
-        f"{weights}, and KV cache in what is left of {engine.gpu_memory_fraction:.0%} of the GPU",
+        f"{weights}, and KV cache in what is left of {config.gpu_memory_fraction:.0%} of the GPU",
         f"holds         {2**30 // plan.kv_bytes_per_token:,} tokens in each GiB of KV cache; "
         f"a stream has up to {plan.context_tokens:,}",
     ]

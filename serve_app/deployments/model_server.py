@@ -163,7 +163,7 @@ def _start_engine(
     threads = config.engine.threads or default_threads(given_cpus=resources.get("CPU", 1), only_replica=only_replica)
     engine = Engine(
         loaded.model,
-        config.engine.model_copy(update={"threads": threads}),
+        config.engine.model_copy(update={"threads": threads, "gpu_memory_fraction": config.gpu_memory_fraction}),
         context_tokens=loaded.context_tokens,
         fingerprint=loaded.fingerprint,
         dtype=loaded.dtype,

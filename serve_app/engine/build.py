@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from serve_app.config import EngineConfig
+from serve_app.config import GPU_MEMORY_FRACTION, EngineConfig
 from serve_app.engine.arithmetic import arithmetic_name
 from serve_app.engine.attention.base import AttentionBackend, TabledAttention
 from serve_app.engine.attention.check import check_attention
@@ -32,6 +32,7 @@ from serve_app.engine.kv_cache import KVCache
 from serve_app.engine.load_check import check_exact, check_model, measure_row_cost
 from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.prompt_lookup import ROW_COST
+from serve_app.engine.sampling import scratch_bytes
 from serve_app.memory import available_memory_bytes
 from serve_app.messages import LoadStage
 
@@ -42,8 +43,10 @@ CPU_KV_CACHE_BYTES = 2**30
 CPU_STEP_BYTES = 2**28
 """Main memory that must be left for a replica's steps. With the demo model, 32 streams and prompts of 2,000 tokens they
 took 12 MB with our kernels and 73 MB with torch's; Llama-2-7B is seven times as wide."""
-_SAMPLING_COPIES = 6
-"""Float32 copies of a step's logits that sampling holds at its peak (probabilities, float64 sums, sorts)."""
+_LEFT_FREE = 0.1
+"""Share of a GPU's memory that stays free, if the config does not claim it: for libraries and fragments."""
+_CONTEXT_BYTES = 2**29
+"""What CUDA and its libraries take of a GPU for a process, beside what PyTorch allocates."""
 
 Backends = SequenceOf[Callable[[], AttentionBackend]]
 
@@ -298,24 +301,27 @@ def _require_memory(kv_cache_bytes: int) -> None:
 
 
 def _gpu_budget(runner: ModelRunner, config: EngineConfig) -> int:
-    """Bytes of KV cache, spread over the GPUs as the layers are, that fit into what weights, activations and other
-    processes leave of each one's fraction."""
+    """Bytes of KV cache, spread over the GPUs as the layers are, that fit into what weights and activations leave of
+    each one's fraction, and other processes of its memory."""
+    fraction = config.gpu_memory_fraction or GPU_MEMORY_FRACTION
     devices = {layer.shape.device for layer in runner.layers.values()}
     step = max(config.max_step_tokens, config.max_running)
-    reserve = runner.peak_bytes(step) + _SAMPLING_COPIES * 4 * config.max_running * runner.vocab_size
+    reserve = runner.peak_bytes(step) + scratch_bytes(config.max_running, runner.vocab_size)
     if config.cuda_graphs:
         reserve += graph_bytes(runner, config)
     torch.cuda.empty_cache()
     budgets = []
     for device in devices:
         free, total = torch.cuda.mem_get_info(device)
-        share = free - int(total * (1 - config.gpu_memory_fraction)) - reserve
+        # Others may have a share of the GPU: what they hold counts against what is free, and not against our own share.
+        own = int(total * fraction) - torch.cuda.memory_reserved(device) - _CONTEXT_BYTES
+        share = min(own, free - int(total * min(_LEFT_FREE, 1 - fraction))) - reserve
         budgets.append(share * _bytes_per_token(runner) // _bytes_per_token(runner, device))
     # Each page has a part on every device: the one that is full first decides.
     budget = min(budgets)
     if budget <= 0:
         raise EngineError(
-            f"the weights leave no room for a KV cache within {config.gpu_memory_fraction:.0%} of the GPU's memory: "
+            f"the weights leave no room for a KV cache within {fraction:.0%} of the GPU's memory: "
             "use a quantization, more GPUs with model.device_map, or a higher engine.gpu_memory_fraction"
         )
     return budget

@@ -22,6 +22,14 @@ from serve_app.messages import SamplingParams, TokenLogprobs
 TOP_P_CANDIDATES = 512
 """Largest probabilities looked at before a row is sorted whole: a sort of 49,152 costs some 3 ms a row on a CPU."""
 
+_SORTED_ROWS = 8
+"""Rows that are sorted whole at a time, a rare thing: a sort on a GPU holds about 18 copies of what it sorts."""
+_SORTED_IDS = 4096
+"""Ids of a row above which `topk` on a GPU sorts."""
+_COPIES, _COPIES_SORTED = 9, 18
+"""Float32 copies `[rows, vocab]` at the peak, the logits among them: the model's log-probabilities, scaled logits,
+probabilities, those in float64 and their sums; and of `_SORTED_ROWS` rows while they are sorted."""
+
 _U32 = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 
@@ -55,6 +63,11 @@ class Sampled:
     token_id: int
     """-1 when the row's logits are not finite numbers: the model's output can't be used."""
     logprobs: TokenLogprobs | None = None
+
+
+def scratch_bytes(rows: int, vocab_size: int) -> int:
+    """Memory that sampling holds at its peak for logits `[rows, vocab]`, the logits included."""
+    return 4 * vocab_size * (_COPIES * rows + _COPIES_SORTED * min(rows, _SORTED_ROWS))
 
 
 class Sampler:
@@ -148,11 +161,13 @@ class Sampler:
     def _keep_top_k(logits: torch.Tensor, top_k: list[int]) -> None:
         """All that tie with the k-th largest stay, as in transformers' TopKLogitsWarper."""
         rows = [row for row, k in enumerate(top_k) if 0 < k < logits.shape[-1]]
-        if rows:
-            ks = torch.tensor([top_k[row] for row in rows], device=logits.device)
-            largest = logits[rows].topk(int(ks.max()), dim=-1).values
-            thresholds = largest.gather(1, ks[:, None] - 1)
-            logits[rows] = logits[rows].masked_fill(logits[rows] < thresholds, float("-inf"))
+        at_once = _SORTED_ROWS if max((top_k[row] for row in rows), default=0) > _SORTED_IDS else max(1, len(rows))
+        for start in range(0, len(rows), at_once):
+            few = rows[start : start + at_once]
+            chosen = logits[few]
+            ks = torch.tensor([top_k[row] for row in few], device=logits.device)
+            thresholds = chosen.topk(int(ks.max()), dim=-1).values.gather(1, ks[:, None] - 1)
+            logits[few] = chosen.masked_fill_(chosen < thresholds, float("-inf"))
 
     @staticmethod
     def _keep_top_p(probs: torch.Tensor, top_p: list[float]) -> None:
@@ -165,9 +180,10 @@ class Sampler:
         flat = (cumulative[:, -1:] < wanted).any(dim=-1)
         thresholds = _top_p_threshold(largest, cumulative, wanted)
         if bool(flat.any()):
-            whole = chosen[flat].sort(dim=-1, descending=True).values
-            thresholds[flat] = _top_p_threshold(whole, whole.double().cumsum(-1), wanted[flat])
-        probs[rows] = chosen.masked_fill(chosen < thresholds, 0.0)
+            for few in torch.split(flat.nonzero()[:, 0], _SORTED_ROWS):
+                whole = chosen[few].sort(dim=-1, descending=True).values
+                thresholds[few] = _top_p_threshold(whole, whole.double().cumsum(-1), wanted[few])
+        probs[rows] = chosen.masked_fill_(chosen < thresholds, 0.0)
 
     @staticmethod
     def _logprobs_before(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from serve_app.config import EngineConfig
+from serve_app.config import AppConfig, EngineConfig, ReplicasConfig
 from serve_app.engine import build
 from serve_app.engine.attention.base import Heads
 from serve_app.engine.attention.plain import PlainAttention
@@ -89,6 +89,32 @@ def test_no_gpu_is_given_more_of_the_cache_than_its_share(
         held = sum(shape.bytes_per_token for shape in shapes if shape.device.index == index)
         filled.append(budget * held / total / (share * GIB))
     assert max(filled) == pytest.approx(1.0), "the fullest one decides, and none of its share is left"
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_replicas_that_share_a_gpu_each_get_their_part(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Of 80 GiB: each has 10 GiB of weights, and the first one's share is taken when the second one starts."""
+    shape = LayerShape(8, 128, 128, torch.bfloat16, torch.device("cuda", 0))
+    runner: Any = SimpleNamespace(
+        layers={0: AttentionLayer(shape, 32, Heads(0.1))}, peak_bytes=lambda tokens: 0, vocab_size=0
+    )
+    half = AppConfig(model_server=ReplicasConfig(num_gpus=0.5)).gpu_memory_fraction
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10 * GIB)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((70 - 36 * number) * GIB, 80 * GIB))
+    budget = build._gpu_budget(runner, EngineConfig(gpu_memory_fraction=half, cuda_graphs=False))
+    assert budget == pytest.approx((36 - 10) * GIB, rel=0.1)
+    assert budget + 10 * GIB <= 36 * GIB
+
+
+def test_the_default_share_of_a_gpu_is_that_of_what_is_taken_of_it() -> None:
+    def share(num_gpus: float, **engine: Any) -> float:
+        return AppConfig(
+            engine=EngineConfig(**engine), model_server=ReplicasConfig(num_gpus=num_gpus)
+        ).gpu_memory_fraction
+
+    assert [share(number) for number in (0, 0.5, 1, 2)] == [0.9, 0.45, 0.9, 0.9]
+    assert share(0.5, gpu_memory_fraction=0.8) == 0.8, "what is said holds"
 
 
 def test_the_fullest_gpu_may_have_no_room(monkeypatch: pytest.MonkeyPatch) -> None:

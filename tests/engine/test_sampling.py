@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
 from transformers import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -17,7 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from serve_app.engine.sampling import TOP_P_CANDIDATES, Sampler, inverse_cdf, philox4x32, uniforms
+from serve_app.engine.sampling import TOP_P_CANDIDATES, Sampler, inverse_cdf, philox4x32, scratch_bytes, uniforms
 from serve_app.engine.sequence import Sequence
 from serve_app.messages import Fingerprint, GenerationRequest, SamplingParams
 
@@ -212,3 +215,47 @@ def test_a_row_does_not_see_its_neighbours() -> None:
 def test_parameters_that_no_sampler_can_honour_do_not_exist(field: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(field))):
         replace(SamplingParams(seed=0), **field)
+
+
+def sampled_peak_bytes(logits: torch.Tensor, params: SamplingParams) -> int:
+    """Most memory that sampling allocates at once, the logits included, as PyTorch's own profiler counts it."""
+    rows = [sequence(params, output=(3,)) for _ in logits]
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        Sampler().sample(logits, rows)
+    assert profiler.profiler is not None
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return logits.nbytes + max(held, default=0)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 0.0},
+        {},
+        {"top_p": 0.99},
+        {"top_k": 50},
+        {"top_k": 9_999},
+        {"top_k": 9_999, "top_p": 0.99, "min_p": 1e-6, "logprobs": 5, "presence_penalty": 0.5},
+    ],
+)
+def test_sampling_takes_no_more_memory_than_is_reserved_for_it(fields: dict[str, Any], flat: bool) -> None:
+    """Flat logits are sorted whole for top_p; a GPU's own sort takes more than a CPU's, which is seen here."""
+    rows, vocab = 24, 10_000
+    logits = torch.zeros(rows, vocab) if flat else 5 * torch.randn(rows, vocab)
+    taken = sampled_peak_bytes(logits, SamplingParams(**({"seed": 1, "temperature": 1.0} | fields)))
+    assert taken <= scratch_bytes(rows, vocab)
+    assert scratch_bytes(rows, vocab) <= 16 * logits.nbytes
+    if "logprobs" in fields:
+        assert taken >= 8 * logits.nbytes, "the profiler counts"
+
+
+@pytest.mark.parametrize("top", [{"top_p": 0.9}, {"top_k": 5_000}])
+def test_rows_that_are_sorted_in_turns_are_filtered_alike(top: dict[str, Any]) -> None:
+    """Nearly flat rows, so that top_p sorts all of them."""
+    logits = 1e-3 * torch.randn(19, 6_000, generator=torch.Generator().manual_seed(1))
+    params = SamplingParams(seed=7, temperature=1.0, **top)
+    together = Sampler().sample(logits.clone(), [sequence(params) for _ in logits])
+    alone = [Sampler().sample(row[None].clone(), [sequence(params)])[0] for row in logits]
+    assert together == alone
