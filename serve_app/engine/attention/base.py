@@ -94,6 +94,11 @@ class AttentionBackend(ABC):
         """Why this kernel can't serve such a layer, or None when it can."""
         return None
 
+    @classmethod
+    def missing(cls) -> str | None:
+        """What this machine lacks, and where to get it, for a kernel that is compiled when it is first used."""
+        return None
+
     def prepare(self, spans: SequenceOf[Span], device: torch.device) -> Any:
         """What the kernel wants to build once a step and a device instead of once a layer."""
         return None

@@ -16,19 +16,28 @@ from serve_app.engine.kv_cache import LayerShape
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest absolute difference on unit-normal values. Wrong pages or masks differ by 0.3 and more."""
+LONG_TOKENS = 1500
+"""Of a long context: some passes of every kernel's loop over the keys, and enough to be split."""
 _STRAY = 30.0
 
 
 def check_attention(
-    backend: AttentionBackend, layer: LayerShape, query_heads: int, heads: Heads, page_tokens: int | None = None
+    backend: AttentionBackend,
+    layer: LayerShape,
+    query_heads: int,
+    heads: Heads,
+    page_tokens: int | None = None,
+    *,
+    long_tokens: int = LONG_TOKENS,
 ) -> str | None:
     """Compare `backend` with the plain path on random values; returns what is wrong, or None.
 
     A kernel that raises is wrong too: the caller falls back to the plain path either way. `page_tokens`: of the pages
-    that it is to serve with; by default the kernel's own.
+    that it is to serve with; by default the kernel's own. `long_tokens`: of the long contexts, or five pages if that is
+    more; fewer for a device that computes for show.
     """
     page = page_tokens or backend.page_tokens
-    spans = _spans(page)
+    spans = _spans(page, long_tokens)
     if heads.sliding_window is not None:
         heads = Heads(heads.scaling, min(heads.sliding_window, page + 5), heads.softcap)
     generator = torch.Generator().manual_seed(0)
@@ -41,7 +50,7 @@ def check_attention(
     try:
         backend.write(keys, values, slots, key, value)
     except Exception as error:  # noqa: BLE001 - compilers raise what they like; the caller says that it isn't used
-        return _failed(error)
+        return _failed(backend, error)
     # Kernels may compute a step of decodes in a way of its own.
     decodes = [replace(span, query_start=i) for i, span in enumerate(s for s in spans if s.query_len == 1)]
     for step in (spans, decodes):
@@ -50,14 +59,16 @@ def check_attention(
         try:
             found = backend.attend(rows, keys, values, step, heads, backend.prepare(step, layer.device))
         except Exception as error:  # noqa: BLE001 - likewise
-            return _failed(error)
+            return _failed(backend, error)
         if (complaint := _compare(found, expected, layer.dtype)) is not None:
             return complaint
     return None
 
 
-def _failed(error: Exception) -> str:
-    return f"it failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+def _failed(backend: AttentionBackend, error: Exception) -> str:
+    said = f"it failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    missing = backend.missing()
+    return said if missing is None else f"{missing} ({said})"
 
 
 def _compare(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> str | None:
@@ -70,15 +81,15 @@ def _compare(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) ->
     return None
 
 
-def _spans(page: int) -> list[Span]:
+def _spans(page: int, long_tokens: int) -> list[Span]:
     # (queries, keys, pages scattered?)
     wanted = [
         (1, 1, False),
         (5, 5, False),
         (1, page + 3, True),
         (page // 2 + 1, 3 * page + 7, True),
-        (1, max(1500, 5 * page), False),
-        (40, max(1200, 4 * page + 1), True),
+        (1, max(long_tokens, 5 * page), False),
+        (40, max(4 * long_tokens // 5, 4 * page + 1), True),
         (page + 2, page + 2, True),
     ]
     spans, start, next_page = [], 0, 1

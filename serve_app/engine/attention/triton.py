@@ -4,8 +4,10 @@ in place. Told of a step by integers on the device alone, so that a captured gra
 
 from __future__ import annotations
 
+import sysconfig
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +65,17 @@ class TritonAttention(TabledAttention):
         if shape.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             return f"the Triton kernels have no {shape.dtype}"
         return None
+
+    @classmethod
+    def missing(cls) -> str | None:
+        headers = Path(sysconfig.get_path("include"), "Python.h")
+        if headers.exists():
+            return None
+        version = sysconfig.get_python_version()
+        return (
+            f"Triton compiles with Python's headers, and {headers} is missing: install them "
+            f"(Debian: apt install python{version}-dev; Fedora: dnf install python{version}-devel)"
+        )
 
     def _queries(self, rows: int) -> int:
         return _QUERIES if self._exact or rows > _FEW_ROWS else 1

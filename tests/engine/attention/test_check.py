@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from serve_app.engine.attention.base import AttentionBackend, Heads, Span, conti
 from serve_app.engine.attention.check import check_attention
 from serve_app.engine.attention.plain import PlainAttention
 from serve_app.engine.attention.sdpa import SdpaAttention
+from serve_app.engine.attention.triton import TritonAttention
 from serve_app.engine.attention.varlen import PAGED, VarlenAttention
 from serve_app.engine.kv_cache import LayerShape
 
@@ -129,3 +131,19 @@ def test_varlen_hands_the_kernel_a_padded_block_table() -> None:
     assert step.query_starts.tolist() == [0, 1, 4]
     assert step.kv_lens.tolist() == [300, 3]
     assert (step.max_query, step.max_kv) == (3, 300)
+
+
+def test_it_says_what_a_kernel_that_can_not_be_compiled_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Uncompiled(TritonAttention):
+        def write(self, *arguments: Any) -> None:
+            raise RuntimeError("Command '['/usr/bin/gcc', '/tmp/tmpj/cuda_utils.c']' returned non-zero exit status 1.")
+
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    found = check_attention(Uncompiled(), LAYER, 4, Heads(0.25), 16)
+    assert found is not None
+    assert f"{tmp_path}/Python.h is missing: install them (Debian: apt install python3" in found
+    assert "gcc" in found
+    (tmp_path / "Python.h").touch()
+    found = check_attention(Uncompiled(), LAYER, 4, Heads(0.25), 16)
+    assert found is not None
+    assert found.startswith("it failed: Command")
