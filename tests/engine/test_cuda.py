@@ -1,4 +1,6 @@
-"""The engine on a GPU: kernels pass their checks, steps are served from graphs, and the tokens are the model's own."""
+"""The engine on a GPU: steps are served from graphs, and the tokens are the model's own.
+
+The kernels by themselves: test_kernels.py."""
 
 from __future__ import annotations
 
@@ -12,8 +14,6 @@ from tiny_models import prompts_of, request_for, tiny_model, tokens_of
 
 from serve_app.engine.attention.base import Heads
 from serve_app.engine.attention.check import check_attention
-from serve_app.engine.attention.sdpa import SdpaAttention
-from serve_app.engine.attention.triton import TritonAttention
 from serve_app.engine.attention.varlen import PAGED, VarlenAttention
 from serve_app.engine.engine import Engine
 from serve_app.engine.kv_cache import LayerShape
@@ -36,21 +36,6 @@ def graphs_of(engine: Engine) -> list[int]:
     return [] if graphs is None else [shape.rows for shape in graphs.shapes]
 
 
-@pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(
-    "shape", [(2, 64, 64, 6), (8, 128, 128, 8), (1, 128, 128, 71), (4, 96, 80, 28), (2, 256, 256, 8)]
-)
-@pytest.mark.parametrize("heads", [Heads(0.1), Heads(0.1, 40), Heads(0.1, None, 20.0)])
-def test_the_triton_kernels_are_right(
-    exact: bool, dtype: torch.dtype, shape: tuple[int, int, int, int], heads: Heads
-) -> None:
-    *kv, query_heads = shape
-    layer = LayerShape(*kv, dtype, torch.device("cuda", 0))
-    assert TritonAttention.refusal(layer, heads) is None
-    assert check_attention(TritonAttention(exact), layer, query_heads, heads) is None
-
-
 @needs_varlen
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(2, 64, 4), (8, 128, 8), (1, 128, 8), (4, 96, 4)])
@@ -61,13 +46,6 @@ def test_the_varlen_kernel_is_right(dtype: torch.dtype, shape: tuple[int, int, i
     heads = Heads(dim**-0.5, window)
     assert VarlenAttention.refusal(layer, heads) is None
     assert check_attention(VarlenAttention(), layer, query_heads, heads) is None
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("heads", [Heads(0.125), Heads(0.125, 64), Heads(0.125, None, 20.0)])
-def test_sdpa_is_right(dtype: torch.dtype, heads: Heads) -> None:
-    layer = LayerShape(2, 64, 64, dtype, torch.device("cuda", 0))
-    assert check_attention(SdpaAttention(), layer, 8, heads) is None
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "gemma2", "gemma3", "gpt2"])
