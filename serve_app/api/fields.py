@@ -127,6 +127,8 @@ class StreamOptions(OpenModel):
     """`stream_options`. `include_obfuscation` pads events against eavesdroppers at OpenAI; here it does nothing."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    """With `include_usage`: the usage so far in every chunk, as in vLLM."""
     include_obfuscation: bool | None = None
 
 
@@ -165,6 +167,12 @@ class OpenAIFields(SamplingFields, OpenModel):
     def include_usage(self) -> bool:
         """Whether a stream ends with a chunk that has the usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every chunk has the usage so far."""
+        options = self.stream_options
+        return options is not None and bool(options.include_usage and options.continuous_usage_stats)
 
 
 Model = TypeVar("Model", bound=RequestModel)

@@ -84,7 +84,11 @@ class Answerer:
             completion = self.service.start(plan, call.record)
             content = await _whole(plan, completion, schema)
             return Response(content, headers=headers, media_type="application/json")
-        fields = {"envelope": _envelope(plan, schema.chunk_kind, schema.id_prefix), "usage": request.include_usage}
+        fields = {
+            "envelope": _envelope(plan, schema.chunk_kind, schema.id_prefix),
+            "usage": request.include_usage,
+            "continuous_usage": request.continuous_usage,
+        }
         if self.resume.wanted(call):
             return await self.resume.open(call, plan, wire, fields)
         writer = ChunkEvents(schema, plan, fields)
@@ -118,12 +122,16 @@ class ChunkEvents(EventWriter):
     """OpenAI's chunks, the usage where it was asked for, and `[DONE]`."""
 
     def __init__(self, schema: ChoiceSchema, plan: Plan, fields: Mapping[str, Any]) -> None:
-        """`fields`: `envelope`, the same in every chunk, and `usage`: whether the usage is wanted."""
+        """`fields`: `envelope`, the same in every chunk, `usage`: whether the usage is wanted at the end, and
+        `continuous_usage`: whether in every chunk."""
         self._schema = schema
         self._choices = plan.choices
         self._include_usage: bool = fields["usage"]
         self._head = f'data: {json.dumps(fields["envelope"])[:-1]}, "choices": ['
         self._end = '], "usage": null}\n\n' if self._include_usage else "]}\n\n"
+        self._continuous_usage = bool(fields.get("continuous_usage"))  # no stream of an older ingress has it
+        self._prompt_tokens = plan.prompt_tokens
+        self._completion_tokens = 0
 
     def opened(self) -> list[bytes]:
         """The chunk of each choice that says who speaks."""
@@ -131,6 +139,7 @@ class ChunkEvents(EventWriter):
 
     def gained(self, delta: Delta) -> list[bytes]:
         """A chunk for its text and one for its end, where there is something to say."""
+        self._completion_tokens += len(delta.token_ids)
         return self._chunks(self._schema.pieces(delta))
 
     def ended(self, usage: Usage) -> list[bytes]:
@@ -147,7 +156,14 @@ class ChunkEvents(EventWriter):
         return b"data: " + error.body() + b"\n\n"
 
     def _chunks(self, pieces: Iterable[str]) -> list[bytes]:
-        return [f"{self._head}{piece}{self._end}".encode() for piece in pieces if piece]
+        end = self._usage_so_far() if self._continuous_usage else self._end
+        return [f"{self._head}{piece}{end}".encode() for piece in pieces if piece]
+
+    def _usage_so_far(self) -> str:
+        """Without the cache hits, which count when the prompt is done."""
+        prompt, completion = self._prompt_tokens, self._completion_tokens
+        counts = f'"prompt_tokens": {prompt}, "completion_tokens": {completion}, "total_tokens": {prompt + completion}'
+        return f'], "usage": {{{counts}}}}}\n\n'
 
 
 def _envelope(plan: Plan, kind: str, id_prefix: str) -> dict[str, object]:

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import Field
 from starlette.responses import Response
 
+from serve_app.api.chat_options import chat_options
 from serve_app.api.choice_text import Delta
 from serve_app.api.endpoint import Call
 from serve_app.api.errors import bad_request
@@ -21,6 +22,8 @@ from serve_app.api.fields import CompletionParams, MaxTokens, OpenAIFields, vali
 from serve_app.api.openai_answer import Answerer, ChoiceSchema, ChunkEvents, finite
 from serve_app.api.service import Plan
 from serve_app.api.sse import EventStream, json_text, one_line
+from serve_app.api.unknown_fields import UnknownFields
+from serve_app.chat.options import ChatOptions
 from serve_app.chat.token_texts import TokenTexts
 from serve_app.chat.tokenizer import ChatTokenizer
 
@@ -34,6 +37,13 @@ class ChatRequest(OpenAIFields):
     """The newer name of the same."""
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: Any = None
+    verbosity: Any = None
+    enable_thinking: Any = None
+    """These three set a variable of the same name where the model's chat template has one."""
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
 
 class ChatCompletions:
@@ -51,8 +61,8 @@ class ChatCompletions:
         request = await call.run(partial(validate_open, ChatRequest, call.body or {}, unknown))
         params = _params(request)
         card = await self._service.ready_model(request.model)
-        messages = request.messages
-        render = partial(self._service.render_chat, card, messages, unknown.add_in)
+        messages, options = request.messages, _options(request, self._service.template_variables, unknown)
+        render = partial(self._service.render_chat, card, messages, options, unknown.add_in)
         prompt = await call.run(render, items=len(messages))
         plan = self._service.plan(card, [prompt], params, call.record, call.remaining_s())
         return await self._answerer.answer(call, plan, request, _schema(self._service.tokenizer), CHAT)
@@ -68,6 +78,17 @@ def _params(request: ChatRequest) -> CompletionParams:
         raise bad_request("top_logprobs needs logprobs to be true.", param="top_logprobs", code="invalid_value")
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     return request.params(max_tokens=max_tokens, max_tokens_param=param, logprobs=logprobs)
+
+
+def _options(request: ChatRequest, known: frozenset[str], unknown: UnknownFields) -> ChatOptions:
+    return chat_options(
+        request.chat_template_kwargs or {},
+        {name: getattr(request, name) for name in ("reasoning_effort", "verbosity", "enable_thinking")},
+        add_generation_prompt=request.add_generation_prompt,
+        continue_final_message=bool(request.continue_final_message),
+        known=known,
+        unknown=unknown,
+    )
 
 
 class _ChatSchema(ChoiceSchema):

@@ -19,6 +19,7 @@ from serve_app.api.fields import ANY_SEED, CompletionParams
 from serve_app.chat.conversation import Unknown, refuse_unknown
 from serve_app.chat.detokenizer import Detokenizer
 from serve_app.chat.errors import PromptError, context_exceeded
+from serve_app.chat.options import DEFAULT_OPTIONS, ChatOptions
 from serve_app.chat.prompts import PromptFormatter
 from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.messages import Failure, Fingerprint, GenerationRequest, LoadStage, ModelCard, SamplingParams
@@ -52,7 +53,7 @@ class Prompt:
 
     ids: tuple[int, ...]
     continues: bool
-    """The answer continues the prompt's text (a raw prompt), instead of standing alone (a chat)."""
+    """The answer continues the prompt's text (a raw prompt, an open message), instead of standing alone (a chat)."""
     param: str
     """The field it came in."""
 
@@ -154,18 +155,24 @@ class CompletionService:
             raise model_not_found(name)
         return state
 
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """Variables of the model's chat template that a caller may set."""
+        return self._formatter.template_variables
+
     def render_chat(
         self,
         card: ModelCard,
         messages: Sequence[Mapping[str, object]],
+        options: ChatOptions = DEFAULT_OPTIONS,
         unknown: Unknown = refuse_unknown,
     ) -> Prompt:
         """The prompt of a chat. `unknown` is as in `parse_messages`. Safe on any thread. Raises `ApiError`."""
         try:
-            ids = self._formatter.render_chat(messages, context_tokens=card.context_tokens, unknown=unknown)
+            ids = self._formatter.render_chat(messages, options, context_tokens=card.context_tokens, unknown=unknown)
         except PromptError as error:
             raise from_prompt(error) from None
-        return Prompt(tuple(ids), False, "messages")
+        return Prompt(tuple(ids), options.continue_final_message, "messages")
 
     def render_text(self, card: ModelCard, text: str, *, parse_special: bool = False) -> Prompt:
         """The prompt of a text that is to be continued. Safe on any thread. Raises `ApiError`."""

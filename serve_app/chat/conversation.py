@@ -18,16 +18,15 @@ _ROLES: tuple[str, ...] = get_args(Role)
 _FIELDS = frozenset({"role", "content", "name"})
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _NOT_SERVED = {
-    "tool_calls": "tool calls are",
-    "tool_call_id": "tool calls are",
-    "function_call": "tool calls are",
-    "audio": "audio is",
-    "images": "images are",
-    "prefix": "it is",
-    "partial": "it is",
+    "tool_calls": "tool calls are not served by this server.",
+    "tool_call_id": "tool calls are not served by this server.",
+    "function_call": "tool calls are not served by this server.",
+    "audio": "audio is not served by this server.",
+    "images": "images are not served by this server.",
+    "prefix": "send continue_final_message with the request instead.",
+    "partial": "send continue_final_message with the request instead.",
 }
-"""Fields of other servers' messages that would change the prompt -> how their refusal begins. The last two ask for the
-message to be continued."""
+"""Fields of other servers' messages that would change the prompt -> what is said of them."""
 _OFF: tuple[object, ...] = (None, False, "", [], {})
 _REASONING_PARTS = frozenset({"thinking", "redacted_thinking", "reasoning"})
 """Parts of an assistant's content that hold what it thought before it answered."""
@@ -86,7 +85,7 @@ def _parse_message(raw: object, where: str, unknown: Unknown) -> ChatMessage:
         if key in _FIELDS or value in _OFF:
             continue
         if key in _NOT_SERVED:
-            message = f"{where}.{key}: {_NOT_SERVED[key]} not served by this server."
+            message = f"{where}.{key}: {_NOT_SERVED[key]}"
             raise PromptError(message, param=f"{where}.{key}", code="unsupported_parameter")
         unknown(where, key)
     if raw.get("content") is None:

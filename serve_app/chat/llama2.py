@@ -11,6 +11,7 @@ from typing import Literal
 
 from serve_app.chat.conversation import ChatMessage
 from serve_app.chat.errors import PromptError, TokenizerError
+from serve_app.chat.options import DEFAULT_OPTIONS, ChatOptions
 from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.chat.turn_markers import TurnMarkers
 
@@ -42,14 +43,19 @@ class Llama2Format:
         self._eos = tokenizer.eos_token_id
         check_golden_ids(tokenizer)
 
-    def encode(self, messages: Sequence[ChatMessage]) -> list[int]:
+    variables: frozenset[str] = frozenset()
+    """None: this format has no template."""
+
+    def encode(self, messages: Sequence[ChatMessage], options: ChatOptions = DEFAULT_OPTIONS) -> list[int]:
         """The prompt's ids. Raises `PromptError` for turns out of order or for a tag under `reject`."""
-        turns = _turns([self._markers.guarded(message, f"messages[{i}].content") for i, message in enumerate(messages)])
+        guarded = [self._markers.guarded(message, f"messages[{i}].content") for i, message in enumerate(messages)]
+        turns = _turns(guarded, open_answer=options.continue_final_message)
+        opened = f" {turns.pop()}" if options.continue_final_message else ""
         ids: list[int] = []
         for user, answer in zip(turns[:-1:2], turns[1::2], strict=True):
             ids += self._encode(f"{_BEGIN_INST} {user} {_END_INST} {answer} ")
             ids.append(self._eos)
-        return ids + self._encode(f"{_BEGIN_INST} {turns[-1]} {_END_INST}")
+        return ids + self._encode(f"{_BEGIN_INST} {turns[-1]} {_END_INST}{opened}")
 
     def _encode(self, text: str) -> list[int]:
         return [self._bos, *self._tokenizer.encode_text(text, add_bos=False, parse_special=False)]
@@ -70,8 +76,9 @@ def check_golden_ids(tokenizer: ChatTokenizer) -> None:
         )
 
 
-def _turns(messages: Sequence[ChatMessage]) -> list[str]:
-    """The stripped texts of user, assistant, user, ... with the system text folded into the first. Ends with a user's.
+def _turns(messages: Sequence[ChatMessage], *, open_answer: bool) -> list[str]:
+    """The stripped texts of user, assistant, user, ... with the system text folded into the first. Ends with a user's,
+    or with an `open_answer` to it.
 
     Stripped after folding, as Meta does: the system text keeps its own spaces.
     """
@@ -80,9 +87,11 @@ def _turns(messages: Sequence[ChatMessage]) -> list[str]:
         system = f"{_BEGIN_SYSTEM}{messages[0].content}{_END_SYSTEM}"
         messages = messages[1:]
     expected = ("user", "assistant")
-    if len(messages) % 2 == 0 or any(m.role != expected[i % 2] for i, m in enumerate(messages)):
+    in_turn = all(message.role == expected[index % 2] for index, message in enumerate(messages))
+    if not messages or len(messages) % 2 == open_answer or not in_turn:
         raise PromptError(
-            "Llama-2 takes an optional system message first, then user and assistant in turn, and a user message last.",
+            "Llama-2 takes an optional system message first, then user and assistant in turn, and a user message last "
+            "(the assistant's with continue_final_message).",
             param="messages",
         )
     first, *rest = messages

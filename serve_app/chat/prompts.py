@@ -12,6 +12,7 @@ from serve_app.chat.conversation import ChatMessage, Unknown, parse_messages, re
 from serve_app.chat.detokenizer import Detokenizer
 from serve_app.chat.errors import PromptError, context_exceeded
 from serve_app.chat.llama2 import Llama2Format
+from serve_app.chat.options import DEFAULT_OPTIONS, ChatOptions
 from serve_app.chat.templates import ChatTemplate
 from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.config import ChatConfig
@@ -20,7 +21,10 @@ from serve_app.config import ChatConfig
 class ChatFormat(Protocol):
     """How one family of models writes a chat."""
 
-    def encode(self, messages: Sequence[ChatMessage]) -> list[int]:
+    variables: frozenset[str]
+    """Those that `ChatOptions.variables` may set."""
+
+    def encode(self, messages: Sequence[ChatMessage], options: ChatOptions = DEFAULT_OPTIONS) -> list[int]:
         """The prompt's ids, BOS included where the format has one. Raises `PromptError`."""
         ...
 
@@ -50,9 +54,15 @@ class PromptFormatter:
             return cls(tokenizer, None)
         return cls(tokenizer, ChatTemplate(tokenizer, tags=config.llama2_tags))
 
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """Variables of the chat template that callers may set."""
+        return frozenset() if self._chat_format is None else self._chat_format.variables
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, object]],
+        options: ChatOptions = DEFAULT_OPTIONS,
         *,
         context_tokens: int | None = None,
         unknown: Unknown = refuse_unknown,
@@ -70,7 +80,9 @@ class PromptFormatter:
         # Every message costs a token at least, and templates may take more than linear time in their number.
         fewest = sum(max(1, self.tokenizer.fewest_tokens(message.content)) for message in parsed)
         _require_room(fewest, context_tokens, "messages", counted="at least ")
-        ids = self._chat_format.encode(parsed)
+        if options.continue_final_message:
+            _require_open_end(parsed)
+        ids = self._chat_format.encode(parsed, options)
         _require_room(len(ids), context_tokens, "messages")
         return ids
 
@@ -85,6 +97,15 @@ class PromptFormatter:
             raise PromptError("The prompt is empty.", param="prompt")
         _require_room(len(ids), context_tokens, "prompt")
         return ids
+
+
+def _require_open_end(messages: Sequence[ChatMessage]) -> None:
+    """Only what the assistant has begun can be continued as the assistant's."""
+    where, last = f"messages[{len(messages) - 1}]", messages[-1]
+    if last.role != "assistant":
+        raise PromptError("continue_final_message needs an assistant's message at the end.", param=where)
+    if not last.content.strip():
+        raise PromptError("The last message is empty: there is nothing to continue.", param=f"{where}.content")
 
 
 def _require_room(tokens: int, context_tokens: int | None, param: str, counted: str = "") -> None:

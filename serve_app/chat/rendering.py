@@ -8,27 +8,76 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jinja2.defaults import DEFAULT_NAMESPACE
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.meta import find_undeclared_variables
+from jinja2.nodes import Node
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from serve_app.chat.errors import PromptError, TokenizerError
+from serve_app.chat.options import DEFAULT_OPTIONS, ChatOptions
 
 TemplateMessage = Mapping[str, object]
 """What a template sees of one message: `role`, `content` and, when given, `name`."""
 
 
-def render(template: str, messages: Sequence[TemplateMessage], special_tokens: Mapping[str, str]) -> str:
-    """The text of the prompt up to where the assistant's answer begins.
+_OURS = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
+_RENDERERS = frozenset({"conversations", "chat_template", "return_assistant_tokens_mask"})
+"""Arguments of transformers' function that are no variables."""
+_GLOBALS = frozenset(DEFAULT_NAMESPACE) | {"raise_exception", "strftime_now"}
+"""Functions that Jinja and transformers give to every template."""
 
-    `special_tokens` are the variables a template expects, e.g. `bos_token`. Rendered in transformers' sandbox, without
+
+def own_variables(template: str) -> frozenset[str]:
+    """The variables that a template leaves to its callers: all that it reads and neither sets nor gets from us.
+
+    Raises `TokenizerError` when it is no template at all.
+    """
+    environment = ImmutableSandboxedEnvironment(extensions=[_GenerationTag, loopcontrols])
+    try:
+        names = find_undeclared_variables(environment.parse(template))
+    except TemplateSyntaxError as error:
+        raise _no_template(error) from error
+    return frozenset(name for name in names - _OURS - _RENDERERS - _GLOBALS if not name.endswith("_token"))
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}`, by which templates mark what the assistant says; transformers' own can't be imported."""
+
+    tags = {"generation"}  # noqa: RUF012 - as the base class has it
+
+    def parse(self, parser: Parser) -> list[Node]:
+        """The statements inside."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def render(
+    template: str,
+    messages: Sequence[TemplateMessage],
+    special_tokens: Mapping[str, str],
+    options: ChatOptions = DEFAULT_OPTIONS,
+) -> str:
+    """The text of the prompt, by default up to where the assistant's answer begins.
+
+    `special_tokens` are the variables a template expects, e.g. `bos_token`. An open last message is the caller's to
+    cut. Rendered in transformers' sandbox, without
     its tokenizer: that one is changed by every call and so can't be shared between threads. Raises `PromptError` with
     the template's own words when it refuses the messages, `TokenizerError` when it is no template at all.
     """
-    arguments: dict[str, Any] = {"chat_template": template, "add_generation_prompt": True, **special_tokens}
+    arguments: dict[str, Any] = {
+        **options.variables,
+        "chat_template": template,
+        "add_generation_prompt": options.add_generation_prompt,
+        **special_tokens,
+    }
     try:
         texts: Any = render_jinja_template([[dict(message) for message in messages]], **arguments)[0]
     except TemplateSyntaxError as error:
-        raise TokenizerError(f"The chat template is not valid Jinja (line {error.lineno}): {error.message}") from error
+        raise _no_template(error) from error
     except TemplateError as error:
         reason = error.message or type(error).__name__
         raise PromptError(f"The model's chat template refuses these messages: {reason}", param="messages") from error
@@ -46,3 +95,7 @@ def try_render(template: str, messages: Sequence[TemplateMessage], special_token
         return render(template, messages, special_tokens)
     except PromptError:
         return ""
+
+
+def _no_template(error: TemplateSyntaxError) -> TokenizerError:
+    return TokenizerError(f"The chat template is not valid Jinja (line {error.lineno}): {error.message}")

@@ -14,7 +14,8 @@ from typing import Literal
 
 from serve_app.chat.conversation import ChatMessage
 from serve_app.chat.errors import PromptError, TokenizerError
-from serve_app.chat.rendering import TemplateMessage, render, try_render
+from serve_app.chat.options import DEFAULT_OPTIONS, ChatOptions
+from serve_app.chat.rendering import TemplateMessage, own_variables, render, try_render
 from serve_app.chat.tokenizer import ChatTokenizer, Piece
 from serve_app.chat.turn_markers import TurnMarkers, find_turn_markers
 
@@ -61,59 +62,72 @@ class ChatTemplate:
         markers = find_turn_markers(self._try, tokenizer.control_tokens)
         self._markers = TurnMarkers(markers, tokenizer, policy=tags, owner="this model's chat template")
         self._without_markers = _Disarmed(markers)
+        self.variables = own_variables(self._template) - tokenizer.special_tokens.keys()
+        """Those that `ChatOptions.variables` may set."""
         if markers:
             logger.info("turn markers of the chat template that are ordinary text: %s", " ".join(markers))
 
-    def encode(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """The prompt's ids, up to where the assistant's answer begins.
+    def encode(self, messages: Sequence[ChatMessage], options: ChatOptions = DEFAULT_OPTIONS) -> list[int]:
+        """The prompt's ids, by default up to where the assistant's answer begins.
 
         Raises `PromptError` when the template refuses the messages or when a text would add a control token or a turn
-        marker.
+        marker, and for variables that are not the template's own.
         """
+        if foreign := options.variables.keys() - self.variables:
+            raise PromptError(f"This model's chat template has no variable {min(foreign)!r}.")
         if not self._knows_developer:
             messages = [replace(m, role="system") if m.role == "developer" else m for m in messages]
         messages = [self._markers.guarded(m, f"messages[{index}].content") for index, m in enumerate(messages)]
-        self._check_markers(messages)
+        self._check_markers(messages, options)
         harmless = [self._without_controls.message(message) for message in messages]
-        if harmless == messages:
-            return self._encode(messages, lenient=True)
-        expected = self._controls(self._encode(harmless, lenient=True))
+        harmless_options = self._without_controls.options(options)
+        if (harmless, harmless_options) == (messages, options):
+            return self._encode(messages, options, lenient=True)
+        expected = self._controls(self._encode(harmless, harmless_options, lenient=True))
         for lenient in (True, False):
-            ids = self._encode(messages, lenient=lenient)
+            ids = self._encode(messages, options, lenient=lenient)
             if self._controls(ids) == expected:
                 return ids
         raise PromptError(
             "The messages contain text that would join into a control token of this model.", param="messages"
         )
 
-    def _check_markers(self, messages: Sequence[ChatMessage]) -> None:
+    def _check_markers(self, messages: Sequence[ChatMessage], options: ChatOptions) -> None:
         """Raises `PromptError` when the template makes turn markers of what other people than the model have said."""
         harmless = [m if m.role == "assistant" else self._without_markers.message(m) for m in messages]
-        if harmless != messages and self._turns(messages) != self._turns(harmless):
+        harmless_options = self._without_markers.options(options)
+        if (harmless, harmless_options) == (messages, options):
+            return
+        if self._turns(messages, options) != self._turns(harmless, harmless_options):
             markers = ", ".join(self._markers.markers)
             message = f"The messages contain text that would join into a turn marker of this model ({markers})."
             raise PromptError(message, param="messages")
 
-    def _turns(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
-        return self._markers.count("".join(piece.text for piece in self._pieces(messages, lenient=True)))
+    def _turns(self, messages: Sequence[ChatMessage], options: ChatOptions) -> tuple[int, ...]:
+        return self._markers.count("".join(piece.text for piece in self._pieces(messages, options, lenient=True)))
 
-    def _encode(self, messages: Sequence[ChatMessage], *, lenient: bool) -> list[int]:
-        return self._tokenizer.encode_pieces(self._pieces(messages, lenient=lenient))
+    def _encode(self, messages: Sequence[ChatMessage], options: ChatOptions, *, lenient: bool) -> list[int]:
+        return self._tokenizer.encode_pieces(self._pieces(messages, options, lenient=lenient))
 
-    def _pieces(self, messages: Sequence[ChatMessage], *, lenient: bool) -> list[Piece]:
+    def _pieces(self, messages: Sequence[ChatMessage], options: ChatOptions, *, lenient: bool) -> list[Piece]:
         """`lenient`: let the template see `<think>` in the assistant's own words as it is, to cut or keep it."""
-        fenced, start, end = self._fenced(messages, lenient=lenient)
+        start, end, cut = _unused_marks(messages)
+        fenced = self._fenced(messages, start, end, lenient=lenient)
+        if options.continue_final_message:
+            fenced[-1] = replace(fenced[-1], content=f"{fenced[-1].content}{cut} ")
         seen = [self._seen(message) for message in fenced]
-        return self._split(render(self._template, seen, self._tokenizer.special_tokens), start, end)
+        text = render(self._template, seen, self._tokenizer.special_tokens, options)
+        if options.continue_final_message:
+            text = _open_end(text, cut)
+        return self._split(text, start, end)
 
     def _try(self, messages: Sequence[ChatMessage]) -> str:
         """The text of a trial; "" when the template refuses it."""
         seen = [self._seen(message) for message in messages]
         return try_render(self._template, seen, self._tokenizer.special_tokens)
 
-    def _fenced(self, messages: Sequence[ChatMessage], *, lenient: bool) -> tuple[list[ChatMessage], str, str]:
-        """The messages with marks around their control tokens, and the two marks."""
-        start, end = _unused_marks(messages)
+    def _fenced(self, messages: Sequence[ChatMessage], start: str, end: str, *, lenient: bool) -> list[ChatMessage]:
+        """The messages with marks around their control tokens."""
         fenced = []
         for message in messages:
             tokens = self._tokenizer.control_tokens
@@ -124,7 +138,7 @@ class ChatTemplate:
                 pattern = "|".join(map(re.escape, longest_first))
                 message = replace(message, content=re.sub(pattern, f"{start}\\g<0>{end}", message.content))
             fenced.append(message)
-        return fenced, start, end
+        return fenced
 
     def _split(self, text: str, start: str, end: str) -> list[Piece]:
         """A rendered text at its marks. A mark that the template cut from its partner still parts what it stands in."""
@@ -176,17 +190,40 @@ class _Disarmed:
         """
         if not self._tokens:
             return message
-        text = message.content
+        name = None if message.name is None else self._filler * len(message.name)
+        return replace(message, content=self._text(message.content), name=name)
+
+    def options(self, options: ChatOptions) -> ChatOptions:
+        """The same of the texts among the template's variables."""
+        if not self._tokens:
+            return options
+        variables = {
+            name: self._text(value) if isinstance(value, str) else value for name, value in options.variables.items()
+        }
+        return replace(options, variables=variables)
+
+    def _text(self, text: str) -> str:
         inner = text.strip()
         if inner and any(inner in token for token in self._tokens):
             text = text.replace(inner, self._filler * len(inner))
-        name = None if message.name is None else self._filler * len(message.name)
-        return replace(message, content=text.translate(self._harmless), name=name)
+        return text.translate(self._harmless)
 
 
-def _unused_marks(messages: Sequence[ChatMessage]) -> tuple[str, str]:
-    unused = (mark for mark in _MARKS if not any(mark in message.content for message in messages))
-    start, end = next(unused, None), next(unused, None)
-    if start is None or end is None:
+def _unused_marks(messages: Sequence[ChatMessage]) -> tuple[str, str, str]:
+    """The start and the end of a fence, and where an open message is cut."""
+    unused = [mark for mark in _MARKS if not any(mark in message.content for message in messages)]
+    if len(unused) < 3:
         raise PromptError("The messages use every Unicode noncharacter from U+FDD0 to U+FDEF.", param="messages")
-    return start, end
+    return unused[0], unused[1], unused[2]
+
+
+def _open_end(text: str, cut: str) -> str:
+    """The text up to where the last message ends, which `cut` and a space mark.
+
+    A template that trims messages takes the space away, and then trims the end of this one: as transformers does.
+    """
+    before, mark, after = text.rpartition(cut)
+    if not mark:
+        message = "The model's chat template does not show the last message as it is, so it can't be continued."
+        raise PromptError(message, param="messages")
+    return before if after.startswith(" ") else before.rstrip()

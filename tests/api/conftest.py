@@ -117,12 +117,13 @@ async def make_app(tokenizer: ChatTokenizer, eos: int, metrics: MemoryMetrics) -
         resume: ResumeSettings | None = None,
         bound_to: str | None = None,
         aliases: frozenset[str] = frozenset(),
+        text: ChatTokenizer = tokenizer,
         **config: object,
     ) -> Starlette:
         failover = failover or FailoverSettings(silence_s=60, max_attempts=3, first_backoff_s=0.001, max_backoff_s=0.01)
         service = CompletionService(
             replica,
-            PromptFormatter.from_config(tokenizer, ChatConfig()),
+            PromptFormatter.from_config(text, ChatConfig()),
             ModelDefaults(**{"eos_token_ids": (eos,), **(defaults or {})}),  # type: ignore[arg-type]
             failover,
             aliases,
