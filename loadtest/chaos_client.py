@@ -103,7 +103,7 @@ class Reply:
             self._texts[0] += document["generated_text"]
 
     def _number(self, event_id: str, outcome: Outcome) -> None:
-        stream_id, _, index = event_id.rpartition(":")
+        stream_id, index, _ = event_id.split(":")  # the last is a digest of the text so far, for the server to read
         if self._stream_id not in ("", stream_id):
             outcome.faults.append(f"an event of stream {stream_id} in stream {self._stream_id}")
         if not self._stream_id:

@@ -27,7 +27,7 @@ def done(index: int | None) -> bytes:
 
 
 def numbered(index: int | None, text: str) -> bytes:
-    start = "" if index is None else f"id: {STREAM}:{index}\n"
+    start = "" if index is None else f"id: {STREAM}:{index}:0a1b2c3d\n"
     return f"{start}{text}\n\n".encode()
 
 
@@ -111,8 +111,8 @@ async def test_a_resuming_client_names_the_last_event_it_has(play: Callable[...,
     assert seen.answer.token_ids == (1, 2, 3)
     assert [request.headers.get("last-event-id") for request in server.requests] == [
         None,
-        f"{STREAM}:1",
-        f"{STREAM}:2",
+        f"{STREAM}:1:0a1b2c3d",
+        f"{STREAM}:2:0a1b2c3d",
     ]
     assert {request.url.path for request in server.requests[1:]} == {f"/v1/streams/{STREAM}"}
     assert seen.resumed == 2
