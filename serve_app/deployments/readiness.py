@@ -48,11 +48,12 @@ def judge(
         return card  # also while one wakes: the requests that woke it wait for it
     if stage is not None:
         return stage
-    return LoadStage(_stage_by_serve(deployment.message if deployment is not None and not died else ""))
+    otherwise = "starting a model replica" if card is None else "waiting for a model replica that takes requests"
+    return LoadStage(_stage_by_serve(deployment.message if deployment is not None and not died else "") or otherwise)
 
 
-def _stage_by_serve(message: str) -> str:
-    """The stage of a replica that has said nothing itself yet, or nothing since it loaded the model.
+def _stage_by_serve(message: str) -> str | None:
+    """What Serve knows of a replica that has said nothing itself yet, or nothing since it loaded the model.
 
     Serve's messages are remarks for operators, most of them no stage: of a replica that takes its time, or of the last
     change of their number. Two of them say what the start waits for.
@@ -61,7 +62,7 @@ def _stage_by_serve(message: str) -> str:
         return f"starting a model replica again ({_last_line(message)})"
     if _NO_PLACE in message:
         return f"waiting for a place in the cluster ({_last_line(message)})"
-    return "starting a model replica"
+    return None
 
 
 def answers(deployment: DeploymentStatusOverview | None) -> bool:

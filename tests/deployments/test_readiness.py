@@ -15,6 +15,8 @@ from serve_app.deployments.readiness import Readiness, judge
 from serve_app.deployments.replica_table import replica_table
 from serve_app.messages import Fingerprint, LoadStage, ModelCard
 
+STARTING = LoadStage("starting a model replica")
+ROUTING = LoadStage("waiting for a model replica that takes requests")
 LOADING = LoadStage("loading weights", 0.5)
 FAILED = LoadStage("failed", error="there is no such model")
 
@@ -35,8 +37,10 @@ def deployment(status: str = "HEALTHY", message: str = "", **replicas: int) -> D
         (deployment("DEPLOY_FAILED"), None, FAILED, False, FAILED),
         (deployment(), CARD, None, True, CARD),
         (deployment("UPSCALING", STARTING=1), CARD, LOADING, True, CARD),
-        (deployment(), CARD, None, False, LoadStage("starting a model replica")),
-        (None, None, None, False, LoadStage("starting a model replica")),
+        (deployment(), CARD, None, False, ROUTING),
+        (deployment(STARTING=1), CARD, None, False, ROUTING),
+        (deployment(STARTING=1), None, None, False, STARTING),
+        (None, None, None, False, STARTING),
     ],
 )
 def test_judge(
@@ -54,7 +58,7 @@ def test_a_replica_that_died_is_no_failure_of_the_model(status: str) -> None:
     """In an update Serve says DEPLOY_FAILED of it, and goes on."""
     message = "A replica's health check failed. This deployment will be UNHEALTHY until the replica recovers."
     overview = DeploymentStatusOverview(status, "HEALTH_CHECK_FAILED", {}, message)  # type: ignore[arg-type]
-    assert judge(overview, CARD, None, may_sleep=False) == LoadStage("starting a model replica")
+    assert judge(overview, CARD, None, may_sleep=False) == ROUTING
     assert judge(overview, CARD, LOADING, may_sleep=False) == LOADING
 
 
@@ -81,7 +85,7 @@ def test_a_replica_that_has_no_place_says_what_it_waits_for() -> None:
 def test_a_remark_of_serve_is_no_stage(card: ModelCard | None, remark: str) -> None:
     """The replica has a place: it is being made, or has loaded the model and is about to be routed to."""
     answer = judge(deployment("UPDATING", remark, STARTING=1), card, None, may_sleep=False)
-    assert answer == LoadStage("starting a model replica")
+    assert answer == (STARTING if card is None else ROUTING)
 
 
 def test_a_try_that_failed_is_told_while_the_next_one_starts() -> None:
