@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 FOLLOW_WAIT_S = 10.0
 """How long a follower waits for news in one call to the store; a lapsed lease ends the wait at once."""
+FED_AT_ONCE = 32
+"""Tokens of a journal that become events between two turns of the event loop: about 1 ms."""
 PIECE_BYTES = 2**16
 """A reader gets about so much at a time: a long answer from the start goes out in pieces."""
 _FIRST_PAUSE_S = 0.05
@@ -275,11 +277,14 @@ class ResumableStream:
                 self._task.cancel()  # refused, it ends by itself
             raise
 
-    def follow(self, view: JournalView) -> None:
-        """A stream that was found in the store: get the rest of it. Raises `RecordError` when it can't be read."""
+    async def catch_up(self, view: JournalView) -> None:
+        """A stream that was found in the store: take in what is there. Raises `StreamGone` when it can't be read."""
         self._accepted.set_result(None)
         self._created = asyncio.get_running_loop().time() - view.age_s
-        self._feed(view)
+        await self._feed(view)
+
+    def follow(self) -> None:
+        """It has caught up: get the rest of it."""
         if self.finished:
             self._over = True
             return
@@ -421,11 +426,11 @@ class ResumableStream:
         """
         home, writer = self._home, self._home.writer
         while self._readers:
-            self._feed(await home.look(self.id, len(self._records), FOLLOW_WAIT_S))
+            await self._feed(await home.look(self.id, len(self._records), FOLLOW_WAIT_S))
             owner = writer.new_owner()
             if not self.finished and await home.reach(partial(home.store.acquire, self.id, owner)):
                 # The old owner may have written between the two, and the document is needed to write it again.
-                self._feed(await home.look(self.id, len(self._records)))
+                await self._feed(await home.look(self.id, len(self._records)))
                 logger.warning("stream %s is continued here after %d tokens", loggable(self.id), self.tokens)
                 journal = writer.own(self.id, owner, write_document(self.document), self._records)
                 writer.keep(journal)
@@ -434,8 +439,9 @@ class ResumableStream:
                 break
         return None
 
-    def _feed(self, view: JournalView) -> None:
-        """Take in records. Raises `StreamGone`."""
+    async def _feed(self, view: JournalView) -> None:
+        """Take in records; others run meanwhile. Raises `StreamGone`."""
+        fed = 0
         try:
             for record in view.records:
                 self._records.append(record)
@@ -444,6 +450,10 @@ class ResumableStream:
                         self._add(self._transcript.fail(reply))
                     else:
                         self._push(choice, reply)
+                        fed += len(reply.token_ids)
+                    if fed >= FED_AT_ONCE:
+                        fed = 0
+                        await asyncio.sleep(0)
         except OtherTokens as error:
             logger.warning("stream %s was continued elsewhere with other tokens", loggable(self.id))
             raise StreamChanged from error

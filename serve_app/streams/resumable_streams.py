@@ -79,7 +79,11 @@ class ResumableStreams:
             logger.error("the journal of stream %s can't be read", loggable(stream_id), exc_info=error)
             raise StreamGone from error
         stream = ResumableStream(stream_id, document, make(document), self._home)
-        stream.follow(view)
+        await stream.catch_up(view)
+        there = self._home.streams.get(stream_id)
+        if there is not None and there.lives:
+            return there
+        stream.follow()
         return stream
 
     async def aclose(self) -> None:

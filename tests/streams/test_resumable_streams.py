@@ -18,7 +18,7 @@ from serve_app.streams import event_log
 from serve_app.streams.event_log import Mark
 from serve_app.streams.generation import FailoverSettings
 from serve_app.streams.journal import Journal
-from serve_app.streams.journal_records import StreamDocument, read_record, write_document, write_reply
+from serve_app.streams.journal_records import StreamDocument, join_replies, read_record, write_document, write_reply
 from serve_app.streams.journal_store import Append, Held, Hold, JournalLimits, JournalView, StoreUnavailable, Then
 from serve_app.streams.resumable_stream import (
     ReaderTooSlow,
@@ -317,6 +317,38 @@ async def test_what_the_journal_lacks_is_generated_and_no_more(
     await store.append([Append(stream_id, "dead", 0, (write_reply(0, batch),), Then.RELEASE)])
     assert await make_ingress().rest(stream_id) == EXPECTED
     assert [len(request.output_token_ids) for request in replica.requests] == [written] * (written < TOKENS)
+
+
+async def test_a_long_journal_is_taken_in_while_others_run(make_ingress: MakeIngress, store: BrokenStore) -> None:
+    document = StreamDocument((generation_request(max_new_tokens=2000),), "", "")
+    stream_id = ResumableStreams.new_id()
+    await store.create(stream_id, "dead", write_document(document))
+    lines = [write_reply(0, TokenBatch(n, (1000 + n,))) for n in range(1999)]
+    lines.append(write_reply(0, TokenBatch(1999, (2999,), finish_reason=FinishReason.LENGTH)))
+    await store.append([Append(stream_id, "dead", 0, (join_replies(lines),), Then.FINISH)])
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    running = asyncio.create_task(others())
+    stream = await make_ingress().find(stream_id)
+    running.cancel()
+    assert stream.finished
+    assert len(stream.events) == 2002
+    assert turns > 2000 / 50
+
+
+async def test_many_who_find_a_stream_at_once_find_the_same(make_ingress: MakeIngress, replica: FakeReplica) -> None:
+    one, other = make_ingress(), make_ingress()
+    stream = await one.begin()
+    await one.rest(stream.id, until=30)
+    answers = await asyncio.gather(*(other.rest(stream.id) for _ in range(10)))
+    assert answers == [EXPECTED] * 10
+    assert len(replica.requests) == 1
 
 
 async def test_a_reader_elsewhere_follows_the_owner_and_keeps_it_going(
