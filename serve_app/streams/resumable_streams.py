@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from weakref import WeakValueDictionary
 
 from serve_app.streams.event_log import EventMemory
 from serve_app.streams.generation import FailoverSettings
@@ -36,11 +37,18 @@ class ResumableStreams:
         writer = JournalWriter(store, settings.lease_s, settings.tick_s)
         memory = EventMemory(settings.max_event_bytes, settings.max_stream_event_bytes)
         self._home = Home(client, failover or FailoverSettings(), store, writer, settings, memory)
+        self._finished: WeakValueDictionary[str, ResumableStream] = WeakValueDictionary()
+        """Found in the store with all their events, as long as somebody reads them."""
 
     @staticmethod
     def new_id() -> str:
         """See `stream_id`."""
         return new_stream_id()
+
+    def _here(self, stream_id: str) -> ResumableStream | None:
+        """The object that this process has for the stream, if all events are there or are still got."""
+        stream = self._home.streams.get(stream_id) or self._finished.get(stream_id)
+        return stream if stream is not None and stream.lives else None
 
     @property
     def event_bytes(self) -> int:
@@ -65,13 +73,12 @@ class ResumableStreams:
         The caller enters its `attended` before it awaits anything: a stream that is followed for nobody ends.
         Raises `StreamGone` and `StoreUnavailable`, neither before it has lasted for a moment.
         """
-        while (stream := self._home.streams.get(stream_id)) is not None:
-            if stream.lives:
-                return stream
-            await stream.closed()
+        while (there := self._here(stream_id)) is None and (ending := self._home.streams.get(stream_id)) is not None:
+            await ending.closed()
+        if there is not None:
+            return there
         view = await self._home.look(stream_id, 0)
-        there = self._home.streams.get(stream_id)
-        if there is not None and there.lives:  # another request for it came first
+        if (there := self._here(stream_id)) is not None:  # another request for it came first
             return there
         try:
             document = read_document(view.document)
@@ -80,10 +87,11 @@ class ResumableStreams:
             raise StreamGone from error
         stream = ResumableStream(stream_id, document, make(document), self._home)
         await stream.catch_up(view)
-        there = self._home.streams.get(stream_id)
-        if there is not None and there.lives:
+        if (there := self._here(stream_id)) is not None:
             return there
         stream.follow()
+        if stream.finished:
+            self._finished[stream_id] = stream
         return stream
 
     async def aclose(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, aclosing
@@ -349,6 +350,19 @@ async def test_many_who_find_a_stream_at_once_find_the_same(make_ingress: MakeIn
     answers = await asyncio.gather(*(other.rest(stream.id) for _ in range(10)))
     assert answers == [EXPECTED] * 10
     assert len(replica.requests) == 1
+
+
+async def test_all_readers_of_a_finished_stream_share_what_was_made_of_its_journal(make_ingress: MakeIngress) -> None:
+    one, other = make_ingress(), make_ingress()
+    stream = await one.begin()
+    await one.rest(stream.id)
+    await stream.closed()
+    found = await asyncio.gather(*(other.find(stream.id) for _ in range(10)))
+    assert len({id(each) for each in [*found, await other.find(stream.id)]}) == 1
+    del found
+    await asyncio.sleep(0)  # the loop lets go of the tasks that found it
+    gc.collect()
+    assert other.streams.event_bytes == 0, "nothing is held for nobody"
 
 
 async def test_a_reader_elsewhere_follows_the_owner_and_keeps_it_going(
