@@ -65,8 +65,12 @@ class AsyncClient:
         timeout_s: float = 600.0,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        """`timeout_s` bounds silence, not a whole answer. Raises ValueError when `base_url` is no address."""
-        self._http = httpx.AsyncClient(**protocol.client_settings(base_url, headers, timeout_s), transport=transport)
+        """`timeout_s` bounds silence, not a whole answer.
+
+        Raises ValueError when `base_url` is no address, or can't be reached by the environment's proxy settings.
+        """
+        settings = protocol.client_settings(base_url, headers, timeout_s)
+        self._http = protocol.open_http(httpx.AsyncClient, settings, transport)
         self._retries = retries
         self._timeout_s = timeout_s
 

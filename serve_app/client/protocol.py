@@ -5,10 +5,12 @@ Promises that a retry happens only while nothing has been delivered, a bounded n
 
 from __future__ import annotations
 
+import ipaddress
 import json
+import os
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -31,8 +33,9 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 CONNECT_TIMEOUT_S = 5.0
 LONGEST_RETRY_AFTER_S = 30.0  # asked to wait longer, the caller is told instead of being kept
 FIRST_BACKOFF_S = 0.25
+_PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 
-_LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+Http = TypeVar("Http", httpx.Client, httpx.AsyncClient)
 
 
 def client_settings(base_url: str, headers: Mapping[str, str] | None, timeout_s: float) -> dict[str, Any]:
@@ -44,8 +47,26 @@ def client_settings(base_url: str, headers: Mapping[str, str] | None, timeout_s:
         "base_url": base_url,
         "headers": dict(headers or {}),
         "timeout": timeout(timeout_s, None),
-        "trust_env": parts.hostname not in _LOOPBACK,  # a proxy for the outside can't reach this machine's loopback
+        "trust_env": not _is_loopback(parts.hostname),  # a proxy for the outside can't reach this machine's loopback
     }
+
+
+def open_http(kind: type[Http], settings: Mapping[str, Any], transport: Any) -> Http:
+    """httpx's client. Raises ValueError where the environment's proxy settings are none that it can use."""
+    try:
+        return kind(**settings, transport=transport)
+    except (ImportError, ValueError, httpx.InvalidURL) as reason:
+        names = ", ".join(name for name in _PROXIES if os.environ.get(name) or os.environ.get(name.lower()))
+        raise ValueError(
+            f"the proxy settings of the environment ({names}) can't be used: {reason} Mend or unset them."
+        ) from reason
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def timeout(timeout_s: float, silence_s: float | None) -> httpx.Timeout:

@@ -61,8 +61,12 @@ class Client:
         timeout_s: float = 600.0,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        """`timeout_s` bounds silence, not a whole answer. Raises ValueError when `base_url` is no address."""
-        self._http = httpx.Client(**protocol.client_settings(base_url, headers, timeout_s), transport=transport)
+        """`timeout_s` bounds silence, not a whole answer.
+
+        Raises ValueError when `base_url` is no address, or can't be reached by the environment's proxy settings.
+        """
+        settings = protocol.client_settings(base_url, headers, timeout_s)
+        self._http = protocol.open_http(httpx.Client, settings, transport)
         self._retries = retries
         self._timeout_s = timeout_s
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
-from huggingface_hub import HfApi, constants, get_token, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, get_session, get_token, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -60,6 +60,7 @@ def fetch(model: ModelConfig, *, tokenizer_only: bool, progress: Progress) -> tu
 
 def _fetch(model: ModelConfig, tokenizer_only: bool, progress: Progress) -> tuple[Path, str]:
     progress(LoadStage(f"asking {constants.ENDPOINT} for {model.source}"))
+    _require_session()
     info = HfApi().model_info(model.source, revision=model.revision, files_metadata=True, timeout=_TIMEOUT_S)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     if not tokenizer_only:
@@ -77,6 +78,17 @@ def _fetch(model: ModelConfig, tokenizer_only: bool, progress: Progress) -> tupl
             bar = _bar_class(progress, f"fetching {model.source} ({needed / 1e9:.1f} GB)", needed)
             snapshot_download(model.source, revision=folder.name, allow_patterns=weights, tqdm_class=bar)
     return folder, folder.name
+
+
+def _require_session() -> None:
+    """With proxy settings that the HTTP library can't use the hub can't be reached, and what is cached still serves.
+
+    Raises OSError.
+    """
+    try:
+        get_session()
+    except Exception as error:  # ImportError, ValueError or its own InvalidURL, by setting and library
+        raise ConnectionError(f"the environment's proxy settings can't be used: {error}") from error
 
 
 def _check_before_weights(model: ModelConfig, folder: Path) -> None:

@@ -361,3 +361,27 @@ def test_models_of_something_else(api: FakeApi, call: Call, body: bytes) -> None
     api.routes["/v1/models"] = lambda exchange: exchange.answer(200, body)
     with pytest.raises(ServerError):
         call("models")
+
+
+ODD = [("ALL_PROXY", "socks://127.0.0.1:9"), ("HTTP_PROXY", "ftp://127.0.0.1:9"), ("NO_PROXY", "[::1")]
+
+
+@pytest.mark.parametrize(("name", "value"), ODD)
+def test_odd_proxy_settings_are_nothing_to_this_machine(
+    api: FakeApi, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with Client(api.url) as client:
+        assert client.ready().ready
+    for url in ("http://127.8.0.1:8000", "http://[::1]:8000", "http://chat.localhost:8000"):
+        Client(url).close()
+
+
+@pytest.mark.parametrize(("name", "value"), ODD)
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_odd_proxy_settings_are_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Client | AsyncClient], name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=rf"proxy settings of the environment \(.*{name}.*\) can't be used: "):
+        kind("http://198.51.100.7:8000")

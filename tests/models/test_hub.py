@@ -1,21 +1,22 @@
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from fake_hub import COMMIT, FakeHub, serve_hub
-from huggingface_hub import constants
+from huggingface_hub import close_session, constants
 from model_builders import ignore_progress
 from safetensors.torch import load_file, save_file
-from transformers import GPTJConfig, GPTJForCausalLM
+from transformers import AutoTokenizer, GPTJConfig, GPTJForCausalLM
 
 from serve_app.config import ModelConfig
 from serve_app.messages import LoadStage
 from serve_app.models.checkpoint import weight_files
 from serve_app.models.errors import ModelError
 from serve_app.models.hub import fetch
+from serve_app.models.loader import load
 from serve_app.models.source import SourceKind, resolve
 
 MODEL = ModelConfig(source="team/model")
@@ -162,3 +163,40 @@ def test_no_network_is_said_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelError, match=r"hub http://127\.0\.0\.1:9 can't be reached .* not in"):
         fetch(MODEL, tokenizer_only=False, progress=ignore_progress)
     assert time.monotonic() - start < 10
+
+
+@pytest.fixture
+def proxies(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Sets ALL_PROXY, as a desktop does; huggingface_hub reads it when it makes its HTTP client."""
+
+    def use(value: str) -> None:
+        for name in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "all_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("ALL_PROXY", value)
+        close_session()
+
+    yield use
+    monkeypatch.undo()
+    close_session()
+
+
+@pytest.mark.parametrize("value", ["socks://127.0.0.1:9", "socks5://127.0.0.1:9", "ftp://127.0.0.1:9"])
+def test_odd_proxy_settings_keep_no_cached_model_from_being_served(
+    hub: FakeHub, proxies: Callable[[str], None], value: str
+) -> None:
+    fetched = fetch(MODEL, tokenizer_only=False, progress=ignore_progress)
+    proxies(value)
+    assert fetch(MODEL, tokenizer_only=False, progress=ignore_progress) == fetched
+    with pytest.raises(ModelError, match=r"hub http://127\.0\.0\.1:\d+ can't be reached") as caught:
+        fetch(ModelConfig(source="team/other"), tokenizer_only=False, progress=ignore_progress)
+    assert "\n" not in str(caught.value)
+
+
+def test_odd_proxy_settings_keep_no_folder_from_being_loaded(
+    llama_folder: Path, proxies: Callable[[str], None]
+) -> None:
+    proxies("socks://127.0.0.1:9")
+    model = ModelConfig(source=str(llama_folder))
+    files = resolve(model, llama_folder, progress=ignore_progress)
+    assert load(files, model, has_gpu=False, progress=ignore_progress).name == "tiny-llama"
+    assert AutoTokenizer.from_pretrained(files.tokenizer_folder, local_files_only=True)("hi")["input_ids"]
