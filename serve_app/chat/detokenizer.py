@@ -10,10 +10,10 @@ import codecs
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, Protocol
+from typing import Protocol
 
 from serve_app.chat.errors import TokenizerError
-from serve_app.chat.tokenizer import ChatTokenizer
+from serve_app.chat.tokenizer import ChatTokenizer, decoder_kinds
 
 _REPLACEMENT = "\ufffd"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -67,6 +67,7 @@ class _ByteLevelState:
 
     def __init__(self, tokenizer: ChatTokenizer, prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
+        self._own_texts = tokenizer.own_texts
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         tail = b""
         for token_id in reversed(prompt_ids):
@@ -84,6 +85,8 @@ class _ByteLevelState:
         return self._less_shown(self._decoder.decode(b"", final=True))
 
     def _bytes(self, token_id: int) -> bytes:
+        if (text := self._own_texts.get(token_id)) is not None:
+            return text.encode()
         token = self._tokenizer.visible_token(token_id)
         return b"" if token is None else bytes_of(token)
 
@@ -141,15 +144,6 @@ class _TokenwiseState:
         return text[next(different, len(text)) :]
 
 
-def decoder_kinds(decoder: Mapping[str, Any] | None) -> frozenset[str]:
-    """The types of the decoders that a tokenizer's decoder is made of."""
-    if decoder is None:
-        return frozenset()
-    if decoder["type"] == "Sequence":
-        return frozenset().union(*map(decoder_kinds, decoder["decoders"]))
-    return frozenset({decoder["type"]})
-
-
 @cache
 def _byte_alphabet() -> Mapping[str, int]:
     """GPT-2's printable stand-ins for the 256 bytes (bytes_to_unicode in openai/gpt-2, src/encoder.py)."""
@@ -160,7 +154,7 @@ def _byte_alphabet() -> Mapping[str, int]:
 
 
 def bytes_of(token: str) -> bytes:
-    """A byte-level token's bytes; an added token, written as it reads, has those of its UTF-8."""
+    """A byte-level token's bytes; a token with a character that stands for no byte has those of its UTF-8."""
     alphabet = _byte_alphabet()
     try:
         return bytes(alphabet[character] for character in token)

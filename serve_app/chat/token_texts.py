@@ -5,8 +5,8 @@ Promises that bytes are the token's own also where no text can be: a part of a c
 
 from __future__ import annotations
 
-from serve_app.chat.detokenizer import BYTE_TOKEN, bytes_of, decoder_kinds
-from serve_app.chat.tokenizer import ChatTokenizer
+from serve_app.chat.detokenizer import BYTE_TOKEN, bytes_of
+from serve_app.chat.tokenizer import ChatTokenizer, decoder_kinds
 
 
 class TokenTexts:
@@ -33,7 +33,7 @@ class TokenTexts:
         if token is None:
             return None
         if token not in self._tokenizer.skipped_tokens:
-            if self._byte_level:
+            if self._byte_level and token_id not in self._tokenizer.own_texts:
                 return bytes_of(token)
             if self._byte_fallback and BYTE_TOKEN.fullmatch(token):
                 return bytes([int(token[3:5], 16)])

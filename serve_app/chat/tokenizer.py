@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,8 @@ class ChatTokenizer:
         self.longest_token_chars = max(map(len, vocabulary))
         self.decoder: Mapping[str, Any] | None = description["decoder"]
         """How token strings become text, as tokenizers describes it."""
+        self.own_texts = self._own_texts(description)
+        """Added tokens whose text the decoder would garble: their strings are text, not bytes in GPT-2's letters."""
 
     @classmethod
     def load(cls, folder: Path, *, trust_remote_code: bool = False, template: str | None = None) -> ChatTokenizer:
@@ -135,7 +138,10 @@ class ChatTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens skipped and spaces as they are. Ids without a token have no text."""
-        return self._encoder.decode(ids, skip_special_tokens=True)
+        if self.own_texts.keys().isdisjoint(ids):
+            return self._decode(ids)
+        stretches = groupby(ids, key=self.own_texts.get)
+        return "".join(self._decode(list(some)) if text is None else text * len(list(some)) for text, some in stretches)
 
     def normalized(self, text: str) -> str:
         """The text as it is split and looked up: texts that are the same then have the same ids."""
@@ -158,6 +164,24 @@ class ChatTokenizer:
         characters, to a third at most) as if it stayed; prompts mostly of such text may be refused without need.
         """
         return -(-len(text) // self.longest_token_chars)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._encoder.decode(ids, skip_special_tokens=True)
+
+    def _own_texts(self, description: Mapping[str, Any]) -> Mapping[int, str]:
+        """See `own_texts`. A string that the model's vocabulary has too may come from the model's merges: it is bytes.
+
+        Only the byte-level decoder reads letters as other letters ("đ" as the byte 0x0F).
+        """
+        if decoder_kinds(self.decoder) != {"ByteLevel"}:
+            return {}
+        vocabulary = description["model"]["vocab"]
+        texts = {token["id"]: token["content"] for token in description["added_tokens"] if not token["special"]}
+        return {
+            token_id: text
+            for token_id, text in texts.items()
+            if text not in vocabulary and self._decode([token_id]) != text
+        }
 
     def _encode_piece(self, piece: Piece) -> list[int]:
         if piece.literal:
@@ -189,6 +213,15 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """
     ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
     return ids
+
+
+def decoder_kinds(decoder: Mapping[str, Any] | None) -> frozenset[str]:
+    """The types of the decoders that a tokenizer's decoder is made of."""
+    if decoder is None:
+        return frozenset()
+    if decoder["type"] == "Sequence":
+        return frozenset().union(*map(decoder_kinds, decoder["decoders"]))
+    return frozenset({decoder["type"]})
 
 
 def _copy(description: Mapping[str, Any], control: frozenset[str], *, as_text: bool) -> Tokenizer:

@@ -1,19 +1,23 @@
 from __future__ import annotations
 
+import json
 import time
 from itertools import takewhile
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models
+from small_tokenizers import byte_level_backend, metaspace_backend
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from serve_app.chat.detokenizer import Detokenizer
 from serve_app.chat.errors import TokenizerError
+from serve_app.chat.token_texts import TokenTexts
 from serve_app.chat.tokenizer import ChatTokenizer
 
 TEXTS = ["Hello, world!", "  leading", "I am here", "naïve café 你好", "👩‍👩‍👧 🙂", "é\n\n1. x", "\ufffd", "ﷺ\x00"]
 FAMILIES = ["demo_tokenizer", "byte_level", "metaspace"]
+ALPHABET = frozenset(pre_tokenizers.ByteLevel.alphabet())
 slow = settings(deadline=None, max_examples=400)
 
 
@@ -134,6 +138,88 @@ def test_other_decoders_are_followed_too(decoder: object, data: st.DataObject) -
     prompt, ids = (data.draw(st.lists(st.integers(0, tokenizer.vocab_size), max_size=12)) for _ in range(2))
     whole, shown = tokenizer.decode(prompt + ids), tokenizer.decode(prompt)
     assert "".join(pieces(tokenizer, ids, prompt)) == less(whole, shown)
+
+
+ADDED = ["đem", "é", "ö", "ÿ", "ł½", "Ġzq", "你好", "🙂", "a b", "\t\t", "  ", "<0x41>", "ﷺ", "naïve"]
+"""Texts of added tokens. The letters of the first six are also those by which byte-level vocabularies write bytes."""
+
+
+@pytest.fixture(params=["byte level", "byte fallback"], scope="module")
+def with_added(request: pytest.FixtureRequest) -> ChatTokenizer:
+    backend = byte_level_backend() if request.param == "byte level" else metaspace_backend()
+    backend.add_tokens([AddedToken(text, special=False, normalized=False) for text in ADDED])
+    return from_backend(backend)
+
+
+def added_ids(tokenizer: ChatTokenizer) -> list[int]:
+    encoder = tokenizer._encoder
+    known = json.loads(encoder.to_str())["model"]["vocab"]
+    return [token_id for text in ADDED if text not in known and (token_id := encoder.token_to_id(text)) is not None]
+
+
+@pytest.mark.parametrize("text", ["đem", "ł½", "Ġzq", "你好", "🙂", "naïve", "\t\t", "  "])
+def test_an_added_tokens_text_is_its_own(with_added: ChatTokenizer, text: str) -> None:
+    token_id = with_added._encoder.token_to_id(text)
+    assert token_id is not None
+    word = with_added._encoder.token_to_id("x")
+    ids = [word, token_id, token_id, word]
+    assert with_added.decode(ids) == f"x{text}{text}x"
+    assert "".join(pieces(with_added, ids, [])) == with_added.decode(ids)
+    assert pieces(with_added, ids[2:], ids[:2])[0] == text
+    texts = TokenTexts(with_added)
+    if text.strip():
+        assert texts.text(token_id) == text
+        assert texts.utf8(token_id) == text.encode()
+
+
+def test_a_text_of_added_tokens_survives_both_ways() -> None:
+    backend = byte_level_backend()
+    backend.add_tokens([AddedToken(text, special=False, normalized=False) for text in ADDED])
+    tokenizer = from_backend(backend)
+    text = "Ġzq đem ł½, naïve 你好 🙂\t\tđ Ġ a b"
+    assert tokenizer.decode(tokenizer.encode_text(text, add_bos=False, parse_special=False)) == text
+
+
+@slow
+@given(data=st.data())
+def test_the_pieces_are_the_decode_with_added_tokens_too(with_added: ChatTokenizer, data: st.DataObject) -> None:
+    added = st.lists(st.sampled_from(added_ids(with_added)), max_size=3)
+    drawn = st.lists(some_ids(with_added) | added, max_size=4).map(lambda lists: [i for ids in lists for i in ids])
+    prompt, ids = data.draw(drawn), data.draw(drawn)
+    assert "".join(pieces(with_added, ids, [])) == with_added.decode(ids)
+    whole, shown = with_added.decode(prompt + ids), with_added.decode(prompt)
+    assert "".join(pieces(with_added, ids, prompt)) == less(whole, shown)
+
+
+@slow
+@given(texts=st.lists(st.text(min_size=1, max_size=4).filter(str.strip), min_size=1, max_size=4), data=st.data())
+def test_any_added_text_is_its_own_with_bytes_of_letters(texts: list[str], data: st.DataObject) -> None:
+    backend = Tokenizer(models.BPE({letter: index for index, letter in enumerate(sorted(ALPHABET))}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    texts = [text for text in dict.fromkeys(texts) if text not in ALPHABET]
+    backend.add_tokens([AddedToken(text, special=False, normalized=False) for text in texts])
+    tokenizer = from_backend(backend)
+    for text in texts:
+        token_id = backend.token_to_id(text)
+        assert tokenizer.decode([token_id]) == text
+        ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size), max_size=6).map(lambda ids: [*ids, token_id]))  # noqa: B023
+        assert "".join(pieces(tokenizer, ids, [])) == tokenizer.decode(ids)
+        assert tokenizer.decode(ids).endswith(text)
+
+
+def test_a_string_that_the_models_vocabulary_has_is_bytes() -> None:
+    backend = byte_level_backend()
+    backend.add_tokens([AddedToken("é", special=False)])  # takes the id of the byte 0xE9
+    tokenizer = from_backend(backend)
+    assert tokenizer.own_texts == {}
+    text = "\u9c7c"  # E9 B1 BC
+    ids = [tokenizer._encoder.token_to_id(letter) for letter in ("é", "±", "¼")]
+    assert tokenizer.decode(ids) == text
+    assert "".join(pieces(tokenizer, ids, [])) == text
+
+
+def from_backend(backend: Tokenizer) -> ChatTokenizer:
+    return ChatTokenizer(backend.to_str(), control_tokens=[], template=None, special_tokens={}, adds_bos=False)
 
 
 def test_a_decoder_that_can_not_be_followed_is_refused() -> None:
