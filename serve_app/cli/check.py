@@ -17,6 +17,7 @@ from serve_app.cli.config_file import ConfigFile, ServedApp, load
 from serve_app.cli.errors import CommandError
 from serve_app.cli.progress import ProgressLine
 from serve_app.cli.ray_address import stale_address
+from serve_app.cli.ray_token import ALLOW_OPEN, refuse_open_cluster
 from serve_app.config import AppConfig, ReplicasConfig
 from serve_app.demo_config import DEMO_CONFIG
 from serve_app.memory import available_memory_bytes
@@ -33,12 +34,14 @@ with the demo model (docs/operations.md: 1,181 MB with 538 of weights and 300 of
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("config", nargs="?", default=DEMO_CONFIG, help=f"default: the demo's, {DEMO_CONFIG}")
+    parser.add_argument(ALLOW_OPEN, action="store_true", help="of a Ray cluster that asks nobody for a token")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print what is wrong, or what it needs. What this machine lacks is a warning: the file may be for another."""
     file = load(Path(arguments.config))
     print(f"{file.path} is valid.")
+    refuse_open_cluster(os.environ, allow_open=arguments.allow_open_cluster)
     for name in file.foreign:
         print(f"Application {name!r} is not serve_app's; its args were not checked.")
     memory_bytes = 0

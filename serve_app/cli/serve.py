@@ -26,6 +26,7 @@ from serve_app.cli.environment import own_cluster, ray_cpus, server_environment
 from serve_app.cli.errors import CommandError
 from serve_app.cli.haproxy import haproxy_environment
 from serve_app.cli.ray_address import answers, stale_address
+from serve_app.cli.ray_token import ALLOW_OPEN, cluster_token, own_token
 from serve_app.cli.state import claim, state_directory
 from serve_app.client import Client, ConnectionLost, Readiness, ServeAppError
 from serve_app.demo_config import DEMO_CONFIG
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="?", default=DEMO_CONFIG, help=f"default: the demo's, {DEMO_CONFIG}")
     parser.add_argument("--port", type=int, help="serve on this port in place of the config's")
     parser.add_argument("--host", help="listen on this address in place of the config's (0.0.0.0: on all)")
+    parser.add_argument(ALLOW_OPEN, action="store_true", help="serve on a Ray cluster that asks nobody for a token")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -52,6 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
     port = arguments.port if arguments.port is not None else file.port
     environment = server_environment(os.environ)
     _look_for_cluster(environment)
+    if not own_cluster(environment):
+        environment |= cluster_token(environment, allow_open=arguments.allow_open_cluster)
     with claim(port) as held:
         if own_cluster(environment):  # on a running cluster the port and the weights are needed on its nodes, not here
             require_free(host, port)
@@ -59,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
                 raise CommandError("; ".join(missing))
             environment |= ray_cpus(environment, schedulable_cpus(), os.cpu_count() or 1)
             _fetch_models(file)
+            environment |= own_token(environment, state_directory() / "ray_auth_token")
             environment |= haproxy_environment(environment, state_directory() / "servers" / f"{port}.haproxy")
         path = _derived_config(file, host, port) if (host, port) != (file.host, file.port) else file.path
         with _Stopping() as stopping:

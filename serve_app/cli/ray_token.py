@@ -1,0 +1,131 @@
+"""The token by which the processes of a Ray know each other.
+
+Whoever may call a Ray runs code on its machines: each Serve replica, too, listens on all addresses, and unpickles what
+comes. Promises that a Ray of our own has a token that only this user can read, and finds out whether another one asks
+for a token. Knows no Ray: it reads Ray's file and calls Ray's port.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+from serve_app.cli.environment import own_cluster
+from serve_app.cli.errors import CommandError
+from serve_app.cli.ray_address import address_file
+
+MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+ALLOW_OPEN = "--allow-open-cluster"
+_ANSWERS_WITHIN_S = 5.0
+_TOKEN_BYTES = 32
+# Calls without an effect: of Ray's control store, and of the server for clients from elsewhere (ray://).
+_CONTROL_STORE_CALL = "/ray.rpc.NodeInfoGcsService/CheckAlive"
+_CLIENT_SERVER_CALL = "/ray.rpc.RayletDriver/ClusterInfo"
+
+
+def own_token(environment: Mapping[str, str], fallback: Path) -> dict[str, str]:
+    """What a Ray of our own needs beside `environment` to have a token, in a file of mode 600.
+
+    It is Ray's own file in the home folder, so that `ray` and `serve` find it, or `fallback` where that can't be
+    written. Nothing is changed for a user who has set a token, a place for it or another mode. Raises OSError when
+    neither can be written.
+    """
+    if environment.get(MODE, "token").lower() != "token" or TOKEN in environment:
+        return {}
+    if TOKEN_PATH in environment:
+        _keep_private(Path(environment[TOKEN_PATH]))
+        return {MODE: "token"}
+    try:
+        _make(token_file(environment))
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
+        _make(fallback)
+        return {MODE: "token", TOKEN_PATH: str(fallback)}
+    return {MODE: "token"}
+
+
+def token_file(environment: Mapping[str, str]) -> Path:
+    """Where Ray reads the token from when no variable has it. Raises RuntimeError when the user has no home."""
+    return Path(environment.get(TOKEN_PATH) or Path.home() / ".ray" / "auth_token")
+
+
+def _make(path: Path) -> None:
+    """Write a new token unless there is one; let nobody else read it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        _keep_private(path)
+        return
+    with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        file.write(secrets.token_hex(_TOKEN_BYTES))
+
+
+def _keep_private(path: Path) -> None:
+    """Ray writes the file with the mode that the umask leaves, 0644 as a rule."""
+    found = path.stat()
+    if found.st_uid == os.geteuid() and found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        path.chmod(0o600)
+
+
+def cluster_token(environment: Mapping[str, str], *, allow_open: bool) -> dict[str, str]:
+    """What is needed beside `environment` on a running cluster that asks for a token.
+
+    Raises CommandError for a cluster that asks for none, unless `allow_open`, and where the token is not at hand.
+    """
+    address = environment["RAY_ADDRESS"]
+    asks = asks_for_token(address, environment)
+    if asks is False or (asks is None and environment.get(MODE, "").lower() != "token"):
+        if allow_open:
+            return {}
+        known = "asks nobody for a token" if asks is False else "does not say whether it asks for a token"
+        raise CommandError(
+            f"the Ray cluster at {address} {known}: without one, whoever reaches its nodes can run code on them; start "
+            f"it with {MODE}=token on each node (docs/operations.md says how), or add {ALLOW_OPEN} if nobody else can "
+            "reach it"
+        )
+    if TOKEN not in environment and not _readable(environment):
+        raise CommandError(
+            f"the Ray cluster at {address} asks for a token, and there is none in {TOKEN}, in the file {TOKEN_PATH} "
+            "or in ~/.ray/auth_token; copy that file from the cluster's head node, with mode 600"
+        )
+    return {MODE: "token"} if MODE not in environment else {}
+
+
+def refuse_open_cluster(environment: Mapping[str, str], *, allow_open: bool) -> None:
+    """Raise CommandError as `cluster_token` does where `environment` names a running cluster."""
+    if environment.get("RAY_ADDRESS") and not own_cluster(environment):
+        cluster_token(environment, allow_open=allow_open)
+
+
+def _readable(environment: Mapping[str, str]) -> bool:
+    try:
+        return os.access(token_file(environment), os.R_OK)
+    except RuntimeError:
+        return False
+
+
+def asks_for_token(address: str, environment: Mapping[str, str]) -> bool | None:
+    """Whether the cluster at `auto`, `host:port` or `ray://host:port` turns away a call without a token.
+
+    None where that can't be found out.
+    """
+    import grpc  # not for a Ray of our own
+
+    if address == "auto":
+        try:
+            address = address_file(environment).read_text(encoding="utf-8").strip()
+        except OSError:
+            return None
+    scheme, _, target = address.rpartition("://")
+    call = _CLIENT_SERVER_CALL if scheme == "ray" else _CONTROL_STORE_CALL
+    with grpc.insecure_channel(target) as channel:
+        try:
+            channel.unary_unary(call)(b"", timeout=_ANSWERS_WITHIN_S)
+        except grpc.RpcError as error:
+            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                return None
+            return bool(error.code() == grpc.StatusCode.UNAUTHENTICATED)
+    return False

@@ -1,0 +1,145 @@
+"""The token of a Ray of our own, and clusters that ask for none, with a stand-in for Ray's control store."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+import yaml
+
+from serve_app.cli.errors import CommandError
+from serve_app.cli.main import main
+from serve_app.cli.ray_token import asks_for_token, cluster_token, own_token
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_a_ray_of_our_own_has_a_token_that_only_this_user_reads(home: Path) -> None:
+    found = home / ".ray" / "auth_token"
+    assert own_token({}, home / "fallback") == {"RAY_AUTH_MODE": "token"}
+    token = found.read_text()
+    assert len(token) == 64
+    assert mode(found) == 0o600
+    found.chmod(0o644)  # as Ray itself writes it
+    assert own_token({}, home / "fallback") == {"RAY_AUTH_MODE": "token"}
+    assert mode(found) == 0o600
+    assert found.read_text() == token, "other programs of this user have it"
+
+
+def test_a_home_that_can_not_be_written_has_its_token_elsewhere(home: Path) -> None:
+    (home / ".ray").touch()
+    fallback = home / "state" / "ray_auth_token"
+    assert own_token({}, fallback) == {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(fallback)}
+    assert len(fallback.read_text()) == 64
+    assert mode(fallback) == 0o600
+
+
+def test_what_the_user_has_set_is_left_alone(home: Path) -> None:
+    fallback = home / "fallback"
+    assert own_token({"RAY_AUTH_MODE": "disabled"}, fallback) == {}
+    assert own_token({"RAY_AUTH_TOKEN": "x"}, fallback) == {}
+    own = home / "own"
+    own.write_text("x")
+    own.chmod(0o640)
+    assert own_token({"RAY_AUTH_TOKEN_PATH": str(own)}, fallback) == {"RAY_AUTH_MODE": "token"}
+    assert mode(own) == 0o600
+    assert sorted(path.name for path in home.iterdir()) == ["own"]
+
+
+class ControlStore(grpc.GenericRpcHandler):
+    """Answers every call, or turns away those without a token."""
+
+    def __init__(self, asks: bool) -> None:
+        self.asks = asks
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        def answer(request: bytes, context: grpc.ServicerContext) -> bytes:
+            if self.asks:
+                context.abort(grpc.StatusCode.UNAUTHENTICATED, "no token")
+            return b""
+
+        return grpc.unary_unary_rpc_method_handler(answer)
+
+
+@contextmanager
+def control_store(*, asks: bool) -> Iterator[str]:
+    """The address of one."""
+    with ThreadPoolExecutor(2) as threads:
+        server = grpc.server(threads, handlers=(ControlStore(asks),))
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        try:
+            yield f"127.0.0.1:{port}"
+        finally:
+            server.stop(None).wait()
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_a_cluster_is_asked_whether_it_asks(asks: bool, home: Path) -> None:
+    with control_store(asks=asks) as address:
+        assert asks_for_token(address, {}) is asks
+        assert asks_for_token(f"ray://{address}", {}) is asks
+        (home / "ray").mkdir()
+        (home / "ray" / "ray_current_cluster").write_text(address)
+        assert asks_for_token("auto", {"RAY_TMPDIR": str(home)}) is asks
+    assert asks_for_token("auto", {"RAY_TMPDIR": str(home / "nowhere")}) is None
+    assert asks_for_token("127.0.0.1:1", {}) is None
+
+
+def test_a_cluster_without_a_token_is_refused_unless_told_otherwise(home: Path) -> None:
+    with control_store(asks=False) as address:
+        with pytest.raises(
+            CommandError, match=r"asks nobody for a token: .* RAY_AUTH_MODE=token .* --allow-open-cluster"
+        ):
+            cluster_token({"RAY_ADDRESS": address}, allow_open=False)
+        # What this side would send says nothing of what that side demands.
+        with pytest.raises(CommandError, match="asks nobody for a token"):
+            cluster_token({"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token"}, allow_open=False)
+        assert cluster_token({"RAY_ADDRESS": address}, allow_open=True) == {}
+    silent = {"RAY_ADDRESS": "127.0.0.1:1", "RAY_AUTH_TOKEN": "x"}
+    with pytest.raises(CommandError, match="does not say whether it asks"):
+        cluster_token(silent, allow_open=False)
+    assert cluster_token({**silent, "RAY_AUTH_MODE": "token"}, allow_open=False) == {}
+
+
+def test_on_a_cluster_with_a_token_it_must_be_at_hand(home: Path) -> None:
+    with control_store(asks=True) as address:
+        with pytest.raises(CommandError, match="copy that file from the cluster's head node"):
+            cluster_token({"RAY_ADDRESS": address}, allow_open=False)
+        (home / ".ray").mkdir()
+        (home / ".ray" / "auth_token").write_text("x")
+        assert cluster_token({"RAY_ADDRESS": address}, allow_open=False) == {"RAY_AUTH_MODE": "token"}
+        assert cluster_token({"RAY_ADDRESS": address, "RAY_AUTH_MODE": "TOKEN"}, allow_open=False) == {}
+
+
+def test_serve_and_check_refuse_it(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    application = {"name": "a", "import_path": "serve_app.app:build", "args": {"cache_dir": str(home / "cache")}}
+    config = home / "c.yaml"
+    config.write_text(yaml.safe_dump({"applications": [application]}))
+    monkeypatch.setattr("serve_app.cli.serve.SERVE_RUN", ("false",))  # whatever is to be served ends at once
+    with control_store(asks=False) as address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        for command in ("serve", "check"):
+            assert main([command, str(config)]) == 1
+            assert "asks nobody for a token" in capsys.readouterr().err
+            main([command, str(config), "--allow-open-cluster"])
+            assert "token" not in capsys.readouterr().err
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    assert main(["check", str(config)]) == 0, "a Ray of one's own"
