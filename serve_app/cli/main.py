@@ -15,6 +15,7 @@ from typing import Protocol, cast
 
 from serve_app import __version__
 from serve_app.cli.errors import CommandError
+from serve_app.home import ensure_home
 
 COMMANDS = {
     "serve": "start the service from a config file, and show how far it is until it is ready",
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=f"serve-app {words[0]}", description=command.__doc__)
     command.add_arguments(parser)
     try:
+        _ensure_home()
         return command.run(parser.parse_args(words[1:]))
     except CommandError as error:
         print(f"serve-app {words[0]}: {error}", file=sys.stderr)
@@ -65,6 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read the output has left (`| head`). Python would complain again while it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _ensure_home() -> None:
+    try:
+        ensure_home()
+    except OSError as error:
+        raise CommandError(f"this user has no home, and nothing can stand for it ({error}); set HOME") from error
 
 
 def _usage() -> str:

@@ -24,8 +24,10 @@ from serve_app.cli.check import shortages
 from serve_app.cli.config_file import LAST_PORT, ConfigFile, load
 from serve_app.cli.environment import own_cluster, ray_cpus, server_environment
 from serve_app.cli.errors import CommandError
+from serve_app.cli.haproxy import ENABLE as HA_PROXY
 from serve_app.cli.haproxy import haproxy_environment
 from serve_app.cli.ray_address import answers, stale_address
+from serve_app.cli.ray_folder import ray_folder
 from serve_app.cli.ray_token import ALLOW_OPEN, cluster_token, own_token
 from serve_app.cli.state import claim, state_directory
 from serve_app.client import Client, ConnectionLost, Readiness, ServeAppError
@@ -63,7 +65,10 @@ def run(arguments: argparse.Namespace) -> int:
                 raise CommandError("; ".join(missing))
             environment |= ray_cpus(environment, schedulable_cpus(), os.cpu_count() or 1)
             _fetch_models(file)
+            os.environ.update(folder := ray_folder(environment))  # this process names the logs in it
+            environment |= folder
             environment |= own_token(environment, state_directory() / "ray_auth_token")
+            environment |= _proxy_of(host, environment)
             environment |= haproxy_environment(environment, state_directory() / "servers" / f"{port}.haproxy")
         path = _derived_config(file, host, port) if (host, port) != (file.host, file.port) else file.path
         with _Stopping() as stopping:
@@ -117,6 +122,15 @@ def require_free(host: str, port: int) -> None:
                 f"port {port} on {host} can't be used ({error.strerror}); choose another one, with --port {other} "
                 f"or `make serve PORT={other}`"
             ) from error
+
+
+def _proxy_of(host: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """Serve's Python proxy for an address of IPv6: HAProxy would look for the ingress replicas at 127.0.0.1."""
+    if ":" not in host:
+        return {}
+    if environment.get(HA_PROXY) == "1":
+        raise CommandError(f"{HA_PROXY}=1 serves no address of IPv6, as {host} is; unset it, or listen on another one")
+    return {HA_PROXY: "0"}
 
 
 def _fetch_models(file: ConfigFile) -> None:

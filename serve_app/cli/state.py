@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TextIO
 
 from serve_app.cli.errors import CommandError
+from serve_app.home import expanded, home
 
 _PATIENCE_S = 0.2
 """How long a claim waits for those who only look, which takes them a moment."""
@@ -25,11 +26,16 @@ _RETRY_S = 0.01
 
 def state_directory() -> Path:
     """$SERVE_APP_STATE, else $XDG_STATE_HOME/serve_app, else ~/.local/state/serve_app."""
-    if own := os.environ.get("SERVE_APP_STATE"):
-        return Path(own).expanduser()
-    if xdg := os.environ.get("XDG_STATE_HOME"):
-        return Path(xdg).expanduser() / "serve_app"
-    return Path("~/.local/state/serve_app").expanduser()
+    try:
+        if own := os.environ.get("SERVE_APP_STATE"):
+            return expanded(own)
+        if xdg := os.environ.get("XDG_STATE_HOME"):
+            return expanded(xdg) / "serve_app"
+        return home() / ".local" / "state" / "serve_app"
+    except OSError as error:
+        raise CommandError(
+            f"there is no place for what runs here ({error}); set SERVE_APP_STATE to a folder of yours"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +97,11 @@ def running_servers() -> list[RunningServer]:
     """The services of this user that are alive, by port."""
     found = []
     for path in (state_directory() / "servers").glob("*.json"):
-        with path.open(encoding="utf-8") as file:
+        try:
+            file = path.open(encoding="utf-8")
+        except (PermissionError, FileNotFoundError):  # another user's, in a folder that several share
+            continue
+        with file:
             if _lock(file, fcntl.LOCK_SH):  # nobody holds it: its process has ended
                 continue
             text = file.read()

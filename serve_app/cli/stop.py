@@ -57,6 +57,10 @@ def _stop(server: RunningServer, timeout_s: float) -> bool:
             os.kill(server.pid, number)
         except ProcessLookupError:
             return True
+        except PermissionError as error:
+            raise CommandError(
+                f"process {server.pid} on port {server.port} belongs to another user, who must stop it"
+            ) from error
         deadline = time.monotonic() + patience_s
         while time.monotonic() < deadline:
             if server not in running_servers():

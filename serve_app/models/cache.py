@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from serve_app.home import expanded, home
 from serve_app.messages import LoadStage
 from serve_app.models.errors import ModelError
 
@@ -30,14 +31,18 @@ def cache_directory(configured: str | None = None) -> Path:
     """The folder for fetched and converted models; not created yet.
 
     `configured` is `AppConfig.cache_dir`; then $SERVE_APP_CACHE, $XDG_CACHE_HOME/serve_app, ~/.cache/serve_app.
+    Raises `ModelError` where the user has no home and no folder that could stand for it.
     """
-    if configured:
-        return Path(configured).expanduser()
-    if own := os.environ.get("SERVE_APP_CACHE"):
-        return Path(own).expanduser()
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg).expanduser() / "serve_app"
-    return Path("~/.cache/serve_app").expanduser()
+    try:
+        if named := configured or os.environ.get("SERVE_APP_CACHE"):
+            return expanded(named)
+        if xdg := os.environ.get("XDG_CACHE_HOME"):
+            return expanded(xdg) / "serve_app"
+        return home() / ".cache" / "serve_app"
+    except OSError as error:
+        raise ModelError(
+            f"There is no place for the cache ({error}); set cache_dir (or SERVE_APP_CACHE) to a folder of yours."
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)

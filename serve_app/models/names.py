@@ -5,9 +5,8 @@ Promises that each names this model and no other. Reads no file's contents.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from serve_app.config import ModelConfig
+from serve_app.home import expanded
 from serve_app.models.demo import DEMO_HUB_ID, DEMO_NAME
 from serve_app.models.source import SourceKind, source_kind
 
@@ -17,7 +16,7 @@ def aliases(model: ModelConfig) -> frozenset[str]:
 
     The demo model also answers to its makers' id. Raises `ModelError` for a source that is none.
     """
-    kind, path = source_kind(model.source), Path(model.source).expanduser()
+    kind, path = source_kind(model.source), expanded(model.source)
     if kind is SourceKind.DEMO:
         return frozenset({model.source, DEMO_NAME, DEMO_HUB_ID})
     if kind is SourceKind.GGUF:

@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaConfig
 
 from serve_app.config import ModelConfig
+from serve_app.home import expanded
 from serve_app.models.cache import Progress
 from serve_app.models.checkpoint import weight_files
 from serve_app.models.gguf_files import gguf_parts, read_gguf
@@ -78,7 +79,7 @@ def fetch_settings(model: ModelConfig, progress: Progress) -> ModelFiles:
 def _config_before_conversion(model: ModelConfig) -> Any:
     if source_kind(model.source) is SourceKind.DEMO:
         return LlamaConfig(**_DEMO_CONFIG)
-    parts = gguf_parts(Path(model.source).expanduser())
+    parts = gguf_parts(expanded(model.source))
     gguf = parts[0]
     try:
         return gguf_config(gguf, read_gguf(parts))

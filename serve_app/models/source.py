@@ -12,6 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from serve_app.config import ModelConfig
+from serve_app.home import expanded
 from serve_app.messages import LoadStage
 from serve_app.models.cache import Progress, build_once, find_built
 from serve_app.models.checkpoint import check_model_folder, check_tokenizer_folder
@@ -53,7 +54,7 @@ def source_kind(source: str) -> SourceKind:
     """Where a `model.source` points. Raises `ModelError` when it is neither a name nor a path that exists."""
     if source == SourceKind.DEMO:
         return SourceKind.DEMO
-    path = Path(source).expanduser()
+    path = expanded(source)
     if source.lower().endswith(".gguf"):
         if not path.is_file():
             raise ModelError(f"There is no file {path.absolute()}; model.source names a GGUF file on this machine.")
@@ -93,7 +94,7 @@ def find(model: ModelConfig, cache_dir: Path) -> ModelFiles | None:
     Raises `ModelError` for a source that is neither a name nor a path that exists, and for a damaged one.
     """
     kind = source_kind(model.source)
-    path = Path(model.source).expanduser()
+    path = expanded(model.source)
     name, folder = path.stem, None
     if kind is SourceKind.DEMO:
         name, folder = DEMO_NAME, find_demo_model(cache_dir)
@@ -120,7 +121,7 @@ def find(model: ModelConfig, cache_dir: Path) -> ModelFiles | None:
 
 def _resolve_source(model: ModelConfig, cache_dir: Path, tokenizer_only: bool, progress: Progress) -> ModelFiles:
     kind = source_kind(model.source)
-    path = Path(model.source).expanduser()
+    path = expanded(model.source)
     revision: str | None = None
     notes: tuple[str, ...] = ()
     if kind is SourceKind.DEMO:

@@ -17,4 +17,6 @@ def api() -> Iterator[FakeApi]:
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "state"
     monkeypatch.setenv("SERVE_APP_STATE", str(folder))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "of the tests")  # no file in the home folder of who runs the tests,
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")  # nor one in the folder of their services
     return folder

@@ -6,8 +6,10 @@ import fcntl
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -55,9 +57,9 @@ def config(tmp_path: Path, port: int) -> Path:
 class Serving:
     """A `serve-app serve` in a process of its own."""
 
-    def __init__(self, *arguments: str, mode: str = "ready", **environment: str) -> None:
+    def __init__(self, *arguments: str, mode: str = "ready", program: str = PROGRAM, **environment: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, "serve", *arguments],
+            [sys.executable, "-c", program, "serve", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -284,12 +286,14 @@ def test_an_empty_ray_address_is_none() -> None:
 
 
 @pytest.fixture
-def stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, port: int) -> str:
+def stale(monkeypatch: pytest.MonkeyPatch, port: int) -> Iterator[str]:
     """The address of a cluster that has ended, as Ray keeps it."""
-    (tmp_path / "ray").mkdir()
-    (tmp_path / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{port}")
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    return f"rm {tmp_path / 'ray' / 'ray_current_cluster'}"
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # with a path as short as those of sockets must be
+        noted = Path(folder, "ray", "ray_current_cluster")
+        noted.parent.mkdir()
+        noted.write_text(f"127.0.0.1:{port}")
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        yield f"rm {noted}"
 
 
 def test_a_stale_address_is_said_and_the_service_starts(
@@ -402,3 +406,61 @@ def test_a_service_that_may_use_one_cpu_starts_a_ray_of_one(config: Path, start:
     finally:
         os.sched_setaffinity(0, allowed)
     assert 'resources {"CPU": 1}' in serving.output
+
+
+def test_a_service_of_another_user_is_not_stopped_but_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(pid: int, number: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("serve_app.cli.stop.os.kill", kill)
+    with claim(8123) as held:
+        held.record(4711, Path("c.yaml"))
+        assert main(["stop"]) == 1
+    assert "process 4711 on port 8123 belongs to another user" in capsys.readouterr().err
+
+
+def test_its_ray_has_a_folder_and_a_token_of_this_user_alone(
+    config: Path, start: Callable[..., Serving], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.delenv("RAY_TMPDIR")
+    with tempfile.TemporaryDirectory(prefix="sa-") as home:
+        serving = start(str(config), HOME=home, TMPDIR=home)
+        serving.wait_for("RAY_AUTH_MODE=token")
+        private = Path(home, f"serve_app-{os.geteuid()}")
+        assert f"RAY_TMPDIR={private}," in serving.output
+        for path, mode in ((private, 0o700), (Path(home, ".ray", "auth_token"), 0o600)):
+            assert stat.S_IMODE(path.stat().st_mode) == mode
+        serving.wait_for("serve_app is ready")
+        serving.process.send_signal(signal.SIGINT)
+        assert serving.end() == 0
+
+
+def test_a_service_whose_user_has_no_home_nor_name_starts(
+    config: Path, start: Callable[..., Serving], monkeypatch: pytest.MonkeyPatch, state: Path
+) -> None:
+    for name in ("RAY_AUTH_TOKEN", "RAY_TMPDIR", "HOME"):
+        monkeypatch.delenv(name)
+    with tempfile.TemporaryDirectory(prefix="sa-") as temporary:
+        serving = start(str(config), TMPDIR=temporary, program=f"import pwd; pwd.getpwuid = {{}}.__getitem__{PROGRAM}")
+        serving.wait_for("serve_app is ready")
+        private = Path(temporary, f"serve_app-{os.geteuid()}")
+        assert f"HOME={private}," in serving.output
+        serving.process.send_signal(signal.SIGINT)
+        assert serving.end() == 0
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="needs IPv6")
+def test_an_address_of_ipv6_is_served_by_the_python_proxy(
+    config: Path, port: int, start: Callable[..., Serving], capsys: pytest.CaptureFixture[str]
+) -> None:
+    serving = start(str(config), "--host", "::1")
+    serving.wait_for("RAY_SERVE_ENABLE_HA_PROXY=0,")
+    serving.wait_for(f"serve_app is ready at http://[::1]:{port}")
+    serving.process.send_signal(signal.SIGINT)
+    assert serving.end() == 0
+    refused = start(str(config), "--host", "::1", RAY_SERVE_ENABLE_HA_PROXY="1")
+    assert refused.end() == 1
+    assert "serves no address of IPv6, as ::1 is" in refused.output

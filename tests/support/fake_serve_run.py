@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -62,6 +63,7 @@ def main() -> None:
         sys.exit(3)
     with open(sys.argv[-1]) as file:
         options = yaml.safe_load(file)["http_options"]
+    ThreadingHTTPServer.address_family = socket.AF_INET6 if ":" in options["host"] else socket.AF_INET
     server = ThreadingHTTPServer((options["host"], options["port"]), Handler)
     ended = threading.Event()
 
@@ -76,6 +78,8 @@ def main() -> None:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(f"fake serve run: {' '.join(sys.argv[1:])}, RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}", flush=True)
     print(f"resources {os.environ.get('RAY_OVERRIDE_RESOURCES')}", flush=True)
+    for name in ("HOME", "RAY_TMPDIR", "RAY_AUTH_MODE", "RAY_SERVE_ENABLE_HA_PROXY"):
+        print(f"{name}={os.environ.get(name)},", flush=True)
     ended.wait()
 
 

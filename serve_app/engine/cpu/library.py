@@ -18,8 +18,8 @@ import tempfile
 from pathlib import Path
 
 from serve_app.engine.cpu.compiler import Compiler, compiler_command, processor_key
-from serve_app.engine.cpu.private_files import make_private_folder, open_own_file
 from serve_app.engine.errors import EngineError
+from serve_app.private_files import make_private_folder, open_own_file
 
 logger = logging.getLogger(__name__)
 

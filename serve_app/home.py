@@ -1,0 +1,41 @@
+"""Where this user's folders are, for users without a home too: a container may run as a number that nobody knows.
+
+Imports no other room but `private_files`.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from serve_app.private_files import make_private_folder
+
+
+def home() -> Path:
+    """The user's home, or a folder of the temporary ones that is theirs alone where none is known.
+
+    Raises OSError when that folder is another user's, or can't be made.
+    """
+    try:
+        return Path.home()
+    except RuntimeError:  # no HOME, and no entry in the users' table
+        folder = Path(tempfile.gettempdir()) / f"serve_app-{os.geteuid()}"
+        make_private_folder(folder)
+        return folder
+
+
+def ensure_home() -> None:
+    """Set HOME where no home is known, for the libraries and the programs that look there. Raises as `home` does."""
+    os.environ.setdefault("HOME", str(home()))
+
+
+def expanded(text: str) -> Path:
+    """The path with a leading `~` or `~user` replaced; of a user who isn't known it stays as it is."""
+    head, _, rest = text.partition("/")
+    if head == "~":
+        return home() / rest
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
