@@ -1,4 +1,4 @@
-"""What an ingress says of a URL of a store that can't be read."""
+"""What an ingress makes of the configuration of resumable streams, and of a URL of a store that can't be read."""
 
 from __future__ import annotations
 
@@ -17,3 +17,9 @@ def test_a_url_that_can_not_be_read_is_refused_without_its_password(url: str) ->
         open_streams(FakeReplica([]), config, "app")
     assert "sesame" not in str(refused.value)
     assert refused.value.__cause__ is None
+
+
+def test_the_limits_of_the_configuration_hold_for_events_too() -> None:
+    limits = {"streams": {"max_bytes": 1000}, "api": {"slow_reader_bytes": 100}}
+    settings = open_streams(FakeReplica([]), AppConfig.model_validate(limits), "app")._home.settings
+    assert (settings.max_event_bytes, settings.max_stream_event_bytes) == (1000, 100)
