@@ -28,6 +28,7 @@ from serve_app.engine.cpu.memory import page_out_mapped_weights
 from serve_app.engine.cpu.widen import HALVES, widen
 from serve_app.engine.cuda.build import graph_bytes, record_graphs
 from serve_app.engine.errors import EngineError, UnsupportedModelError
+from serve_app.engine.kernel_trial import Trial, try_apart
 from serve_app.engine.kv_cache import KVCache
 from serve_app.engine.load_check import check_exact, check_model, measure_row_cost
 from serve_app.engine.model_runner import ModelRunner
@@ -115,8 +116,11 @@ def prepare(
     on_stage: Callable[[LoadStage], None],
     kernels: Kernels | None = None,
     backends: Backends | None = None,
+    tried: Path | None = None,
 ) -> EngineCapacity:
     """Give the runner the first attention kernel that passes its checks, and a KV cache in its page size.
+
+    `tried`: folder in which it is remembered which kernels for GPUs have passed in a process of their own.
 
     Raises:
         UnsupportedModelError: even the plain path doesn't reproduce the model.
@@ -138,7 +142,7 @@ def prepare(
         if (complaint := _page_complaint(backend, config)) is not None and not failed:
             raise EngineError(complaint)
         page_tokens = config.page_tokens or backend.page_tokens
-        if complaint is None and (complaint := _fails(backend, runner, page_tokens)) is None:
+        if complaint is None and (complaint := _fails(backend, runner, page_tokens, tried)) is None:
             num_pages = _num_pages(runner, config, context_tokens, page_tokens)
             on_stage(LoadStage("checking the model"))
             complaint = _differs(backend, runner, num_pages, page_tokens)
@@ -213,14 +217,24 @@ def _refused(backend: AttentionBackend, runner: ModelRunner) -> str | None:
     return None
 
 
-def _fails(backend: AttentionBackend, runner: ModelRunner, page_tokens: int) -> str | None:
+def _fails(backend: AttentionBackend, runner: ModelRunner, page_tokens: int, tried: Path | None) -> str | None:
     if isinstance(backend, PlainAttention):
         return None
-    for layer in dict.fromkeys(runner.layers.values()):
+    layers = tuple(dict.fromkeys(runner.layers.values()))
+    if _may_end_the_process(runner):
+        complaint = try_apart(Trial(backend, layers, page_tokens), tried)
+        if complaint is not None:
+            return complaint
+    for layer in layers:
         complaint = check_attention(backend, layer.shape, layer.query_heads, layer.heads, page_tokens)
         if complaint is not None:
             return complaint
     return None
+
+
+def _may_end_the_process(runner: ModelRunner) -> bool:
+    """A fault on a GPU ends the process's use of it; on a CPU our kernels have been called before."""
+    return any(layer.shape.device.type == "cuda" for layer in runner.layers.values())
 
 
 def _page_complaint(backend: AttentionBackend, config: EngineConfig) -> str | None:

@@ -98,7 +98,8 @@ class Engine:
             dtype: float32 for a model on a CPU that is to compute so and holds its weights in 16 bits; else as it is.
             on_stage: told how far the construction is.
             before_alone: told of a request, on the engine's thread, before each step that it has to itself.
-            kernel_cache: folder for compiled CPU kernels; without one they are not used.
+            kernel_cache: folder for compiled CPU kernels, which are not used without one, and for what is known of
+                kernels for GPUs.
             backends: attention kernels to try in this order instead of what `config.attention` says.
 
         Raises:
@@ -127,7 +128,8 @@ class Engine:
             step_tokens = max(config.max_step_tokens, config.max_running)
             padded = config.batch_invariant and kernels is None
             runner = ModelRunner(model, (step_tokens, config.max_running) if padded else None)
-            capacity = prepare(runner, config, context_tokens, on_stage, kernels, backends)
+            tried = None if kernel_cache is None else kernel_cache / "tried"
+            capacity = prepare(runner, config, context_tokens, on_stage, kernels, backends, tried)
             return runner, replace(capacity, notes=(*notes, *capacity.notes))
 
         # Everything that computes runs on this one thread. GNU OpenMP keeps a pool for each thread that computes and

@@ -49,6 +49,7 @@ def check_attention(
     query = torch.randn(tokens, query_heads, layer.key_dim, generator=generator).to(layer.device, layer.dtype)
     try:
         backend.write(keys, values, slots, key, value)
+        _wait_for(layer.device)
     except Exception as error:  # noqa: BLE001 - compilers raise what they like; the caller says that it isn't used
         return _failed(backend, error)
     # Kernels may compute a step of decodes in a way of its own.
@@ -58,11 +59,18 @@ def check_attention(
         expected = PlainAttention().attend(rows, *plain, step, heads, None)
         try:
             found = backend.attend(rows, keys, values, step, heads, backend.prepare(step, layer.device))
+            _wait_for(layer.device)
         except Exception as error:  # noqa: BLE001 - likewise
             return _failed(backend, error)
         if (complaint := _compare(found, expected, layer.dtype)) is not None:
             return complaint
     return None
+
+
+def _wait_for(device: torch.device) -> None:
+    """A launch returns at once; its fault is told to whoever waits for the device next."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _failed(backend: AttentionBackend, error: Exception) -> str:
