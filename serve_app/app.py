@@ -38,7 +38,10 @@ def build(args: AppConfig) -> serve.Application:
     model_server = serve.deployment(
         name="ModelServer",
         **replica_options(args.model_server, surge_percent) | health,
-        request_router_config={"request_router_class": f"{ModelRouter.__module__}.ModelRouter"},
+        request_router_config={
+            "request_router_class": f"{ModelRouter.__module__}.ModelRouter",
+            "request_router_kwargs": {"shared": _may_be_several(args.ingress)},
+        },
     )(ModelServer)
     # Serve's own count of tries stays for both. Of a new version, every death of a replica during an update counts as
     # one, and when they are used up Serve replaces no replica any more, not even the last: with a single try, a kill in
@@ -50,6 +53,11 @@ def build(args: AppConfig) -> serve.Application:
 def demo(args: dict[str, Any]) -> serve.Application:
     """The demo's application, for `serve run serve_app.app:demo` anywhere; `args` replace sections of its config."""
     return build(AppConfig.model_validate({**demo_arguments(), **args}))
+
+
+def _may_be_several(replicas: ReplicasConfig) -> bool:
+    most = replicas.num_replicas if replicas.autoscaling is None else replicas.autoscaling.max_replicas
+    return (most or 1) > 1
 
 
 def _room_for_one_more(args: AppConfig) -> bool:
