@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from serve_app.engine.attention import check
 from serve_app.engine.attention.base import AttentionBackend, Heads, Span, contiguous_runs
 from serve_app.engine.attention.check import check_attention
 from serve_app.engine.attention.plain import PlainAttention
@@ -147,3 +148,27 @@ def test_it_says_what_a_kernel_that_can_not_be_compiled_lacks(monkeypatch: pytes
     found = check_attention(Uncompiled(), LAYER, 4, Heads(0.25), 16)
     assert found is not None
     assert found.startswith("it failed: Command")
+
+
+@pytest.mark.parametrize("launch", [1, 2, 3])
+def test_a_fault_that_only_a_wait_tells_of_is_found_by_the_check(monkeypatch: pytest.MonkeyPatch, launch: int) -> None:
+    """Of the write, of the step with everything, and of that of decodes: launches on a GPU return at once."""
+    waits = 0
+
+    def wait(device: torch.device) -> None:
+        nonlocal waits
+        waits += 1
+        if waits == launch:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nand a hint")
+
+    monkeypatch.setattr(check, "_wait_for", wait)
+    found = check_attention(SdpaAttention(), LAYER, 4, Heads(0.25))
+    assert found == "it failed: CUDA error: an illegal memory access was encountered"
+
+
+def test_it_waits_for_the_gpu_of_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    check._wait_for(torch.device("cpu"))
+    check._wait_for(torch.device("cuda", 1))
+    assert waited == [torch.device("cuda", 1)]
