@@ -57,7 +57,7 @@ def paced_service(config: Path, rate: float) -> Iterator[tuple[str, psutil.Proce
     environment = server_environment(os.environ) | {RATE_VARIABLE: str(rate)}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path.cwd()), environment.get("PYTHONPATH"))))
     with tempfile.TemporaryDirectory() as folder:
-        environment |= haproxy_environment(environment, Path(folder) / "haproxy")
+        environment |= haproxy_environment(environment, Path(folder) / "haproxy", Path(folder))
         path = Path(folder) / "paced.yaml"
         path.write_text(yaml.safe_dump(data, sort_keys=False))
         log = Path("loadtest/results/streaming_path.log")

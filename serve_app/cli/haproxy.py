@@ -1,5 +1,5 @@
-"""Serve's HAProxy for `serve-app serve`: the bundled program behind a launcher, so that its ports for statistics and
-metrics listen on this machine alone, and on free ports, as several services on one machine need.
+"""Serve's HAProxy for `serve-app serve`: the bundled program behind a launcher that rewrites its configuration, its
+files where only this user can reach them, and on free ports, as several services on one machine need.
 
 Serve's Python proxy costs more CPU for each streamed token, and takes all that a slow reader leaves.
 """
@@ -17,30 +17,37 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from serve_app.cli.errors import CommandError
+from serve_app.cli.haproxy_config import BUFFER_BYTES, REWRITTEN, rewriting, unknown_path
 
 ENABLE = "RAY_SERVE_ENABLE_HA_PROXY"
 PORTS = range(20_000, 30_000)
 """Where ports are taken from. They are bound seconds later; meanwhile Ray's processes bind what the kernel gives them
 (from 32,768 on), its workers 10,002 to 19,999, and Serve's replicas 30,000 to 31,000."""
 
-_STARTING = r'503 content-type text\/plain hdr Retry-After 1 string "The service is starting."'
 _LAUNCHER = """\
 #!/bin/sh
-# Written by serve-app. Serve binds HAProxy's ports for statistics and metrics to all addresses of the machine, and has
-# it answer 404 until it is told of a route, for which clients give up: no settings change that. This starts it with the
-# same configuration, bound to this machine alone, and answering 503 until then.
+# Written by serve-app. Starts HAProxy with Serve's configuration, rewritten where Serve has no settings for it.
+# serve_app/cli/haproxy_config.py says what is changed, and why.
 file=
 for argument; do
   [ "$file" = - ] && file=$argument
   [ "$argument" = -f ] && file=-
 done
-if [ -f "$file" ]; then
-  sed -i -E 's/^([[:space:]]*bind) \\*?:({ports})$/\\1 127.0.0.1:\\2/' "$file"
-  grep -qE '^[[:space:]]*use_backend ' "$file" ||
-    sed -i -E 's/^([[:space:]]*http-request return status) 404 .*/\\1 {starting}/' "$file"
+if [ -f "$file" ] && ! grep -qx {rewritten} "$file"; then
+  unknown={starting}
+  if grep -qE '^[[:space:]]*use_backend ' "$file"; then unknown={missing}; fi
+  sed -i -E -f {every} -f "$unknown" "$file" || exit
 fi
 exec {program} "$@"
 """
+_PATHS = {
+    "RAY_SERVE_HAPROXY_SOCKET_PATH": "a.sock",
+    "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "m.sock",
+    "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "server-state",
+}
+"""Ray's variables for HAProxy's files, which would else be in one folder under /tmp for all users of the machine."""
 
 
 def bundled_haproxy() -> Path | None:
@@ -52,19 +59,35 @@ def bundled_haproxy() -> Path | None:
     return program if program.is_file() else None
 
 
-def haproxy_environment(current: Mapping[str, str], launcher: Path) -> dict[str, str]:
+def wants_haproxy(current: Mapping[str, str]) -> bool:
+    """Whether HAProxy can be used and the user has not chosen otherwise."""
+    return (
+        bundled_haproxy() is not None
+        and current.get(ENABLE, "1") == "1"
+        and "RAY_SERVE_HAPROXY_BINARY_PATH" not in current
+    )
+
+
+def haproxy_environment(current: Mapping[str, str], launcher: Path, folder: Path) -> dict[str, str]:
     """What a service with a Ray of its own needs beside `current`; nothing where HAProxy can't be used or isn't wanted.
 
-    Writes the launcher, whose folder must exist.
+    Writes the launcher, whose folder must exist and allow programs. `folder`, which nobody else can enter, gets all
+    other files.
     """
     program = bundled_haproxy()
-    if program is None or current.get(ENABLE, "1") != "1" or "RAY_SERVE_HAPROXY_BINARY_PATH" in current:
+    if program is None or not wants_haproxy(current):
         return {}
     statistics, metrics, fallback, grpc_fallback = _free_ports(4)
-    launcher.write_text(
-        _LAUNCHER.format(program=shlex.quote(str(program)), ports=f"{statistics}|{metrics}", starting=_STARTING)
-    )
-    launcher.chmod(0o755)
+    scripts = {
+        "every": rewriting([statistics, metrics]),
+        "starting": unknown_path(starting=True),
+        "missing": unknown_path(starting=False),
+    }
+    for name, script in scripts.items():
+        (folder / f"{name}.sed").write_text(script)
+    places = {name: shlex.quote(str(folder / f"{name}.sed")) for name in scripts}
+    launcher.write_text(_LAUNCHER.format(program=shlex.quote(str(program)), rewritten=shlex.quote(REWRITTEN), **places))
+    launcher.chmod(0o700)
     if not os.access(launcher, os.X_OK):  # a file system that runs no programs
         return {}
     return {
@@ -79,6 +102,8 @@ def haproxy_environment(current: Mapping[str, str], launcher: Path) -> dict[str,
         # As it has on a cluster, for load balancers of others to notice that an ingress replica goes: ours is told at
         # once. Ctrl-C would take so long.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(BUFFER_BYTES),
+        **{name: str(folder / file) for name, file in _PATHS.items() if name not in current},
     }
 
 

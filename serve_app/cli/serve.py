@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -25,11 +26,12 @@ from serve_app.cli.config_file import LAST_PORT, ConfigFile, load
 from serve_app.cli.environment import own_cluster, ray_cpus, server_environment
 from serve_app.cli.errors import CommandError
 from serve_app.cli.haproxy import ENABLE as HA_PROXY
-from serve_app.cli.haproxy import haproxy_environment
+from serve_app.cli.haproxy import haproxy_environment, wants_haproxy
+from serve_app.cli.private_folder import private_folder
 from serve_app.cli.ray_address import answers, stale_address
 from serve_app.cli.ray_folder import ray_folder
 from serve_app.cli.ray_token import ALLOW_OPEN, cluster_token, own_token
-from serve_app.cli.state import claim, state_directory
+from serve_app.cli.state import claim, remove_what_crashes_left, state_directory
 from serve_app.client import Client, ConnectionLost, Readiness, ServeAppError
 from serve_app.demo_config import DEMO_CONFIG
 from serve_app.processors import schedulable_cpus
@@ -58,7 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
     _look_for_cluster(environment)
     if not own_cluster(environment):
         environment |= cluster_token(environment, allow_open=arguments.allow_open_cluster)
-    with claim(port) as held:
+    with claim(port) as held, ExitStack() as until_the_end:
+        remove_what_crashes_left()
         if own_cluster(environment):  # on a running cluster the port and the weights are needed on its nodes, not here
             require_free(host, port)
             if missing := shortages(file):  # Ray would wait for a machine that has it, for ever
@@ -69,7 +72,10 @@ def run(arguments: argparse.Namespace) -> int:
             environment |= folder
             environment |= own_token(environment, state_directory() / "ray_auth_token")
             environment |= _proxy_of(host, environment)
-            environment |= haproxy_environment(environment, state_directory() / "servers" / f"{port}.haproxy")
+            if wants_haproxy(environment):
+                haproxy_folder = until_the_end.enter_context(private_folder(held.note))
+                environment |= haproxy_environment(environment, held.launcher, haproxy_folder)
+                until_the_end.callback(held.launcher.unlink, missing_ok=True)
         path = _derived_config(file, host, port) if (host, port) != (file.host, file.port) else file.path
         with _Stopping() as stopping:
             # A session of its own keeps the terminal's Ctrl-C to this process, which passes it on once.

@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import TextIO
 
 from serve_app.cli.errors import CommandError
+from serve_app.cli.private_folder import remove_noted
 from serve_app.home import expanded, home
 
 _PATIENCE_S = 0.2
 """How long a claim waits for those who only look, which takes them a moment."""
 _RETRY_S = 0.01
+_NOTE = ".folder"
+_LAUNCHER = ".haproxy"
 
 
 def state_directory() -> Path:
@@ -54,6 +57,16 @@ class Claim:
     def __init__(self, port: int, file: TextIO) -> None:
         self._port = port
         self._file = file
+
+    @property
+    def note(self) -> Path:
+        """Where the service's private folder is written down."""
+        return state_directory() / "servers" / f"{self._port}{_NOTE}"
+
+    @property
+    def launcher(self) -> Path:
+        """The program that starts the service's HAProxy: here, since /tmp may run no programs."""
+        return state_directory() / "servers" / f"{self._port}{_LAUNCHER}"
 
     @property
     def descriptor(self) -> int:
@@ -108,6 +121,15 @@ def running_servers() -> list[RunningServer]:
         if text:  # empty: claimed, and not started yet
             found.append(RunningServer(**json.loads(text)))
     return sorted(found, key=lambda server: server.port)
+
+
+def remove_what_crashes_left() -> None:
+    """Remove private folders of this user's services that have ended and could not do it themselves."""
+    for note in (state_directory() / "servers").glob(f"*{_NOTE}"):
+        with note.with_suffix(".json").open("a+", encoding="utf-8") as file:
+            if _lock(file, fcntl.LOCK_SH):  # nobody holds it, and nobody can claim it while we look
+                remove_noted(note)
+                note.with_suffix(_LAUNCHER).unlink(missing_ok=True)
 
 
 def _hold(file: TextIO) -> bool:

@@ -10,7 +10,7 @@ import signal
 import time
 
 from serve_app.cli.errors import CommandError
-from serve_app.cli.state import RunningServer, running_servers
+from serve_app.cli.state import RunningServer, remove_what_crashes_left, running_servers
 
 _POLL_S = 0.1
 _TERMINATE_S = 10.0  # what SIGTERM gets before SIGKILL: Ray's own exit takes 2 to 5 s on the 2-core machine
@@ -30,6 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"stopping the service on port {server.port} (process {server.pid})")
         if not _stop(server, arguments.timeout):
             raise CommandError(f"process {server.pid} did not end; see what holds it with `ps -fp {server.pid}`")
+    remove_what_crashes_left()
     print("stopped" if chosen else "nothing to stop: no service of serve-app runs here")
     return 0
 

@@ -8,12 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import httpx
 import pytest
 
 from serve_app.cli import haproxy
 from serve_app.cli.errors import CommandError
 from serve_app.cli.haproxy import ENABLE, bundled_haproxy, haproxy_environment
+from serve_app.cli.haproxy_config import REWRITTEN
 
 pytestmark = pytest.mark.skipif(bundled_haproxy() is None, reason="ray[serve] brings no HAProxy here")
 CONFIG = """\
@@ -42,7 +42,7 @@ def test_only_its_own_ports_are_bound_to_this_machine(tmp_path: Path, monkeypatc
     program.write_text('#!/bin/sh\necho started with "$@"\n')
     program.chmod(0o755)
     monkeypatch.setattr(haproxy, "bundled_haproxy", lambda: program)
-    environment = haproxy_environment({}, tmp_path / "launcher")
+    environment = haproxy_environment({}, tmp_path / "launcher", tmp_path)
     assert environment[ENABLE] == "1"
     numbers = ports(environment)
     config = tmp_path / "haproxy.cfg"
@@ -51,32 +51,12 @@ def test_only_its_own_ports_are_bound_to_this_machine(tmp_path: Path, monkeypatc
     for _ in range(2):  # at each reload
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert output == f"started with -db -f {config} -dR -sf 12\n"
-    expected = CONFIG.replace("bind :{metrics}", "bind 127.0.0.1:{metrics}")
+    expected = f"{REWRITTEN}\n" + CONFIG.replace("bind :{metrics}", "bind 127.0.0.1:{metrics}")
     expected = expected.replace("bind *:{statistics}\n", "bind 127.0.0.1:{statistics}\n")
-    assert config.read_text() == expected.format(**numbers)
-
-
-@pytest.mark.parametrize("routed", [True, False])
-def test_until_there_is_a_route_clients_are_told_to_come_again(tmp_path: Path, routed: bool) -> None:
-    environment = haproxy_environment({}, tmp_path / "launcher")
-    (port,) = haproxy._free_ports(1)
-    config = tmp_path / "haproxy.cfg"
-    route = "    use_backend app if { path_beg /app/ }\n" if routed else ""
-    config.write_text(
-        "defaults\n    mode http\n    timeout client 5s\n    timeout server 5s\n    timeout connect 5s\n"
-        f"frontend http_frontend\n    bind 127.0.0.1:{port}\n{route}    default_backend default_backend\n"
-        "backend app\n    http-request return status 200\n"
-        "backend default_backend\n    http-request return status 404 content-type text/plain "
-        "lf-string \"Path \\'%[path]\\' not found. Ping http://.../-/routes for available routes.\"\n"
-    )
-    with subprocess.Popen([environment["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(config)]) as process:
-        try:
-            with httpx.Client(transport=httpx.HTTPTransport(retries=8)) as client:
-                response = client.get(f"http://127.0.0.1:{port}/v1/models")
-        finally:
-            process.terminate()
-    assert response.status_code == (404 if routed else 503)
-    assert response.headers.get("retry-after") == (None if routed else "1")
+    written = config.read_text()
+    assert written.count(REWRITTEN) == 1
+    lines = [line for line in written.splitlines(keepends=True) if "http-request return" not in line]
+    assert "".join(lines) == expected.format(**numbers)
 
 
 def test_what_serve_writes_is_what_is_rewritten() -> None:
@@ -88,12 +68,17 @@ def test_what_serve_writes_is_what_is_rewritten() -> None:
     assert "bind *:{{ config.stats_port }}" in binds
     assert "    http-request return status 404 content-type text/plain lf-string" in template
     assert "    use_backend {{ backend.name" in template
+    assert "    stats socket {{ config.socket_path }} mode 666 level admin" in template
+    assert [line for line in template.splitlines() if line in ("defaults", "frontend http_frontend")] == [
+        "defaults",
+        "frontend http_frontend",
+    ]
     elsewhere = [line for line in binds if "frontend_host" not in line and "metrics_port" not in line]
     assert elsewhere == ["bind *:{{ config.stats_port }}"]
 
 
 def test_services_get_ports_of_their_own(tmp_path: Path) -> None:
-    both = [set(ports(haproxy_environment({}, tmp_path / name)).values()) for name in ("a", "b")]
+    both = [set(ports(haproxy_environment({}, tmp_path / name, tmp_path)).values()) for name in ("a", "b")]
     assert [len(numbers) for numbers in both] == [4, 4]
     assert both[0] != both[1]  # one may be in both, by chance
 
@@ -121,7 +106,7 @@ def test_a_port_that_somebody_has_is_not_taken(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("protocol", ["HTTP", "GRPC"])
 def test_serve_takes_the_port_of_the_proxy_behind_it(protocol: str, tmp_path: Path) -> None:
     """In a process of its own: a Ray that reads another variable is noticed here."""
-    environment = haproxy_environment({}, tmp_path / "launcher")
+    environment = haproxy_environment({}, tmp_path / "launcher", tmp_path)
     name = f"RAY_SERVE_FALLBACK_PROXY_{protocol}_PORT"
     code = f"from ray.serve._private import constants; print(constants.{name})"
     run = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, check=True)
@@ -130,10 +115,10 @@ def test_serve_takes_the_port_of_the_proxy_behind_it(protocol: str, tmp_path: Pa
 
 @pytest.mark.parametrize("set_by_the_user", [{ENABLE: "0"}, {"RAY_SERVE_HAPROXY_BINARY_PATH": "/opt/haproxy"}])
 def test_what_the_user_has_set_is_left_alone(set_by_the_user: dict[str, str], tmp_path: Path) -> None:
-    assert haproxy_environment(set_by_the_user, tmp_path / "launcher") == {}
+    assert haproxy_environment(set_by_the_user, tmp_path / "launcher", tmp_path) == {}
 
 
 def test_where_there_is_none_serves_python_proxy_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(haproxy, "bundled_haproxy", lambda: None)
-    assert haproxy_environment({}, tmp_path / "launcher") == {}
+    assert haproxy_environment({}, tmp_path / "launcher", tmp_path) == {}
     assert not (tmp_path / "launcher").exists()

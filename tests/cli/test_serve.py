@@ -23,6 +23,7 @@ import yaml
 from serve_app.cli import serve
 from serve_app.cli.environment import own_cluster, ray_cpus, server_environment
 from serve_app.cli.errors import CommandError
+from serve_app.cli.haproxy import bundled_haproxy
 from serve_app.cli.main import main
 from serve_app.cli.state import RunningServer, claim, running_servers
 
@@ -205,6 +206,32 @@ def test_stop_reaches_a_service_whose_watcher_was_killed(config: Path, start: Ca
     assert len(running_servers()) == 1
     assert main(["stop"]) == 0
     assert running_servers() == []
+
+
+@pytest.mark.skipif(bundled_haproxy() is None, reason="ray[serve] brings no HAProxy here")
+@pytest.mark.parametrize("end", ["stop", "kill, stop", "kill all, start"])
+def test_haproxys_files_are_private_and_go_with_the_service(
+    config: Path, port: int, start: Callable[..., Serving], state: Path, end: str
+) -> None:
+    serving = start(str(config))
+    serving.wait_for("serve_app is ready")
+    folder = Path((state / "servers" / f"{port}.folder").read_text())
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    if end.startswith("kill"):
+        [server] = running_servers()
+        serving.process.kill()
+        serving.process.wait(10)
+        if "all" in end:
+            os.kill(server.pid, signal.SIGKILL)
+        assert folder.exists()
+    if end.endswith("stop"):
+        assert main(["stop"]) == 0
+        serving.process.wait(10)
+        assert sorted(path.name for path in (state / "servers").iterdir()) == [f"{port}.json"]
+    else:
+        again = start(str(config))
+        again.wait_for("serve_app is ready")
+    assert not folder.exists()
 
 
 def test_a_model_that_can_not_be_loaded_ends_it(config: Path, start: Callable[..., Serving]) -> None:

@@ -1,0 +1,110 @@
+"""What is changed in the configuration that Serve writes for HAProxy, as scripts for sed.
+
+A launcher runs them before each start and reload, where a Python program would take a hundred times as long. Promises
+that whatever HAProxy answers by itself has the API's form, and that nobody but this user reaches its sockets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from serve_app.api.errors import INVALID_REQUEST, SERVER_ERROR, ApiError
+
+BUFFER_BYTES = 131_072
+"""`tune.bufsize`: what HAProxy can hold of a request line and its headers. What is longer still, more than 100 headers,
+what is no HTTP at all, and headers that never end get the 400 and 408 in HTML that are built into HAProxy: 2.8 has no
+setting for them (haproxy/haproxy#3032)."""
+MAX_URL_BYTES = 32_768
+MAX_HEADER_BYTES = 32_768
+"""Of all headers together."""
+HEADER_TIMEOUT_S = 10
+"""How long a client may take for its request line and headers; it holds one of HAProxy's connections meanwhile."""
+
+REWRITTEN = "# Rewritten by serve-app"
+_METHODS = "GET HEAD POST PUT PATCH DELETE OPTIONS TRACE"
+"""What the servers behind HAProxy can parse; they answer others with text."""
+_RETRY = {"Retry-After": "1"}
+_NO_RETRY = {"x-should-retry": "false"}
+"""As the API's own errors: openai-python repeats every 5xx twice unless told not to."""
+_CLOSE = {"Connection": "close"}
+
+
+def _error(status: int, message: str, code: str, headers: Mapping[str, str], *, keyword: str) -> str:
+    """A line that has HAProxy answer with OpenAI's error object. In single quotes HAProxy takes all but these as is."""
+    kind = SERVER_ERROR if status >= 500 else INVALID_REQUEST
+    body = ApiError(status, message, type=kind, code=code).body().decode()
+    assert not {"'", "~", "&", "\\"} & set(body)  # which quoting here or in sed's scripts would not survive
+    extra = "".join(f" hdr {name} '{value}'" for name, value in headers.items())
+    return f"    {keyword} status {status} content-type application/json string '{body}'{extra}"
+
+
+def _own_errors() -> Iterable[str]:
+    """What HAProxy answers when it can't pass a request on, or an answer back."""
+    table: list[tuple[int, str, str, Mapping[str, str]]] = [
+        (400, "The request is not valid HTTP.", "invalid_http", _CLOSE),
+        (403, "The proxy refuses this request.", "refused", {}),
+        (408, f"The request did not arrive within {HEADER_TIMEOUT_S} s.", "request_timeout", _CLOSE),
+        (413, "The request is larger than the proxy takes.", "body_too_large", _CLOSE),
+        (500, "The proxy made a mistake.", "internal_error", _NO_RETRY),
+        (501, "The proxy does not support what the request asks for.", "not_implemented", _NO_RETRY),
+        (502, "The server that had this request went; send it again.", "replica_lost", _RETRY),
+        (503, "No server can take this request at the moment; send it again.", "overloaded", _RETRY),
+        (504, "The server that had this request did not answer in time.", "deadline_exceeded", _NO_RETRY),
+    ]
+    return [_error(*row, keyword="http-error") for row in table]
+
+
+def rewriting(loopback_ports: Iterable[int]) -> str:
+    """The script for every configuration. `loopback_ports`: those that only this machine needs."""
+    ports = "|".join(str(port) for port in loopback_ports)
+    defaults = [
+        f"    timeout http-request {HEADER_TIMEOUT_S}s",
+        "    option http-ignore-probes",  # a browser's connection in reserve gets no 408 for a request it never made
+        *_own_errors(),
+    ]
+    keyword = "http-request return"
+    allow = {"Allow": "GET, HEAD, OPTIONS, POST"}
+    method = _error(405, "This method is served nowhere.", "method_not_allowed", allow, keyword=keyword)
+    long_url = _error(
+        414,
+        f"The URL is longer than {MAX_URL_BYTES} bytes; send long prompts with POST.",
+        "url_too_long",
+        {},
+        keyword=keyword,
+    )
+    message = f"The headers are longer than {MAX_HEADER_BYTES} bytes together."
+    long_headers = _error(431, message, "headers_too_long", {}, keyword=keyword)
+    refusals = [
+        f"{method} unless {{ method {_METHODS} }}",
+        f"{long_url} if {{ url_len gt {MAX_URL_BYTES} }}",
+        f"{long_headers} if {{ req.hdrs,length gt {MAX_HEADER_BYTES} }}",
+    ]
+    unavailable = _error(503, "The service is not ready.", "not_ready", _RETRY, keyword=keyword)
+    return "\n".join(
+        [
+            f"1i\\\n{REWRITTEN}",
+            rf"s/^([[:space:]]*bind) \*?:({ports})$/\1 127.0.0.1:\2/",
+            r"s/^([[:space:]]*stats socket .*) mode 666 /\1 mode 600 /",
+            "/^[[:space:]]*errorfile 50[234] /d",
+            _after("^defaults$", defaults),
+            _after("^frontend http_frontend$", refusals),
+            # of /-/healthz and /-/routes
+            rf's~^    http-request return status 503 content-type text/plain string ".*" if ~{unavailable} if ~',
+            "",
+        ]
+    )
+
+
+def unknown_path(*, starting: bool) -> str:
+    """The script for what HAProxy answers where no application is: while Serve has not told it of any, come again."""
+    keyword = "http-request return"
+    if starting:
+        line = _error(503, "The service is starting.", "not_ready", _RETRY, keyword=keyword)
+    else:
+        line = _error(404, "Nothing is served at this path.", "not_found", {}, keyword=keyword)
+    return f"/^    http-request return status 404 content-type text\\/plain /c\\\n{line}\n"
+
+
+def _after(pattern: str, lines: Iterable[str]) -> str:
+    text = "\\\n".join(lines)
+    return f"/{pattern}/a\\\n{text}"

@@ -1,0 +1,216 @@
+"""What a real HAProxy, with Serve's configuration as it is rewritten, answers by itself, and who reaches its files."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from serve_app.cli import haproxy, haproxy_config
+from serve_app.cli.haproxy import bundled_haproxy
+from serve_app.cli.private_folder import private_folder
+
+pytestmark = pytest.mark.skipif(bundled_haproxy() is None, reason="ray[serve] brings no HAProxy here")
+from haproxy_runner import Behaviour, Behind, Running, answer, running_haproxy  # noqa: E402 - needs HAProxy
+
+Start = Callable[..., AbstractContextManager[Running]]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """start(servers, **fields of Serve's HAProxyConfig)."""
+    with private_folder(tmp_path / "note") as folder:
+        (port,) = haproxy._free_ports(1)
+        yield partial(running_haproxy, folder, port)
+
+
+def well(connection: socket.socket, _: bytes) -> None:
+    connection.sendall(answer(200))
+
+
+def goes(connection: socket.socket, _: bytes) -> None:
+    """As an ingress replica that is killed."""
+
+
+def half_a_header(connection: socket.socket, _: bytes) -> None:
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-")
+
+
+def speaks_no_http(connection: socket.socket, _: bytes) -> None:
+    connection.sendall(b"what?\r\n\r\n")
+
+
+def says_nothing(connection: socket.socket, _: bytes) -> None:
+    while connection.recv(4096):
+        pass
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    """The error, in OpenAI's form."""
+    assert response.headers["content-type"] == "application/json"
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "status", "code", "retry_after"),
+    [
+        (goes, 502, "replica_lost", "1"),
+        (half_a_header, 502, "replica_lost", "1"),
+        (speaks_no_http, 502, "replica_lost", "1"),
+        (says_nothing, 504, "deadline_exceeded", None),
+    ],
+)
+def test_what_an_ingress_does_not_answer(
+    start: Start, behaviour: Behaviour, status: int, code: str, retry_after: str | None
+) -> None:
+    with Behind(behaviour) as behind, start([behind.port], timeout_server_s=1) as running:
+        response = httpx.post(f"http://127.0.0.1:{running.port}/stream", json={"prompt": "Hi"}, timeout=60)
+        assert (response.status_code, error_of(response)["code"]) == (status, code)
+        assert response.headers.get("retry-after") == retry_after
+        assert ("x-should-retry" in response.headers) == (retry_after is None)
+
+
+def test_no_ingress_at_all(start: Start) -> None:
+    (nobody,) = haproxy._free_ports(1)
+    with start([nobody]) as running:
+        response = httpx.get(f"http://127.0.0.1:{running.port}/v1/models", timeout=60)
+        assert (response.status_code, error_of(response)["code"]) == (503, "overloaded")
+        assert response.headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize(("servers", "status", "code"), [(None, 503, "not_ready"), ([], 503, "overloaded")])
+def test_until_there_is_a_route_or_a_server_clients_are_told_to_come_again(
+    start: Start, servers: list[int] | None, status: int, code: str
+) -> None:
+    with start(servers) as running:
+        for path in ("/v1/models", "/-/healthz", "/-/routes") if servers is None else ("/v1/models",):
+            response = httpx.get(f"http://127.0.0.1:{running.port}{path}", timeout=60)
+            assert (response.status_code, error_of(response)["code"]) == (status, code)
+            assert response.headers["retry-after"] == "1"
+
+
+def test_a_path_beside_every_application(start: Start) -> None:
+    with Behind(well) as behind, start([behind.port], prefix="/app") as running:
+        response = httpx.get(f"http://127.0.0.1:{running.port}/elsewhere", timeout=60)
+        assert (response.status_code, error_of(response)["code"]) == (404, "not_found")
+        assert "retry-after" not in response.headers
+
+
+def exchange(port: int, request: bytes) -> httpx.Response:
+    """Send these bytes, and read what comes until the other side closes."""
+    received = b""
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.sendall(request)
+        while piece := connection.recv(65536):
+            received += piece
+    head, _, body = received.partition(b"\r\n\r\n")
+    first, *lines = head.decode().split("\r\n")
+    headers = [tuple(line.split(": ", 1)) for line in lines]
+    return httpx.Response(int(first.split()[1]), headers=headers, content=body)  # type: ignore[arg-type]
+
+
+GET, HOST = b"GET /stream HTTP/1.1\r\n", b"Host: localhost\r\nConnection: close\r\n"
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status", "code"),
+    [
+        (b"GET /stream?prompt=" + b"a" * 32_768 + b" HTTP/1.1\r\n" + HOST + b"\r\n", 414, "url_too_long"),
+        (b"GET /stream?prompt=" + b"a" * 100_000 + b" HTTP/1.1\r\n" + HOST + b"\r\n", 414, "url_too_long"),
+        (GET + HOST + b"X: " + b"a" * 32_768 + b"\r\n\r\n", 431, "headers_too_long"),
+        (GET + HOST + (b"X: " + b"y" * 400 + b"\r\n") * 90 + b"\r\n", 431, "headers_too_long"),
+        (b"FOO /stream HTTP/1.1\r\n" + HOST + b"\r\n", 405, "method_not_allowed"),
+        (
+            b"CONNECT localhost:80 HTTP/1.1\r\nHost: localhost:80\r\nConnection: close\r\n\r\n",
+            405,
+            "method_not_allowed",
+        ),
+    ],
+    ids=["long URL", "longer URL", "long header", "many headers", "unknown method", "CONNECT"],
+)
+def test_what_haproxy_refuses_itself(start: Start, request_bytes: bytes, status: int, code: str) -> None:
+    with Behind(well) as behind, start([behind.port]) as running:
+        response = exchange(running.port, request_bytes)
+        assert (response.status_code, error_of(response)["code"]) == (status, code)
+        assert response.headers.get("allow") == ("GET, HEAD, OPTIONS, POST" if status == 405 else None)
+        assert behind.requests == []
+
+
+def test_a_url_within_the_stated_limit_is_served(start: Start) -> None:
+    with Behind(well) as behind, start([behind.port]) as running:
+        path = "/stream?prompt=" + "a" * (32_768 - 15)
+        assert httpx.get(f"http://127.0.0.1:{running.port}{path}", timeout=60).status_code == 200
+
+
+def test_a_client_that_sends_no_headers_is_given_up(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(haproxy_config, "HEADER_TIMEOUT_S", 1)
+    with Behind(well) as behind, start([behind.port]) as running:
+        assert exchange(running.port, b"POST /stream HTTP/1.1\r\nHost: localhost\r\n").status_code == 408
+        with socket.create_connection(("127.0.0.1", running.port), timeout=60) as silent:
+            assert silent.recv(1) == b""  # closed, without an answer to what was never asked
+        assert behind.requests == []
+
+
+def test_a_body_that_comes_slowly_passes(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time of the headers is not that of bodies or answers, which the ingress keeps."""
+    monkeypatch.setattr(haproxy_config, "HEADER_TIMEOUT_S", 1)
+
+    def slow(connection: socket.socket, _: bytes) -> None:
+        time.sleep(1.5)
+        connection.sendall(answer(200))
+
+    with Behind(slow) as behind, start([behind.port]) as running:
+        assert httpx.get(f"http://127.0.0.1:{running.port}/ready", timeout=60).status_code == 200
+
+
+def command(path: Path) -> bytes:
+    """What HAProxy's admin socket answers to a command."""
+    with socket.socket(socket.AF_UNIX) as admin:
+        admin.settimeout(60)
+        admin.connect(str(path))
+        admin.sendall(b"set server app/s0 addr 192.0.2.1\n")
+        return admin.recv(4096)
+
+
+def break_in(path: Path, outcome: Any) -> None:
+    """In a process of its own, as a user who has nothing to do with the service."""
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+    try:
+        outcome.put(command(path).decode())
+    except OSError as error:
+        outcome.put(type(error).__name__)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be somebody else")
+@pytest.mark.parametrize("opened", [False, True], ids=["as it is", "in a folder that somebody opened"])
+def test_nobody_else_reaches_the_admin_socket(start: Start, opened: bool) -> None:
+    with Behind(well) as behind, start([behind.port]) as running:
+        assert command(running.socket_path)  # its owner does
+        if opened:
+            running.folder.chmod(0o755)
+        spawn = multiprocessing.get_context("spawn")
+        outcome = spawn.Queue()
+        intruder = spawn.Process(target=break_in, args=[running.socket_path, outcome])
+        intruder.start()
+        assert outcome.get(timeout=120) == "PermissionError"
+        intruder.join()
+
+
+def test_the_modes_say_so(start: Start) -> None:
+    with start([1]) as running:
+        assert stat.S_IMODE(running.folder.stat().st_mode) == 0o700
+        assert stat.S_IMODE(running.socket_path.stat().st_mode) == 0o600
