@@ -14,9 +14,10 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope
 
 from serve_app.api.errors import ApiError, bad_request
+from serve_app.api.slow_bodies import PROMPTLY_S, SlowBodies, TooManySlowBodies
 
 BODY_TIMEOUT_S = 30.0
-"""A client that takes longer to send its request is refused: it holds one of the places of `max_streams`."""
+"""A client that takes longer to send its request is refused."""
 
 _FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 
@@ -30,8 +31,10 @@ class ClientGone(Exception):
         """For the log."""
 
 
-async def read_json_object(scope: Scope, receive: Receive, max_bytes: int) -> tuple[dict[str, Any], int]:
-    """The body as a JSON object, and its size in bytes.
+async def read_json_object(
+    scope: Scope, receive: Receive, max_bytes: int, slow_bodies: SlowBodies
+) -> tuple[dict[str, Any], int]:
+    """The body as a JSON object, and its size in bytes. One that is not there soon needs a place among `slow_bodies`.
 
     Any content type is taken if the bytes are JSON (curl's default is a form's). Raises `ApiError` (400, 408, 413, 415)
     and `ClientGone`.
@@ -43,31 +46,55 @@ async def read_json_object(scope: Scope, receive: Receive, max_bytes: int) -> tu
     declared = headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > max_bytes:
         raise _too_large(max_bytes)
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT_S) as deadline:
-            body = await _read(receive, max_bytes)
-    except TimeoutError:
-        if not deadline.expired():
-            raise
-        message = f"The request body did not arrive within {BODY_TIMEOUT_S:g} s."
-        raise ApiError(408, message, code="body_timeout", headers={"connection": "close"}) from None
+    incoming = _Incoming(receive, max_bytes)
+    promptly_s = min(PROMPTLY_S, BODY_TIMEOUT_S)
+    if not await _within(promptly_s, incoming):
+        client = scope.get("client")
+        try:
+            with slow_bodies.place(client[0] if client else None):
+                if not await _within(BODY_TIMEOUT_S - promptly_s, incoming):
+                    raise _too_slow(f"The request body did not arrive within {BODY_TIMEOUT_S:g} s.")
+        except TooManySlowBodies:
+            message = f"The request body did not arrive within {promptly_s:g} s, and too many others are waited for."
+            raise _too_slow(message) from None
+    body = b"".join(incoming.chunks)
     return _decode(body, headers.get("content-type", "")), len(body)
 
 
-async def _read(receive: Receive, max_bytes: int) -> bytes:
-    chunks: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        chunk: bytes = message.get("body", b"")
-        size += len(chunk)
-        if size > max_bytes:
-            raise _too_large(max_bytes)
-        chunks.append(chunk)
-        if not message.get("more_body", False):
-            return b"".join(chunks)
+class _Incoming:
+    """A body on its way; reading it may be broken off and taken up again."""
+
+    def __init__(self, receive: Receive, max_bytes: int) -> None:
+        self._receive = receive
+        self._left = max_bytes
+        self._max_bytes = max_bytes
+        self.chunks: list[bytes] = []
+
+    async def read(self) -> None:
+        """Return when all of it is there."""
+        more = True
+        while more:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            chunk: bytes = message.get("body", b"")
+            self._left -= len(chunk)
+            if self._left < 0:
+                raise _too_large(self._max_bytes)
+            self.chunks.append(chunk)
+            more = message.get("more_body", False)
+
+
+async def _within(seconds: float, incoming: _Incoming) -> bool:
+    """Whether all of the body came within this time."""
+    try:
+        async with asyncio.timeout(seconds) as deadline:
+            await incoming.read()
+    except TimeoutError:
+        if not deadline.expired():
+            raise
+        return False
+    return True
 
 
 def _decode(body: bytes, content_type: str) -> dict[str, Any]:
@@ -92,6 +119,10 @@ def _decode(body: bytes, content_type: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise bad_request("The request body must be a JSON object.", code="invalid_json")
     return value
+
+
+def _too_slow(message: str) -> ApiError:
+    return ApiError(408, message, code="body_timeout", headers={"connection": "close"})
 
 
 def _too_large(max_bytes: int) -> ApiError:

@@ -1,4 +1,4 @@
-"""What every endpoint does around its handler: a place, the body, errors as answers, and an eye on the connection.
+"""What every endpoint does around its handler: the body, a place, errors as answers, and an eye on the connection.
 
 Promises that work stops as soon as its client goes (P5), and that one request too many is refused at once (P6). Knows
 no wire format.
@@ -20,6 +20,7 @@ from serve_app.api import inline
 from serve_app.api.body import ClientGone, read_json_object
 from serve_app.api.errors import ApiError, from_failure
 from serve_app.api.inline import Result
+from serve_app.api.slow_bodies import SlowBodies
 from serve_app.api.sse import EventStream
 from serve_app.config import ApiConfig
 from serve_app.messages import Failure, FailureCode
@@ -65,13 +66,19 @@ class Admission:
         self._max_streams = max_streams
         self._metrics = metrics
         self._in_progress = 0
+        self.slow_bodies = SlowBodies()
+        """Requests that have no place yet."""
+
+    def refuse_when_full(self) -> None:
+        """Raise `ApiError` 503 when all places are taken."""
+        if self._in_progress >= self._max_streams:
+            message = f"The server is answering {self._max_streams} requests, its limit; try again in a moment."
+            raise from_failure(Failure(FailureCode.OVERLOADED, message, _OVERLOADED_RETRY_AFTER_S))
 
     @contextmanager
     def place(self) -> Iterator[None]:
         """One of the places, for as long as the block runs. Raises `ApiError` 503 when all are taken."""
-        if self._in_progress >= self._max_streams:
-            message = f"The server is answering {self._max_streams} requests, its limit; try again in a moment."
-            raise from_failure(Failure(FailureCode.OVERLOADED, message, _OVERLOADED_RETRY_AFTER_S))
+        self.refuse_when_full()
         self._in_progress += 1
         self._metrics.gauge(REQUESTS_IN_PROGRESS, self._in_progress)
         try:
@@ -97,10 +104,12 @@ class Endpoint:
         record.endpoint = self._name
         deadline = asyncio.get_running_loop().time() + self._config.request_timeout_s
         try:
+            self._admission.refuse_when_full()
+            body, size_bytes = None, len(scope["query_string"])
+            if scope["method"] == "POST":  # before a place is taken: whoever sends no body would keep others out
+                limit, slow_bodies = self._config.max_body_bytes, self._admission.slow_bodies
+                body, size_bytes = await read_json_object(scope, receive, limit, slow_bodies)
             with self._admission.place():
-                body, size_bytes = None, len(scope["query_string"])
-                if scope["method"] == "POST":
-                    body, size_bytes = await read_json_object(scope, receive, self._config.max_body_bytes)
                 query = QueryParams(scope["query_string"])
                 path_params = scope.get("path_params", {})
                 call = Call(query, path_params, body, Headers(scope=scope), record, deadline, size_bytes)

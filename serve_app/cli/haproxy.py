@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import secrets
 import shlex
 import shutil
 import socket
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from serve_app.cli.errors import CommandError
 from serve_app.cli.haproxy_config import BUFFER_BYTES, REWRITTEN, rewriting, unknown_path
+from serve_app.deployments.client_address import SECRET
 
 ENABLE = "RAY_SERVE_ENABLE_HA_PROXY"
 PORTS = range(20_000, 30_000)
@@ -78,8 +80,9 @@ def haproxy_environment(current: Mapping[str, str], launcher: Path, folder: Path
     if program is None or not wants_haproxy(current):
         return {}
     statistics, metrics, fallback, grpc_fallback = _free_ports(4)
+    secret = secrets.token_hex(16)
     scripts = {
-        "every": rewriting([statistics, metrics]),
+        "every": rewriting([statistics, metrics], secret),
         "starting": unknown_path(starting=True),
         "missing": unknown_path(starting=False),
     }
@@ -102,6 +105,7 @@ def haproxy_environment(current: Mapping[str, str], launcher: Path, folder: Path
         # As it has on a cluster, for load balancers of others to notice that an ingress replica goes: ours is told at
         # once. Ctrl-C would take so long.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        SECRET: secret,
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(BUFFER_BYTES),
         **{name: str(folder / file) for name, file in _PATHS.items() if name not in current},
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from serve_app.api.errors import INVALID_REQUEST, SERVER_ERROR, ApiError
+from serve_app.deployments.client_address import HEADER
 
 BUFFER_BYTES = 131_072
 """`tune.bufsize`: what HAProxy can hold of a request line and its headers. What is longer still, more than 100 headers,
@@ -54,8 +55,11 @@ def _own_errors() -> Iterable[str]:
     return [_error(*row, keyword="http-error") for row in table]
 
 
-def rewriting(loopback_ports: Iterable[int]) -> str:
-    """The script for every configuration. `loopback_ports`: those that only this machine needs."""
+def rewriting(loopback_ports: Iterable[int], client_secret: str) -> str:
+    """The script for every configuration. `loopback_ports`: those that only this machine needs.
+
+    `client_secret` comes before each client's address in the header that tells an ingress of it.
+    """
     ports = "|".join(str(port) for port in loopback_ports)
     defaults = [
         f"    timeout http-request {HEADER_TIMEOUT_S}s",
@@ -74,7 +78,8 @@ def rewriting(loopback_ports: Iterable[int]) -> str:
     )
     message = f"The headers are longer than {MAX_HEADER_BYTES} bytes together."
     long_headers = _error(431, message, "headers_too_long", {}, keyword=keyword)
-    refusals = [
+    rules = [
+        f'    http-request set-header {HEADER} "{client_secret} %[src]"',
         f"{method} unless {{ method {_METHODS} }}",
         f"{long_url} if {{ url_len gt {MAX_URL_BYTES} }}",
         f"{long_headers} if {{ req.hdrs,length gt {MAX_HEADER_BYTES} }}",
@@ -87,7 +92,7 @@ def rewriting(loopback_ports: Iterable[int]) -> str:
             r"s/^([[:space:]]*stats socket .*) mode 666 /\1 mode 600 /",
             "/^[[:space:]]*errorfile 50[234] /d",
             _after("^defaults$", defaults),
-            _after("^frontend http_frontend$", refusals),
+            _after("^frontend http_frontend$", rules),
             # of /-/healthz and /-/routes
             rf's~^    http-request return status 503 content-type text/plain string ".*" if ~{unavailable} if ~',
             "",

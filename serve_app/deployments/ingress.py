@@ -21,6 +21,7 @@ from serve_app.api.loading import create_loading_app
 from serve_app.api.pages import Pages
 from serve_app.config import AppConfig
 from serve_app.deployments.banner import banner, listens_on, log_folder, say, service_url
+from serve_app.deployments.client_address import ClientAddresses
 from serve_app.deployments.journal_actor import open_streams
 from serve_app.deployments.logs import use_serve_log
 from serve_app.deployments.metrics import RayMetrics
@@ -192,10 +193,12 @@ class _Front:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
+        self._addresses = ClientAddresses()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on to `app`."""
         if scope["type"] == "http":
+            self._addresses.correct(scope)
             receive, send = _with_disconnects(receive), _without_second_request_id(scope, send)
         await self.app(scope, receive, send)
 

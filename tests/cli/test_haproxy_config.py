@@ -19,6 +19,7 @@ import pytest
 from serve_app.cli import haproxy, haproxy_config
 from serve_app.cli.haproxy import bundled_haproxy
 from serve_app.cli.private_folder import private_folder
+from serve_app.deployments.client_address import HEADER, SECRET
 
 pytestmark = pytest.mark.skipif(bundled_haproxy() is None, reason="ray[serve] brings no HAProxy here")
 from haproxy_runner import Behaviour, Behind, Running, answer, running_haproxy  # noqa: E402 - needs HAProxy
@@ -152,6 +153,15 @@ def test_a_url_within_the_stated_limit_is_served(start: Start) -> None:
     with Behind(well) as behind, start([behind.port]) as running:
         path = "/stream?prompt=" + "a" * (32_768 - 15)
         assert httpx.get(f"http://127.0.0.1:{running.port}{path}", timeout=60).status_code == 200
+
+
+def test_an_ingress_is_told_the_client_and_not_what_the_client_says(start: Start) -> None:
+    with Behind(well) as behind, start([behind.port]) as running:
+        claims = {HEADER: "192.0.2.1", "x-forwarded-for": "192.0.2.1"}
+        httpx.get(f"http://127.0.0.1:{running.port}/ready", headers=claims, timeout=60)
+        [request] = behind.requests
+        told = [line for line in request.decode().splitlines() if line.lower().startswith(HEADER)]
+        assert told == [f"{HEADER}: {running.environment[SECRET]} 127.0.0.1"]
 
 
 def test_a_client_that_sends_no_headers_is_given_up(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,8 @@ class Running:
     port: int
     folder: Path
     socket_path: Path
+    environment: dict[str, str]
+    """What Serve and its replicas are given."""
     process: subprocess.Popen[bytes]
 
 
@@ -110,7 +112,7 @@ def running_haproxy(
     with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
         try:
             _until_it_listens(port, process)
-            yield Running(port, folder, Path(config.socket_path), process)
+            yield Running(port, folder, Path(config.socket_path), environment, process)
         finally:
             process.kill()
 

@@ -1,0 +1,66 @@
+"""How many clients may take their time to send a body.
+
+Promises that sockets which send nothing keep nobody else from being served: a request whose body is not there soon
+needs a place here, and has none among those that are answered. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+PROMPTLY_S = 1.0
+"""A body that is there by then needs no place: nearly all are sent together with their headers."""
+MAX_SLOW = 256
+MAX_SLOW_PER_CLIENT = 16
+"""Of 256: so many addresses are needed to take all places, for 30 s at a time."""
+
+
+class TooManySlowBodies(Exception):
+    """No place is left, for this client or for anybody."""
+
+
+class SlowBodies:
+    """The bodies that are waited for, in one process."""
+
+    def __init__(self, limit: int = MAX_SLOW, per_client: int = MAX_SLOW_PER_CLIENT) -> None:
+        self._limit = limit
+        self._per_client = per_client
+        self._waiting = 0
+        self._by_client: Counter[str] = Counter()
+
+    @contextmanager
+    def place(self, address: str | None) -> Iterator[None]:
+        """One of the places, for as long as the block runs; `address` is None where nobody knows the client's.
+
+        Raises `TooManySlowBodies`.
+        """
+        client = _client(address)
+        if self._waiting >= self._limit or (client is not None and self._by_client[client] >= self._per_client):
+            raise TooManySlowBodies
+        self._waiting += 1
+        if client is not None:
+            self._by_client[client] += 1
+        try:
+            yield
+        finally:
+            self._waiting -= 1
+            if client is not None:
+                self._by_client[client] -= 1
+                if not self._by_client[client]:
+                    del self._by_client[client]
+
+
+def _client(address: str | None) -> str | None:
+    """What one client can't change at will: of IPv6 the 64 bits that its provider gave it."""
+    if address is None:
+        return None
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(ip, ipaddress.IPv6Address):
+        return str(ip.ipv4_mapped or ipaddress.ip_network((int(ip), 64), strict=False))
+    return str(ip)
