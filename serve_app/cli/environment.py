@@ -25,6 +25,8 @@ SERVER_ENVIRONMENT = {
     # A dead HTTP proxy is replaced after three looks. At Serve's own ten seconds between them it was away for 23 to
     # 32 s (loadtest/chaos.py).
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    # Serve's own servers answer with text, and wait for headers for ever.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.deployments.serve_http.middlewares",
 }
 _NOT_SET = ("RAY_ADDRESS", "")
 

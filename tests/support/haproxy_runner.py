@@ -111,18 +111,19 @@ def running_haproxy(
     command = [environment["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", api.config_file_path]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
         try:
-            _until_it_listens(port, process)
+            _until_it_listens(port, Path(config.socket_path), process)
             yield Running(port, folder, Path(config.socket_path), environment, process)
         finally:
             process.kill()
 
 
-def _until_it_listens(port: int, process: subprocess.Popen[bytes]) -> None:
+def _until_it_listens(port: int, admin: Path, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 60
     while True:
         assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
         try:
             socket.create_connection(("127.0.0.1", port), timeout=5).close()
+            admin.stat()
         except OSError:
             assert time.monotonic() < deadline
             time.sleep(0.01)
