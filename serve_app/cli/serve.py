@@ -172,7 +172,7 @@ def _watch(child: subprocess.Popen[bytes], file: ConfigFile, url: str, stopping:
                 print(f"\nserve-app serve: {state.error}", file=sys.stderr)
                 child.send_signal(signal.SIGINT)
                 return True
-            if state is not None and state.stage != said:
+            if state is not None and state.stage and state.stage != said:
                 said = state.stage
                 print(f"serve-app: {said}", flush=True)
             time.sleep(_POLL_S)

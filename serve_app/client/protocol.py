@@ -122,16 +122,20 @@ def read_models(content: bytes) -> tuple[Model, ...]:
 
 
 def read_readiness(status: int, content: bytes) -> Readiness:
-    """The answer of /ready: 200 when ready, 503 with the stage before."""
+    """The answer of /ready: 200 when ready, 503 with the stage before.
+
+    A 503 with the API's error object is the proxy's, which has no application to ask yet: no stage, and no failure.
+    """
     body = _json_object(content)
     if status not in (200, 503) or not body:
-        raise ServerError(f"/ready answered {status}; is this a serve_app?", status=status)
+        message, _ = _message_and_code(body)
+        raise ServerError(f"/ready answered {status}; {message or 'is this a serve_app?'}", status=status)
     fraction, error = body.get("fraction"), body.get("error")
     return Readiness(
         ready=status == 200,
         stage=str(body.get("stage") or ""),
         fraction=float(fraction) if isinstance(fraction, int | float) else None,
-        error=error if isinstance(error, str) else _message_and_code(body)[0],
+        error=error if isinstance(error, str) else None,
         details=body,
     )
 

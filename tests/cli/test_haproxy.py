@@ -55,7 +55,7 @@ def test_only_its_own_ports_are_bound_to_this_machine(tmp_path: Path, monkeypatc
     expected = expected.replace("bind *:{statistics}\n", "bind 127.0.0.1:{statistics}\n")
     written = config.read_text()
     assert written.count(REWRITTEN) == 1
-    lines = [line for line in written.splitlines(keepends=True) if "http-request return" not in line]
+    lines = [line for line in written.splitlines(keepends=True) if "http-request " not in line]
     assert "".join(lines) == expected.format(**numbers)
 
 

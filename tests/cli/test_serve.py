@@ -25,7 +25,7 @@ from serve_app.cli.environment import own_cluster, ray_cpus, server_environment
 from serve_app.cli.errors import CommandError
 from serve_app.cli.haproxy import bundled_haproxy
 from serve_app.cli.main import main
-from serve_app.cli.state import RunningServer, claim, running_servers
+from serve_app.cli.state import RunningServer, claim, remove_what_crashes_left, running_servers
 
 PROGRAM = f"""
 import sys
@@ -100,6 +100,10 @@ def start() -> Iterator[Callable[..., Serving]]:
     for serving in started:
         serving.process.kill()
         serving.process.wait(10)
+    deadline = time.monotonic() + 10
+    while running_servers() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    remove_what_crashes_left()
 
 
 def test_it_shows_the_stages_and_what_it_holds(config: Path, port: int, start: Callable[..., Serving]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from serve_app.client import (
     StreamError,
     Usage,
 )
+from serve_app.client.protocol import read_readiness
 
 Call = Callable[..., Any]
 
@@ -385,3 +387,18 @@ def test_odd_proxy_settings_are_one_sentence(
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=rf"proxy settings of the environment \(.*{name}.*\) can't be used: "):
         kind("http://198.51.100.7:8000")
+
+
+def test_a_proxy_that_has_no_application_yet_is_no_failure() -> None:
+    """`serve-app serve` and `wait_until_ready` go on waiting; only the application's own word ends that."""
+    answer = {"error": {"message": "The service is starting.", "type": "server_error", "code": "not_ready"}}
+    state = read_readiness(503, json.dumps(answer).encode())
+    assert (state.ready, state.stage, state.error) == (False, "", None)
+    failed = read_readiness(503, json.dumps({"status": "failed", "stage": "failed", "error": "No space."}).encode())
+    assert failed.error == "No space."
+
+
+def test_a_name_that_the_server_does_not_answer_to_is_said() -> None:
+    answer = {"error": {"message": "This service does not answer to the host 'x'.", "code": "host_not_allowed"}}
+    with pytest.raises(ServerError, match="does not answer to the host"):
+        read_readiness(403, json.dumps(answer).encode())

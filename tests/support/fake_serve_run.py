@@ -38,7 +38,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         Handler.asked += 1
         if Handler.asked == 1:  # Serve's proxy has no route to the application yet
-            return self.answer(404, b"Path '/ready' not found.")
+            return self.answer(503, json.dumps({"error": {"message": "Starting.", "code": "not_ready"}}).encode())
         if Handler.asked == 2:
             return self.answer(
                 503, json.dumps({"status": "loading", "stage": "loading weights", "error": None}).encode()
