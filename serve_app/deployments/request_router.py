@@ -101,7 +101,12 @@ class ModelRouter(RequestRouter):
         replica = await self._places.take(key, order, partial(self._choose, request))
         # Serve sends it in the turn after this future is done, before this is called; or it was given up.
         pending_request.future.add_done_callback(lambda _: self._places.unsent(key))
-        return [[one for one in self.curr_replicas.values() if one.replica_id.unique_id == replica]]
+        chosen = [one for one in self.curr_replicas.values() if one.replica_id.unique_id == replica]
+        for one in chosen:
+            if self.replica_queue_len_cache.get(one.replica_id) is None:
+                # After 10 s without news Serve would ask the replica first, once for each request of a burst.
+                self.replica_queue_len_cache.update(one.replica_id, 0)
+        return [chosen]
 
     def _choose(self, request: object, load: Mapping[str, int]) -> str | None:
         """One of the replicas that have room, with their numbers of requests; None when it should wait for another.

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from fake_model_server import CARD, request
 from ray.serve._private.common import DeploymentID, ReplicaID
+from ray.serve._private.request_router.common import ReplicaQueueLengthCache
 
 from serve_app.deployments.places import Places
 from serve_app.deployments.replica_table import ReplicaTable
@@ -29,6 +30,7 @@ def router_of(*replicas: Any) -> ModelRouter:
     router = ModelRouter.__new__(ModelRouter)
     router._table = ReplicaTable()
     router._places = Places()
+    router._replica_queue_len_cache = ReplicaQueueLengthCache()
     router._replicas = {each.replica_id: each for each in replicas}
     router._places.update({each.replica_id.unique_id: 2 for each in replicas})
     return router
@@ -116,3 +118,10 @@ async def test_there_is_a_task_of_serves_for_each_request_that_waits() -> None:
     router = router_of(A)
     router._pending_requests_to_fulfill = deque([pending(request(), str(number)) for number in range(144)])
     assert router.target_num_routing_tasks == 144
+
+
+async def test_serve_asks_no_replica_that_is_known_to_have_room() -> None:
+    """It asks one of which it has heard nothing for 10 s, before each request of a burst."""
+    router = router_of(A)
+    await router.choose_replicas([A], pending(request()))
+    assert router.replica_queue_len_cache.get(A.replica_id) is not None
