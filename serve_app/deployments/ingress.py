@@ -28,6 +28,7 @@ from serve_app.deployments.metrics import RayMetrics
 from serve_app.deployments.progress import ProgressBoard, Reporter
 from serve_app.deployments.readiness import Readiness, answers
 from serve_app.deployments.replica_client import RayReplicaClient
+from serve_app.deployments.revisions import settled
 from serve_app.deployments.serve_settings import missing
 from serve_app.messages import LoadStage, ModelCard
 from serve_app.models.cache import cache_directory
@@ -64,7 +65,8 @@ class Ingress:
         scaling = config.model_server.autoscaling
         self._config = config
         self._app_name = replica.app_name
-        board = ProgressBoard(replica.app_name, config)
+        self._board = board = ProgressBoard(replica.app_name, config)
+        self._model_deployment = model_server.deployment_name
         may_sleep = scaling is not None and scaling.min_replicas == 0
         readiness = Readiness(board, replica.app_name, model_server.deployment_name, may_sleep=may_sleep)
         self._client = RayReplicaClient(model_server, readiness)
@@ -142,7 +144,9 @@ class Ingress:
         from serve_app.api.service import CompletionService, ModelDefaults
         from serve_app.models.names import aliases
 
-        formatter, defaults = _load_tokenizer(self._config, Reporter(self._note))
+        report = Reporter(self._note)
+        config = settled(self._config, self._board, self._app_name, self._model_deployment, report)
+        formatter, defaults = _load_tokenizer(config, report)
         service = CompletionService(
             self._client,
             formatter,

@@ -23,6 +23,7 @@ from serve_app.deployments.logs import use_serve_log
 from serve_app.deployments.metrics import RayMetrics
 from serve_app.deployments.progress import ProgressBoard, Reporter
 from serve_app.deployments.request_router import ARITHMETIC_KEY, CHANNEL_KEY, FINGERPRINT_KEY
+from serve_app.deployments.revisions import settled
 from serve_app.deployments.suspects import SuspectNotes
 from serve_app.deployments.token_channels import TokenChannels
 from serve_app.engine.errors import EngineError
@@ -56,8 +57,10 @@ class ModelServer:
         deployed_at = asyncio.create_task(asyncio.to_thread(board.deployed_at))  # now: who deploys again mends it
         note_suspect = partial(SuspectNotes(replica.app_name).write, replica.replica_id.unique_id)
         try:
-            # In a thread: this loop goes on answering Serve, which asks whether the replica lives.
-            self._engine, card = await asyncio.to_thread(self._start, config, Reporter(board.report), note_suspect)
+            # In threads: this loop goes on answering Serve, which asks whether the replica lives.
+            report = Reporter(board.report)
+            config = await asyncio.to_thread(settled, config, board, replica.app_name, replica.deployment, report)
+            self._engine, card = await asyncio.to_thread(self._start, config, report, note_suspect)
         except (ModelError, EngineError) as error:
             logger.error("the model can't be served: %s", error)
             board.refuse(str(error), await deployed_at)

@@ -50,6 +50,7 @@ class ProgressBoard:
         self._stage_key = f"{app_name}/{digest}/stage"
         self._card_key = f"{app_name}/{digest}/card"
         self._refused_key = f"{app_name}/{digest}/refused"
+        self._commit_key = f"{app_name}/{digest}/commit"
 
     def report(self, stage: LoadStage) -> None:
         """Note how far a replica is, or why it failed for good."""
@@ -84,6 +85,27 @@ class ProgressBoard:
         if deployed is None or time.time() - refused.get("at", 0.0) > REFUSED_FOR_S:
             return None
         return str(refused["error"]) if deployed == self.deployed_at() else None
+
+    def settle_commit(self, name: str, found: str, serves: Callable[[], bool]) -> str:
+        """The commit that all processes of this deploy take for `name`: the one already settled, else `found`.
+
+        `serves` says whether the model answers now: of a model that is deployed again while it serves, what starts
+        later goes on with the commit that serves. Else a new deploy settles it anew; of several processes that do at
+        once, the first one's holds.
+        """
+        latest_key = f"{self._commit_key}/{name}"
+        deployed = self.deployed_at()
+        note = _internal_kv_get(latest_key, namespace=_NAMESPACE)
+        latest = json.loads(note) if note else None
+        if latest and (deployed in (None, latest["deployed"]) or (not self.is_update() and serves())):
+            return str(latest["commit"])
+        first_key = f"{latest_key}/{deployed}"
+        _internal_kv_put(first_key, found, overwrite=False, namespace=_NAMESPACE)
+        commit = (_internal_kv_get(first_key, namespace=_NAMESPACE) or found.encode()).decode()
+        _internal_kv_put(latest_key, json.dumps({"commit": commit, "deployed": deployed}), namespace=_NAMESPACE)
+        if latest:
+            _internal_kv_del(f"{latest_key}/{latest['deployed']}", namespace=_NAMESPACE)
+        return commit
 
     def deployed_at(self) -> float | None:
         """When the application was last deployed, as Serve tells deploys apart; None when that can't be found out."""

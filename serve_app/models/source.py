@@ -79,7 +79,7 @@ def resolve(model: ModelConfig, cache_dir: Path, *, tokenizer_only: bool = False
     """
     files = _resolve_source(model, cache_dir, tokenizer_only, progress)
     if model.tokenizer is not None:
-        other = ModelConfig(source=model.tokenizer)
+        other = ModelConfig(source=model.tokenizer, revision=model.tokenizer_revision)
         folder = _resolve_source(other, cache_dir, True, progress).tokenizer_folder
         files = replace(files, tokenizer_folder=folder)
     check_tokenizer_folder(files.tokenizer_folder)

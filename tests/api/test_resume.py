@@ -302,6 +302,22 @@ async def test_a_stream_whose_weights_are_gone_says_so_and_is_never_continued_by
     assert not others.requests
 
 
+async def test_the_weights_are_those_that_are_served_now(
+    make_app: Callable[..., Starlette], writes: Callable[..., Script], store: MemoryJournalStore
+) -> None:
+    """Not those that this process saw when it was first asked: the model may have been replaced behind it."""
+    elsewhere = make_app(FakeReplica([writes()] * 2), journals=store)
+    streams = [Exchange(elsewhere, "POST", "/stream", HI, RESUME) for _ in range(2)]
+    for stream in streams:
+        await stream.end()
+    replica = FakeReplica([writes()])
+    app = make_app(replica, journals=store)
+    assert (await fetch(app, stream_id_of(streams[0]))).status == 200
+    replica.state = card(fingerprint=Fingerprint("tiny@2"))
+    refused = await fetch(app, stream_id_of(streams[1]), 3)
+    assert refused.status == 410
+
+
 EVENT_ID = re.compile(rb"id: ([\w:-]+)\n")
 COMPLETION = {"prompt": "Once", "stream": True, "logprobs": 1, "seed": 7}
 

@@ -14,9 +14,11 @@ class FakeKeyValueStore:
         self.notes: dict[str, bytes] = {}
         self.down = False
 
-    def put(self, key: str, value: bytes | str, namespace: str) -> None:
+    def put(self, key: str, value: bytes | str, namespace: str, *, overwrite: bool = True) -> None:
         """Ray's own takes text too and gives bytes."""
         self._check()
+        if not overwrite and key in self.notes:
+            return
         self.notes[key] = value.encode() if isinstance(value, str) else value
 
     def get(self, key: str, namespace: str) -> bytes | None:

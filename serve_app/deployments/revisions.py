@@ -1,0 +1,50 @@
+"""Of which commit a hub model is: settled once a deploy, so that the tokenizer of every ingress and the weights of
+every replica are of one, also of those that start later.
+
+A branch moves: two processes that each ask the hub for `main` may get two models. Who starts first asks, and writes the
+commit on the application's notice board; all others take it from there. Not in `app.build`, which would have to wait
+for the network, on a machine that may have neither the hub's token nor its cache, and would make a new version of every
+deployment (a restart of all) out of a redeploy that changed a limit.
+"""
+
+from __future__ import annotations
+
+import re
+
+from ray import serve
+
+from serve_app.config import AppConfig, ModelConfig
+from serve_app.deployments.progress import ProgressBoard
+from serve_app.deployments.readiness import answers
+from serve_app.models.cache import Progress
+from serve_app.models.source import SourceKind, source_kind
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def settled(
+    config: AppConfig, board: ProgressBoard, app_name: str, model_deployment: str, progress: Progress
+) -> AppConfig:
+    """`config` with commits in place of the branches and tags of hub models. Blocks; raises `ModelError`."""
+
+    def commit(model: ModelConfig) -> str | None:
+        if source_kind(model.source) is not SourceKind.HUB or _COMMIT.fullmatch(model.revision or ""):
+            return model.revision
+        from serve_app.models import hub  # seconds of imports that no other source needs
+
+        # By the name, also where the commit is known: so this machine's cache remembers what the name stood for.
+        _, found = hub.fetch(model, tokenizer_only=True, progress=progress)
+        name = f"{model.source}@{model.revision or 'main'}"
+        return board.settle_commit(name, found, lambda: _serves(app_name, model_deployment))
+
+    model = config.model
+    pins = {"revision": commit(model)}
+    if model.tokenizer is not None:
+        pins["tokenizer_revision"] = commit(ModelConfig(source=model.tokenizer, revision=model.tokenizer_revision))
+    return config.model_copy(update={"model": model.model_copy(update=pins)})
+
+
+def _serves(app_name: str, deployment: str) -> bool:
+    """Whether any replica with the weights takes requests now."""
+    application = serve.status().applications.get(app_name)
+    return answers(application.deployments.get(deployment) if application else None)
