@@ -22,6 +22,8 @@ from serve_app.cli.haproxy_config import BUFFER_BYTES, REWRITTEN, rewriting, unk
 from serve_app.deployments.client_address import SECRET
 
 ENABLE = "RAY_SERVE_ENABLE_HA_PROXY"
+LOG_TARGET = "RAY_SERVE_HAPROXY_LOG_TARGET"
+"""Set by who wants HAProxy's own log of requests; Serve's default is the machine's syslog."""
 PORTS = range(20_000, 30_000)
 """Where ports are taken from. They are bound seconds later; meanwhile Ray's processes bind what the kernel gives them
 (from 32,768 on), its workers 10,002 to 19,999, and Serve's replicas 30,000 to 31,000."""
@@ -82,7 +84,7 @@ def haproxy_environment(current: Mapping[str, str], launcher: Path, folder: Path
     statistics, metrics, fallback, grpc_fallback = _free_ports(4)
     secret = secrets.token_hex(16)
     scripts = {
-        "every": rewriting([statistics, metrics], secret),
+        "every": rewriting([statistics, metrics], secret, logs_requests=LOG_TARGET in current),
         "starting": unknown_path(starting=True),
         "missing": unknown_path(starting=False),
     }

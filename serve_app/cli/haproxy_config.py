@@ -55,10 +55,11 @@ def _own_errors() -> Iterable[str]:
     return [_error(*row, keyword="http-error") for row in table]
 
 
-def rewriting(loopback_ports: Iterable[int], client_secret: str) -> str:
+def rewriting(loopback_ports: Iterable[int], client_secret: str, *, logs_requests: bool) -> str:
     """The script for every configuration. `loopback_ports`: those that only this machine needs.
 
-    `client_secret` comes before each client's address in the header that tells an ingress of it.
+    `client_secret` comes before each client's address in the header that tells an ingress of it. Unless
+    `logs_requests`, no request line goes to the system's log: it may hold a prompt, or a stream's id.
     """
     ports = "|".join(str(port) for port in loopback_ports)
     defaults = [
@@ -91,6 +92,7 @@ def rewriting(loopback_ports: Iterable[int], client_secret: str) -> str:
             rf"s/^([[:space:]]*bind) \*?:({ports})$/\1 127.0.0.1:\2/",
             r"s/^([[:space:]]*stats socket .*) mode 666 /\1 mode 600 /",
             "/^[[:space:]]*errorfile 50[234] /d",
+            *([] if logs_requests else ["/^[[:space:]]*log .* local0 /d"]),
             _after("^defaults$", defaults),
             _after("^frontend http_frontend$", rules),
             # of /-/healthz and /-/routes

@@ -18,6 +18,7 @@ import pytest
 
 from serve_app.cli import haproxy, haproxy_config
 from serve_app.cli.haproxy import bundled_haproxy
+from serve_app.cli.haproxy_config import REWRITTEN, rewriting
 from serve_app.cli.private_folder import private_folder
 from serve_app.deployments.client_address import HEADER, SECRET
 
@@ -81,6 +82,18 @@ def test_what_an_ingress_does_not_answer(
         assert (response.status_code, error_of(response)["code"]) == (status, code)
         assert response.headers.get("retry-after") == retry_after
         assert ("x-should-retry" in response.headers) == (retry_after is None)
+
+
+def test_no_request_line_goes_to_the_systems_log(start: Start) -> None:
+    with Behind(well) as behind, start([behind.port]) as running:
+        (written,) = running.folder.rglob("haproxy.cfg")
+        assert REWRITTEN in written.read_text()
+        assert "local0" not in written.read_text()
+
+
+def test_a_log_that_was_asked_for_is_kept() -> None:
+    scripts = [rewriting([1], "secret", logs_requests=asked_for) for asked_for in (False, True)]
+    assert ["local0" in script for script in scripts] == [True, False]
 
 
 def test_no_ingress_at_all(start: Start) -> None:
