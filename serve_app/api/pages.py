@@ -125,11 +125,11 @@ def _follows_a_link(method: str, path: str, headers: Headers) -> bool:
 
 def _is_same(origin: str, host: str) -> bool:
     """Whether a page of `origin` has asked the very host that it came from, TLS ended before us or not."""
-    url = urlsplit(origin)
-    asked, from_ = _split_host(host), _split_host(url.netloc)
-    if url.scheme not in _PORTS or asked is None or from_ is None:
+    scheme, _, page_host = origin.partition("://")
+    asked, from_ = _split_host(host), _split_host(page_host)
+    if scheme not in _PORTS or asked is None or from_ is None:
         return False
-    port = _PORTS[url.scheme]
+    port = _PORTS[scheme]
     return (asked[0], asked[1] or port) == (from_[0], from_[1] or port)
 
 

@@ -120,6 +120,8 @@ def test_what_only_this_machine_reaches(host: str, loopback: bool) -> None:
         {"origin": EVIL, "sec_fetch_site": "cross-site"},
         {"origin": EVIL},  # a browser without Sec-Fetch, or a service that is not "trustworthy" for want of TLS
         {"origin": "null"},  # a sandboxed frame, a file
+        {"origin": "http://[::1"},  # no browser's
+        {"origin": "http://localhost:x"},
         {"origin": PAGE, "sec_fetch_site": "same-site"},
         {"origin": "http://localhost"},  # another port of this machine
         {"origin": "https://localhost:8000.evil.example"},
