@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from serve_app.api.errors import from_validation
+from serve_app.api.errors import bad_request, from_validation
 from serve_app.api.unknown_fields import NO_EFFECT, NOT_SERVED, UnknownFields, refuse_if_not_served
 
 NO_LIMIT = -1
@@ -137,10 +137,8 @@ class OpenAIFields(SamplingFields, OpenModel):
 
     model: str | None = None
     """Left out or empty: the one model that is served."""
-    repetition_penalty: float | None = Field(
-        None, ge=0.01, le=100, validation_alias=AliasChoices("repetition_penalty", "repeat_penalty")
-    )
-    """llama.cpp and Ollama have the other name."""
+    repeat_penalty: float | None = Field(None, ge=0.01, le=100)
+    """llama.cpp's and Ollama's name of `repetition_penalty`."""
     n: int | None = Field(None, ge=1, le=MAX_CHOICES_PER_PROMPT)
     logit_bias: LogitBias = ()
     stream: bool | None = None
@@ -150,9 +148,9 @@ class OpenAIFields(SamplingFields, OpenModel):
     stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS)
 
     def params(self, *, max_tokens: int | None, max_tokens_param: str, logprobs: int | None) -> CompletionParams:
-        """What was asked for; the arguments are what the two schemas write differently."""
+        """What was asked for; the arguments are what the two schemas write differently. Raises `ApiError`."""
         return CompletionParams(
-            sampling=self,
+            sampling=self._with_repetition_penalty(),
             max_tokens=None if max_tokens == NO_LIMIT else max_tokens,
             max_tokens_param=max_tokens_param,
             n=self.n or 1,
@@ -162,6 +160,14 @@ class OpenAIFields(SamplingFields, OpenModel):
             ignore_eos=bool(self.ignore_eos),
             stop_token_ids=tuple(self.stop_token_ids or ()),
         )
+
+    def _with_repetition_penalty(self) -> SamplingFields:
+        """The same with the penalty under its first name, whichever the caller used."""
+        if self.repeat_penalty is None:
+            return self
+        if self.repetition_penalty not in (None, self.repeat_penalty):
+            raise bad_request("Give repetition_penalty or repeat_penalty, not both.", param="repeat_penalty")
+        return self.model_copy(update={"repetition_penalty": self.repeat_penalty})
 
     @property
     def include_usage(self) -> bool:

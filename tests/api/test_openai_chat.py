@@ -396,6 +396,9 @@ async def test_another_model_is_not_found(
         ({"top_p": 0, "temperature": 1}, {"temperature": 0.0, "top_p": 1.0}),
         ({"top_k": -1}, {"top_k": 0}),
         ({"repeat_penalty": 1.3, "repeat_last_n": -1}, {"repetition_penalty": 1.3}),
+        ({"repetition_penalty": None, "repeat_penalty": 1.3}, {"repetition_penalty": 1.3}),
+        ({"repetition_penalty": 1.3, "repeat_penalty": None}, {"repetition_penalty": 1.3}),
+        ({"repetition_penalty": 1.3, "repeat_penalty": 1.3}, {"repetition_penalty": 1.3}),
         ({"top_logprobs": 0}, {"logprobs": None}),
         ({"top_logprobs": 0, "logprobs": True}, {"logprobs": 0}),
         ({"seed": -2}, {"seed": 2**64 - 2}),
@@ -409,6 +412,16 @@ async def test_values_mean_what_they_mean_elsewhere(
     assert response.status_code == 200, response.text
     assert {name: getattr(replica.requests[0].sampling, name) for name in told} == told
     assert "x-ignored-fields" not in response.headers
+
+
+async def test_two_names_of_the_penalty_with_two_values_are_refused(
+    api: httpx.AsyncClient, replica: FakeReplica
+) -> None:
+    response = await api.post(URL, json={**HI, "repetition_penalty": 1.1, "repeat_penalty": 1.3})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "repeat_penalty")
+    response = await api.post(URL, json={**HI, "repeat_penalty": 0})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "repeat_penalty")
+    assert replica.requests == []
 
 
 @pytest.mark.parametrize("url", [URL, "/v1/completions", "/stream"])
