@@ -61,7 +61,8 @@ class ChatCompletions:
         request = await call.run(partial(validate_open, ChatRequest, call.body or {}, unknown))
         params = _params(request)
         card = await self._service.ready_model(request.model)
-        messages, options = request.messages, _options(request, self._service.template_variables, unknown)
+        messages = request.messages
+        options = await call.run(partial(_options, request, self._service.template_variables, unknown))
         render = partial(self._service.render_chat, card, messages, options, unknown.add_in)
         prompt = await call.run(render, items=len(messages))
         plan = self._service.plan(card, [prompt], params, call.record, call.remaining_s())

@@ -179,8 +179,11 @@ class UnknownFields:
         if self._refused:
             shown = name if len(name) <= _MAX_NAME_CHARS else name[:_MAX_NAME_CHARS] + "..."
             raise bad_request(f"Unknown parameter: '{shown}'.", param=shown, code="unknown_parameter")
-        names, safe = self._record.ignored_fields, safe_name(name)
-        if safe not in names and len(names) <= _MAX_NAMES:
+        names = self._record.ignored_fields
+        if len(names) > _MAX_NAMES:  # a request may have 100,000 of them
+            return
+        safe = safe_name(name)
+        if safe not in names:
             names.append(safe if len(names) < _MAX_NAMES else _MORE)
 
     def add_in(self, where: str, field: str) -> None:

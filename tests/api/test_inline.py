@@ -40,6 +40,7 @@ def where(monkeypatch: pytest.MonkeyPatch) -> Where:
     watch(PromptFormatter, "render_chat")
     watch(native, "validate")
     watch(openai_chat, "validate_open")
+    watch(openai_chat, "chat_options")
     watch(openai_completions, "validate_open")
     watch(openai_chat._ChatSchema, "whole")
     return seen
@@ -75,6 +76,14 @@ SHORT = "The quick fox. " * 60
             "/v1/chat/completions",
             {"messages": [{"role": "user", "content": "a"}]},
             {"messages": [{"role": "user", "content": "a", **dict.fromkeys(map(str, range(3000)))}]},
+        ),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"b": 1}},
+            {
+                "messages": [{"role": "user", "content": "a"}],
+                "chat_template_kwargs": dict.fromkeys(map(str, range(3000))),
+            },
         ),
     ],
 )
