@@ -20,7 +20,7 @@ from serve_app.config import ApiConfig
 _PORTS = {"http": 80, "https": 443}
 _OWN_SITES = frozenset({"same-origin", "none"})
 """`Sec-Fetch-Site` of our own pages, and of what a user typed. `same-site` is another port of this machine."""
-_EXPOSED = "x-request-id, x-seed, x-stream-id, x-ignored-fields, x-clamped-fields, retry-after"
+_EXPOSED = "x-request-id, x-seed, x-stream-id, x-ignored-fields, x-clamped-fields, retry-after, x-should-retry"
 """Headers that pages of other origins may read."""
 _PREFLIGHT_AGE_S = 600
 _LONGEST_NAME = 100

@@ -259,7 +259,10 @@ async def test_every_answer_can_be_read_by_a_page_that_may_call(
     assert response.status_code == status
     assert response.headers["access-control-allow-origin"] == PAGE
     assert response.headers["vary"] == "Origin"
-    assert {"x-request-id", "retry-after"} <= set(response.headers["access-control-expose-headers"].split(", "))
+    exposed = set(response.headers["access-control-expose-headers"].split(", "))
+    assert {"x-request-id", "retry-after"} <= exposed
+    for_clients = {name for name in response.headers if name.startswith("x-")} - {"x-accel-buffering"}
+    assert for_clients <= exposed, "openai's client in a browser reads x-should-retry"
     without = await client.request(method, path, json=body)
     assert "access-control-allow-origin" not in without.headers
     assert without.headers["vary"] == "Origin"  # or a cache would hand this answer to the page
