@@ -7,6 +7,7 @@ for a token. Knows no Ray: it reads Ray's file and calls Ray's port.
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import stat
@@ -30,18 +31,29 @@ def own_token(environment: Mapping[str, str], fallback: Path) -> dict[str, str]:
     """What a Ray of our own needs beside `environment` to have a token, in a file of mode 600.
 
     It is Ray's own file in the home folder, so that `ray` and `serve` find it, or `fallback` where that can't be
-    written. Nothing is changed for a user who has set a token, a place for it or another mode. Raises OSError when
-    neither can be written.
+    written or read. Nothing is changed for a user who has set a token, a place for it or another mode. Raises
+    CommandError when no place can be used, or the user's own holds no token.
     """
-    if environment.get(MODE, "token").lower() != "token" or TOKEN in environment:
+    # To Ray, too, an empty variable is none.
+    if environment.get(MODE, "token").lower() != "token" or environment.get(TOKEN):
         return {}
-    if TOKEN_PATH in environment:
-        _keep_private(Path(environment[TOKEN_PATH]))
+    if named := environment.get(TOKEN_PATH):
+        try:
+            _keep(Path(named))
+        except OSError as error:
+            raise CommandError(
+                f"there is no token in {named}, the file in {TOKEN_PATH} ({error.strerror}); mend it, or unset it"
+            ) from error
         return {MODE: "token"}
     try:
         _make(token_file(environment))
     except (OSError, RuntimeError):  # RuntimeError: there is no home
-        _make(fallback)
+        try:
+            _make(fallback)
+        except OSError as error:
+            raise CommandError(
+                f"the token of Ray can't be kept in {fallback} ({error.strerror}); set {TOKEN_PATH} to a file with one"
+            ) from error
         return {MODE: "token", TOKEN_PATH: str(fallback)}
     return {MODE: "token"}
 
@@ -52,22 +64,45 @@ def token_file(environment: Mapping[str, str]) -> Path:
 
 
 def _make(path: Path) -> None:
-    """Write a new token unless there is one; let nobody else read it."""
+    """Write a new token unless there is one; let nobody else read it. Raises OSError as `_keep` does, too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
-        _keep_private(path)
+        _keep(path)
         return
-    with os.fdopen(descriptor, "w", encoding="ascii") as file:
-        file.write(secrets.token_hex(_TOKEN_BYTES))
+    try:
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(secrets.token_hex(_TOKEN_BYTES))
+    except OSError:  # a full disk
+        path.unlink()
+        raise
 
 
-def _keep_private(path: Path) -> None:
-    """Ray writes the file with the mode that the umask leaves, 0644 as a rule."""
-    found = path.stat()
-    if found.st_uid == os.geteuid() and found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        path.chmod(0o600)
+def _keep(path: Path) -> None:
+    """Let nobody else read it: Ray writes the file with the mode that the umask leaves, 0644 as a rule.
+
+    Raises OSError unless it is a file with something in it, for this user to read: root's, which sudo has left, is not.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe is refused, and not waited for
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "it is no file", str(path))
+        if not found.st_size:
+            raise OSError(errno.ENODATA, "it is empty", str(path))
+        if found.st_uid == os.geteuid() and found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            _let_nobody_else_read(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _let_nobody_else_read(descriptor: int) -> None:
+    try:
+        os.fchmod(descriptor, 0o600)
+    except OSError as error:
+        if error.errno != errno.EROFS:  # a secret that a container was given, for whoever runs in it
+            raise
 
 
 def cluster_token(environment: Mapping[str, str], *, allow_open: bool) -> dict[str, str]:
@@ -86,7 +121,7 @@ def cluster_token(environment: Mapping[str, str], *, allow_open: bool) -> dict[s
             f"it with {MODE}=token on each node (docs/operations.md says how), or add {ALLOW_OPEN} if nobody else can "
             "reach it"
         )
-    if TOKEN not in environment and not _readable(environment):
+    if not environment.get(TOKEN) and not _readable(environment):
         raise CommandError(
             f"the Ray cluster at {address} asks for a token, and there is none in {TOKEN}, in the file {TOKEN_PATH} "
             "or in ~/.ray/auth_token; copy that file from the cluster's head node, with mode 600"

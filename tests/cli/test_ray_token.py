@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -59,6 +63,81 @@ def test_what_the_user_has_set_is_left_alone(home: Path) -> None:
     assert own_token({"RAY_AUTH_TOKEN_PATH": str(own)}, fallback) == {"RAY_AUTH_MODE": "token"}
     assert mode(own) == 0o600
     assert sorted(path.name for path in home.iterdir()) == ["own"]
+
+
+def test_empty_variables_are_none(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    before = mode(home)
+    assert own_token({"RAY_AUTH_TOKEN": "", "RAY_AUTH_TOKEN_PATH": ""}, home / "fallback") == {"RAY_AUTH_MODE": "token"}
+    assert mode(home) == before, "the empty path is the current folder"
+    assert (home / ".ray" / "auth_token").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("missing", "No such file"), ("folder", "it is no file"), ("empty", "it is empty")]
+)
+def test_a_place_that_holds_no_token_is_named(home: Path, kind: str, said: str) -> None:
+    own = home / "own"
+    if kind == "folder":
+        own.mkdir(mode=0o755)
+    elif kind == "empty":
+        own.touch()
+    with pytest.raises(CommandError, match=rf"no token in .*own, the file in RAY_AUTH_TOKEN_PATH \({said}"):
+        own_token({"RAY_AUTH_TOKEN_PATH": str(own)}, home / "fallback")
+    assert kind != "folder" or mode(own) == 0o755
+
+
+def test_a_token_on_a_read_only_file_system_is_taken(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, mode: int) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    own = home / "own"
+    own.write_text("x")
+    own.chmod(0o644)
+    monkeypatch.setattr(os, "fchmod", refuse)
+    assert own_token({"RAY_AUTH_TOKEN_PATH": str(own)}, home / "fallback") == {"RAY_AUTH_MODE": "token"}
+
+
+def test_a_token_that_can_not_be_read_is_made_elsewhere(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that sudo has left in this home, which is another user's and of mode 600; or one that a full disk has cut."""
+    fallback = home / "state" / "ray_auth_token"
+    (home / ".ray").mkdir()
+    (home / ".ray" / "auth_token").touch()
+    assert own_token({}, fallback) == {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(fallback)}
+    (home / ".ray" / "auth_token").write_text("x")
+    usual = os.open
+
+    def refuse(path: Path, flags: int, *rest: int) -> int:
+        if path == home / ".ray" / "auth_token" and not flags & os.O_CREAT:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return usual(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert own_token({}, fallback) == {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(fallback)}
+
+
+def test_no_place_for_a_token_is_said(home: Path) -> None:
+    (home / ".ray").touch()
+    (home / "state").touch()
+    with pytest.raises(CommandError, match=r"can't be kept in .*state/ray_auth_token .*set RAY_AUTH_TOKEN_PATH"):
+        own_token({}, home / "state" / "ray_auth_token")
+
+
+def test_a_disk_without_room_leaves_no_token_without_text(home: Path) -> None:
+    script = """
+import resource, signal, sys
+from pathlib import Path
+from serve_app.cli.ray_token import _make
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+try:
+    _make(Path(sys.argv[1]))
+except OSError:
+    sys.exit(7)
+"""
+    token = home / "token"
+    assert subprocess.run([sys.executable, "-c", script, str(token)], check=False).returncode == 7
+    assert not token.exists()
 
 
 class ControlStore(grpc.GenericRpcHandler):
