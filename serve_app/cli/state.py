@@ -126,7 +126,11 @@ def running_servers() -> list[RunningServer]:
 def remove_what_crashes_left() -> None:
     """Remove private folders of this user's services that have ended and could not do it themselves."""
     for note in (state_directory() / "servers").glob(f"*{_NOTE}"):
-        with note.with_suffix(".json").open("a+", encoding="utf-8") as file:
+        try:
+            file = note.with_suffix(".json").open("a+", encoding="utf-8")
+        except PermissionError:  # another user's, in a folder that several share
+            continue
+        with file:
             if _lock(file, fcntl.LOCK_SH):  # nobody holds it, and nobody can claim it while we look
                 remove_noted(note)
                 note.with_suffix(_LAUNCHER).unlink(missing_ok=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import stat
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -95,3 +97,23 @@ def test_what_a_note_names_is_removed_only_where_it_is_ours(tmp_path: Path) -> N
         remove_noted(note)
         assert precious.exists()
         assert not note.exists()
+
+
+def test_the_notes_of_another_user_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a state folder that several share. Root, who may open all files, runs tests too."""
+    monkeypatch.setenv("SERVE_APP_STATE", str(tmp_path))
+    folders = [Path(tempfile.mkdtemp(prefix="sa-")) for _ in range(2)]
+    (tmp_path / "servers").mkdir()
+    for port, folder in enumerate(folders, 8000):
+        (tmp_path / "servers" / f"{port}.folder").write_text(str(folder))
+    usual = Path.open
+
+    def refuse(path: Path, *arguments: Any, **more: Any) -> Any:
+        if path.name.startswith("8000."):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return usual(path, *arguments, **more)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    remove_what_crashes_left()
+    assert [folder.exists() for folder in folders] == [True, False]
+    folders[0].rmdir()
