@@ -175,11 +175,10 @@ def _try(descriptor: int) -> None:
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise EngineError(f"a trial of the CPU kernels took more than {TRIAL_LIMIT_S} s") from error
-    if tried.returncode < 0:
-        raise EngineError(
-            f"the CPU kernels were compiled for another processor: a trial of them was ended by "
-            f"{signal.Signals(-tried.returncode).name}"
-        )
+    if tried.returncode == -signal.SIGILL:
+        raise EngineError("the CPU kernels were compiled for another processor: a trial of them was ended by SIGILL")
+    if tried.returncode < 0:  # SIGKILL: main memory is short
+        raise EngineError(f"a trial of the CPU kernels was ended by {signal.Signals(-tried.returncode).name}")
     if tried.returncode:
         lines = tried.stderr.strip().splitlines()
         raise EngineError(f"a trial of the CPU kernels failed: {lines[-1] if lines else tried.returncode}")

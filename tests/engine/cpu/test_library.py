@@ -20,6 +20,7 @@ COPY = 'cp "$LIBRARY" "$out"'
 """In place of compiling, which takes seconds."""
 ILLEGAL = """echo '__attribute__((constructor)) void run() { __builtin_trap(); }' |
     g++ -x c++ -shared -fPIC -o "$out" -"""
+KILLED = ILLEGAL.replace("__builtin_trap()", "raise(SIGKILL)").replace("echo '", "echo '#include <csignal>\n")
 
 
 @pytest.fixture
@@ -137,6 +138,14 @@ def test_an_instruction_that_this_processor_lacks_ends_another_process(
     assert "torch's own kernels serve" in note
     assert (note, logging.WARNING) in [(record.getMessage(), record.levelno) for record in caplog.records]
     assert not list((tmp_path / "cache").rglob("*.so")), "nor is it kept for the next start"
+
+
+def test_a_trial_that_is_killed_says_nothing_of_the_processor(
+    use_compiler: Callable[[str], Path], tmp_path: Path
+) -> None:
+    use_compiler(KILLED)
+    with pytest.raises(EngineError, match=r"^a trial of the CPU kernels was ended by SIGKILL$"):
+        load_kernels(tmp_path / "cache")
 
 
 def test_a_trial_that_fails_is_told(use_compiler: Callable[[str], Path], tmp_path: Path) -> None:
