@@ -69,7 +69,8 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     state = {"SERVE_APP_STATE": str(tmp_path / "state"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | state
+    ray = {"RAY_AUTH_TOKEN": "of the tests", "RAY_TMPDIR": "/tmp"}  # no file of Ray's in the home of who runs them
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | state | ray
 
 
 @pytest.fixture
@@ -79,7 +80,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "anywhere"
 
 
-def test_serve_without_a_config_serves_the_demo(python: Path, folder: Path, environment: dict[str, str]) -> None:
+def test_serve_without_a_config_serves_the_demo(
+    python: Path, folder: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    environment["HOME"] = str(tmp_path)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -102,6 +106,7 @@ def test_serve_without_a_config_serves_the_demo(python: Path, folder: Path, envi
         serving.send_signal(signal.SIGINT)
         assert serving.wait(60) == 0
     assert "fetching ['demo']" in output
+    assert not (tmp_path / ".ray").exists()
     derived = yaml.safe_load((Path(environment["SERVE_APP_STATE"]) / "servers" / f"{port}.yaml").read_text())
     assert derived["applications"] == yaml.safe_load((ROOT / "configs/serve.yaml").read_text())["applications"]
 
