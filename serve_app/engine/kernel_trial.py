@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 TRIAL_LIMIT_S = 180.0
 """Imports take a child some 10 s, and Triton's compiling of a new kernel some seconds a shape."""
+_ROOM_BYTES = 2**28
+"""What the check takes of a GPU's memory, with room to spare; PyTorch keeps it for the check."""
 _BEGUN, _VERDICT = "kernels begin", "verdict: "
 
 
@@ -82,8 +85,8 @@ def _in_child(trial: Trial, limit_s: float) -> tuple[str | None, bool]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     with tempfile.TemporaryFile() as output:
         child = subprocess.Popen(
-            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT,
-            env=environment,
+            [sys.executable, "-m", __name__, str(limit_s)],
+            stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=environment,
         )  # fmt: skip
         try:
             child.communicate(pickle.dumps(trial), timeout=limit_s)
@@ -113,7 +116,8 @@ def _remember(place: Path) -> None:
 def run(trial: Trial) -> str | None:
     """Try the kernel here; what is wrong, or None."""
     for device in {layer.shape.device for layer in trial.layers}:
-        torch.zeros(1, device=device).item()  # the device can be used: what fails from here on is the kernel
+        # The device can be used, and has room: what fails from here on is the kernel.
+        torch.empty(_ROOM_BYTES, dtype=torch.uint8, device=device)[:1].zero_().item()
     _tell(_BEGUN)
     for layer in trial.layers:
         complaint = check_attention(trial.backend, layer.shape, layer.query_heads, layer.heads, trial.page_tokens)
@@ -123,7 +127,8 @@ def run(trial: Trial) -> str | None:
 
 
 def main() -> None:
-    """The child."""
+    """The child. It ends by itself when its time is up: a parent that was killed can't end it."""
+    signal.setitimer(signal.ITIMER_REAL, float(sys.argv[1]))
     with torch.inference_mode():
         complaint = run(pickle.load(sys.stdin.buffer))
     _tell(f"{_VERDICT}{complaint or ''}")

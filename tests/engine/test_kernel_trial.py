@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import pickle
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +49,27 @@ def test_a_kernel_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> Non
     assert trials._in_child(trial(FatalAttention("hang")), limit_s=0.5) == ("it did not end within 0.5 s", False)
     monkeypatch.setattr(trials, "_in_child", lambda *_: ("it did not end within 180 s", True))
     assert try_apart(trial(SdpaAttention()), None) == "it did not end within 180 s"
+
+
+def test_a_kernel_that_hangs_ends_though_nobody_ends_it() -> None:
+    """A replica that was killed meanwhile leaves no process on the GPU."""
+    told = pickle.dumps(trial(FatalAttention("hang")))
+    command = [sys.executable, "-m", trials.__name__, "1"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run(command, input=told, env=environment, capture_output=True, timeout=120, check=False)
+    assert ended.returncode == -signal.SIGALRM
+
+
+def test_a_device_without_room_for_the_check_says_nothing_against_the_kernel(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def short(*size: int, **options: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(torch, "empty", short)
+    with pytest.raises(torch.OutOfMemoryError):
+        trials.run(trial(SdpaAttention()))
+    assert "kernels begin" not in capsys.readouterr().out
 
 
 def test_what_has_passed_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
