@@ -252,9 +252,10 @@ class RedisJournalStore:
 
 async def _is_cluster(redis: Redis) -> bool:
     try:
-        return bool((await redis.info("cluster"))["cluster_enabled"])
+        info = await redis.info("cluster")
     except NoPermissionError:  # a user that may not ask; a cluster's would need it
         return False
+    return bool(info.get("cluster_enabled"))  # servers that speak Redis's protocol and know no cluster may not say
 
 
 def _unavailable(error: Exception, stream_ids: Sequence[str]) -> StoreUnavailable:

@@ -416,6 +416,15 @@ async def test_a_user_that_may_not_ask_what_redis_is_uses_one_server(redis_url: 
     await store.aclose()
 
 
+async def test_a_server_that_says_nothing_of_clusters_is_one_server(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Redis, "info", AsyncMock(return_value={}))
+    store = RedisJournalStore(redis_url, JournalLimits(lease_s=NEVER_S))
+    assert await store.create(new_stream_id(), "a", b"doc") is Hold.HELD
+    await store.aclose()
+
+
 async def test_an_error_of_redis_names_no_stream(redis_url: str) -> None:
     """Some quote what failed."""
     store = RedisJournalStore(redis_url, JournalLimits())
