@@ -53,6 +53,7 @@ NOT_SERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "messages": (),
         "prompt": (),
         "add_special_tokens": (),
+        "add_bos_token": (True,),
         "system": (),
         "instructions": (),
         "input": (),
@@ -61,6 +62,9 @@ NOT_SERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "negative_prompt": (),
         "documents": (),
         "chat_template": (),
+        "chat_template_str": (),
+        "instruction_template_str": (),
+        "continue_": (),
         "template": (),
         "truncate": (),
         "truncate_prompt_tokens": (),
@@ -74,6 +78,7 @@ NOT_SERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "response_format": ({"type": "text"},),
         "format": (),
         "grammar": (),
+        "grammar_string": (),
         "json_schema": (),
         "regex": (),
         "ebnf": (),
@@ -104,6 +109,7 @@ NOT_SERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "dry_multiplier": (0,),
         "xtc_probability": (0,),
         "dynatemp_range": (0,),
+        "dynamic_temperature": (),
         "smoothing_factor": (0,),
         "adaptive_target": (-1, 0),
         "penalty_alpha": (0,),
@@ -117,10 +123,12 @@ NOT_SERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "sampler_priority": (),
         "sampler_order": (),
         "allowed_token_ids": (),
+        "allowed_tokens": (),
         "bad_words": (),
         "bad_words_ids": (),
         "banned_tokens": (),
         "banned_strings": (),
+        "custom_token_bans": (),
         "logits_processors": (),
         "custom_logit_processor": (),
         "random_seed": (),
@@ -130,11 +138,16 @@ NOT_SERVED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "n_predict": (-1,),
         "num_predict": (-1,),
         "min_new_tokens": (0,),
+        "min_length": (0,),
+        "ban_eos_token": (),
         "t_max_predict_ms": (0,),
         "thinking_budget": (-1,),
         "thinking_token_budget": (-1,),
         "reasoning_budget": (-1,),
+        "stop_sequence": (),
         "stop_sequences": (),
+        "stopping_strings": (),
+        "custom_stopping_strings": (),
         "stop_words": (),
         "stop_regex": (),
         # What the answer shows
@@ -157,7 +170,7 @@ not. Where another field is needed for one to mean anything (`dry_base`, `mirost
 other one stands here."""
 
 _EMPTY: tuple[Any, ...] = (False, "", [], {})
-_ON_BY_DEFAULT = frozenset({"do_sample", "skip_special_tokens"})
+_ON_BY_DEFAULT = frozenset({"add_bos_token", "do_sample", "skip_special_tokens"})
 """Of these false is no default."""
 
 _MAX_NAMES = 20

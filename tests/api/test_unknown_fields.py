@@ -151,11 +151,40 @@ async def test_what_would_change_the_answer_is_refused_by_name(
 
 
 @on_both
+@pytest.mark.parametrize(
+    ("asked", "off"),
+    [
+        ({"ban_eos_token": True}, {"ban_eos_token": False}),
+        ({"add_bos_token": False}, {"add_bos_token": True}),
+        ({"custom_token_bans": "13,14"}, {"custom_token_bans": ""}),
+        ({"allowed_tokens": [5]}, {"allowed_tokens": []}),
+        ({"dynamic_temperature": True}, {"dynamic_temperature": False}),
+        ({"grammar_string": 'root ::= "a"'}, {"grammar_string": ""}),
+        ({"min_length": 20}, {"min_length": 0}),
+        ({"stopping_strings": ["a"]}, {"stopping_strings": []}),
+        ({"stop_sequence": ["a"]}, {"stop_sequence": None}),
+        ({"custom_stopping_strings": "a"}, {"custom_stopping_strings": ""}),
+        ({"instruction_template_str": "{{ messages }}"}, {"instruction_template_str": ""}),
+        ({"chat_template_str": "{{ messages }}"}, {"chat_template_str": ""}),
+        ({"continue_": True}, {"continue_": False}),
+    ],
+)
+async def test_what_text_generation_webui_and_tabby_call_it(
+    api: httpx.AsyncClient, url: str, body: dict[str, Any], asked: dict[str, Any], off: dict[str, Any]
+) -> None:
+    response = await api.post(url, json={**body, **asked})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, *asked)
+    response = await api.post(url, json={**body, **off})
+    assert response.status_code == 200
+    assert "x-ignored-fields" not in response.headers
+
+
+@on_both
 async def test_what_is_off_is_taken_in_silence(api: httpx.AsyncClient, url: str, body: dict[str, Any]) -> None:
     for value in (None, "", [], {}, False):
         off = dict.fromkeys(NOT_SERVED.keys() - NEITHER - SERVED_BY_TEXT, value)
         if value is not None:
-            off |= {"do_sample": True, "skip_special_tokens": True}
+            off |= {"add_bos_token": True, "do_sample": True, "skip_special_tokens": True}
         response = await api.post(url, json={**body, **off})
         assert response.status_code == 200, response.text
         assert "x-ignored-fields" not in response.headers
