@@ -67,11 +67,11 @@ def run(arguments: argparse.Namespace) -> int:
             if missing := shortages(file):  # Ray would wait for a machine that has it, for ever
                 raise CommandError("; ".join(missing))
             environment |= ray_cpus(environment, schedulable_cpus(), os.cpu_count() or 1)
-            _fetch_models(file)
             os.environ.update(folder := ray_folder(environment))  # this process names the logs in it
             environment |= folder
             environment |= own_token(environment, state_directory() / "ray_auth_token")
             environment |= _proxy_of(host, environment)
+            _fetch_models(file)  # after all that may be refused: it takes long
             if wants_haproxy(environment):
                 haproxy_folder = until_the_end.enter_context(private_folder(held.note))
                 environment |= haproxy_environment(environment, held.launcher, haproxy_folder)

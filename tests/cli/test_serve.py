@@ -483,6 +483,22 @@ def test_a_service_whose_user_has_no_home_nor_name_starts(
         assert serving.end() == 0
 
 
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RAY_TMPDIR": "/nowhere"}, "RAY_TMPDIR /nowhere can't be written by this user"),
+        ({"RAY_AUTH_TOKEN": "", "RAY_AUTH_TOKEN_PATH": "/nowhere"}, "no token in /nowhere, the file in"),
+    ],
+)
+def test_what_is_set_wrongly_is_said_before_gigabytes_are_fetched(
+    config: Path, start: Callable[..., Serving], variables: dict[str, str], said: str
+) -> None:
+    serving = start(str(config), **variables)
+    assert serving.end() == 1
+    assert said in serving.output
+    assert "fetching" not in serving.output
+
+
 @pytest.mark.skipif(not socket.has_ipv6, reason="needs IPv6")
 def test_an_address_of_ipv6_is_served_by_the_python_proxy(
     config: Path, port: int, start: Callable[..., Serving], capsys: pytest.CaptureFixture[str]
@@ -495,3 +511,4 @@ def test_an_address_of_ipv6_is_served_by_the_python_proxy(
     refused = start(str(config), "--host", "::1", RAY_SERVE_ENABLE_HA_PROXY="1")
     assert refused.end() == 1
     assert "serves no address of IPv6, as ::1 is" in refused.output
+    assert "fetching" not in refused.output
