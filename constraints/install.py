@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import tomllib
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ CPU_BYTES = 192_000_000
 """torch 2.13.0+cpu for the same, which brings none of them."""
 
 _PLACES = ("index-url", "extra-index-url", "find-links", "no-index")
-"""pip's settings that say where packages lie."""
+"""pip's settings, and uv's in its files, that say where packages lie."""
 _WAYS = (*_PLACES, "cert", "client-cert", "proxy", "trusted-host", "keyring-provider")
 """These, and those that say how to get there."""
 _UV_PLACES = ("UV_INDEX", "UV_DEFAULT_INDEX", "UV_INDEX_URL", "UV_EXTRA_INDEX_URL", "UV_FIND_LINKS", "UV_NO_INDEX")
@@ -86,8 +87,16 @@ def uv_is_told(environment: Mapping[str, str]) -> bool:
         return True
     own = environment.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     files = [environment.get("UV_CONFIG_FILE"), os.path.join(own, "uv", "uv.toml"), "/etc/uv/uv.toml", "uv.toml"]
-    texts = [Path(file).read_text(encoding="utf-8") for file in files if file and os.path.isfile(file)]
-    return any(word in text for text in texts for word in ("index", "find-links"))
+    return any(_says_where(Path(file)) for file in files if file and os.path.isfile(file))
+
+
+def _says_where(file: Path) -> bool:
+    """Whether this file of uv's does; of one that can't be read uv itself will complain."""
+    try:
+        said = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return any(key in table for table in (said, said.get("pip", {})) for key in ("index", *_PLACES))
 
 
 def cpu_index() -> str:

@@ -191,6 +191,22 @@ def test_pip_reaches_pypi_through_what_it_was_told_and_torch_comes_from_pytorch(
     assert machine.asked[1] == [*PIP_INSTALL, "--extra-index-url", index.url, *PROJECT, "."]
 
 
+@pytest.mark.parametrize(
+    ("written", "asked"),
+    [
+        (b'[pip]\nextra-index-url = ["https://a.mirror"]', False),
+        (b"[pip]\nno-index = true", False),
+        (b'[pip]\nindex-strategy = "first-index"', True),
+        (b"# no index here: \xff", True),
+    ],
+)
+def test_of_uvs_file_the_places_count(machine: Machine, index: Index, written: bytes, asked: bool) -> None:
+    machine.has("uv")
+    (machine.root / "uv.toml").write_bytes(written)
+    assert machine.install().returncode == 0
+    assert bool(index.asked) is asked
+
+
 @pytest.mark.parametrize("told", ["UV_INDEX_URL", "UV_TORCH_BACKEND", "uv.toml"])
 def test_a_uv_that_was_told_where_to_look_is_obeyed(machine: Machine, index: Index, told: str) -> None:
     machine.has("uv")
