@@ -84,6 +84,12 @@ def bad_request(message: str, *, param: str | None = None, code: str | None = No
     return ApiError(400, message, param=param, code=code)
 
 
+def unknown_parameter(name: str) -> ApiError:
+    """400 for a field that nobody knows."""
+    param = _field_name((name,))
+    return bad_request(f"Unknown parameter: '{param}'.", param=param, code="unknown_parameter")
+
+
 def from_failure(failure: Failure) -> ApiError:
     """What a client is told of a generation that failed."""
     status, kind = _FAILURES[failure.code]
@@ -128,8 +134,6 @@ def from_validation(error: ValidationError) -> ApiError:
     details = error.errors(include_url=False, include_input=False)[0]
     param = _field_name(details["loc"])
     match details["type"]:
-        case "extra_forbidden":
-            return bad_request(f"Unknown parameter: '{param}'.", param=param, code="unknown_parameter")
         case "missing":
             return bad_request(
                 f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter"

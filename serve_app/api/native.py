@@ -16,7 +16,7 @@ from serve_app.api.choice_text import Delta
 from serve_app.api.endpoint import Call
 from serve_app.api.errors import ApiError, bad_request
 from serve_app.api.events import EventWriter, WireFormat, events_of
-from serve_app.api.fields import NO_LIMIT, CompletionParams, MaxTokens, SamplingFields, validate
+from serve_app.api.fields import NO_LIMIT, CompletionParams, MaxTokens, Messages, SamplingFields, validate
 from serve_app.api.resume import RESUME_QUERY, Resume
 from serve_app.api.service import CompletionService, Usage
 from serve_app.api.sse import EventStream, StreamSettings, event_stream, json_text
@@ -30,7 +30,7 @@ class PromptDocument(SamplingFields):
 
     prompt: str | None = None
     """Text to be continued."""
-    messages: list[dict[str, Any]] | None = None
+    messages: Messages | None = None
     """A chat: {role, content} each; the server writes the model's prompt."""
     max_tokens: MaxTokens | None = None
     """Default 256. It is cut to what is left of the context."""

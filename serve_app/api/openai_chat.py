@@ -18,7 +18,7 @@ from serve_app.api.choice_text import Delta
 from serve_app.api.endpoint import Call
 from serve_app.api.errors import bad_request
 from serve_app.api.events import WireFormat
-from serve_app.api.fields import CompletionParams, MaxTokens, OpenAIFields, validate_open
+from serve_app.api.fields import CompletionParams, MaxTokens, Messages, OpenAIFields, validate_open
 from serve_app.api.openai_answer import Answerer, ChoiceSchema, ChunkEvents, finite
 from serve_app.api.service import Plan
 from serve_app.api.sse import EventStream, json_text, one_line
@@ -31,7 +31,7 @@ from serve_app.chat.tokenizer import ChatTokenizer
 class ChatRequest(OpenAIFields):
     """The body."""
 
-    messages: list[dict[str, Any]]
+    messages: Messages
     max_tokens: MaxTokens | None = None
     max_completion_tokens: MaxTokens | None = None
     """The newer name of the same."""

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
 
-from serve_app.api.errors import ApiError, bad_request
+from serve_app.api.errors import ApiError, bad_request, unknown_parameter
 from serve_app.observability.logs import RequestRecord
 
 NO_EFFECT = frozenset(
@@ -190,8 +190,7 @@ class UnknownFields:
     def add(self, name: str) -> None:
         """One more, as `stream_options.x`. Raises `ApiError` when unknown fields are refused."""
         if self._refused:
-            shown = name if len(name) <= _MAX_NAME_CHARS else name[:_MAX_NAME_CHARS] + "..."
-            raise bad_request(f"Unknown parameter: '{shown}'.", param=shown, code="unknown_parameter")
+            raise unknown_parameter(name)
         names = self._record.ignored_fields
         if len(names) > _MAX_NAMES:  # a request may have 100,000 of them
             return

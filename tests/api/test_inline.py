@@ -11,8 +11,10 @@ from typing import Any
 import httpx
 import pytest
 from fake_replica import FakeReplica, card
+from pydantic import ValidationError
 
-from serve_app.api import native, openai_answer, openai_chat, openai_completions
+from serve_app.api import fields, native, openai_answer, openai_chat, openai_completions
+from serve_app.api.errors import ApiError
 from serve_app.api.inline import INLINE_BYTES, INLINE_ENTRIES
 from serve_app.chat.prompts import PromptFormatter
 from serve_app.chat.tokenizer import ChatTokenizer
@@ -98,6 +100,36 @@ async def test_the_size_of_the_whole_request_decides(
         assert whole == {"loop"}, "a short answer"
         assert set(map(frozenset, where.values())) == {frozenset({place})}
         assert len(json.dumps(large)) > INLINE_BYTES
+
+
+@pytest.mark.parametrize("url", ["/stream", "/v1/chat/completions"])
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"messages": [1] * 100_000}, "messages[0]"),
+        ({"messages": [{}, *[None] * 100_000]}, "messages[1]"),
+        ({"messages": [{"a": 1}] * 3, **dict.fromkeys(map(str, range(100_000)), 1), "top_p": "x"}, None),
+    ],
+    ids=["no messages", "one message", "no fields"],
+)
+async def test_one_error_is_enough(
+    api: httpx.AsyncClient, url: str, body: dict[str, Any], param: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pydantic holds Python's lock while it describes them all: in a thread too, nothing else runs."""
+    described = 0
+    from_validation = fields.from_validation
+
+    def counted(error: ValidationError) -> ApiError:
+        nonlocal described
+        described = error.error_count()
+        return from_validation(error)
+
+    monkeypatch.setattr(fields, "from_validation", counted)
+    response = await api.post(url, json=body)
+    assert response.status_code == 400
+    expected = param or {"/stream": "0", "/v1/chat/completions": "top_p"}[url]
+    assert response.json()["error"]["param"] == expected
+    assert described <= 1
 
 
 async def test_many_short_messages_are_rendered_in_a_thread(api: httpx.AsyncClient, where: Where) -> None:
