@@ -54,13 +54,18 @@ class SlowBodies:
 
 
 def _client(address: str | None) -> str | None:
-    """What one client can't change at will: of IPv6 the 64 bits that its provider gave it."""
+    """What one client can't change at will: of IPv6 the 64 bits that its provider gave it.
+
+    None for an address of this machine: it may be a proxy's, which all clients share.
+    """
     if address is None:
         return None
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
         return address
-    if isinstance(ip, ipaddress.IPv6Address):
-        return str(ip.ipv4_mapped or ipaddress.ip_network((int(ip), 64), strict=False))
-    return str(ip)
+    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
+        ip = ip.ipv4_mapped
+    if ip.is_loopback:
+        return None
+    return str(ipaddress.ip_network((int(ip), 64), strict=False) if ip.version == 6 else ip)

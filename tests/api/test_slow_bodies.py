@@ -119,6 +119,9 @@ def test_places_in_all_and_for_each_address() -> None:
         ("2001:db8::1", "2001:db8:0:1::1", False),
         ("::ffff:192.0.2.1", "192.0.2.1", True),
         ("192.0.2.1", "192.0.2.2", False),
+        ("127.0.0.1", "127.0.0.1", False),  # a proxy of this machine: anybody
+        ("::1", "::1", False),
+        ("::ffff:127.0.0.1", "::ffff:127.0.0.1", False),
         ("a socket", "a socket", True),
     ],
 )
