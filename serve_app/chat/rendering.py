@@ -63,10 +63,10 @@ def render(
 ) -> str:
     """The text of the prompt, by default up to where the assistant's answer begins.
 
-    `special_tokens` are the variables a template expects, e.g. `bos_token`. An open last message is the caller's to
-    cut. Rendered in transformers' sandbox, without
-    its tokenizer: that one is changed by every call and so can't be shared between threads. Raises `PromptError` with
-    the template's own words when it refuses the messages, `TokenizerError` when it is no template at all.
+    `special_tokens` are the variables a template expects, e.g. `bos_token`. With `continue_final_message` the caller
+    cuts the text where the last message ends. Rendered in transformers' sandbox, without its tokenizer: that one is
+    changed by every call and so can't be shared between threads. Raises `PromptError` with the template's own words
+    when it refuses the messages, `TokenizerError` when it is no template at all.
     """
     arguments: dict[str, Any] = {
         **options.variables,

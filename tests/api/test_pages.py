@@ -149,6 +149,7 @@ def test_a_page_of_another_site_is_refused(bound_to: str, headers: dict[str, str
         ("localhost:443", {"origin": "https://localhost"}),  # TLS that ends before us
         ("127.0.0.1:8000", {"origin": "https://chat.example.org", "sec_fetch_site": "same-origin"}),  # a proxy between
         ("localhost:8000", {}),  # curl
+        ("localhost:8000", {"sec_fetch_mode": "cors"}),  # node's fetch
     ],
 )
 def test_our_own_pages_and_programs_may_call(host: str, headers: dict[str, str]) -> None:
