@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from configuration_page import PAGE, page
 
+from serve_app.cli.environment import SERVER_ENVIRONMENT
 from serve_app.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[1]
@@ -36,3 +37,12 @@ def test_files_and_commands_that_are_named_exist(document: Path) -> None:
         assert (ROOT / path).exists(), path
     for command in re.findall(r"^\$? *serve-app (\w+)", text, re.MULTILINE):
         assert command in COMMANDS, command
+
+
+def test_what_serve_app_serve_sets_is_told_to_those_who_start_ray_themselves() -> None:
+    operations = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    cluster = (ROOT / "configs/serve.cluster.yaml").read_text(encoding="utf-8")
+    for name, value in SERVER_ENVIRONMENT.items():
+        assert f"| `{name}` | `{value}` |" in operations
+        if name.startswith(("RAY_SERVE_", "RAY_worker_")):  # of Ray's processes on every node
+            assert f"{name}={value} " in cluster
