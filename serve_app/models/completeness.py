@@ -6,28 +6,52 @@ leaves out what it has no place for, and only logs both.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
 from typing import Any
 
 from serve_app.models.errors import ModelError
+
+_NO_WEIGHTS = frozenset({"bias", "masked_bias", "inv_freq", "k_scale", "v_scale"})
+"""Entries of an attention itself, not of its layers, that some checkpoints hold and that compute nothing here: masks,
+frequencies, and scales for a cache of keys and values in 8 bits."""
 
 
 def require_complete(where: str, model: Any, report: Mapping[str, Any]) -> None:
     """Raise `ModelError` unless each weight of the transformers `model` was read from the checkpoint `where`.
 
-    Tied weights and buffers that a class computes are not in transformers' list of the missing. Whole modules that the
-    checkpoint has and the model has not (heads for other tasks, extra layers that predict ahead) may be left out; a
-    bias or scale of a layer that is computed may not.
+    Tied weights and buffers that a class computes are not in transformers' list of the missing. What the checkpoint has
+    beside the model (heads for other tasks, extra layers that predict ahead) may be left out; what it has within a
+    layer that is computed, as norms of queries or experts, may not.
     """
     if missing := sorted(report["missing_keys"]):
         raise ModelError(f"{where} lacks weights of the model, e.g. {missing[0]}; fetch a whole checkpoint.")
     if mismatched := sorted(str(key) for key in report["mismatched_keys"]):
         raise ModelError(f"{where}: weights don't have the shape that config.json says, e.g. {mismatched[0]}.")
-    layers = {name: module for name, module in model.named_modules() if module._parameters}
-    buffers = {name for name, _ in model.named_buffers()}
-    unread = sorted(key for key in report["unexpected_keys"] if key.rpartition(".")[0] in layers and key not in buffers)
-    if unread:
+    if unread := sorted(_unread(model, report["unexpected_keys"])):
         raise ModelError(
             f"{where} holds weights that config.json gives no place, e.g. {unread[0]}: without them it would be "
             "another model. Fetch the config.json that belongs to them."
         )
+
+
+def _unread(model: Any, keys: Iterable[str]) -> Iterator[str]:
+    """Of the names that the model has no place for, those within what it computes."""
+    from torch.nn import ModuleList  # an ingress imports this file and has no torch
+
+    computed = {name for name, module in model.named_modules() if module._parameters}
+    listed = {
+        f"{name}.{number}"
+        for name, module in model.named_modules()
+        if isinstance(module, ModuleList)
+        for number in range(len(module))
+    }
+    buffers = {name for name, _ in model.named_buffers()}
+    parameters = {name for name, _ in model.named_parameters()}
+    for key in keys:
+        parent, _, last = key.rpartition(".")
+        around = {*accumulate(parent.split("."), "{}.{}".format)}
+        if key in buffers or around & parameters:  # what is said of a parameter is how it is quantised
+            continue
+        if parent in computed or (around & listed and last not in _NO_WEIGHTS):
+            yield key

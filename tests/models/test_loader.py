@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -242,11 +243,29 @@ def test_a_bias_that_the_config_gives_no_place_is_never_left_out(tmp_path: Path)
         _load(folder)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["self_attn.q_norm.weight", "self_attn.sinks", "post_feedforward_layernorm.weight", "mlp.experts.0.up_proj.weight"],
+)
+def test_a_part_of_a_layer_that_the_config_gives_no_place_is_never_left_out(tmp_path: Path, name: str) -> None:
+    folder = _save(tf.LlamaForCausalLM(tiny_config()), tmp_path / "m")
+    file = folder / "model.safetensors"
+    save_file({**load_file(file), f"model.layers.1.{name}": torch.ones(4)}, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"no place, e\.g\. model\.layers\.1\.{re.escape(name)}"):
+        _load(folder)
+
+
 def test_what_only_other_uses_need_may_lie_beside_the_weights(tmp_path: Path) -> None:
     folder = _save(tf.LlamaForCausalLM(tiny_config()), tmp_path / "m")
     file = folder / "model.safetensors"
     state = load_file(file)
-    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "score.weight": torch.ones(2, 32)}
+    more = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "model.layers.0.self_attn.masked_bias": torch.ones(1),
+        "model.layers.0.self_attn.k_scale": torch.ones(1),
+        "model.layers.9.eh_proj.weight": torch.ones(2, 32),
+        "score.weight": torch.ones(2, 32),
+    }
     save_file({**state, **more}, file, {"format": "pt"})
     assert torch.equal(_load(folder).model.lm_head.weight, state["lm_head.weight"])
 
