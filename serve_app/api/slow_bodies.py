@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-PROMPTLY_S = 1.0
-"""A body that is there by then needs no place: nearly all are sent together with their headers."""
+PROMPTLY_S = 3.0
+"""A body that is there by then needs no place: nearly all are sent together with their headers. Not less: when hundreds
+come at once, an ingress on a busy machine may take more than a second to read what has long been sent."""
 MAX_SLOW = 256
 MAX_SLOW_PER_CLIENT = 16
 """Of 256: so many addresses are needed to take all places, for 30 s at a time."""
