@@ -22,7 +22,7 @@ def require_complete(where: str, model: Any, report: Mapping[str, Any]) -> None:
 
     Tied weights and buffers that a class computes are not in transformers' list of the missing. What the checkpoint has
     beside the model (heads for other tasks, extra layers that predict ahead) may be left out; what it has within a
-    layer that is computed, as norms of queries or experts, may not.
+    layer that is computed, as norms of queries or experts, may not, nor may one more layer like the last.
     """
     if missing := sorted(report["missing_keys"]):
         raise ModelError(f"{where} lacks weights of the model, e.g. {missing[0]}; fetch a whole checkpoint.")
@@ -36,16 +36,13 @@ def require_complete(where: str, model: Any, report: Mapping[str, Any]) -> None:
 
 
 def _unread(model: Any, keys: Iterable[str]) -> Iterator[str]:
-    """Of the names that the model has no place for, those within what it computes."""
+    """Of the names that the model has no place for, those that belong to what it computes."""
     from torch.nn import ModuleList  # an ingress imports this file and has no torch
 
+    keys = sorted(keys)
     computed = {name for name, module in model.named_modules() if module._parameters}
-    listed = {
-        f"{name}.{number}"
-        for name, module in model.named_modules()
-        if isinstance(module, ModuleList)
-        for number in range(len(module))
-    }
+    lists = {name: len(module) for name, module in model.named_modules() if isinstance(module, ModuleList)}
+    listed = {f"{name}.{number}" for name, count in lists.items() for number in range(count)}
     buffers = {name for name, _ in model.named_buffers()}
     parameters = {name for name, _ in model.named_parameters()}
     for key in keys:
@@ -55,3 +52,13 @@ def _unread(model: Any, keys: Iterable[str]) -> Iterator[str]:
             continue
         if parent in computed or (around & listed and last not in _NO_WEIGHTS):
             yield key
+    for name, count in lists.items():
+        # One that predicts ahead has more in it, where heads or norms join it to the model.
+        usual = _within(f"{name}.{count - 1}", parameters)
+        if usual and _within(f"{name}.{count}", keys) == usual:
+            yield f"{name}.{count}.{min(usual)}"
+
+
+def _within(module: str, names: Iterable[str]) -> set[str]:
+    """What the names below a module are there."""
+    return {name.removeprefix(f"{module}.") for name in names if name.startswith(f"{module}.")}

@@ -255,15 +255,24 @@ def test_a_part_of_a_layer_that_the_config_gives_no_place_is_never_left_out(tmp_
         _load(folder)
 
 
+def test_a_layer_that_the_config_does_not_count_is_never_left_out(tmp_path: Path) -> None:
+    folder = _save(tf.LlamaForCausalLM(tiny_config(num_hidden_layers=3)), tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    with pytest.raises(ModelError, match=r"no place, e\.g\. model\.layers\.2\.input_layernorm\.weight"):
+        _load(folder)
+
+
 def test_what_only_other_uses_need_may_lie_beside_the_weights(tmp_path: Path) -> None:
     folder = _save(tf.LlamaForCausalLM(tiny_config()), tmp_path / "m")
     file = folder / "model.safetensors"
-    state = load_file(file)
+    state, ahead = load_file(file), "model.layers.2"
     more = {
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
         "model.layers.0.self_attn.masked_bias": torch.ones(1),
         "model.layers.0.self_attn.k_scale": torch.ones(1),
-        "model.layers.9.eh_proj.weight": torch.ones(2, 32),
+        f"{ahead}.eh_proj.weight": torch.ones(2, 32),
+        **{key.replace("model.layers.1", ahead): value.clone() for key, value in state.items() if "layers.1." in key},
         "score.weight": torch.ones(2, 32),
     }
     save_file({**state, **more}, file, {"format": "pt"})
