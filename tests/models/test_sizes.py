@@ -86,7 +86,7 @@ def test_plan_of_a_gguf_file_before_it_is_converted(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_gguf_has_no_plan(tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_text("no weights")
-    with pytest.raises(ModelError, match=r"text\.gguf can't be loaded"):
+    with pytest.raises(ModelError, match=r"text\.gguf can't be converted: it is cut off or no GGUF file"):
         plan_replica(None, ModelConfig(source=str(tmp_path / "text.gguf")), has_gpu=False, kv_cache_bytes=1)
 
 
