@@ -130,7 +130,8 @@ def parts_of(device: str, source: str | None, python: str = sys.executable) -> l
             "tests",
             (python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *tests),
             weight=3.0,
-            needs=(*_ENGINE, "pytest", "pytest_asyncio", "hypothesis"),
+            # The last four are imported when the tests are collected, whatever is run of them.
+            needs=(*_ENGINE, "pytest", "pytest_asyncio", "hypothesis", "psutil", "gguf", "accelerate", "sentencepiece"),
         ),
         *(own(f"speed {mode}", "speed", "--mode", mode, needs=_ENGINE) for mode in MODES),
         own("exactness", "exactness", weight=1.5, needs=_ENGINE),
