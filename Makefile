@@ -21,6 +21,8 @@ RUNTIME := $(VENV)/.runtime-$(KEY)
 DEVELOPMENT := $(VENV)/.development-$(KEY)
 INSTALL = $(VENV)/bin/python constraints/install.py --constraint $(CONSTRAINTS) $(if $(GPU),--gpu) \
 	$(if $(TORCH_INDEX),--torch-index '$(TORCH_INDEX)')
+# Two processes: one for the tests of the Ray cluster, which mostly wait, one for all others.
+PYTEST = $(VENV)/bin/pytest -n 2
 
 .PHONY: help serve stop test check bench compare chaos clean
 .DEFAULT_GOAL := help
@@ -44,14 +46,14 @@ stop:
 	else echo 'nothing to stop: nothing was set up here'; fi
 
 test: $(DEVELOPMENT)
-	$(VENV)/bin/pytest
+	$(PYTEST)
 
 check: $(DEVELOPMENT)
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
-	$(VENV)/bin/pytest
+	$(PYTEST)
 
 bench: $(DEVELOPMENT)
 	$(VENV)/bin/python -m loadtest.bench $(ARGS)

@@ -71,7 +71,7 @@ def test_streams_that_have_ended_take_no_room() -> None:
         log.append(events(0, 60))
         assert log.first == 0
         del log
-        gc.collect()
+    gc.collect()
     assert memory.kept_bytes == 0
 
 

@@ -19,13 +19,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Hand the tests marked `ray` to pytest-rerunfailures, where it is installed."""
     if not config.pluginmanager.hasplugin("rerunfailures"):
         return
+    counter = _Counter()
+    config.pluginmanager.register(counter)
 
     def some_are_left() -> bool:
-        return len(_rerun(config.pluginmanager.get_plugin("terminalreporter"))) < MOST_RERUNS
+        return len(counter.node_ids) < MOST_RERUNS
 
     for item in items:
         if item.get_closest_marker("ray"):
             item.add_marker(pytest.mark.flaky(reruns=1, condition=some_are_left))
+
+
+class _Counter:
+    """Node ids of the tests that this process has run again. A worker of pytest-xdist has no terminal to ask."""
+
+    def __init__(self) -> None:
+        self.node_ids: set[str] = set()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Called for each report."""
+        if report.outcome == "rerun":  # type: ignore[comparison-overlap]  # pytest-rerunfailures' own
+            self.node_ids.add(report.nodeid)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # the outermost: what it says comes after pytest's own summary
