@@ -19,8 +19,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from serve_app.config import EngineConfig
+from serve_app.core import Failure, Fingerprint, GenerationRequest, SamplingParams
 from serve_app.engine.engine import Engine
-from serve_app.messages import Failure, Fingerprint, GenerationRequest, SamplingParams
 
 CONCURRENCY = (1, 8, 32)
 PROMPT_TOKENS = 64

@@ -17,11 +17,7 @@ from ray import serve
 
 import serve_app.app
 from serve_app.config import AppConfig
-from serve_app.deployments.model_server import ModelServer
-from serve_app.engine.build import EngineCapacity
-from serve_app.engine.engine import EngineHealth, EngineStats
-from serve_app.engine.replies import ReplyStream, deliver
-from serve_app.messages import (
+from serve_app.core import (
     Fingerprint,
     FinishReason,
     GenerationRequest,
@@ -31,6 +27,10 @@ from serve_app.messages import (
     Reply,
     TokenBatch,
 )
+from serve_app.deployments.model_server import ModelServer
+from serve_app.engine.build import EngineCapacity
+from serve_app.engine.engine import EngineHealth, EngineStats
+from serve_app.engine.replies import ReplyStream, deliver
 
 RATE_VARIABLE = "SERVE_APP_PACED_RATE"
 """Tokens per second of each stream."""

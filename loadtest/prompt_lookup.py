@@ -22,8 +22,8 @@ from transformers import AutoTokenizer
 
 from loadtest.prompts import chats
 from serve_app.config import EngineConfig, ModelConfig
+from serve_app.core import Failure, Fingerprint, GenerationRequest, SamplingParams
 from serve_app.engine.engine import Engine
-from serve_app.messages import Failure, Fingerprint, GenerationRequest, SamplingParams
 from serve_app.models.cache import cache_directory
 from serve_app.models.demo import ensure_demo_model
 from serve_app.models.loader import load

@@ -19,9 +19,9 @@ import yaml
 
 from loadtest.http_load import StreamTimes, timings
 from serve_app.config import AppConfig, EngineConfig
+from serve_app.core import Failure, GenerationRequest, SamplingParams
 from serve_app.engine.cpu.threads import default_threads
 from serve_app.engine.engine import Engine
-from serve_app.messages import Failure, GenerationRequest, SamplingParams
 from serve_app.models.cache import cache_directory
 from serve_app.models.loader import LoadedModel, load
 from serve_app.models.source import resolve

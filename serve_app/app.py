@@ -16,9 +16,9 @@ from ray.serve.config import AutoscalingConfig
 
 from serve_app.config import AppConfig, ReplicasConfig
 from serve_app.demo_config import demo_arguments
+from serve_app.deployments.dispatch.router import ModelRouter
 from serve_app.deployments.ingress import Ingress
 from serve_app.deployments.model_server import ModelServer
-from serve_app.deployments.request_router import ModelRouter
 
 HEALTH_CHECK_PERIOD_S = 2.0
 """Three failed checks replace a replica; one of a dead process does. A check costs a millisecond."""

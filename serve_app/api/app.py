@@ -8,21 +8,21 @@ from __future__ import annotations
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from serve_app.api.endpoint import Admission, Endpoint, Handler
+from serve_app.api.http.endpoint import Admission, Endpoint, Handler
+from serve_app.api.http.pages import Pages
+from serve_app.api.http.probes import Probes
+from serve_app.api.http.routing import application, route
+from serve_app.api.http.sse import StreamSettings
 from serve_app.api.native import NATIVE, Native
-from serve_app.api.openai_answer import Answerer
-from serve_app.api.openai_chat import CHAT, ChatCompletions
-from serve_app.api.openai_completions import TEXT, Completions
-from serve_app.api.openai_models import Models
-from serve_app.api.pages import Pages
-from serve_app.api.probes import Probes
+from serve_app.api.openai.answer import Answerer
+from serve_app.api.openai.chat import CHAT, ChatCompletions
+from serve_app.api.openai.completions import TEXT, Completions
+from serve_app.api.openai.models import Models
 from serve_app.api.resume import ENDPOINT, Resume
-from serve_app.api.routing import application, route
-from serve_app.api.service import CompletionService
-from serve_app.api.sse import StreamSettings
 from serve_app.config import ApiConfig
+from serve_app.generation.service import CompletionService
 from serve_app.observability.metrics import MetricsSink
-from serve_app.streams.resumable_streams import ResumableStreams
+from serve_app.resume.registry import ResumableStreams
 
 
 def create_app(

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 from starlette.responses import Response
 
 from serve_app.chat.errors import PromptError
-from serve_app.messages import Failure, FailureCode, LoadStage
+from serve_app.core import Failure, FailureCode, LoadStage
 
 INVALID_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"

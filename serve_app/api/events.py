@@ -12,10 +12,10 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from serve_app.api.choice_text import Delta
 from serve_app.api.errors import ApiError
-from serve_app.api.service import Completion, Plan, Usage
 from serve_app.chat.tokenizer import ChatTokenizer
+from serve_app.generation.service import Completion, Plan, Usage
+from serve_app.generation.text import Delta
 
 
 class EventWriter(ABC):

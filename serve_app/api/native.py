@@ -12,15 +12,15 @@ from typing import Any
 from starlette.datastructures import QueryParams
 from starlette.responses import Response
 
-from serve_app.api.choice_text import Delta
-from serve_app.api.endpoint import Call
 from serve_app.api.errors import ApiError, bad_request
 from serve_app.api.events import EventWriter, WireFormat, events_of
 from serve_app.api.fields import NO_LIMIT, CompletionParams, MaxTokens, Messages, SamplingFields, validate
+from serve_app.api.http.endpoint import Call
+from serve_app.api.http.sse import EventStream, StreamSettings, event_stream, json_text
 from serve_app.api.resume import RESUME_QUERY, Resume
-from serve_app.api.service import CompletionService, Usage
-from serve_app.api.sse import EventStream, StreamSettings, event_stream, json_text
-from serve_app.messages import FinishReason
+from serve_app.core import FinishReason
+from serve_app.generation.service import CompletionService, Usage
+from serve_app.generation.text import Delta
 
 DEFAULT_MAX_TOKENS = 256
 

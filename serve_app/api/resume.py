@@ -1,7 +1,7 @@
 """Resuming over HTTP: who asks for it, ids of events, and answers to `Last-Event-ID`.
 
 Promises that a caller gets only streams that were opened with the same credentials, and that every refusal says
-whether to try again. Knows no store and no owner: `streams.resumable_streams` does.
+whether to try again. Knows no store and no owner: `resume.registry` does.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from typing import Any
 
 from starlette.responses import Response
 
-from serve_app.api.endpoint import Call
 from serve_app.api.errors import SERVER_ERROR, ApiError, bad_request, from_failure, not_ready
 from serve_app.api.events import WireFormat
-from serve_app.api.service import CompletionService, Plan
-from serve_app.api.sse import EventStream, StreamSettings, event_stream, slow_reader
+from serve_app.api.http.endpoint import Call
+from serve_app.api.http.sse import EventStream, StreamSettings, event_stream, slow_reader
 from serve_app.api.transcript import Transcript
-from serve_app.messages import Failure, FailureCode, Fingerprint, ModelCard
+from serve_app.core import Failure, FailureCode, Fingerprint, ModelCard
+from serve_app.generation.service import CompletionService, Plan
 from serve_app.observability.logs import RequestRecord
-from serve_app.streams.event_log import Mark
-from serve_app.streams.journal_records import StreamDocument
-from serve_app.streams.journal_store import StoreUnavailable
-from serve_app.streams.resumable_stream import (
+from serve_app.resume.event_log import Mark
+from serve_app.resume.journal_store import StoreUnavailable
+from serve_app.resume.records import StreamDocument
+from serve_app.resume.registry import ResumableStreams
+from serve_app.resume.stream import (
     JournalsFull,
     ReaderTooSlow,
     Refused,
@@ -36,8 +37,7 @@ from serve_app.streams.resumable_stream import (
     StreamChanged,
     StreamGone,
 )
-from serve_app.streams.resumable_streams import ResumableStreams
-from serve_app.streams.transcript import Event
+from serve_app.resume.transcript import Event
 
 RESUME_HEADER = "x-stream-resume"
 RESUME_QUERY = "resume"

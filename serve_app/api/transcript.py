@@ -1,4 +1,4 @@
-"""A resumable stream's text and events: the `streams.transcript.Transcript` of one plan in one wire format.
+"""A resumable stream's text and events: the `resume.transcript.Transcript` of one plan in one wire format.
 
 Promises the same events for the same ids, whatever the batches, attempts and ingresses they came by: a token at a time,
 choices taking turns, and the end of a choice a turn of its own. Pure: no I/O.
@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from zlib import crc32
 
-from serve_app.api.choice_text import Delta
 from serve_app.api.errors import from_failure
 from serve_app.api.events import EventWriter
-from serve_app.api.service import Plan, Usage, choice_texts
 from serve_app.chat.tokenizer import ChatTokenizer
-from serve_app.messages import Failure, FinishReason, GenerationStats, TokenBatch
-from serve_app.streams.journal import Journal
-from serve_app.streams.transcript import Event
+from serve_app.core import Failure, FinishReason, GenerationStats, TokenBatch
+from serve_app.generation.output_tokens import Journal
+from serve_app.generation.service import Plan, Usage, choice_texts
+from serve_app.generation.text import Delta
+from serve_app.resume.transcript import Event
 
 
 class Transcript:
-    """See `streams.transcript.Transcript`.
+    """See `resume.transcript.Transcript`.
 
     Several choices go round by round: token i of each that has not ended, then token i + 1. So the order of events
     does not depend on which choice was faster, and costs at most the wait for the slowest.

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from serve_app.cli.config_file import ConfigFile
 from serve_app.client import Readiness
-from serve_app.deployments.banner import banner
-from serve_app.messages import Fingerprint, ModelCard
+from serve_app.core import Fingerprint, ModelCard
+from serve_app.deployments.status.banner import banner
 from serve_app.models.cache import cache_directory
 
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}

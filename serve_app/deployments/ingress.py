@@ -17,25 +17,25 @@ from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.api.loading import create_loading_app
-from serve_app.api.pages import Pages
+from serve_app.api.http.loading import create_loading_app
+from serve_app.api.http.pages import Pages
 from serve_app.config import AppConfig
-from serve_app.deployments.banner import banner, listens_on, log_folder, say, service_url
+from serve_app.core import LoadStage, ModelCard
 from serve_app.deployments.client_address import ClientAddresses
+from serve_app.deployments.dispatch.replica_client import RayReplicaClient
 from serve_app.deployments.journal_actor import open_streams
 from serve_app.deployments.logs import use_serve_log
 from serve_app.deployments.metrics import RayMetrics
-from serve_app.deployments.progress import ProgressBoard, Reporter
-from serve_app.deployments.readiness import Readiness, answers
-from serve_app.deployments.replica_client import RayReplicaClient
 from serve_app.deployments.revisions import settled
 from serve_app.deployments.serve_settings import missing
-from serve_app.messages import LoadStage, ModelCard
+from serve_app.deployments.status.banner import banner, listens_on, log_folder, say, service_url
+from serve_app.deployments.status.progress import ProgressBoard, Reporter
+from serve_app.deployments.status.readiness import Readiness, answers
 from serve_app.models.cache import cache_directory
 from serve_app.models.errors import ModelError
 from serve_app.observability.metrics import JOURNAL_BYTES, JOURNALS, REQUESTS_IN_PROGRESS
-from serve_app.streams.journal_store import StoreUnavailable
-from serve_app.streams.resumable_streams import ResumableStreams
+from serve_app.resume.journal_store import StoreUnavailable
+from serve_app.resume.registry import ResumableStreams
 
 if TYPE_CHECKING:
     from serve_app.chat.prompts import PromptFormatter
@@ -141,7 +141,7 @@ class Ingress:
 
         import_without_torch()
         from serve_app.api.app import create_app
-        from serve_app.api.service import CompletionService, ModelDefaults
+        from serve_app.generation.service import CompletionService, ModelDefaults
         from serve_app.models.names import aliases
 
         report = Reporter(self._note)

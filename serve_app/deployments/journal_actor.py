@@ -15,8 +15,9 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from serve_app.config import AppConfig
+from serve_app.generation.replica import ReplicaClient
 from serve_app.models.errors import ModelError
-from serve_app.streams.journal_store import (
+from serve_app.resume.journal_store import (
     Append,
     Held,
     Hold,
@@ -25,10 +26,9 @@ from serve_app.streams.journal_store import (
     JournalView,
     StoreUnavailable,
 )
-from serve_app.streams.memory_journals import MemoryJournalStore
-from serve_app.streams.replica import ReplicaClient
-from serve_app.streams.resumable_stream import ResumeSettings
-from serve_app.streams.resumable_streams import ResumableStreams
+from serve_app.resume.memory_store import MemoryJournalStore
+from serve_app.resume.registry import ResumableStreams
+from serve_app.resume.stream import ResumeSettings
 
 NAMESPACE = "serve_app"
 VERSION = 1
@@ -86,7 +86,7 @@ class JournalActor:
 
 
 class RayJournalStore:
-    """A `streams.journal_store.JournalStore` over the actor of one application."""
+    """A `resume.journal_store.JournalStore` over the actor of one application."""
 
     def __init__(self, app_name: str, limits: JournalLimits) -> None:
         self._name = f"journals of {app_name}, version {VERSION}"
@@ -184,7 +184,7 @@ def open_streams(client: ReplicaClient, app_config: AppConfig, app_name: str) ->
         store = RayJournalStore(app_name, limits)
     else:
         try:
-            from serve_app.streams.redis_journals import RedisJournalStore
+            from serve_app.resume.redis_store import RedisJournalStore
         except ModuleNotFoundError as error:
             raise ModelError("streams.store is Redis, which needs: pip install 'serve_app[redis]'.") from error
         try:

@@ -18,16 +18,16 @@ import ray
 from ray import serve
 
 from serve_app.config import AppConfig
-from serve_app.deployments.callers import Callers
+from serve_app.core import GenerationRequest, LoadStage, ModelCard, Reply
+from serve_app.deployments.dispatch.channel_writer import TokenChannels
+from serve_app.deployments.dispatch.liveness import Callers
+from serve_app.deployments.dispatch.poison import SuspectNotes
+from serve_app.deployments.dispatch.router import ARITHMETIC_KEY, CHANNEL_KEY, FINGERPRINT_KEY
 from serve_app.deployments.logs import use_serve_log
 from serve_app.deployments.metrics import RayMetrics
-from serve_app.deployments.progress import ProgressBoard, Reporter
-from serve_app.deployments.request_router import ARITHMETIC_KEY, CHANNEL_KEY, FINGERPRINT_KEY
 from serve_app.deployments.revisions import settled
-from serve_app.deployments.suspects import SuspectNotes
-from serve_app.deployments.token_channels import TokenChannels
+from serve_app.deployments.status.progress import ProgressBoard, Reporter
 from serve_app.engine.errors import EngineError
-from serve_app.messages import GenerationRequest, LoadStage, ModelCard, Reply
 from serve_app.models.errors import ModelError
 from serve_app.observability.metrics import ACCEPTED_TOKENS, CACHE_USE, DRAFTED_TOKENS, RUNNING, WAITING, MetricsSink
 
@@ -83,7 +83,7 @@ class ModelServer:
         return _start_engine(config, report, before_alone)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Reply, None]:
-        """The replies of one attempt; see `streams.replica.ReplicaClient.open`."""
+        """The replies of one attempt; see `generation.replica.ReplicaClient.open`."""
         caller = request.caller
         with self._callers.waiting(caller):
             async with aclosing(self._engine.generate(request)) as replies:

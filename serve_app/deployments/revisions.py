@@ -14,8 +14,8 @@ import re
 from ray import serve
 
 from serve_app.config import AppConfig, ModelConfig
-from serve_app.deployments.progress import ProgressBoard
-from serve_app.deployments.readiness import answers
+from serve_app.deployments.status.progress import ProgressBoard
+from serve_app.deployments.status.readiness import answers
 from serve_app.models.cache import Progress
 from serve_app.models.source import SourceKind, source_kind
 

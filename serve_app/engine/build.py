@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from serve_app.config import GPU_MEMORY_FRACTION, EngineConfig
+from serve_app.core import LoadStage
 from serve_app.engine.arithmetic import arithmetic_name
 from serve_app.engine.attention.base import AttentionBackend, TabledAttention
 from serve_app.engine.attention.check import check_attention
@@ -35,7 +36,6 @@ from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.prompt_lookup import ROW_COST
 from serve_app.engine.sampling import scratch_bytes
 from serve_app.memory import available_memory_bytes
-from serve_app.messages import LoadStage
 
 logger = logging.getLogger(__name__)
 

@@ -22,15 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from serve_app.config import EngineConfig
-from serve_app.engine.build import Backends, EngineCapacity, prepare, use_cpu_kernels
-from serve_app.engine.kv_cache import PagePool
-from serve_app.engine.model_runner import ModelRunner
-from serve_app.engine.prompt_lookup import agreed
-from serve_app.engine.replies import ReplyStream, deliver
-from serve_app.engine.sampling import Sampled, Sampler
-from serve_app.engine.scheduler import Chunk, Scheduler
-from serve_app.engine.sequence import Sequence, finish_reason
-from serve_app.messages import (
+from serve_app.core import (
     Failure,
     FailureCode,
     Fingerprint,
@@ -40,6 +32,14 @@ from serve_app.messages import (
     Reply,
     TokenBatch,
 )
+from serve_app.engine.build import Backends, EngineCapacity, prepare, use_cpu_kernels
+from serve_app.engine.kv_cache import PagePool
+from serve_app.engine.model_runner import ModelRunner
+from serve_app.engine.prompt_lookup import agreed
+from serve_app.engine.replies import ReplyStream, deliver
+from serve_app.engine.sampling import Sampled, Sampler
+from serve_app.engine.scheduler import Chunk, Scheduler
+from serve_app.engine.sequence import Sequence, finish_reason
 
 logger = logging.getLogger(__name__)
 

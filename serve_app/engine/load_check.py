@@ -14,12 +14,12 @@ from dataclasses import replace
 
 import torch
 
+from serve_app.core import Fingerprint, GenerationRequest, SamplingParams
 from serve_app.engine.kv_cache import PagePool
 from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.prompt_lookup import ROW_COST
 from serve_app.engine.scheduler import Scheduler
 from serve_app.engine.sequence import Sequence
-from serve_app.messages import Fingerprint, GenerationRequest, SamplingParams
 
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 """Largest |a - b| / |b| of a row of logits. A wrong mask or page gives 0.3 and more."""

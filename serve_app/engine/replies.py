@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 
-from serve_app.alarm import Alarm
-from serve_app.messages import Failure, Reply, TokenBatch
+from serve_app.core import Failure, Reply, TokenBatch
+from serve_app.idle_timeout import Alarm
 
 
 class ReplyStream:

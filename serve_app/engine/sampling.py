@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from serve_app.core import SamplingParams, TokenLogprobs
 from serve_app.engine.cpu.library import Kernels
 from serve_app.engine.sequence import Sequence, Supposed
-from serve_app.messages import SamplingParams, TokenLogprobs
 
 TOP_P_CANDIDATES = 512
 """Largest probabilities looked at before a row is sorted whole: a sort of 49,152 costs some 3 ms a row on a CPU."""

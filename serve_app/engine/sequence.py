@@ -9,8 +9,8 @@ import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
+from serve_app.core import FinishReason, GenerationRequest, GenerationStats
 from serve_app.engine.prompt_lookup import Lookup
-from serve_app.messages import FinishReason, GenerationRequest, GenerationStats
 
 
 @dataclass(slots=True, eq=False)

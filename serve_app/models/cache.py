@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from serve_app.core import LoadStage
 from serve_app.home import expanded, home
-from serve_app.messages import LoadStage
 from serve_app.models.errors import ModelError
 
 Progress = Callable[[LoadStage], None]

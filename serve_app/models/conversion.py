@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from serve_app.messages import LoadStage
+from serve_app.core import LoadStage
 from serve_app.models.cache import Progress, disk_error, require_space
 from serve_app.models.completeness import require_complete
 from serve_app.models.errors import ModelError

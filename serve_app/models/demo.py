@@ -18,7 +18,7 @@ import time
 import zipfile
 from pathlib import Path
 
-from serve_app.messages import LoadStage
+from serve_app.core import LoadStage
 from serve_app.models.cache import Progress, build_once, find_built, require_space
 from serve_app.models.conversion import convert
 from serve_app.models.errors import ModelError

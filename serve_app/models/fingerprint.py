@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from serve_app.config import ModelConfig
-from serve_app.messages import Fingerprint
+from serve_app.core import Fingerprint
 from serve_app.models.checkpoint import header_bytes, is_safetensors, tensors, weight_files
 
 _FORMAT = "1"

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 from tqdm import tqdm
 
 from serve_app.config import ModelConfig
-from serve_app.messages import LoadStage
+from serve_app.core import LoadStage
 from serve_app.models.cache import Progress, disk_error, require_space
 from serve_app.models.checkpoint import (
     PICKLE_WEIGHTS,

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.import_utils import is_peft_available
 
 from serve_app.config import ModelConfig
+from serve_app.core import Fingerprint, LoadStage
 from serve_app.memory import available_memory_bytes
-from serve_app.messages import Fingerprint, LoadStage
 from serve_app.models.cache import Progress
 from serve_app.models.checkpoint import is_pickle, is_safetensors, tensors, weight_files
 from serve_app.models.completeness import require_complete

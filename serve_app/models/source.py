@@ -12,8 +12,8 @@ from enum import StrEnum
 from pathlib import Path
 
 from serve_app.config import ModelConfig
+from serve_app.core import LoadStage
 from serve_app.home import expanded
-from serve_app.messages import LoadStage
 from serve_app.models.cache import Progress, build_once, find_built
 from serve_app.models.checkpoint import check_model_folder, check_tokenizer_folder
 from serve_app.models.conversion import CONVERSION_VERSION, convert

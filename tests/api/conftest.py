@@ -17,19 +17,19 @@ from transformers import PreTrainedTokenizerFast
 from unlogged_stream_ids import unlogged_stream_ids
 
 from serve_app.api.app import create_app
-from serve_app.api.pages import Pages
-from serve_app.api.service import CompletionService, ModelDefaults
-from serve_app.api.sse import StreamSettings
+from serve_app.api.http.pages import Pages
+from serve_app.api.http.sse import StreamSettings
 from serve_app.chat.prompts import PromptFormatter
 from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.config import ApiConfig, ChatConfig
-from serve_app.messages import FinishReason, GenerationRequest, GenerationStats, TokenBatch, TokenLogprobs
+from serve_app.core import FinishReason, GenerationRequest, GenerationStats, TokenBatch, TokenLogprobs
+from serve_app.generation.attempts import FailoverSettings
+from serve_app.generation.service import CompletionService, ModelDefaults
 from serve_app.observability.metrics import MemoryMetrics
-from serve_app.streams.generation import FailoverSettings
-from serve_app.streams.journal_store import JournalLimits, JournalStore
-from serve_app.streams.memory_journals import MemoryJournalStore
-from serve_app.streams.resumable_stream import ResumeSettings
-from serve_app.streams.resumable_streams import ResumableStreams
+from serve_app.resume.journal_store import JournalLimits, JournalStore
+from serve_app.resume.memory_store import MemoryJournalStore
+from serve_app.resume.registry import ResumableStreams
+from serve_app.resume.stream import ResumeSettings
 
 ANSWER = "The quick brown fox says 🙂 and naïve."
 

@@ -11,7 +11,7 @@ from asgi_driver import Exchange
 from fake_replica import FakeReplica, says, tokens
 from starlette.applications import Starlette
 
-from serve_app.messages import LoadStage
+from serve_app.core import LoadStage
 from serve_app.observability.logs import request_id_var
 from serve_app.observability.metrics import MemoryMetrics
 

@@ -9,8 +9,8 @@ import pytest
 from fake_replica import ALIVE, FakeReplica, Script, card, says, tokens
 
 from serve_app.chat.tokenizer import ChatTokenizer
-from serve_app.messages import Failure, FailureCode, FinishReason
-from serve_app.streams.replica import ReplicaLost
+from serve_app.core import Failure, FailureCode, FinishReason
+from serve_app.generation.replica import ReplicaLost
 
 ANSWER = "The quick brown fox says 🙂 and naïve."
 

@@ -18,14 +18,14 @@ from simulated_time import simulated_time
 from starlette.applications import Starlette
 
 from serve_app.api import resume
-from serve_app.messages import Failure, FailureCode, Fingerprint, GenerationRequest, TokenBatch, TokenLogprobs
+from serve_app.core import Failure, FailureCode, Fingerprint, GenerationRequest, TokenBatch, TokenLogprobs
+from serve_app.generation.replica import ReplicaLost
 from serve_app.observability.metrics import MemoryMetrics
-from serve_app.streams import event_log
-from serve_app.streams.journal_records import read_record, write_reply
-from serve_app.streams.journal_store import JournalLimits
-from serve_app.streams.memory_journals import MemoryJournals, MemoryJournalStore
-from serve_app.streams.replica import ReplicaLost
-from serve_app.streams.resumable_stream import ResumeSettings
+from serve_app.resume import event_log
+from serve_app.resume.journal_store import JournalLimits
+from serve_app.resume.memory_store import MemoryJournals, MemoryJournalStore
+from serve_app.resume.records import read_record, write_reply
+from serve_app.resume.stream import ResumeSettings
 
 MakeApp = Callable[..., Starlette]
 Writes = Callable[..., Script]

@@ -19,10 +19,10 @@ from starlette.applications import Starlette
 
 from serve_app.client import AsyncClient, BadRequest, Client, ConnectionLost, StreamError
 from serve_app.client import resume as client_resume
-from serve_app.messages import Failure, FailureCode, TokenBatch
-from serve_app.streams.journal_store import JournalLimits
-from serve_app.streams.memory_journals import MemoryJournals, MemoryJournalStore
-from serve_app.streams.replica import ReplicaLost
+from serve_app.core import Failure, FailureCode, TokenBatch
+from serve_app.generation.replica import ReplicaLost
+from serve_app.resume.journal_store import JournalLimits
+from serve_app.resume.memory_store import MemoryJournals, MemoryJournalStore
 
 ANSWER = "The quick brown fox says 🙂 and naïve."
 HI = [{"role": "user", "content": "Hi"}]

@@ -22,7 +22,7 @@ from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.config import ChatConfig
 tokenizer = ChatTokenizer.load(pathlib.Path(sys.argv[1]))
 print(json.dumps(PromptFormatter.from_config(tokenizer, ChatConfig()).render_chat(json.loads(sys.argv[2]))))
-import serve_app.api.app, serve_app.api.service, serve_app.deployments.ingress, serve_app.models.defaults
+import serve_app.api.app, serve_app.generation.service, serve_app.deployments.ingress, serve_app.models.defaults
 assert "torch" not in sys.modules, "something of an ingress imports it all the same"
 import torch
 torch.zeros(1)

@@ -14,8 +14,8 @@ from ray import serve
 from running_streams import Service, Stream, flowing, going_on, moves, until
 
 from serve_app.config import AppConfig
-from serve_app.messages import FailureCode, Fingerprint
-from serve_app.streams.generation import FailoverSettings
+from serve_app.core import FailureCode, Fingerprint
+from serve_app.generation.attempts import FailoverSettings
 
 pytestmark = pytest.mark.ray
 
@@ -39,7 +39,7 @@ def application(
         ray_actor_options={"num_cpus": 0.1},
         graceful_shutdown_timeout_s=grace_s,
         graceful_shutdown_wait_loop_s=0.2,
-        request_router_config={"request_router_class": "serve_app.deployments.request_router.ModelRouter"},
+        request_router_config={"request_router_class": "serve_app.deployments.dispatch.router.ModelRouter"},
     )
     return deployment.bind(AppConfig(), TOKEN_S, loaded, **changes)
 
@@ -84,7 +84,7 @@ async def test_streams_leave_a_replica_that_is_scaled_away(
         while len(before := await running.running()) < 2 or min(before.values()) == 0:  # by chance all are on one
             streams += (another := running.start(1, LONG))
             await flowing(another)
-    with caplog.at_level(logging.WARNING, "serve_app.streams.generation"):
+    with caplog.at_level(logging.WARNING, "serve_app.generation.attempts"):
         fewer.touch()
         async with asyncio.timeout(180):
             while len(stays := await running.each("pid")) > 1:  # noqa: ASYNC110
@@ -106,7 +106,7 @@ async def test_streams_move_to_the_replica_of_an_update_which_comes_up_first(
     [old] = await running.each("pid")
     streams = running.start(3, LONG)
     await flowing(streams)
-    with caplog.at_level(logging.WARNING, "serve_app.streams.generation"):
+    with caplog.at_level(logging.WARNING, "serve_app.generation.attempts"):
         await asyncio.to_thread(deploy, application(1, loaded=loaded, enough=enough), wait=False)
         [short] = Service(APP).start(1, tokens=5)
         await short.done
@@ -128,7 +128,7 @@ async def test_a_stream_ends_on_its_own_weights_when_others_are_deployed(
     [old] = await running.each("pid")
     streams = running.start(2, LONG)
     await flowing(streams)
-    with caplog.at_level(logging.WARNING, "serve_app.streams.generation"):
+    with caplog.at_level(logging.WARNING, "serve_app.generation.attempts"):
         await asyncio.to_thread(deploy, application(1, fingerprint=OTHER, enough=enough), wait=False)
         async with asyncio.timeout(180):
             while old in await running.each("pid"):  # noqa: ASYNC110 - until the other is up

@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from serve_app.deployments.journal_actor import NAMESPACE, VERSION, RayJournalStore
-from serve_app.streams.journal_store import Append, Held, Hold, JournalLimits, StoreUnavailable, Then
+from serve_app.resume.journal_store import Append, Held, Hold, JournalLimits, StoreUnavailable, Then
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 LIMITS = JournalLimits(lease_s=60)

@@ -13,14 +13,14 @@ import torch
 from tiny_models import FINGERPRINT, request_for, tiny_model, until
 
 from serve_app.config import EngineConfig
+from serve_app.core import SamplingParams
 from serve_app.deployments import model_server
-from serve_app.deployments.callers import Callers
+from serve_app.deployments.dispatch.channel_writer import TokenChannels
+from serve_app.deployments.dispatch.liveness import Callers
 from serve_app.deployments.model_server import ModelServer
-from serve_app.deployments.token_channels import TokenChannels
 from serve_app.engine.attention.base import Heads, Span
 from serve_app.engine.attention.sdpa import SdpaAttention
 from serve_app.engine.engine import Engine
-from serve_app.messages import SamplingParams
 from serve_app.observability.metrics import ACCEPTED_TOKENS, DRAFTED_TOKENS, MemoryMetrics
 
 

@@ -23,7 +23,7 @@ from running_streams import Service, flowing, going_on, moves
 from serve_app.app import _free_by_node
 from serve_app.cli.ray_address import address_file
 from serve_app.config import AppConfig
-from serve_app.streams.generation import FailoverSettings
+from serve_app.generation.attempts import FailoverSettings
 
 pytestmark = pytest.mark.ray
 
@@ -94,7 +94,7 @@ def application(grace_s: float, enough: Path) -> serve.Application:
         ray_actor_options={"num_cpus": 0, "resources": {PLACE: 0.5}},
         graceful_shutdown_timeout_s=grace_s,
         graceful_shutdown_wait_loop_s=0.2,
-        request_router_config={"request_router_class": "serve_app.deployments.request_router.ModelRouter"},
+        request_router_config={"request_router_class": "serve_app.deployments.dispatch.router.ModelRouter"},
     )
     return deployment.bind(AppConfig(), 0.02, enough=enough)
 
@@ -120,7 +120,7 @@ async def test_streams_leave_a_node_that_is_drained(
     places = len(_free_by_node())
     streams = [stream for service in services for stream in service.start(4, TOKENS)]
     await flowing(streams)
-    with caplog.at_level(logging.WARNING, "serve_app.streams.generation"):
+    with caplog.at_level(logging.WARNING, "serve_app.generation.attempts"):
         drain(node)
         began = time.monotonic()
         while not all(moves(caplog, streams)):

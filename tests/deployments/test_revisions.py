@@ -11,10 +11,11 @@ from fake_key_value_store import FakeKeyValueStore
 from fake_replica import card
 
 from serve_app.config import AppConfig, ModelConfig
-from serve_app.deployments import progress, revisions
-from serve_app.deployments.progress import ProgressBoard
+from serve_app.core import LoadStage
+from serve_app.deployments import revisions
 from serve_app.deployments.revisions import settled
-from serve_app.messages import LoadStage
+from serve_app.deployments.status import progress
+from serve_app.deployments.status.progress import ProgressBoard
 from serve_app.models import hub
 
 APP, FIRST, SECOND, THIRD = "revisions-app", "1" * 40, "2" * 40, "3" * 40

@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny_models import collect, prompts_of, request_for
 
+from serve_app.core import TokenBatch
 from serve_app.engine.arithmetic import arithmetic_name
 from serve_app.engine.cpu.library import Kernels
 from serve_app.engine.engine import Engine
-from serve_app.messages import TokenBatch
 
 MakeEngine = Callable[..., Engine]
 CPU = torch.device("cpu")

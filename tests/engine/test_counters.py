@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 from tiny_models import collect, prompts_of, request_for
 
+from serve_app.core import FinishReason, GenerationStats, TokenBatch
 from serve_app.engine.engine import Engine
 from serve_app.engine.replies import ReplyStream
-from serve_app.messages import FinishReason, GenerationStats, TokenBatch
 
 
 @pytest.mark.parametrize("delivered", [(), (4, 5, 6)])

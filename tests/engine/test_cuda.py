@@ -12,12 +12,12 @@ import pytest
 import torch
 from tiny_models import prompts_of, request_for, tiny_model, tokens_of
 
+from serve_app.core import SamplingParams
 from serve_app.engine.attention.base import Heads
 from serve_app.engine.attention.check import check_attention
 from serve_app.engine.attention.varlen import PAGED, VarlenAttention
 from serve_app.engine.engine import Engine
 from serve_app.engine.kv_cache import LayerShape
-from serve_app.messages import SamplingParams
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

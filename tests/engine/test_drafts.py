@@ -26,11 +26,7 @@ from tiny_models import (
 )
 
 from serve_app.config import EngineConfig
-from serve_app.engine.attention.base import Heads, Span
-from serve_app.engine.attention.sdpa import SdpaAttention
-from serve_app.engine.cpu.library import Kernels
-from serve_app.engine.engine import Engine
-from serve_app.messages import (
+from serve_app.core import (
     Failure,
     FailureCode,
     FinishReason,
@@ -39,6 +35,10 @@ from serve_app.messages import (
     TokenBatch,
     TokenLogprobs,
 )
+from serve_app.engine.attention.base import Heads, Span
+from serve_app.engine.attention.sdpa import SdpaAttention
+from serve_app.engine.cpu.library import Kernels
+from serve_app.engine.engine import Engine
 
 MakeEngine = Callable[..., Engine]
 KINDS = ("mistral", "gemma2", "gpt2")

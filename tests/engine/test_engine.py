@@ -35,12 +35,7 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
-from serve_app.engine.attention.base import Heads, Span
-from serve_app.engine.attention.plain import PlainAttention
-from serve_app.engine.attention.sdpa import SdpaAttention
-from serve_app.engine.engine import Engine
-from serve_app.engine.errors import EngineError, UnsupportedModelError
-from serve_app.messages import (
+from serve_app.core import (
     Failure,
     FailureCode,
     Fingerprint,
@@ -49,6 +44,11 @@ from serve_app.messages import (
     SamplingParams,
     TokenBatch,
 )
+from serve_app.engine.attention.base import Heads, Span
+from serve_app.engine.attention.plain import PlainAttention
+from serve_app.engine.attention.sdpa import SdpaAttention
+from serve_app.engine.engine import Engine
+from serve_app.engine.errors import EngineError, UnsupportedModelError
 
 MakeEngine = Callable[..., Engine]
 LENGTHS = (1, 2, 3, 5, 8, 13, 16, 17, 21, 30, 31, 33, 47, 64, 80, 100)

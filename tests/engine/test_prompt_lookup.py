@@ -8,10 +8,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from serve_app.core import Fingerprint, GenerationRequest, SamplingParams
 from serve_app.engine import prompt_lookup
 from serve_app.engine.prompt_lookup import CANDIDATES, LONGEST_MATCH, ROW_COST, Lookup, agreed, share_rows
 from serve_app.engine.sequence import Sequence
-from serve_app.messages import Fingerprint, GenerationRequest, SamplingParams
 
 
 def ids_of(guesses: list[tuple[int, float]]) -> list[int]:

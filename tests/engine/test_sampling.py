@@ -20,9 +20,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from serve_app.core import Fingerprint, GenerationRequest, SamplingParams
 from serve_app.engine.sampling import TOP_P_CANDIDATES, Sampler, inverse_cdf, philox4x32, scratch_bytes, uniforms
 from serve_app.engine.sequence import Sequence
-from serve_app.messages import Fingerprint, GenerationRequest, SamplingParams
 
 VOCAB = 1000
 

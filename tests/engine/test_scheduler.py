@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from serve_app.core import Fingerprint, GenerationRequest, SamplingParams
 from serve_app.engine import scheduler as scheduling
 from serve_app.engine.kv_cache import PagePool
 from serve_app.engine.scheduler import Chunk, Scheduler
 from serve_app.engine.sequence import Sequence
-from serve_app.messages import Fingerprint, GenerationRequest, SamplingParams
 
 PAGE = 4
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from loadtest.paced_app import CARD, PacedEngine, PacedModelServer
-from serve_app.deployments.callers import Callers
-from serve_app.deployments.token_channels import TokenChannels
-from serve_app.messages import FinishReason, GenerationRequest, SamplingParams, TokenBatch
+from serve_app.core import FinishReason, GenerationRequest, SamplingParams, TokenBatch
+from serve_app.deployments.dispatch.channel_writer import TokenChannels
+from serve_app.deployments.dispatch.liveness import Callers
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from tiny_models import VOCAB, prompts_of, tiny_model
 
 from loadtest.quality import BASE, KINDS, TEXT, agreement, perplexity, table
 from loadtest.quality_worker import score, score_logits, windows
-from serve_app.messages import Fingerprint
+from serve_app.core import Fingerprint
 from serve_app.models.loader import LoadedModel
 
 

@@ -12,7 +12,7 @@ from gguf import GGUFWriter, TokenType
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from serve_app.messages import LoadStage
+from serve_app.core import LoadStage
 
 BYTE_TOKENS = sorted(pre_tokenizers.ByteLevel.alphabet())
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -9,7 +9,7 @@ from model_builders import ignore_progress, write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from serve_app.config import ModelConfig
-from serve_app.messages import LoadStage
+from serve_app.core import LoadStage
 from serve_app.models.conversion import CONVERSION_VERSION, convert
 from serve_app.models.defaults import read_generation_defaults
 from serve_app.models.errors import ModelError

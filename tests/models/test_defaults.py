@@ -6,7 +6,7 @@ from model_builders import tiny_tokenizer
 from pydantic import ValidationError
 
 from serve_app.config import AppConfig, GenerationConfig
-from serve_app.messages import SamplingParams
+from serve_app.core import SamplingParams
 from serve_app.models.defaults import GenerationDefaults, read_generation_defaults
 from serve_app.models.errors import ModelError
 

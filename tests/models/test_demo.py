@@ -11,7 +11,7 @@ from model_builders import ignore_progress, write_gguf
 from transformers import AutoTokenizer
 
 from serve_app.config import ModelConfig
-from serve_app.messages import LoadStage
+from serve_app.core import LoadStage
 from serve_app.models import demo
 from serve_app.models.cache import cache_directory
 from serve_app.models.defaults import read_generation_defaults

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPTJConfig, GPTJForCausalLM
 
 from serve_app.config import ModelConfig
-from serve_app.messages import LoadStage
+from serve_app.core import LoadStage
 from serve_app.models.checkpoint import weight_files
 from serve_app.models.errors import ModelError
 from serve_app.models.hub import fetch

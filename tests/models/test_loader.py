@@ -10,7 +10,7 @@ from model_builders import ignore_progress, tiny_config, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
 from serve_app.config import ModelConfig
-from serve_app.messages import LoadStage
+from serve_app.core import LoadStage
 from serve_app.models import loader
 from serve_app.models.errors import ModelError
 from serve_app.models.loader import LoadedModel, choose_device, choose_dtype, load

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from model_builders import ignore_progress
 
-from serve_app.messages import LoadStage
+from serve_app.core import LoadStage
 from serve_app.models.cache import build_once, cache_directory, find_built, require_space
 from serve_app.models.errors import ModelError
 

@@ -13,8 +13,8 @@ from model_builders import ignore_progress, tiny_tokenizer
 from tiny_models import FINGERPRINT, request_for
 
 from serve_app.config import EngineConfig, ModelConfig
+from serve_app.core import TokenBatch
 from serve_app.engine.engine import Engine
-from serve_app.messages import TokenBatch
 from serve_app.models.errors import ModelError
 from serve_app.models.loader import LoadedModel, load
 from serve_app.models.rotary import choose_angles

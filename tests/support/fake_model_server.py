@@ -18,10 +18,7 @@ import ray
 from ray import serve
 
 from serve_app.config import AppConfig
-from serve_app.deployments.progress import ProgressBoard
-from serve_app.deployments.request_router import CHANNEL_KEY, FINGERPRINT_KEY
-from serve_app.deployments.token_channels import TokenChannels
-from serve_app.messages import (
+from serve_app.core import (
     Failure,
     FailureCode,
     Fingerprint,
@@ -33,6 +30,9 @@ from serve_app.messages import (
     SamplingParams,
     TokenBatch,
 )
+from serve_app.deployments.dispatch.channel_writer import TokenChannels
+from serve_app.deployments.dispatch.router import CHANNEL_KEY, FINGERPRINT_KEY
+from serve_app.deployments.status.progress import ProgressBoard
 
 IDS = 256
 """Its answers have ids below this."""

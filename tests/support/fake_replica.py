@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
-from serve_app.messages import (
+from serve_app.core import (
     Failure,
     Fingerprint,
     FinishReason,

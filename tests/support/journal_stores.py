@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from serve_app.streams.journal_store import Append, Held, Hold, JournalLimits, JournalView, StoreUnavailable
-from serve_app.streams.memory_journals import MemoryJournals, MemoryJournalStore
+from serve_app.resume.journal_store import Append, Held, Hold, JournalLimits, JournalView, StoreUnavailable
+from serve_app.resume.memory_store import MemoryJournals, MemoryJournalStore
 
 
 def loop_time() -> float:

@@ -15,11 +15,11 @@ from fake_model_server import expected_tokens, request
 from ray import serve
 
 from serve_app.config import AppConfig
-from serve_app.deployments.progress import ProgressBoard
-from serve_app.deployments.readiness import Readiness
-from serve_app.deployments.replica_client import RayReplicaClient
-from serve_app.messages import Failure, Reply, TokenBatch
-from serve_app.streams.generation import Generation, interleave
+from serve_app.core import Failure, Reply, TokenBatch
+from serve_app.deployments.dispatch.replica_client import RayReplicaClient
+from serve_app.deployments.status.progress import ProgressBoard
+from serve_app.deployments.status.readiness import Readiness
+from serve_app.generation.attempts import Generation, interleave
 
 
 class Service:

@@ -26,8 +26,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from serve_app.core import Failure, Fingerprint, GenerationRequest, SamplingParams, TokenBatch
 from serve_app.engine.engine import Engine
-from serve_app.messages import Failure, Fingerprint, GenerationRequest, SamplingParams, TokenBatch
 
 FINGERPRINT = Fingerprint("tiny")
 VOCAB = 128

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from serve_app.streams import resumable_streams, stream_id
+from serve_app.resume import registry, stream_id
 
 _OF_TESTS = {"httpx", "httpcore", "openai", "uvicorn"}
 """Libraries by which tests send and take requests, and which log their paths."""
@@ -35,7 +35,7 @@ def unlogged_stream_ids(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         given.append(stream_id.new_stream_id())
         return given[-1]
 
-    monkeypatch.setattr(resumable_streams, "new_stream_id", note)
+    monkeypatch.setattr(registry, "new_stream_id", note)
     root, ours, watch = logging.getLogger(), logging.getLogger("serve_app"), _Lines()
     level = ours.level
     root.addHandler(watch)

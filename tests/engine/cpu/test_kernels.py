@@ -26,6 +26,7 @@ from tiny_models import (
 from transformers import HunYuanMoEV1Config, HunYuanMoEV1ForCausalLM
 
 from serve_app.config import EngineConfig
+from serve_app.core import GenerationRequest, SamplingParams, TokenBatch
 from serve_app.engine.attention.base import Heads
 from serve_app.engine.attention.check import check_attention
 from serve_app.engine.attention.cpu import CpuAttention
@@ -34,7 +35,6 @@ from serve_app.engine.cpu.linear import PackedLinear, pack_linears
 from serve_app.engine.engine import Engine
 from serve_app.engine.errors import EngineError, UnsupportedModelError
 from serve_app.engine.kv_cache import LayerShape
-from serve_app.messages import GenerationRequest, SamplingParams, TokenBatch
 
 MakeEngine = Callable[..., Engine]
 CPU = torch.device("cpu")

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from serve_app.core import Fingerprint, GenerationRequest, SamplingParams
 from serve_app.engine.cpu.library import Kernels
 from serve_app.engine.sampling import Sampler, uniforms
 from serve_app.engine.sequence import Sequence
-from serve_app.messages import Fingerprint, GenerationRequest, SamplingParams
 
 EDGE = 1e-5
 """How near a draw must be to the border of two ids for rounding to give one or the other."""

@@ -11,13 +11,13 @@ import torch
 from tiny_models import collect, prompts_of, request_for, tiny_model
 from torch import nn
 
+from serve_app.core import SamplingParams, TokenBatch
 from serve_app.engine.cpu import widen as widening
 from serve_app.engine.cpu.library import Kernels
 from serve_app.engine.cpu.linear import Form, PackedLinear
 from serve_app.engine.cpu.widen import WideEmbedding, widen
 from serve_app.engine.engine import Engine
 from serve_app.engine.errors import EngineError
-from serve_app.messages import SamplingParams, TokenBatch
 
 MakeEngine = Callable[..., Engine]
 FORMS = {torch.bfloat16: Form.BFLOAT16, torch.float16: Form.FLOAT16}

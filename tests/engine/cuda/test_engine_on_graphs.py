@@ -15,9 +15,9 @@ import pytest
 from tabled_attention import Recorder, TabledPlain
 from tiny_models import collect, greedy_reference, prompts_of, request_for, tokens_of
 
+from serve_app.core import Failure, FailureCode, SamplingParams
 from serve_app.engine.attention.plain import PlainAttention
 from serve_app.engine.engine import Engine
-from serve_app.messages import Failure, FailureCode, SamplingParams
 
 MakeEngine = Callable[..., Engine]
 

@@ -1,0 +1,1 @@
+"""HTTP itself: endpoints, bodies, server-sent events, middleware. Knows no wire format."""

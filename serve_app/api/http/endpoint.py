@@ -1,0 +1,149 @@
+"""What every endpoint does around its handler: the body, a place, errors as answers, and an eye on the connection.
+
+Promises that work stops as soon as its client goes (P5), and that one request too many is refused at once (P6). Knows
+no wire format.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.datastructures import Headers, QueryParams
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from serve_app.api.errors import ApiError, from_failure
+from serve_app.api.http import inline
+from serve_app.api.http.body import ClientGone, read_json_object
+from serve_app.api.http.inline import Result
+from serve_app.api.http.slow_bodies import SlowBodies
+from serve_app.api.http.sse import EventStream
+from serve_app.config import ApiConfig
+from serve_app.core import Failure, FailureCode
+from serve_app.observability.logs import RequestRecord
+from serve_app.observability.metrics import REQUESTS_IN_PROGRESS, MetricsSink
+
+RECORD = "serve_app.record"
+"""Where the request's `RequestRecord` is in the ASGI scope."""
+_OVERLOADED_RETRY_AFTER_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request, as a handler sees it."""
+
+    query: QueryParams
+    path_params: dict[str, str]
+    body: dict[str, Any] | None
+    """None for a GET."""
+    headers: Headers
+    record: RequestRecord
+    deadline: float
+    """Of the event loop's clock."""
+    size_bytes: int
+    """Of the body, or of the query of a GET."""
+
+    async def run(self, work: Callable[[], Result], *, items: int = 0) -> Result:
+        """What `work` makes of this request, in the loop or in a thread by the request's size; see `inline.run`."""
+        return await inline.run(work, self.size_bytes, items=items)
+
+    def remaining_s(self) -> float:
+        """Seconds left of the request's time."""
+        return self.deadline - asyncio.get_running_loop().time()
+
+
+Handler = Callable[[Call], Awaitable[Response | EventStream]]
+
+
+class Admission:
+    """How many requests this process answers at a time."""
+
+    def __init__(self, max_streams: int, metrics: MetricsSink) -> None:
+        self._max_streams = max_streams
+        self._metrics = metrics
+        self._in_progress = 0
+        self.slow_bodies = SlowBodies()
+        """Requests that have no place yet."""
+
+    def refuse_when_full(self) -> None:
+        """Raise `ApiError` 503 when all places are taken."""
+        if self._in_progress >= self._max_streams:
+            message = f"The server is answering {self._max_streams} requests, its limit; try again in a moment."
+            raise from_failure(Failure(FailureCode.OVERLOADED, message, _OVERLOADED_RETRY_AFTER_S))
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """One of the places, for as long as the block runs. Raises `ApiError` 503 when all are taken."""
+        self.refuse_when_full()
+        self._in_progress += 1
+        self._metrics.gauge(REQUESTS_IN_PROGRESS, self._in_progress)
+        try:
+            yield
+        finally:
+            self._in_progress -= 1
+            self._metrics.gauge(REQUESTS_IN_PROGRESS, self._in_progress)
+
+
+class Endpoint:
+    """An ASGI application around one handler."""
+
+    def __init__(self, name: str, handler: Handler, admission: Admission, config: ApiConfig) -> None:
+        """`name` is the endpoint's in metrics and in the log."""
+        self._name = name
+        self._handler = handler
+        self._admission = admission
+        self._config = config
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer; errors of the request become answers here."""
+        record: RequestRecord = scope[RECORD]
+        record.endpoint = self._name
+        deadline = asyncio.get_running_loop().time() + self._config.request_timeout_s
+        try:
+            self._admission.refuse_when_full()
+            body, size_bytes = None, len(scope["query_string"])
+            if scope["method"] == "POST":  # before a place is taken: whoever sends no body would keep others out
+                limit, slow_bodies = self._config.max_body_bytes, self._admission.slow_bodies
+                body, size_bytes = await read_json_object(scope, receive, limit, slow_bodies)
+            with self._admission.place():
+                query = QueryParams(scope["query_string"])
+                path_params = scope.get("path_params", {})
+                call = Call(query, path_params, body, Headers(scope=scope), record, deadline, size_bytes)
+                await _while_connected(receive, self._answer(call, scope, receive, send))
+        except ApiError as error:
+            record.outcome = error.code or error.type
+            await error.response()(scope, receive, send)
+        except ClientGone as gone:
+            record.outcome = gone.outcome
+
+    async def _answer(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
+        response = await self._handler(call)
+        await response(scope, receive, send)
+        if isinstance(response, EventStream) and response.error is not None:
+            call.record.outcome = response.error.code or response.error.type
+
+
+async def _while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Do `work`; cancel it as soon as the client goes, and raise `ClientGone` then."""
+    working = asyncio.create_task(work, name="request")
+    watching = asyncio.create_task(_disconnected(receive), name="disconnect watcher")
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.wait({working, watching})
+    if not watching.cancelled():
+        watching.result()
+    if working.cancelled():
+        raise ClientGone
+    working.result()
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,31 @@
+"""What an ingress answers before it has a tokenizer: alive, how far it is, and 503 to everything else.
+
+Promises the same probes, errors, request ids and access lines as the whole application, without its imports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+
+from serve_app.api.errors import not_ready
+from serve_app.api.http.pages import Pages
+from serve_app.api.http.probes import Probes
+from serve_app.api.http.routing import application, route
+from serve_app.core import LoadStage, ModelCard
+from serve_app.observability.metrics import MetricsSink
+
+
+def create_loading_app(
+    state: Callable[[], Awaitable[ModelCard | LoadStage]], metrics: MetricsSink, pages: Pages
+) -> Starlette:
+    """The application of an ingress that is not there yet. `state` says how far it is."""
+
+    async def refuse(request: Request) -> Response:
+        stage = await state()
+        raise not_ready(stage if isinstance(stage, LoadStage) else LoadStage("loading the tokenizer"))
+
+    return application([*Probes(state).routes(), route("/{path:path}", refuse)], metrics, pages)

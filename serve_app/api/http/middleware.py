@@ -1,0 +1,118 @@
+"""The outermost layer: a request's id, its access line and metrics, what pages may do, and the last net for what nobody
+expected.
+
+Promises that every response has the request's id, the names of fields that were ignored and the CORS headers for pages
+that may read it, and that no traceback leaves the server. Knows no endpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve_app.api.errors import ApiError, bad_request, internal_error
+from serve_app.api.http.endpoint import RECORD
+from serve_app.api.http.pages import Pages
+from serve_app.observability import metrics as m
+from serve_app.observability.logs import RequestRecord, log_access, request_id_var
+
+logger = logging.getLogger(__name__)
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+PROBES = frozenset({"/health", "/ready"})
+"""Asked every few seconds by machines: their access lines are written at debug level, and they are not counted."""
+
+
+class RequestScope:
+    """Pure ASGI middleware."""
+
+    def __init__(self, app: ASGIApp, metrics: m.MetricsSink, pages: Pages) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._pages = pages
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, whatever happens inside."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        path = _without_slash_at_its_end(scope)
+        given = headers.get("x-request-id", "")
+        record = RequestRecord(given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex)
+        scope[RECORD] = record
+        token = request_id_var.set(record.request_id)
+        try:
+            await self._guarded(scope, receive, send, record, path)
+        finally:
+            self._report(record, path)
+            request_id_var.reset(token)
+
+    async def _guarded(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord, path: str) -> None:
+        headers = Headers(scope=scope)
+        method = scope["method"]
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                record.status = message["status"]
+                answer_headers = MutableHeaders(scope=message)
+                answer_headers["x-request-id"] = record.request_id
+                answer_headers.update(self._pages.answer_headers(headers))
+                if record.ignored_fields:
+                    answer_headers["x-ignored-fields"] = ", ".join(record.ignored_fields)
+                if record.clamped_fields:
+                    clamped = (f"{name}={value}" for name, value in record.clamped_fields.items())
+                    answer_headers["x-clamped-fields"] = ", ".join(clamped)
+            await send(message)
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                record.sent_whole()
+
+        try:
+            self._pages.check(method, path, headers)
+            if (preflight := self._pages.preflight(method, headers)) is not None:
+                await preflight(scope, receive, send_with_id)
+                return
+            if "x-request-disconnect-disabled" in headers:
+                message = "The header x-request-disconnect-disabled is not accepted: work stops when its client goes."
+                raise bad_request(message, code="unsupported_header")
+            await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            answer = error if isinstance(error, ApiError) else internal_error(record.request_id)
+            if answer is not error:
+                logger.exception("request %s failed", record.request_id)
+            record.outcome = answer.code or answer.type
+            if not started:
+                await answer.response()(scope, receive, send_with_id)
+
+    def _report(self, record: RequestRecord, path: str) -> None:
+        if path in PROBES:
+            log_access(record, logging.DEBUG)
+            return
+        log_access(record)
+        endpoint = {"endpoint": record.endpoint}
+        self._metrics.count(m.REQUESTS, 1, {**endpoint, "outcome": record.outcome})
+        if record.time_to_first_token_s is not None:
+            self._metrics.count(m.PROMPT_TOKENS, record.prompt_tokens)
+            self._metrics.count(m.CACHED_PROMPT_TOKENS, record.cached_prompt_tokens)
+            self._metrics.count(m.OUTPUT_TOKENS, record.output_tokens)
+            self._metrics.observe(m.TIME_TO_FIRST_TOKEN_S, record.time_to_first_token_s, endpoint)
+        if record.inter_token_latency_s is not None:
+            self._metrics.observe(m.INTER_TOKEN_LATENCY_S, record.inter_token_latency_s, endpoint)
+
+
+def _without_slash_at_its_end(scope: Scope) -> str:
+    """Take it from the path to be routed, and return that path, below the application's own prefix."""
+    root = scope.get("root_path", "")
+    path: str = scope["path"]
+    below = path[len(root) :] if path.startswith(root) else path
+    if len(below) > 1 and below.endswith("/"):
+        below = below.rstrip("/") or "/"
+        scope["path"] = path[: len(root)] + below if path.startswith(root) else below
+    return below

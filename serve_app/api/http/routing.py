@@ -1,0 +1,61 @@
+"""Which path and method goes where, and what a request gets that goes nowhere.
+
+Promises JSON on every path and method, and that a path answers the same with a slash at its end.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Sequence
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from serve_app.api.errors import ApiError, not_found
+from serve_app.api.http.endpoint import RECORD
+from serve_app.api.http.middleware import RequestScope
+from serve_app.api.http.pages import Pages
+from serve_app.observability.logs import RequestRecord
+from serve_app.observability.metrics import MetricsSink
+
+Answer = Callable[[Request], Awaitable[Response]]
+
+
+def application(routes: Sequence[Route], metrics: MetricsSink, pages: Pages) -> Starlette:
+    """The routes, within what every request gets."""
+    app = Starlette(
+        routes=routes,
+        middleware=[Middleware(RequestScope, metrics=metrics, pages=pages)],
+        exception_handlers={HTTPException: _http_error},
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+def route(path: str, endpoint: Answer | ASGIApp, *methods: str) -> Route:
+    """One path; without methods it takes each. Given to `Route`, GET would bring HEAD, which generates for nobody."""
+    made = Route(path, endpoint)
+    made.methods = set(methods) or None
+    return made
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """What Starlette itself refuses: unknown paths and methods."""
+    assert isinstance(error, HTTPException)
+    record: RequestRecord = request.scope[RECORD]
+    if error.status_code == 404:
+        answer = not_found(request.url.path)
+    else:
+        methods = sorted({*(error.headers or {}).get("Allow", "").split(", "), "OPTIONS"} - {""})
+        allow = {"allow": ", ".join(methods)}
+        if request.method == "OPTIONS":
+            return Response(json.dumps({"methods": methods}), 200, allow, media_type="application/json")
+        message = f"{request.method[:20]} is not served at {request.url.path[:100]}; send {' or '.join(methods)}."
+        answer = ApiError(error.status_code, message, code="method_not_allowed", headers=allow)
+    record.outcome = answer.code or answer.type
+    return answer.response()

@@ -1,0 +1,226 @@
+"""Writes a stream of server-sent events: headers, heartbeats, errors in the stream, and readers that don't read.
+
+Promises that every chunk goes out as soon as the connection takes it, whole events only, and that nothing is held for
+a slow reader beyond a limit. Knows no wire format: events come as bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from json.encoder import encode_basestring
+
+from starlette.types import Receive, Scope, Send
+
+from serve_app.api.errors import ApiError, internal_error
+from serve_app.api.http.body import ClientGone
+from serve_app.observability.logs import request_id_var
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT = b": ping\n"
+"""A comment line, and no empty line after it: openai-python fails on that when an event with an id came before."""
+
+_HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache, no-transform"),
+    (b"x-accel-buffering", b"no"),
+)
+
+_PACE_BYTES = 2**18
+"""Unsent bytes beyond which a paced stream waits for its client."""
+
+_LINE_ENDS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
+"""Those that JSON leaves as they are. None of them is printable to `str.isprintable`."""
+
+
+def json_text(text: str) -> str:
+    """A string as JSON on one line, quotes included.
+
+    About 0.1 us for a token's text, a tenth of the time of `json.dumps(..., ensure_ascii=False)`.
+    """
+    quoted = encode_basestring(text)
+    return quoted if quoted.isascii() or quoted.isprintable() else one_line(quoted)
+
+
+def one_line(json: str) -> str:
+    """The same JSON without the characters at which many clients end a line, though SSE does not: NEL, LS and PS."""
+    return json.translate(_LINE_ENDS)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamSettings:
+    """How a connection is treated while events go out."""
+
+    heartbeat_s: float = 10.0
+    """A heartbeat follows this much silence."""
+    slow_reader_bytes: int = 4 * 2**20
+    """Unsent bytes at which a client's stream is ended with an error. Only what this process holds is seen: a server
+    between that takes everything at once (Serve's proxy) has a buffer of its own."""
+    drain_s: float = 30.0
+    """How long a client may take to read what is left when the stream has ended."""
+
+
+class EventStream:
+    """An ASGI response: the events of `chunks`, then the end. Closes `chunks` whatever happens."""
+
+    def __init__(
+        self,
+        first: bytes,
+        chunks: AsyncGenerator[bytes, None],
+        *,
+        on_error: Callable[[ApiError], bytes],
+        settings: StreamSettings,
+        headers: Mapping[str, str],
+        paced: bool,
+    ) -> None:
+        """`first` was taken from `chunks`; `on_error` renders an error that comes after the headers are out.
+
+        `paced`: a chunk is taken only when the client has read most of what went before; what is there from the start
+        of a long stream must not count as unread at once.
+        """
+        self._first = first
+        self._chunks = chunks
+        self._on_error = on_error
+        self._settings = settings
+        self._paced = paced
+        self._headers = [*_HEADERS, *((name.encode(), value.encode()) for name, value in headers.items())]
+        self.error: ApiError | None = None
+        """What ended the stream before its time, once it has."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises `ClientGone` when the client takes nothing more. Whoever calls watches `receive` and cancels."""
+        async with aclosing(self._chunks):
+            writer = _Writer(send, self._headers, self._settings, capped=not self._paced)
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    sending = tasks.create_task(writer.run(), name="event writer")
+                    await self._write_all(writer)
+                    await self._chunks.aclose()  # the work ends here, not when a slow client has read the rest
+                    writer.end(self._on_error(self.error) if self.error is not None else b"")
+                    await asyncio.wait({sending}, timeout=self._settings.drain_s)
+                    if not sending.done():
+                        raise ClientGone if self.error is None else ClientGone(self.error.code or self.error.type)
+            except BaseExceptionGroup as group:
+                raise group.exceptions[0] from None
+            finally:
+                writer.close()
+
+    async def _write_all(self, writer: _Writer) -> None:
+        try:
+            writer.write(self._first)
+            async for chunk in self._chunks:
+                writer.write(chunk)
+                if self._paced:
+                    await writer.room()
+        except ApiError as error:
+            self.error = error
+        except ClientGone:
+            raise
+        except Exception:
+            self.error = internal_error(request_id_var.get())
+            logger.exception("request %s failed in the middle of its stream", request_id_var.get())
+
+
+async def event_stream(
+    chunks: AsyncGenerator[bytes, None],
+    *,
+    on_error: Callable[[ApiError], bytes],
+    settings: StreamSettings,
+    headers: Mapping[str, str],
+    paced: bool = False,
+) -> EventStream:
+    """A response whose first chunk is there, so that an error before it is a real HTTP status: it is raised here."""
+    first = await anext(chunks)
+    return EventStream(first, chunks, on_error=on_error, settings=settings, headers=headers, paced=paced)
+
+
+def slow_reader(max_unsent_bytes: int) -> ApiError:
+    """What a client is told that reads too slowly for what comes."""
+    message = f"The stream was ended: more than {max_unsent_bytes} bytes of it were waiting to be read."
+    return ApiError(408, message, code="slow_reader")
+
+
+class _Writer:
+    """Sends in a task of its own, so that what a slow reader leaves unsent can be counted; joins what has piled up."""
+
+    def __init__(
+        self, send: Send, headers: list[tuple[bytes, bytes]], settings: StreamSettings, *, capped: bool
+    ) -> None:
+        """`capped`: `write` refuses too much. Else whoever writes waits for `room`."""
+        self._send = send
+        self._capped = capped
+        self._pace_bytes = min(_PACE_BYTES, settings.slow_reader_bytes // 2)
+        self._headers = headers
+        self._settings = settings
+        self._loop = asyncio.get_running_loop()
+        self._pending: list[bytes] = []
+        self._unsent_bytes = 0
+        self._more = asyncio.Event()
+        self._sent = asyncio.Event()
+        self._ended = False
+        self._last_write = self._loop.time()
+        self._heartbeat = self._loop.call_later(settings.heartbeat_s, self._beat)
+
+    def write(self, chunk: bytes) -> None:
+        """Raises `ApiError`, and forgets what is unsent, when that is too much and the writer is capped."""
+        if not chunk:
+            return
+        self._pending.append(chunk)
+        self._unsent_bytes += len(chunk)
+        if self._capped and self._unsent_bytes > self._settings.slow_reader_bytes:
+            self._unsent_bytes -= sum(map(len, self._pending))
+            self._pending.clear()
+            raise slow_reader(self._settings.slow_reader_bytes)
+        self._last_write = self._loop.time()
+        self._more.set()
+
+    async def room(self) -> None:
+        """Wait until the client has read most of it. Raises `ApiError` when it reads nothing for `drain_s`."""
+        while self._unsent_bytes > self._pace_bytes:
+            self._sent.clear()
+            try:
+                async with asyncio.timeout(self._settings.drain_s):
+                    await self._sent.wait()
+            except TimeoutError:
+                raise slow_reader(self._pace_bytes) from None
+
+    def end(self, last: bytes) -> None:
+        """Nothing more will be written after `last`: `run` ends once all is sent."""
+        self._pending.append(last)
+        self._unsent_bytes += len(last)
+        self._ended = True
+        self._more.set()
+
+    def close(self) -> None:
+        """No more heartbeats."""
+        self._heartbeat.cancel()
+
+    async def run(self) -> None:
+        """Send until the end. Raises `ClientGone` when the connection has failed."""
+        try:
+            await self._send({"type": "http.response.start", "status": 200, "headers": self._headers})
+            while True:
+                await self._more.wait()
+                self._more.clear()
+                body = b"".join(self._pending)
+                self._pending.clear()
+                ended = self._ended
+                await self._send({"type": "http.response.body", "body": body, "more_body": not ended})
+                self._unsent_bytes -= len(body)
+                self._sent.set()
+                if ended:
+                    return
+        except OSError as error:
+            raise ClientGone from error
+
+    def _beat(self) -> None:
+        silent_s = self._loop.time() - self._last_write
+        if silent_s >= self._settings.heartbeat_s:
+            silent_s = 0.0
+            if self._unsent_bytes == 0:
+                self.write(HEARTBEAT)
+        self._heartbeat = self._loop.call_later(self._settings.heartbeat_s - silent_s, self._beat)

@@ -1,0 +1,153 @@
+"""POST /v1/completions: OpenAI's older schema, raw prompts in, streamed or whole.
+
+Promises that both ways give the same text. Knows no replica: the service does the work.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+from starlette.responses import Response
+
+from serve_app.api.events import WireFormat
+from serve_app.api.fields import MaxTokens, OpenAIFields, validate_open
+from serve_app.api.http.endpoint import Call
+from serve_app.api.http.sse import EventStream, json_text, one_line
+from serve_app.api.openai.answer import Answerer, ChoiceSchema, ChunkEvents, finite
+from serve_app.api.unknown_fields import unsupported
+from serve_app.chat.token_texts import TokenTexts
+from serve_app.chat.tokenizer import ChatTokenizer
+from serve_app.core import ModelCard
+from serve_app.generation.service import MAX_CHOICES, Plan, Prompt
+from serve_app.generation.text import Delta
+
+PromptItem = str | tuple[int, ...]
+
+
+def _prompts(value: Any) -> Any:
+    """A string, token ids, or a list of either -> a tuple of strings and tuples of ids."""
+    if isinstance(value, str) or _are_ids(value):
+        value = [value]
+    if not isinstance(value, list) or not all(isinstance(item, str) or _are_ids(item) for item in value):
+        expected = "A string, a list of strings, a list of token ids or a list of such lists is expected."
+        raise PydanticCustomError("prompt_type", "{expected}", {"expected": expected})
+    if not 1 <= len(value) <= MAX_CHOICES:
+        raise PydanticCustomError("prompt_value", "{expected}", {"expected": f"1 to {MAX_CHOICES} prompts are taken."})
+    return tuple(item if isinstance(item, str) else tuple(item) for item in value)
+
+
+def _logprobs(value: Any) -> Any:
+    return None if value is False else value
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(type(item) is int and item >= 0 for item in value)
+
+
+class CompletionRequest(OpenAIFields):
+    """The body."""
+
+    prompt: Annotated[tuple[PromptItem, ...], BeforeValidator(_prompts)]
+    max_tokens: MaxTokens | None = None
+    """Left out: all that is left of the context (OpenAI's own default of 16 surprises everybody)."""
+    logprobs: Annotated[int | None, BeforeValidator(_logprobs)] = Field(None, ge=0, le=5)
+    """Null or false: none."""
+    parse_special: bool | None = None
+    """Whether control tokens in a text are read as such, as on /stream; else they are text."""
+    best_of: int | None = Field(None, ge=1)
+    """Only as many as `n`: nothing is generated that is not returned."""
+    add_special_tokens: bool | None = None
+    """Only true, the default of other servers."""
+
+
+class Completions:
+    """The handler."""
+
+    def __init__(self, answerer: Answerer) -> None:
+        self._answerer = answerer
+        self._service = answerer.service
+
+    async def handle(self, call: Call) -> Response | EventStream:
+        """Raises `ApiError`."""
+        if (continued := await self._answerer.resume.continued(call)) is not None:
+            return continued
+        unknown = self._answerer.unknown_fields(call)
+        request = await call.run(partial(validate_open, CompletionRequest, call.body or {}, unknown))
+        params = request.params(max_tokens=request.max_tokens, max_tokens_param="max_tokens", logprobs=request.logprobs)
+        if request.best_of not in (None, params.n):
+            raise unsupported("best_of", "It must equal n.")
+        if request.add_special_tokens is False:
+            raise unsupported("add_special_tokens", "Prompts begin with BOS where the model's do; send token ids.")
+        card = await self._service.ready_model(request.model)
+        prompts = await call.run(partial(self._prompts, card, request), items=len(request.prompt))
+        plan = self._service.plan(card, prompts, params, call.record, call.remaining_s())
+        return await self._answerer.answer(call, plan, request, _schema(self._service.tokenizer), TEXT)
+
+    def _prompts(self, card: ModelCard, request: CompletionRequest) -> list[Prompt]:
+        special = bool(request.parse_special)
+        return [
+            self._service.render_text(card, item, parse_special=special)
+            if isinstance(item, str)
+            else Prompt(item, True, "prompt")
+            for item in request.prompt
+        ]
+
+
+class _TextSchema(ChoiceSchema):
+    whole_kind = chunk_kind = "text_completion"
+    id_prefix = "cmpl"
+
+    def __init__(self, tokens: TokenTexts) -> None:
+        self._tokens = tokens
+
+    def whole(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
+        text = "".join(text for delta in deltas for text in delta.texts)
+        logprobs = self._logprobs(deltas)
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": deltas[-1].finish_reason}
+
+    def opening(self, index: int) -> str:
+        return ""
+
+    def pieces(self, delta: Delta) -> Iterable[str]:
+        text = "".join(delta.texts)
+        if text or delta.logprobs or delta.finish_reason is not None:
+            logprobs = "null"
+            if delta.logprobs:
+                logprobs = one_line(json.dumps(self._logprobs([delta]), ensure_ascii=False))
+            reason = "null" if delta.finish_reason is None else f'"{delta.finish_reason}"'
+            start = f'{{"index": {delta.choice}, "text": {json_text(text)}'
+            yield f'{start}, "logprobs": {logprobs}, "finish_reason": {reason}}}'
+
+    def _logprobs(self, deltas: Sequence[Delta]) -> dict[str, list[Any]] | None:
+        """Four lists side by side, or None when none were asked for.
+
+        `text_offset` counts characters from the start of the answer.
+        """
+        if all(delta.logprobs is None for delta in deltas):
+            return None
+        lists: dict[str, list[Any]] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
+        for told in (told for delta in deltas for told in delta.logprobs or ()):
+            text, logprob = self._tokens.text(told.token_id), finite(told.logprobs.logprob)
+            lists["text_offset"].append(told.offset)
+            lists["token_logprobs"].append(logprob)
+            lists["tokens"].append(text)
+            # Of several tokens with one text the likeliest stays; the chosen one is always there.
+            likeliest = {self._tokens.text(other): finite(of_other) for other, of_other in reversed(told.logprobs.top)}
+            lists["top_logprobs"].append(likeliest | {text: logprob})
+        return lists
+
+
+def _schema(tokenizer: ChatTokenizer) -> ChoiceSchema:
+    return _TextSchema(TokenTexts(tokenizer))
+
+
+def _writer(plan: Plan, fields: Mapping[str, Any], tokenizer: ChatTokenizer) -> ChunkEvents:
+    return ChunkEvents(_schema(tokenizer), plan, fields)
+
+
+TEXT = WireFormat("text", _writer, ChunkEvents.failed)

@@ -1,0 +1,1 @@
+"""The way of a request to a model replica and of its tokens back."""

@@ -1,0 +1,158 @@
+"""The ingress's end of the channels: takes the messages of each model replica apart, into the inboxes of its attempts.
+
+A channel is opened to a replica that has answered, and lasts as long as the replica. Promises that an attempt whose
+tokens may have been in a channel that broke is told so. Knows no text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import Context
+from typing import cast
+
+from serve_app.deployments.dispatch.channel_wire import ChannelAddress, ChannelItem, decode, greeting, keep_alive
+from serve_app.deployments.dispatch.directory import Attempt
+from serve_app.deployments.dispatch.inbox import Inbox
+
+logger = logging.getLogger(__name__)
+
+OPEN_S = 5.0
+"""A channel that is not open after so long is given up."""
+RETRY_S = 30.0
+"""Between two tries to open one: while it can't be had, tokens come as messages of Serve's."""
+
+
+class ChannelReader:
+    """All channels of one caller, for its event loop."""
+
+    def __init__(self, address_of: Callable[[str], ChannelAddress | None], caller: str) -> None:
+        """`address_of` a replica's channels; `caller` is "" where nobody can be told apart: no channels."""
+        self._address_of = address_of
+        self._caller = caller
+        self._numbers = itertools.count(1)
+        self._attempts: dict[int, tuple[Attempt, Inbox]] = {}
+        self._channels: dict[str, _Channel] = {}
+        self._opening: dict[str, asyncio.Task[None]] = {}
+        self._not_before: dict[str, float] = {}
+
+    def next_number(self) -> int:
+        """Of an attempt."""
+        return next(self._numbers)
+
+    @contextmanager
+    def inbox(self, attempt: Attempt) -> Iterator[Inbox]:
+        """For what comes for the attempt."""
+        number, inbox = attempt.request.attempt, Inbox(len(attempt.request.output_token_ids))
+        self._attempts[number] = attempt, inbox
+        try:
+            yield inbox
+        finally:
+            del self._attempts[number]
+            inbox.release()
+
+    def answered(self, replica: str) -> None:
+        """This replica has said its first word to an attempt."""
+        if not self._caller or replica in self._channels or replica in self._opening:
+            return
+        if time.monotonic() < self._not_before.get(replica, 0.0):
+            return
+        if (address := self._address_of(replica)) is None:
+            return
+        # It belongs to no request, whoever started it.
+        task = asyncio.create_task(self._open(replica, address), name=f"channel {replica}", context=Context())
+        self._opening[replica] = task
+
+    def drop(self, replica: str) -> None:
+        """This replica says nothing any more: it is frozen or cut off, and so is its channel."""
+        if (channel := self._channels.get(replica)) is not None:
+            channel.close()
+
+    async def _open(self, replica: str, address: ChannelAddress) -> None:
+        channel = _Channel(self, replica, greeting(address, self._caller))
+        try:
+            async with asyncio.timeout(OPEN_S):
+                await asyncio.get_running_loop().create_connection(lambda: channel, address.host, address.port)
+                await channel.opened
+        except OSError as error:  # TimeoutError is one
+            now = time.monotonic()
+            self._not_before = {name: until for name, until in self._not_before.items() if until > now}
+            self._not_before[replica] = now + RETRY_S
+            logger.info("no channel to replica %s: %r", replica, error)
+        finally:
+            del self._opening[replica]
+            if replica not in self._channels:
+                channel.close()
+
+    def opened(self, replica: str, channel: _Channel) -> None:
+        """Called by a channel."""
+        self._channels[replica] = channel
+
+    def received(self, replica: str, items: list[ChannelItem]) -> None:
+        """Called by a channel, for each message. What comes late, of where an attempt was before, is nothing to it."""
+        for number, batch in items:
+            if (found := self._attempts.get(number)) is None:
+                continue
+            attempt, inbox = found
+            sendings = attempt.sendings  # first: the router may send it on meanwhile
+            if attempt.replica == replica:
+                if attempt.begun is None:
+                    attempt.begun = sendings
+                inbox.put(batch)
+
+    def broke(self, replica: str, channel: _Channel) -> None:
+        """Called by a channel that was open."""
+        if self._channels.get(replica) is channel:
+            del self._channels[replica]
+        for attempt, inbox in self._attempts.values():
+            if attempt.replica == replica:
+                inbox.lose(replica)
+
+
+class _Channel(asyncio.Protocol):
+    """One connection."""
+
+    def __init__(self, reader: ChannelReader, replica: str, greeting: bytes) -> None:
+        self._reader = reader
+        self._replica = replica
+        self._greeting = greeting
+        self._unfinished = b""
+        self._transport: asyncio.Transport | None = None
+        self.opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done when the replica has taken this caller; ConnectionError when it hasn't."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """asyncio's."""
+        self._transport = cast("asyncio.Transport", transport)
+        keep_alive(transport)
+        self._transport.write(self._greeting)
+
+    def data_received(self, data: bytes) -> None:
+        """asyncio's."""
+        *lines, self._unfinished = (self._unfinished + data).split(b"\n")
+        try:
+            for line in lines:
+                self._reader.received(self._replica, decode(line))
+        except (ValueError, TypeError, IndexError):
+            logger.exception("replica %s sends what is no message", self._replica)
+            self.close()
+            return
+        if lines and not self.opened.done():
+            self.opened.set_result(None)
+            self._reader.opened(self._replica, self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """asyncio's."""
+        if self.opened.done() and not self.opened.cancelled():
+            self._reader.broke(self._replica, self)
+        elif not self.opened.done():
+            self.opened.set_exception(ConnectionError("the replica closed it"))
+
+    def close(self) -> None:
+        """Break it off."""
+        if self._transport is not None:
+            self._transport.abort()

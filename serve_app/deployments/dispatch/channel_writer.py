@@ -1,0 +1,137 @@
+"""The model server's end of the channels: what a step made for all streams of one ingress replica, in one message.
+
+A channel is a TCP connection of its own: through Serve, each message costs both processes about a millisecond of Python
+and gRPC. Promises that nothing is delayed, that who loses what was put into a channel sees the channel break, and that
+a stream without a channel goes its own way. Knows no Ray and no text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import socket
+from typing import cast
+
+from serve_app.core import GenerationRequest, Reply, TokenBatch
+from serve_app.deployments.dispatch.channel_wire import ChannelAddress, ChannelItem, encode, keep_alive, read_greeting
+
+logger = logging.getLogger(__name__)
+
+GREETING_S = 5.0
+"""A connection that has not said who it is after so long is closed."""
+MAX_GREETING_BYTES = 1024
+UNREACHABLE_S = 3.0
+"""A channel whose reader's machine confirms nothing for so long is closed, where the system can do that (Linux)."""
+MAX_UNREAD_BYTES = 2**23
+"""A channel that its reader has left so much of is closed: about 500,000 tokens, so the reader's process is stopped."""
+
+
+class TokenChannels:
+    """The channels of one replica, for its event loop."""
+
+    def __init__(self) -> None:
+        self.messages = 0
+        """Sent so far."""
+        self.address: ChannelAddress | None = None
+        self._open: dict[str, _Channel] = {}
+        self._server: asyncio.Server | None = None
+
+    async def listen(self, host: str) -> None:
+        """Let callers open channels at this address of the machine; without it all streams go their own ways."""
+        secret = secrets.token_hex(16)
+        try:
+            self._server = await asyncio.get_running_loop().create_server(lambda: _Channel(self, secret), host, 0)
+        except OSError as error:
+            logger.warning("no token channels at %s: %s; each token is a message of Serve's", host, error)
+            return
+        port = self._server.sockets[0].getsockname()[1]
+        self.address = ChannelAddress(host, port, secret)
+
+    def put(self, request: GenerationRequest, reply: Reply) -> bool:
+        """Send the reply through its caller's channel; False when it has none or the reply goes the stream's own way.
+
+        So do last words, whose end they are.
+        """
+        channel = self._open.get(request.caller)
+        if channel is None or not isinstance(reply, TokenBatch) or reply.finish_reason is not None:
+            return False
+        return channel.put((request.attempt, reply))
+
+    def opened(self, caller: str, channel: _Channel) -> None:
+        """Called by a channel. A later one of the same caller takes the place of the first, which it has given up."""
+        previous, self._open[caller] = self._open.get(caller), channel
+        if previous is not None:
+            previous.close()
+
+    def closed(self, caller: str, channel: _Channel) -> None:
+        """Called by a channel."""
+        if self._open.get(caller) is channel:
+            del self._open[caller]
+
+
+class _Channel(asyncio.Protocol):
+    """One connection. The streams of a step put theirs in one after the other, before the loop goes on to `_flush`."""
+
+    def __init__(self, channels: TokenChannels, secret: str) -> None:
+        self._channels = channels
+        self._secret = secret
+        self._loop = asyncio.get_running_loop()
+        self._caller = ""
+        self._greeting = b""
+        self._items: list[ChannelItem] = []
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """asyncio's."""
+        self._transport = cast("asyncio.Transport", transport)
+        keep_alive(transport)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            connection = transport.get_extra_info("socket")
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * UNREACHABLE_S))
+        self._impatience = self._loop.call_later(GREETING_S, self.close)
+
+    def data_received(self, data: bytes) -> None:
+        """asyncio's. After its greeting a caller says nothing."""
+        self._greeting += data
+        line, end, more = self._greeting.partition(b"\n")
+        if self._caller or more or len(line) > MAX_GREETING_BYTES:
+            self._refuse()
+        elif end:
+            self._impatience.cancel()
+            if (caller := read_greeting(line, self._secret)) is None:
+                self._refuse()
+                return
+            self._caller = caller
+            self._transport.write(encode(()))
+            self._channels.opened(caller, self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """asyncio's."""
+        self._impatience.cancel()
+        self._channels.closed(self._caller, self)
+
+    def put(self, item: ChannelItem) -> bool:
+        """Have it sent with all else that is put before the loop's next turn; False when the connection has ended."""
+        if self._transport.is_closing():
+            return False
+        if not self._items:
+            self._loop.call_soon(self._flush)
+        self._items.append(item)
+        return True
+
+    def close(self) -> None:
+        """Break it off: what is not sent yet is lost, and the reader sees that it is."""
+        self._transport.abort()
+
+    def _refuse(self) -> None:
+        logger.warning("a connection to the token channels is none of an ingress replica; closed")
+        self.close()
+
+    def _flush(self) -> None:
+        message = encode(self._items)
+        self._items.clear()
+        self._transport.write(message)
+        self._channels.messages += 1
+        if self._transport.get_write_buffer_size() > MAX_UNREAD_BYTES:
+            logger.warning("%s does not read its token channel; closed", self._caller)
+            self.close()

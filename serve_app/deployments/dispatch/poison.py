@@ -1,0 +1,57 @@
+"""What a replica was computing when it died: only one request, if that was a suspect of having killed others.
+
+Written before each step of a suspect, which it has to itself; the loss of a stream that merely waited beside it is not
+held against that stream. In Ray's key-value store, like `progress`: it outlives the replica, and any ingress reads it.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
+
+from serve_app.core import GenerationRequest
+
+logger = logging.getLogger(__name__)
+
+_NAMESPACE = "serve_app"
+
+
+class SuspectNotes:
+    """One note per replica that computes a suspect. Each call is one short blocking round trip to the GCS, or two.
+
+    Nothing is raised, whatever the store says: without a note a death is held against nobody.
+    """
+
+    def __init__(self, app_name: str) -> None:
+        self._app_name = app_name
+
+    def write(self, replica: str, request: GenerationRequest) -> None:
+        """Note that this replica is about to compute `request` alone."""
+        try:
+            _internal_kv_put(self._key(replica), _name(request), namespace=_NAMESPACE)
+        except Exception:
+            logger.exception("request %s: it can't be noted as a suspect", request.request_id)
+
+    def names(self, replica: str, request: GenerationRequest) -> bool:
+        """Whether the lost `replica` was computing this attempt, alone."""
+        try:
+            return bool(_internal_kv_get(self._key(replica), namespace=_NAMESPACE) == _name(request))
+        except Exception:
+            logger.exception("request %s: it can't be asked whether it is a suspect", request.request_id)
+            return False
+
+    def forget(self, replica: str, request: GenerationRequest) -> None:
+        """This attempt is over: take its note away, unless another suspect's has taken its place."""
+        if self.names(replica, request):
+            try:
+                _internal_kv_del(self._key(replica), namespace=_NAMESPACE)
+            except Exception:
+                logger.exception("request %s: its note as a suspect can't be taken away", request.request_id)
+
+    def _key(self, replica: str) -> str:
+        return f"{self._app_name}/{replica}/suspect"
+
+
+def _name(request: GenerationRequest) -> bytes:
+    return f"{request.request_id}/{request.choice}/{len(request.output_token_ids)}".encode()

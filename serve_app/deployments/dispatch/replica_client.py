@@ -1,0 +1,196 @@
+"""Opens attempts on model replicas through a Serve handle, and turns Serve's ways to fail into ours.
+
+Promises: what reaches the caller is a reply, a `Failure` or `ReplicaLost`, never an exception of Ray's; a closed
+attempt is cancelled on its replica. Knows no text; the journal, the deadline and silence are `generation.attempts`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import grpc
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+
+from serve_app.core import Failure, FailureCode, GenerationRequest, LoadStage, ModelCard, Reply, TokenBatch
+from serve_app.deployments.dispatch.calls import cancel, in_its_own_right
+from serve_app.deployments.dispatch.channel_reader import ChannelReader
+from serve_app.deployments.dispatch.channel_wire import ChannelAddress
+from serve_app.deployments.dispatch.directory import Attempt, replica_table
+from serve_app.deployments.dispatch.inbox import Inbox
+from serve_app.deployments.dispatch.liveness import own_name
+from serve_app.deployments.dispatch.poison import SuspectNotes
+from serve_app.deployments.status.readiness import Readiness
+from serve_app.generation.replica import ReplicaLost
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = 1.0
+"""How often an attempt that no replica has answered yet says that it is alive, as the contract asks."""
+SILENCE_S = 4 * HEARTBEAT_S
+"""A replica that has a request says something each second. One whose attempt is given up after this long without a word
+gets no others for a while: it is frozen, or cut off."""
+MAX_DEATHS = 2
+"""Replicas that may die with an attempt on its way to them, before its loss counts as any other."""
+RETRY_AFTER_S = 1.0
+"""What a refused client is told to wait when Serve names no time."""
+_OUT_OF_ORDER = {FailureCode.REPLICA_LOST: True, FailureCode.NOT_READY: False}
+"""What a replica says that can compute nothing more -> whether it had taken the request."""
+
+
+class RayReplicaClient:
+    """A `generation.replica.ReplicaClient` over the model server's deployment handle."""
+
+    def __init__(self, model_server: DeploymentHandle[Any], readiness: Readiness) -> None:
+        self._generate = model_server.options(method_name="generate", stream=True)
+        self._readiness = readiness
+        self._table = replica_table(model_server.app_name, model_server.deployment_name)
+        self._suspects = SuspectNotes(model_server.app_name)
+        self._name = own_name()
+        self._channels = ChannelReader(self._channel_of, self._name)
+
+    async def model(self) -> ModelCard | LoadStage:
+        """The card of the model, or how far the first replica is; never waits for a replica."""
+        return await self._readiness.model()
+
+    async def open(self, request: GenerationRequest) -> AsyncGenerator[Reply, None]:
+        """Start one attempt and yield its replies; see `ReplicaClient.open`.
+
+        While no replica has been given the request (all are full, or none is up: the last one died, or a deployment
+        that was scaled to zero wakes for it) it yields empty batches, for as long as the caller wants to wait. From
+        then on only what the replica says counts. A stream whose replica is leaving is lost to it as soon as another
+        can continue it.
+        """
+        request = replace(request, caller=self._name, attempt=self._channels.next_number())
+        with self._table.track(request) as attempt, self._channels.inbox(attempt) as inbox:
+            response = in_its_own_right(lambda: self._generate.remote(request))
+            reading = asyncio.create_task(_read(response, inbox), name=f"attempt {request.attempt}")
+            reading.add_done_callback(partial(_ended, inbox))
+            try:
+                async with aclosing(self._replies(attempt, inbox, reading)) as replies:
+                    async for reply in replies:
+                        yield reply
+            finally:
+                if not reading.done():
+                    reading.cancel()
+                    cancel(response)
+                    self._table.forget(attempt)  # first: what the router is handed from here on it cancels itself
+                    if attempt.call is not None:
+                        cancel(attempt.call)
+                if request.alone and attempt.replica is not None:
+                    # On a thread, and not awaited: whoever closes this generator may have been cancelled.
+                    forget = partial(self._suspects.forget, attempt.replica, request)
+                    asyncio.get_running_loop().run_in_executor(None, forget)
+
+    async def _replies(
+        self, attempt: Attempt, inbox: Inbox, reading: asyncio.Task[None]
+    ) -> AsyncGenerator[Reply, None]:
+        """What comes for one attempt, and how it ends. Raises `ReplicaLost`."""
+        answered = ended = False
+        quiet = 0
+        """Heartbeats in a row that did not come. A clock would count what came while this process stood still."""
+        try:
+            while not ended:
+                reply = await inbox.take(HEARTBEAT_S)
+                quiet = quiet + 1 if reply is None and attempt.replica is not None else 0
+                if attempt.begun is not None and (attempt.replica is None or attempt.begun != attempt.sendings):
+                    # Serve sends on what it does not know to be taken, after a death say. Two make no one text.
+                    raise await self._lost("another had begun it", attempt, taken=True)
+                if reply is not None:
+                    self._table.heard(attempt, tokens=isinstance(reply, TokenBatch) and bool(reply.token_ids))
+                    if not answered and attempt.replica is not None:
+                        answered = True
+                        self._channels.answered(attempt.replica)
+                    ended = isinstance(reply, Failure) or reply.finish_reason is not None
+                    if isinstance(reply, Failure) and reply.code in _OUT_OF_ORDER:
+                        self._table.out_of_order(attempt)
+                        raise await self._lost(reply.message, attempt, taken=_OUT_OF_ORDER[reply.code])
+                    yield reply
+                elif inbox.lost:
+                    broken, inbox.lost = inbox.lost, set()
+                    if attempt.replica in broken:
+                        raise await self._lost("its channel broke", attempt)
+                elif attempt.deaths >= MAX_DEATHS and not attempt.taken:
+                    # Serve would send it to one after the other. It may be what kills them.
+                    reason = f"{attempt.deaths} died before they were known to have it"
+                    raise await self._lost(reason, attempt, taken=True)
+                elif reading.done() and (_broke(reading) or not inbox.torn):
+                    # Of one that broke, what was overtaken may have been on its way: nobody would bring it any more.
+                    ended = True
+                    yield await self._last_word(attempt, reading)
+                elif attempt.replica is None:
+                    yield TokenBatch(first_index=len(attempt.request.output_token_ids))
+                if not ended and self._table.should_leave(attempt):
+                    raise ReplicaLost(f"replica {attempt.replica} is leaving and another goes on", taken=False)
+        finally:
+            # The last one has nearly come, or not, when an attempt is given up.
+            here = attempt.replica
+            silent = not ended and (quiet + 1) * HEARTBEAT_S >= SILENCE_S
+            if silent and here is not None and self._table.fell_silent(here, SILENCE_S):
+                self._channels.drop(here)
+
+    async def _last_word(self, attempt: Attempt, reading: asyncio.Task[None]) -> Failure:
+        """The failure that the end of the replica's stream, before its last batch, stands for. Raises `ReplicaLost`."""
+        if reading.cancelled():
+            raise await self._lost("the replica cancelled the attempt", attempt)
+        error = reading.exception()
+        if error is None:
+            raise await self._lost("the replica's stream ended without a last word", attempt)
+        failure = _refusal(error, attempt.request)
+        if failure is None:
+            raise await self._lost(type(error).__name__, attempt) from error
+        return failure
+
+    def _channel_of(self, replica: str) -> ChannelAddress | None:
+        return ChannelAddress.parse(self._table.channel(replica))
+
+    async def _lost(self, reason: str, attempt: Attempt, *, taken: bool | None = None) -> ReplicaLost:
+        """`taken` unless it was at no replica, if that is not said."""
+        self._readiness.doubt()
+        blamed = (
+            attempt.request.alone
+            and attempt.replica is not None
+            and await asyncio.to_thread(self._suspects.names, attempt.replica, attempt.request)
+        )
+        taken = attempt.replica is not None if taken is None else taken
+        return ReplicaLost(f"replica {attempt.replica}: {reason}", taken=taken, blamed=blamed)
+
+
+async def _read(response: DeploymentResponseGenerator[Reply], inbox: Inbox) -> None:
+    """Read eagerly: Serve drops what was delivered but not read when a replica dies."""
+    async for reply in response:
+        inbox.put(reply)
+        if isinstance(reply, Failure) or reply.finish_reason is not None:
+            return  # the last word: whoever takes it finds nothing left to cancel
+
+
+def _broke(reading: asyncio.Task[None]) -> bool:
+    return reading.cancelled() or reading.exception() is not None
+
+
+def _ended(inbox: Inbox, reading: asyncio.Task[None]) -> None:
+    """Looks at the exception, so that asyncio does not report that of an attempt that was closed before."""
+    if not reading.cancelled():
+        reading.exception()
+    inbox.close()
+
+
+def _refusal(error: BaseException, request: GenerationRequest) -> Failure | None:
+    """The last word that an exception of the attempt stands for; None when another replica can go on."""
+    if isinstance(error, BackPressureError):
+        message = "The service is at its limit of waiting requests; try again in a moment."
+        return Failure(FailureCode.OVERLOADED, message, retry_after_s=error.retry_after_s or RETRY_AFTER_S)
+    if isinstance(error, DeploymentUnavailableError):
+        return Failure(FailureCode.NOT_READY, "The model could not be loaded; GET /ready says why.")
+    if isinstance(error, RayTaskError) or not isinstance(error, RayError | RayServeException | grpc.RpcError | OSError):
+        logger.error("request %s: the model replica raised an error", request.request_id, exc_info=error)
+        message = "The model replica failed on this request; its log has the details under the request's id."
+        return Failure(FailureCode.ENGINE_FAILED, message)
+    return None  # RayActorError and its like, RequestCancelledError, ReplicaUnavailableError, a broken connection

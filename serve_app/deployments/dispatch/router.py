@@ -1,0 +1,150 @@
+"""Chooses the model replica for each request, and tells the ingress where its requests are and which replicas live.
+
+Promises that a request goes to a replica of its own weights that is neither leaving nor silent, if there is one, and
+that it waits for a place without asking for one again and again: Serve's own way is to try, and a full replica's way to
+log each refusal. Serve pickles this module by value, so it can hold no state: that is in `replica_table`. Knows no
+stream.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+from serve_app.core import Fingerprint, GenerationRequest
+from serve_app.deployments.dispatch.calls import cancel
+from serve_app.deployments.dispatch.directory import ReplicaTable, replica_table
+from serve_app.deployments.dispatch.places import Places
+
+FINGERPRINT_KEY = "fingerprint"
+"""In what a replica says of itself to the routers (`record_replica_metadata`)."""
+ARITHMETIC_KEY = "arithmetic"
+"""Likewise: how it computes, where that is exact."""
+CHANNEL_KEY = "channel"
+"""Likewise: where its token channels are had (`channel_wire.ChannelAddress`)."""
+
+
+class ModelRouter(RequestRouter):
+    """The power of two choices, among the replicas that can serve the request and have room for it."""
+
+    def initialize_state(self, *, shared: bool = False, **kwargs: Any) -> None:
+        """Called by Serve once, before it names any replica. `shared`: other processes may have routers too."""
+        self._table = replica_table(self.app_name, self._deployment_id.name)
+        self._places = Places(shared=shared)
+
+    @property
+    def max_num_routing_tasks(self) -> int:
+        """One for each request: all wait here, in our order. Serve's limit is for tasks that ask replicas meanwhile."""
+        return self.num_pending_requests
+
+    def create_replica_wrapper(self, replica_info: Any) -> RunningReplica:
+        """Called by Serve for each new replica."""
+        return _Replica(replica_info, self._table, self._places)
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """Called by Serve with the replicas that take requests, whenever they change."""
+        super().update_replicas(replicas)
+        self._publish()
+
+    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
+        """Called by Serve when a request or a probe met a dead one, which is before its controller knows."""
+        super().on_replica_actor_died(replica_id)
+        self._table.died(replica_id.unique_id)
+        self._publish()
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        """Called by Serve when the replica has accepted it: from here on it is not sent anywhere else."""
+        self._places.accepted(pending_request.metadata.internal_request_id)
+        args = pending_request.args
+        if args and not self._table.taken(args[0], replica_id.unique_id, result):
+            cancel(result)
+
+    def on_new_queue_len_info(self, replica_id: ReplicaID, num_ongoing_requests: int) -> None:
+        """Called by Serve when a replica has accepted a request, before `on_request_routed`, or rejected it."""
+        super().on_new_queue_len_info(replica_id, num_ongoing_requests)
+        self._places.told(replica_id.unique_id, num_ongoing_requests)
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """Called by Serve when a request has left the replica that it was sent to, for whatever reason."""
+        super().on_request_completed(replica_id, internal_request_id)
+        self._places.completed(internal_request_id)
+
+    def _publish(self) -> None:
+        replicas = {replica.replica_id.unique_id: replica for replica in self.curr_replicas.values()}
+        self._table.update(
+            {name: _fingerprint(replica) for name, replica in replicas.items()},
+            {name: _arithmetic(replica) for name, replica in replicas.items()},
+            {name: str(replica.replica_metadata.get(CHANNEL_KEY, "")) for name, replica in replicas.items()},
+        )
+        self._places.update({name: replica.max_ongoing_requests for name, replica in replicas.items()})
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """The replica at which the request has a place from now on, as soon as there is one.
+
+        What goes on after a failover comes before what has not begun. Serve calls this again when a replica would not
+        have the request after all.
+        """
+        if pending_request is None:
+            return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
+        pending_request.routing_context.should_backoff = True  # else Serve asks again without a pause
+        request = pending_request.args[0] if pending_request.args else None
+        self._table.waiting(request)
+        begun = isinstance(request, GenerationRequest) and bool(request.output_token_ids)
+        key = pending_request.metadata.internal_request_id
+        order = (not begun, pending_request.created_at)
+        replica = await self._places.take(key, order, partial(self._choose, request))
+        # Serve sends it in the turn after this future is done, before this is called; or it was given up.
+        pending_request.future.add_done_callback(lambda _: self._places.unsent(key))
+        chosen = [one for one in self.curr_replicas.values() if one.replica_id.unique_id == replica]
+        for one in chosen:
+            if self.replica_queue_len_cache.get(one.replica_id) is None:
+                # After 10 s without news Serve would ask the replica first, once for each request of a burst.
+                self.replica_queue_len_cache.update(one.replica_id, 0)
+        return [chosen]
+
+    def _choose(self, request: object, load: Mapping[str, int]) -> str | None:
+        """One of the replicas that have room, with their numbers of requests; None when it should wait for another.
+
+        Of two at random the one with fewer: if all took the very least, many routers would choose the same.
+
+        When none has the request's weights any one may say so: a request must not wait for what may never come. What
+        another replica began goes to one that computes alike, if there is one.
+        """
+        fitting = list(self.curr_replicas.values())
+        if isinstance(request, GenerationRequest):
+            fitting = [r for r in fitting if _fingerprint(r) == request.fingerprint] or fitting
+            alike = [r for r in fitting if request.arithmetic and _arithmetic(r) == request.arithmetic]
+            fitting = [r for r in alike if not self._table.silent(r.replica_id.unique_id)] or fitting
+        fitting = [r for r in fitting if not self._table.silent(r.replica_id.unique_id)] or fitting
+        names = [r.replica_id.unique_id for r in fitting if r.replica_id.unique_id in load]
+        return min(random.sample(names, min(2, len(names))), key=load.__getitem__, default=None)
+
+
+class _Replica(RunningReplica):
+    """Serve's own, and says which request it was given."""
+
+    def __init__(self, replica_info: Any, table: ReplicaTable, places: Places) -> None:
+        super().__init__(replica_info)
+        self._table = table
+        self._places = places
+
+    def try_send_request(self, pr: PendingRequest, with_rejection: bool) -> Any:
+        if pr.args:
+            self._table.sent(pr.args[0], self.replica_id.unique_id)
+        self._places.sent(pr.metadata.internal_request_id)
+        return super().try_send_request(pr, with_rejection)
+
+
+def _fingerprint(replica: RunningReplica) -> Fingerprint | None:
+    fingerprint: Fingerprint | None = replica.replica_metadata.get(FINGERPRINT_KEY)
+    return fingerprint
+
+
+def _arithmetic(replica: RunningReplica) -> str:
+    return str(replica.replica_metadata.get(ARITHMETIC_KEY, ""))

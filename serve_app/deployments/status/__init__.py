@@ -1,0 +1,1 @@
+"""How far a deployment is: progress, readiness, the banner."""

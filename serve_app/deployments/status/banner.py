@@ -1,0 +1,85 @@
+"""What the terminal says when the model can serve: what it is, where, and what to do next.
+
+Promises facts from the model's card and from Serve, and one text. Of a plain `serve run` an ingress replica says it;
+`serve-app serve` says it itself, without Ray's prefix before each line, and asks the replicas for silence.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+from ray.serve.context import _get_global_client
+
+from serve_app.core import ModelCard
+
+SILENCE = "SERVE_APP_BANNER"
+"""Environment variable: 0 leaves the banner out, for whoever started `serve run` and says it itself."""
+_WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
+
+
+def banner(card: ModelCard, url: str, logs: Path, cache: Path, *, stop: str = "Ctrl-C, or serve shutdown") -> str:
+    """The text, without a trailing newline. `stop`: how to end what was started."""
+    streams = max(1, card.kv_capacity_tokens // card.context_tokens)
+    body = '{"messages": [{"role": "user", "content": "What is a prime number?"}]}'
+    lines = [
+        "",
+        f"serve_app is ready at {url}",
+        "",
+        f"  model    {card.name}, {card.dtype} on {card.device}",
+        f"  memory   {_gb(card.weights_bytes)} of weights and {_gb(card.kv_cache_bytes)} of KV cache in each replica",
+        f"  holds    {streams} stream{'' if streams == 1 else 's'} of {card.context_tokens:,} tokens, or more shorter "
+        f"ones ({card.kv_capacity_tokens:,} tokens; attention: {card.attention_backend})",
+        *(f"  note     {note}" for note in card.notes),
+        f"  logs     {logs}",
+        f"  cache    {cache}",
+        f"  URLs     {url}/stream, and OpenAI's {url}/v1",
+        f"  chat     serve-app chat --url {url}",
+        f"  stop     {stop}",
+        f"  try      curl -N {url}/stream -H 'Content-Type: application/json' -d '{body}'",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"
+
+
+def say(text: str) -> None:
+    """Write to the terminal of `serve run`, also where Serve redirects `print` to its log."""
+    stdout = sys.__stdout__
+    if stdout is not None and os.environ.get(SILENCE) != "0":
+        stdout.write(text + "\n")
+        stdout.flush()
+
+
+def service_url(app_name: str) -> str:
+    """Where this application answers, for a program on the machine of the proxy. Blocks for a round trip.
+
+    Serve has no public call for its own address from inside a replica; its dashboard's REST API needs the dashboard.
+    """
+    details: dict[str, Any] = cast("Any", _get_global_client()).get_serve_details()
+    options = details["http_options"] or {}
+    host = _WILDCARDS.get(options.get("host") or "127.0.0.1", options.get("host") or "127.0.0.1")
+    prefix = (details["applications"][app_name]["route_prefix"] or "/").rstrip("/")
+    scheme = "https" if options.get("ssl_certfile") else "http"
+    return f"{scheme}://{host}:{options.get('port', 8000)}{prefix}"
+
+
+def listens_on() -> str:
+    """The host that Serve's proxies listen on, which a config's `args` do not know. Blocks for a round trip."""
+    host = cast("Any", _get_global_client()).http_config.host
+    return str(host or "127.0.0.1")
+
+
+def log_folder() -> Path:
+    """The folder of this replica's log file, beside those of the others on its machine."""
+    for handler in logging.getLogger("ray.serve").handlers:
+        target = getattr(handler, "target", handler)
+        if isinstance(target, logging.FileHandler):
+            return Path(target.baseFilename).parent
+    return Path("/tmp/ray/session_latest/logs/serve")

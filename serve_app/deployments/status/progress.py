@@ -1,0 +1,158 @@
+"""How far the model is with loading, and the card of the model once it has been: one notice board per application.
+
+A replica writes here from its constructor, when Serve can't reach it yet; every ingress replica reads it. It holds
+what was last said, not who is alive now: `replica_client` joins it with Serve's own replica states.
+
+The board lives in Ray's key-value store (GCS) and not in a named actor: an actor would cost every node-less laptop
+another process (80 to 130 MB resident, a second of start-up), would need an owner that outlives failed constructors
+and redeploys, and would be left behind by `serve shutdown`. The store's functions carry an underscore, but Ray's own
+libraries have depended on them for years; only this module and `suspects` do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+
+from ray import serve
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
+
+from serve_app.config import AppConfig
+from serve_app.core import Fingerprint, LoadStage, ModelCard
+
+logger = logging.getLogger(__name__)
+
+NOTE_PERIOD_S = 0.25
+"""Between two notes of one stage."""
+LOG_PERIOD_S = 5.0
+"""Between two log lines of one stage."""
+REFUSED_FOR_S = 120.0
+"""How long a refusal answers for the next try at most: Serve does not tell deploys from a program apart."""
+_NAMESPACE = "serve_app"
+
+
+class ProgressBoard:
+    """Two notes, the latest stage and the latest card. Each call is one short blocking round trip to the GCS, or few.
+
+    The notes of another configuration of the same application are never seen: the key holds a digest of it. That there
+    is one can be asked.
+    """
+
+    def __init__(self, app_name: str, config: AppConfig) -> None:
+        digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:16]
+        self._app_name = app_name
+        self._digest = digest.encode()
+        self._served_key = f"{app_name}/served"
+        self._stage_key = f"{app_name}/{digest}/stage"
+        self._card_key = f"{app_name}/{digest}/card"
+        self._refused_key = f"{app_name}/{digest}/refused"
+        self._commit_key = f"{app_name}/{digest}/commit"
+
+    def report(self, stage: LoadStage) -> None:
+        """Note how far a replica is, or why it failed for good."""
+        _internal_kv_put(self._stage_key, json.dumps(asdict(stage)), namespace=_NAMESPACE)
+
+    def publish(self, card: ModelCard) -> None:
+        """Note that a replica has loaded this model; takes the note of its stages away."""
+        _internal_kv_put(self._card_key, json.dumps(asdict(card)), namespace=_NAMESPACE)
+        _internal_kv_put(self._served_key, self._digest, namespace=_NAMESPACE)
+        _internal_kv_del(self._stage_key, namespace=_NAMESPACE)
+
+    def refuse(self, error: str, deployed_at: float | None) -> None:
+        """Note that this model can't be served, and why: found out, not suffered, so that it would be found again.
+
+        `deployed_at`: as it was when the model was looked at.
+        """
+        self.report(LoadStage("failed", error=error))
+        note = json.dumps({"error": error, "deployed": deployed_at, "at": time.time()})
+        _internal_kv_put(self._refused_key, note, namespace=_NAMESPACE)
+
+    def refusal(self) -> str | None:
+        """Why a replica of this very deploy has refused a model that was never served; None when none has.
+
+        Serve starts a replica several times before it gives up, and has no way to be told that a model file that is
+        not there will not be there in a second. Who deploys again has mended it.
+        """
+        note = _internal_kv_get(self._refused_key, namespace=_NAMESPACE)
+        if not note or self.card() is not None:
+            return None
+        refused = json.loads(note)
+        deployed = refused.get("deployed")
+        if deployed is None or time.time() - refused.get("at", 0.0) > REFUSED_FOR_S:
+            return None
+        return str(refused["error"]) if deployed == self.deployed_at() else None
+
+    def settle_commit(self, name: str, found: str, serves: Callable[[], bool]) -> str:
+        """The commit that all processes of this deploy take for `name`: the one already settled, else `found`.
+
+        `serves` says whether the model answers now: of a model that is deployed again while it serves, what starts
+        later goes on with the commit that serves. Else a new deploy settles it anew; of several processes that do at
+        once, the first one's holds.
+        """
+        latest_key = f"{self._commit_key}/{name}"
+        deployed = self.deployed_at()
+        note = _internal_kv_get(latest_key, namespace=_NAMESPACE)
+        latest = json.loads(note) if note else None
+        if latest and (deployed in (None, latest["deployed"]) or (not self.is_update() and serves())):
+            return str(latest["commit"])
+        first_key = f"{latest_key}/{deployed}"
+        _internal_kv_put(first_key, found, overwrite=False, namespace=_NAMESPACE)
+        commit = (_internal_kv_get(first_key, namespace=_NAMESPACE) or found.encode()).decode()
+        _internal_kv_put(latest_key, json.dumps({"commit": commit, "deployed": deployed}), namespace=_NAMESPACE)
+        if latest:
+            _internal_kv_del(f"{latest_key}/{latest['deployed']}", namespace=_NAMESPACE)
+        return commit
+
+    def deployed_at(self) -> float | None:
+        """When the application was last deployed, as Serve tells deploys apart; None when that can't be found out."""
+        try:
+            application = serve.status().applications[self._app_name]
+        except Exception:  # the controller is away: each try then finds out for itself
+            logger.exception("when %s was deployed could not be found out", self._app_name)
+            return None
+        return application.last_deployed_time_s
+
+    def is_update(self) -> bool:
+        """Whether the application was last served with another configuration, which this one is to replace."""
+        served = _internal_kv_get(self._served_key, namespace=_NAMESPACE)
+        return served is not None and served != self._digest
+
+    def stage(self) -> LoadStage | None:
+        """The latest stage of a replica that has not finished loading; None when none has said anything since."""
+        note = _internal_kv_get(self._stage_key, namespace=_NAMESPACE)
+        return LoadStage(**json.loads(note)) if note else None
+
+    def card(self) -> ModelCard | None:
+        """The card of the model as last loaded; None before the first replica has."""
+        note = _internal_kv_get(self._card_key, namespace=_NAMESPACE)
+        if not note:
+            return None
+        fields = json.loads(note)
+        fields["fingerprint"] = Fingerprint(fields["fingerprint"])
+        fields["notes"] = tuple(fields["notes"])
+        return ModelCard(**fields)
+
+
+class Reporter:
+    """Passes stages on to `note` and to the log, neither more often than anyone reads them. Called from one thread."""
+
+    def __init__(self, note: Callable[[LoadStage], None]) -> None:
+        self._note = note
+        self._stage = ""
+        self._noted_at = self._logged_at = float("-inf")
+
+    def __call__(self, stage: LoadStage) -> None:
+        """Report `stage`: at once when it is a new one, else now and then."""
+        now = time.monotonic()
+        new = stage.stage != self._stage
+        if new or now - self._noted_at >= NOTE_PERIOD_S:
+            self._note(stage)
+            self._noted_at = now
+        if new or now - self._logged_at >= LOG_PERIOD_S:
+            logger.info("%s%s", stage.stage, "" if stage.fraction is None else f", {stage.fraction:.0%}")
+            self._logged_at = now
+        self._stage = stage.stage

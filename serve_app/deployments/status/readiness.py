@@ -1,0 +1,119 @@
+"""Can the model serve now, and if not, why: one answer from the progress board and Serve's own replica states.
+
+Never waits for a replica: a call to a deployment without one would wait for ever. Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from ray import serve
+from ray.serve.schema import DeploymentStatusOverview
+
+from serve_app.core import LoadStage, ModelCard
+from serve_app.deployments.dispatch.directory import replica_table
+from serve_app.deployments.status.progress import ProgressBoard
+
+READY_FOR_S = 2.0
+"""Age at which an answer "ready" is refreshed, beside the request that asked. `serve.status()` costs about 18 ms of CPU
+on the 2-core machine, taken from the prefill of that request: so not per request."""
+READY_AT_MOST_S = 8.0
+"""Age at which an answer "ready" is no longer given: the caller waits for a new one. Most probes come less often."""
+KNOWN_FOR_S = 60.0
+"""The same, for both, while the router of this process knows replicas with the weights of the answer."""
+LOADING_FOR_S = 0.5
+"""Age of an answer "loading" that is still given: people watch it."""
+_ANSWERING = ("RUNNING", "PENDING_MIGRATION")
+"""States of replicas that take requests; in the second one on a node that is being drained, until another is up."""
+_NO_PLACE = "to be scheduled"
+_FAILED_ONCE = "failed to start"
+"""What Serve's messages hold while no node has room for a replica, and after a try that failed."""
+
+
+def judge(
+    deployment: DeploymentStatusOverview | None, card: ModelCard | None, stage: LoadStage | None, *, may_sleep: bool
+) -> ModelCard | LoadStage:
+    """What to tell a client, from what Serve says of the model server, its latest card and its latest stage.
+
+    `may_sleep`: the deployment may scale to no replica, so that having none is fine once the model has been loaded.
+    """
+    if card is not None and answers(deployment):
+        return card
+    # A replica that died, in an update too, is replaced: that is what Serve then calls failed, or unhealthy.
+    died = deployment is not None and deployment.status_trigger == "HEALTH_CHECK_FAILED"
+    if deployment is not None and deployment.status == "DEPLOY_FAILED" and not died:
+        return LoadStage("failed", error=stage.error if stage and stage.error else _last_line(deployment.message))
+    if card is not None and may_sleep:
+        return card  # also while one wakes: the requests that woke it wait for it
+    if stage is not None:
+        return stage
+    otherwise = "starting a model replica" if card is None else "waiting for a model replica that takes requests"
+    return LoadStage(_stage_by_serve(deployment.message if deployment is not None and not died else "") or otherwise)
+
+
+def _stage_by_serve(message: str) -> str | None:
+    """What Serve knows of a replica that has said nothing itself yet, or nothing since it loaded the model.
+
+    Serve's messages are remarks for operators, most of them no stage: of a replica that takes its time, or of the last
+    change of their number. Two of them say what the start waits for.
+    """
+    if _FAILED_ONCE in message:
+        return f"starting a model replica again ({_last_line(message)})"
+    if _NO_PLACE in message:
+        return f"waiting for a place in the cluster ({_last_line(message)})"
+    return None
+
+
+def answers(deployment: DeploymentStatusOverview | None) -> bool:
+    """Whether any replica of this deployment takes requests."""
+    states = deployment.replica_states.items() if deployment is not None else ()
+    return any(state in _ANSWERING and count > 0 for state, count in states)
+
+
+def _last_line(message: str) -> str:
+    """The last line of Serve's message: of a traceback the exception, of a sentence the sentence."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return lines[-1] if lines else "the model replica failed to start; its log says why"
+
+
+class Readiness:
+    """The current answer for one model server, asked for when needed and kept for a moment."""
+
+    def __init__(self, board: ProgressBoard, app_name: str, deployment_name: str, *, may_sleep: bool) -> None:
+        self._board = board
+        self._app_name = app_name
+        self._deployment_name = deployment_name
+        self._may_sleep = may_sleep
+        self._answer: ModelCard | LoadStage = LoadStage("starting")
+        self._table = replica_table(app_name, deployment_name)
+        self._asked_at = float("-inf")
+        self._asking: asyncio.Task[ModelCard | LoadStage] | None = None
+
+    async def model(self) -> ModelCard | LoadStage:
+        """The card of a model that can serve, or how far it is. Takes milliseconds, whatever the replicas do."""
+        age_s = time.monotonic() - self._asked_at
+        ready = isinstance(self._answer, ModelCard)
+        known = isinstance(self._answer, ModelCard) and self._answer.fingerprint in self._table.live.values()
+        if age_s < (KNOWN_FOR_S if known else READY_FOR_S if ready else LOADING_FOR_S):
+            return self._answer
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._ask())
+        if ready and age_s < READY_AT_MOST_S:
+            return self._answer
+        # Shielded: others may wait for the same question when this caller goes.
+        return await asyncio.shield(self._asking)
+
+    def doubt(self) -> None:
+        """A replica was lost: ask again at the next occasion."""
+        self._asked_at = float("-inf")
+
+    async def _ask(self) -> ModelCard | LoadStage:
+        self._answer = await asyncio.to_thread(self._look)
+        self._asked_at = time.monotonic()
+        return self._answer
+
+    def _look(self) -> ModelCard | LoadStage:
+        application = serve.status().applications.get(self._app_name)
+        deployment = application.deployments.get(self._deployment_name) if application else None
+        return judge(deployment, self._board.card(), self._board.stage(), may_sleep=self._may_sleep)

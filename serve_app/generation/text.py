@@ -1,0 +1,142 @@
+"""One choice on its way from ids to text: detokenised, cut at stop strings, counted.
+
+Promises that the pieces of text concatenated are the answer, that logprobs tell nothing that the text doesn't, and that
+a batch costs no more than its tokens. Pure: no I/O, no wire format.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from serve_app.chat.detokenizer import Detokenizer
+from serve_app.chat.stop_strings import StopStrings
+from serve_app.core import FinishReason, TokenBatch, TokenLogprobs
+
+
+class ToldToken(NamedTuple):
+    """A token of the answer with its logprobs."""
+
+    token_id: int
+    offset: int
+    """Characters of the answer before its text."""
+    logprobs: TokenLogprobs
+
+
+class Delta(NamedTuple):
+    """What a choice has gained. The first of a stream may be empty: the request was accepted."""
+
+    choice: int
+    token_ids: tuple[int, ...]
+    texts: tuple[str, ...]
+    """The text that each token made certain, often "" (an incomplete character, a stop string that may be coming, EOS).
+    One entry more than tokens when text became certain without one."""
+    logprobs: tuple[ToldToken, ...] | None
+    """Of the tokens all of whose text is out now and was not before; None when none were asked for. So they may come
+    later than their tokens' ids, and never when a stop string has cut something of the text."""
+    finish_reason: FinishReason | None
+
+
+class _HeldLogprobs:
+    """Logprobs of tokens whose text is not out yet: it may be the beginning of a stop string."""
+
+    def __init__(self) -> None:
+        self._made_chars = self._out_chars = 0
+        self._unfinished: list[ToldToken] = []
+        """Tokens without text of their own so far: parts of a character, or special tokens. They go with the next."""
+        self._held: deque[tuple[int, ToldToken]] = deque()
+        """(characters of text that must be out before it may be told, what to tell)."""
+
+    def add(self, token_id: int, logprobs: TokenLogprobs) -> None:
+        """A token has come; its text, if it has some by itself, is about to be `made`."""
+        self._unfinished.append(ToldToken(token_id, self._made_chars, logprobs))
+
+    def made(self, text: str, *, last: bool = False) -> None:
+        """So much text has become certain; `last`: none will follow."""
+        self._made_chars += len(text)
+        if text or last:
+            self._held.extend((self._made_chars, token) for token in self._unfinished)
+            self._unfinished.clear()
+
+    def out(self, text: str) -> None:
+        """So much of it is shown."""
+        self._out_chars += len(text)
+
+    def take(self) -> tuple[ToldToken, ...]:
+        """What may be told now."""
+        told: list[ToldToken] = []
+        while self._held and self._held[0][0] <= self._out_chars:
+            told.append(self._held.popleft()[1])
+        return tuple(told)
+
+
+class ChoiceText:
+    """The state of one choice's text."""
+
+    def __init__(
+        self,
+        choice: int,
+        detokenizer: Detokenizer,
+        stops: Sequence[str],
+        stop_token_ids: frozenset[int],
+        min_tokens: int = 0,
+    ) -> None:
+        """`stop_token_ids` are counted and have neither text nor logprobs.
+
+        A stop string counts only when a token after the first `min_tokens` completes it, as stop ids do.
+        Raises `PromptError` for a stop string that can't be used.
+        """
+        self._choice = choice
+        self._detokenizer = detokenizer
+        self._stops = StopStrings(stops)
+        self._stop_token_ids = stop_token_ids
+        self._min_tokens = min_tokens
+        self._logprobs = _HeldLogprobs()
+        self.tokens = 0
+        """Counted for the caller: all up to the end, EOS included."""
+
+    def push(self, batch: TokenBatch) -> Delta:
+        """The text of `batch`. With a `finish_reason` in the result the choice has ended: push no more.
+
+        A stop string ends it before the model does; what the batch holds beyond is dropped.
+        """
+        texts: list[str] = []
+        for index, token_id in enumerate(batch.token_ids):
+            text = ""
+            if token_id not in self._stop_token_ids:
+                text = self._detokenizer.push(token_id)
+                if batch.logprobs is not None:
+                    self._logprobs.add(token_id, batch.logprobs[index])
+            text, stopped = self._show(text, self.tokens + index + 1)
+            texts.append(text)
+            if stopped:
+                return self._delta(batch, texts, FinishReason.STOP)
+        if batch.finish_reason is None:
+            return self._delta(batch, texts, None)
+        return self._finish(batch, texts, batch.finish_reason)
+
+    def _show(self, text: str, tokens: int, *, last: bool = False) -> tuple[str, bool]:
+        """What of the text that is certain after `tokens` can be shown, and whether a stop string ends it."""
+        self._logprobs.made(text, last=last)
+        shown, stopped = self._stops.push(text, may_stop=tokens > self._min_tokens)
+        if last and not stopped:
+            shown += self._stops.flush()
+        self._logprobs.out(shown)
+        return shown, stopped
+
+    def _finish(self, batch: TokenBatch, texts: list[str], reason: FinishReason) -> Delta:
+        text, stopped = self._show(self._detokenizer.flush(), self.tokens + len(texts), last=True)
+        if texts:
+            texts[-1] += text
+        elif text:
+            texts.append(text)
+        return self._delta(batch, texts, FinishReason.STOP if stopped else reason)
+
+    def _delta(self, batch: TokenBatch, texts: list[str], reason: FinishReason | None) -> Delta:
+        token_ids = batch.token_ids[: len(texts)]
+        self.tokens += len(token_ids)
+        told = self._logprobs.take()
+        return Delta(
+            self._choice, token_ids, tuple(texts), None if batch.logprobs is None and not told else told, reason
+        )

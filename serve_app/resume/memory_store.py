@@ -1,0 +1,209 @@
+"""Journals in the memory of one process: the rules of a `JournalStore`, over a clock that is given.
+
+Promises bounds on number and bytes, that a journal in use is never dropped for another, and that what nobody owns
+expires. Pure but for `MemoryJournalStore`, which waits for news.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from serve_app.resume.journal_store import Append, Held, Hold, JournalLimits, JournalView, Then
+
+
+@dataclass(slots=True)
+class _Journal:
+    owner: str | None
+    document: bytes
+    created: float
+    leased_until: float
+    touched: float
+    records: list[bytes] = field(default_factory=list)
+    size_bytes: int = 0
+    finished: bool = False
+    read_at: float | None = None
+
+
+class MemoryJournals:
+    """All journals of one store, in the order in which they were last touched."""
+
+    def __init__(self, limits: JournalLimits, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limits = limits
+        self._clock = clock
+        self._journals: OrderedDict[str, _Journal] = OrderedDict()
+        self.size_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._journals)
+
+    def create(self, stream_id: str, owner: str, document: bytes) -> Hold:
+        """See `JournalStore.create`."""
+        now = self._clock()
+        self._expire(now)
+        there = self._journals.get(stream_id)
+        if there is not None:
+            if there.owner != owner:
+                return Hold.LOST
+            self._drop(stream_id)
+        if not self._make_room(len(document), 1, now):
+            return Hold.FULL
+        journal = _Journal(owner, document, now, now + self.limits.lease_s, now, size_bytes=len(document))
+        self._journals[stream_id] = journal
+        self.size_bytes += len(document)
+        return Hold.HELD
+
+    def append(self, append: Append) -> Held:
+        """One of `JournalStore.append`."""
+        now = self._clock()
+        self._expire(now)
+        journal = self._journals.get(append.stream_id)
+        if journal is not None and journal.owner != append.owner:
+            return Held(Hold.LOST)
+        if journal is None or append.position > len(journal.records):
+            self._drop(append.stream_id)
+            return Held(Hold.GONE)
+        if append.then is Then.DROP:
+            self._drop(append.stream_id)
+            return Held(Hold.HELD)
+        self._touch(append.stream_id, journal, now)
+        journal.leased_until = now + self.limits.lease_s
+        new = append.records[len(journal.records) - append.position :]
+        size = sum(map(len, new))
+        if not self._make_room(size, 0, now):
+            self._drop(append.stream_id)
+            return Held(Hold.FULL)
+        journal.records.extend(new)
+        journal.size_bytes += size
+        self.size_bytes += size
+        if append.then is not Then.HOLD:
+            journal.leased_until = now
+            journal.finished = journal.finished or append.then is Then.FINISH
+        return Held(Hold.HELD, None if journal.read_at is None else now - journal.read_at)
+
+    def read(self, stream_id: str, position: int) -> JournalView | None:
+        """See `JournalStore.read`; does not wait."""
+        now = self._clock()
+        self._expire(now)
+        journal = self._journals.get(stream_id)
+        if journal is None:
+            return None
+        self._touch(stream_id, journal, now)
+        journal.read_at = now
+        return JournalView(
+            document=journal.document if position == 0 else b"",
+            records=tuple(journal.records[position:]),
+            finished=journal.finished,
+            leased=now < journal.leased_until,
+            age_s=now - journal.created,
+        )
+
+    def acquire(self, stream_id: str, owner: str) -> bool:
+        """See `JournalStore.acquire`."""
+        now = self._clock()
+        journal = self._journals.get(stream_id)
+        if journal is None or journal.finished or now < journal.leased_until:
+            return False
+        self._touch(stream_id, journal, now)
+        journal.owner = owner
+        journal.leased_until = now + self.limits.lease_s
+        return True
+
+    def lease_left_s(self, stream_id: str) -> float:
+        """Until another may take the journal; 0 when it may now."""
+        journal = self._journals.get(stream_id)
+        return 0.0 if journal is None else max(0.0, journal.leased_until - self._clock())
+
+    def expire(self) -> None:
+        """Forget what has expired; every other call does it too."""
+        self._expire(self._clock())
+
+    def _expire(self, now: float) -> None:
+        while self._journals:
+            stream_id, oldest = next(iter(self._journals.items()))
+            if now < oldest.touched + self.limits.expiry_s:
+                return
+            self._drop(stream_id)
+
+    def _make_room(self, size_bytes: int, journals: int, now: float) -> bool:
+        """Drop journals that nobody owns, those longest untouched first, until that much more fits."""
+
+        def fits() -> bool:
+            return (
+                self.size_bytes + size_bytes <= self.limits.max_bytes
+                and len(self._journals) + journals <= self.limits.max_journals
+            )
+
+        if fits():
+            return True
+        for stream_id in [key for key, journal in self._journals.items() if journal.leased_until <= now]:
+            self._drop(stream_id)
+            if fits():
+                return True
+        return False
+
+    def _touch(self, stream_id: str, journal: _Journal, now: float) -> None:
+        journal.touched = now
+        self._journals.move_to_end(stream_id)
+
+    def _drop(self, stream_id: str) -> None:
+        journal = self._journals.pop(stream_id, None)
+        if journal is not None:
+            self.size_bytes -= journal.size_bytes
+
+
+class MemoryJournalStore:
+    """A `JournalStore` over `MemoryJournals`, for the callers of one event loop."""
+
+    def __init__(self, limits: JournalLimits) -> None:
+        self.journals = MemoryJournals(limits)
+        self._news: dict[str, asyncio.Event] = {}
+        """Of journals that somebody waits for."""
+
+    async def create(self, stream_id: str, owner: str, document: bytes) -> Hold:
+        """See `JournalStore`."""
+        return self.journals.create(stream_id, owner, document)
+
+    async def append(self, appends: Sequence[Append]) -> list[Held]:
+        """See `JournalStore`."""
+        answers = [self.journals.append(append) for append in appends]
+        for append in appends:
+            if append.records or append.then is not Then.HOLD:
+                self._tell(append.stream_id)
+        return answers
+
+    async def read(self, stream_id: str, position: int, wait_s: float = 0.0) -> JournalView | None:
+        """See `JournalStore`."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + wait_s
+        while True:
+            view = self.journals.read(stream_id, position)
+            left_s = min(deadline - loop.time(), self.journals.lease_left_s(stream_id))
+            if view is None or view.records or view.finished or left_s <= 0:
+                return view
+            news = self._news.setdefault(stream_id, asyncio.Event())
+            try:
+                async with asyncio.timeout(left_s):
+                    await news.wait()
+            except TimeoutError:
+                self._tell(stream_id)  # or the event of a journal that nobody waits for stays here
+
+    async def acquire(self, stream_id: str, owner: str) -> bool:
+        """See `JournalStore`."""
+        return self.journals.acquire(stream_id, owner)
+
+    async def size(self) -> tuple[int, int]:
+        """See `JournalStore`."""
+        self.journals.expire()
+        return len(self.journals), self.journals.size_bytes
+
+    async def aclose(self) -> None:
+        """Nothing to let go of."""
+
+    def _tell(self, stream_id: str) -> None:
+        news = self._news.pop(stream_id, None)
+        if news is not None:
+            news.set()

@@ -1,0 +1,266 @@
+"""The journals of resumable streams in Redis, for services whose streams outlive a Ray cluster.
+
+Promises the rules of `memory_journals`, each call one atomic script, by Redis's clock. What goes wrong reaches callers
+as `StoreUnavailable`, without the stream's id.
+
+On a Redis Cluster all keys are on one node: they have one hash tag, since the limits count all journals, and whoever
+needs room takes it from any other, in one atomic step. A script declares the keys of its journals and of the counters;
+those of journals that it drops are in the same slot. Which kind of Redis it is, is asked before the first call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from hashlib import sha1
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.asyncio.cluster import RedisCluster
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import NoPermissionError, NoScriptError, RedisClusterException, RedisError
+
+from serve_app.resume.journal_store import Append, Held, Hold, JournalLimits, JournalView, StoreUnavailable
+from serve_app.resume.stream_id import loggable
+
+TIMEOUT_S = 5.0
+POLL_S = 0.1
+"""Between two looks of a reader that waits: as often as owners write."""
+
+_PREFIX = "{serve_app}:"
+"""Of all keys. The braces are the hash tag: a cluster keeps all of them in one slot."""
+_COMMON = tuple(_PREFIX + name for name in ("journals", "sizes", "bytes"))
+
+_PRELUDE = """
+-- KEYS: what all journals share, then the two keys of each journal that the script is called for.
+-- ARGV: 1 max journals, 2 max bytes, 3 expiry, 4 lease (ms), 5 stream id, then the script's own.
+-- For each journal: a hash (owner, document, created, lease, read, finished) and a list of records. For all: a sorted
+-- set of ids by when they were last touched, a hash of their sizes and the sum of the sizes.
+local P = '{serve_app}:'
+local ALL, SIZES, TOTAL = KEYS[1], KEYS[2], KEYS[3]
+local max_journals, max_bytes = tonumber(ARGV[1]), tonumber(ARGV[2])
+local expiry, lease, id = tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
+local t = redis.call('TIME')
+local now = t[1] * 1000 + math.floor(t[2] / 1000)
+local function head(i) return P .. 'journal:' .. i end
+local function log(i) return P .. 'records:' .. i end
+local function field(i, name) return redis.call('HGET', head(i), name) end
+local function leased(i) return now < tonumber(field(i, 'lease') or 0) end
+local function drop(i)
+  redis.call('DECRBY', TOTAL, redis.call('HGET', SIZES, i) or 0)
+  redis.call('HDEL', SIZES, i)
+  redis.call('ZREM', ALL, i)
+  redis.call('DEL', head(i), log(i))
+end
+local function touch(i)
+  redis.call('ZADD', ALL, now, i)
+  for _, key in ipairs({ALL, SIZES, TOTAL, head(i), log(i)}) do redis.call('PEXPIRE', key, 2 * expiry) end
+end
+local function grow(i, size)
+  redis.call('HINCRBY', SIZES, i, size)
+  redis.call('INCRBY', TOTAL, size)
+end
+local function make_room(size, journals)
+  local function fits()
+    return tonumber(redis.call('GET', TOTAL) or 0) + size <= max_bytes
+      and redis.call('ZCARD', ALL) + journals <= max_journals
+  end
+  if fits() then return true end
+  for _, other in ipairs(redis.call('ZRANGE', ALL, 0, -1)) do
+    if not leased(other) then
+      drop(other)
+      if fits() then return true end
+    end
+  end
+  return false
+end
+for _, old in ipairs(redis.call('ZRANGEBYSCORE', ALL, '-inf', now - expiry)) do drop(old) end
+"""
+
+_CREATE = """
+-- 6 owner, 7 document
+local owner = field(id, 'owner')
+if owner and owner ~= ARGV[6] then return 'lost' end
+if owner then drop(id) end
+if not make_room(#ARGV[7], 1) then return 'full' end
+redis.call('HSET', head(id), 'owner', ARGV[6], 'document', ARGV[7], 'created', now, 'lease', now + lease)
+grow(id, #ARGV[7])
+touch(id)
+return 'held'
+"""
+
+_APPEND = """
+-- From 5 on, for each journal: id, owner, position, then, number of records, records.
+-- Returns for each the hold, and ms since the journal was read or -1
+local function append(id, by, position, after, first, last)
+  local owner = field(id, 'owner')
+  if owner and owner ~= by then return {'lost', -1} end
+  local count = redis.call('LLEN', log(id))
+  if not owner or position > count then
+    drop(id)
+    return {'gone', -1}
+  end
+  if after == 'drop' then
+    drop(id)
+    return {'held', -1}
+  end
+  redis.call('HSET', head(id), 'lease', now + lease)
+  local size = 0
+  for n = first + count - position, last do size = size + #ARGV[n] end
+  if not make_room(size, 0) then
+    drop(id)
+    return {'full', -1}
+  end
+  for n = first + count - position, last do redis.call('RPUSH', log(id), ARGV[n]) end
+  grow(id, size)
+  touch(id)
+  if after ~= 'hold' then redis.call('HSET', head(id), 'lease', now) end
+  if after == 'finish' then redis.call('HSET', head(id), 'finished', 1) end
+  local read = field(id, 'read')
+  return {'held', read and now - tonumber(read) or -1}
+end
+local answers, n = {}, 5
+while n <= #ARGV do
+  local records = tonumber(ARGV[n + 4])
+  table.insert(answers, append(ARGV[n], ARGV[n + 1], tonumber(ARGV[n + 2]), ARGV[n + 3], n + 5, n + 4 + records))
+  n = n + 5 + records
+end
+return answers
+"""
+
+_READ = """
+-- 6 position. Returns document, finished, leased, age in ms, records
+local owner = field(id, 'owner')
+if not owner then return false end
+redis.call('HSET', head(id), 'read', now)
+touch(id)
+local position = tonumber(ARGV[6])
+local document = position == 0 and field(id, 'document') or ''
+local finished = field(id, 'finished') and 1 or 0
+local records = redis.call('LRANGE', log(id), position, -1)
+return {document, finished, leased(id) and 1 or 0, now - tonumber(field(id, 'created')), records}
+"""
+
+_ACQUIRE = """
+-- 6 owner
+if not field(id, 'owner') or field(id, 'finished') or leased(id) then return 0 end
+redis.call('HSET', head(id), 'owner', ARGV[6], 'lease', now + lease)
+touch(id)
+return 1
+"""
+
+_SIZE = """
+return {redis.call('ZCARD', ALL), tonumber(redis.call('GET', TOTAL) or 0)}
+"""
+
+
+class RedisJournalStore:
+    """A `resume.journal_store.JournalStore` over one Redis database, or over a Redis Cluster."""
+
+    def __init__(self, url: str, limits: JournalLimits) -> None:
+        """`url`: `redis://`, `rediss://` or `unix://`. Connects when first used. Raises ValueError for another."""
+        self._url = url
+        self._options: dict[str, Any] = {
+            "socket_timeout": TIMEOUT_S,
+            "socket_connect_timeout": TIMEOUT_S,
+            # A connection that Redis has closed since is found out only by using it; each script may be repeated.
+            "retry": Retry(ExponentialBackoff(cap=0.2, base=0.02), retries=2),
+        }
+        self._single: Redis = Redis.from_url(url, **self._options)
+        self._redis: Redis | RedisCluster | None = None
+        """The client of what answers; None until it is known whether that is a cluster."""
+        self._limits = [
+            limits.max_journals,
+            limits.max_bytes,
+            int(limits.expiry_s * 1000),
+            int(limits.lease_s * 1000),
+        ]
+
+    async def create(self, stream_id: str, owner: str, document: bytes) -> Hold:
+        """See `JournalStore`."""
+        answer: bytes = await self._run(_CREATE, [stream_id], [stream_id, owner, document])
+        return Hold(answer.decode())
+
+    async def append(self, appends: Sequence[Append]) -> list[Held]:
+        """See `JournalStore`. One round trip."""
+        if not appends:
+            return []
+        arguments: list[Any] = []
+        for append in appends:
+            arguments += [append.stream_id, append.owner, append.position, str(append.then), len(append.records)]
+            arguments += append.records
+        stream_ids = [append.stream_id for append in appends]
+        answers: list[tuple[bytes, int]] = await self._run(_APPEND, stream_ids, arguments)
+        return [Held(Hold(hold.decode()), None if read_ms < 0 else read_ms / 1000) for hold, read_ms in answers]
+
+    async def read(self, stream_id: str, position: int, wait_s: float = 0.0) -> JournalView | None:
+        """See `JournalStore`. Waiting is asking again."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + wait_s
+        while True:
+            view = await self._look(stream_id, position)
+            left_s = deadline - loop.time()
+            if view is None or view.records or view.finished or not view.leased or left_s <= 0:
+                return view
+            await asyncio.sleep(min(POLL_S, left_s))
+
+    async def acquire(self, stream_id: str, owner: str) -> bool:
+        """See `JournalStore`."""
+        return bool(await self._run(_ACQUIRE, [stream_id], [stream_id, owner]))
+
+    async def size(self) -> tuple[int, int]:
+        """See `JournalStore`."""
+        journals, size_bytes = await self._run(_SIZE, [], [""])
+        return journals, size_bytes
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._single.aclose()
+        if isinstance(self._redis, RedisCluster):
+            await self._redis.aclose()
+
+    async def _look(self, stream_id: str, position: int) -> JournalView | None:
+        answer = await self._run(_READ, [stream_id], [stream_id, position])
+        if answer is None:
+            return None
+        document, finished, leased, age_ms, records = answer
+        return JournalView(document, tuple(records), bool(finished), bool(leased), age_ms / 1000)
+
+    async def _run(self, script: str, stream_ids: Sequence[str], arguments: Sequence[Any]) -> Any:
+        """What the script answers. Raises `StoreUnavailable`."""
+        script = _PRELUDE + script
+        keys = [*_COMMON, *(f"{_PREFIX}{kind}:{id_}" for id_ in stream_ids for kind in ("journal", "records"))]
+        given = (len(keys), *keys, *self._limits, *arguments)
+        try:
+            redis: Any = await self._client()
+            try:
+                return await redis.evalsha(sha1(script.encode(), usedforsecurity=False).hexdigest(), *given)
+            except NoScriptError:
+                return await redis.eval(script, *given)
+        except (RedisError, RedisClusterException, OSError, TimeoutError) as error:
+            raise _unavailable(error, stream_ids) from None  # its traceback would show what was sent
+
+    async def _client(self) -> Redis | RedisCluster:
+        """A cluster's nodes answer only for their own keys, and name the others: that takes another client."""
+        if self._redis is None:
+            is_cluster = await _is_cluster(self._single)
+            if self._redis is None:  # nobody has found it out meanwhile
+                self._redis = RedisCluster.from_url(self._url, **self._options) if is_cluster else self._single
+        return self._redis
+
+
+async def _is_cluster(redis: Redis) -> bool:
+    try:
+        info = await redis.info("cluster")
+    except NoPermissionError:  # a user that may not ask; a cluster's would need it
+        return False
+    return bool(info.get("cluster_enabled"))  # servers that speak Redis's protocol and know no cluster may not say
+
+
+def _unavailable(error: Exception, stream_ids: Sequence[str]) -> StoreUnavailable:
+    """Errors of Redis may quote the command that failed."""
+    said = str(error) or type(error).__name__
+    for stream_id in stream_ids:
+        said = said.replace(stream_id, loggable(stream_id))
+    return StoreUnavailable(f"Redis: {said}")

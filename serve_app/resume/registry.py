@@ -1,0 +1,100 @@
+"""All resumable streams of one ingress: begins new ones, finds those that began here or elsewhere.
+
+Promises one object for each stream, however many readers it has. Knows no text and no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from weakref import WeakValueDictionary
+
+from serve_app.generation.attempts import FailoverSettings
+from serve_app.generation.replica import ReplicaClient
+from serve_app.resume.event_log import EventMemory
+from serve_app.resume.journal_store import JournalStore
+from serve_app.resume.records import RecordError, StreamDocument, read_document
+from serve_app.resume.stream import Home, ResumableStream, ResumeSettings, StreamGone
+from serve_app.resume.stream_id import loggable, new_stream_id
+from serve_app.resume.transcript import Transcript
+from serve_app.resume.writer import JournalWriter
+
+logger = logging.getLogger(__name__)
+
+
+class ResumableStreams:
+    """All resumable streams of one process, used from its event loop."""
+
+    def __init__(
+        self,
+        client: ReplicaClient,
+        store: JournalStore,
+        settings: ResumeSettings | None = None,
+        failover: FailoverSettings | None = None,
+    ) -> None:
+        settings = settings or ResumeSettings()
+        writer = JournalWriter(store, settings.lease_s, settings.tick_s)
+        memory = EventMemory(settings.max_event_bytes, settings.max_stream_event_bytes)
+        self._home = Home(client, failover or FailoverSettings(), store, writer, settings, memory)
+        self._finished: WeakValueDictionary[str, ResumableStream] = WeakValueDictionary()
+        """Found in the store with all their events, as long as somebody reads them."""
+
+    @staticmethod
+    def new_id() -> str:
+        """See `stream_id`."""
+        return new_stream_id()
+
+    def _here(self, stream_id: str) -> ResumableStream | None:
+        """The object that this process has for the stream, if all events are there or are still got."""
+        stream = self._home.streams.get(stream_id) or self._finished.get(stream_id)
+        return stream if stream is not None and stream.lives else None
+
+    @property
+    def event_bytes(self) -> int:
+        """Of the events that are kept here."""
+        return self._home.memory.kept_bytes
+
+    def __len__(self) -> int:
+        """Streams that are generated or followed here."""
+        return len(self._home.streams)
+
+    async def journals(self) -> tuple[int, int]:
+        """(journals, their bytes) of all processes that share the store. Raises `StoreUnavailable`."""
+        return await self._home.store.size()
+
+    def new(self, stream_id: str, document: StreamDocument, transcript: Transcript) -> ResumableStream:
+        """A new stream; its `begin` starts it."""
+        return ResumableStream(stream_id, document, transcript, self._home)
+
+    async def find(self, stream_id: str, make: Callable[[StreamDocument], Transcript]) -> ResumableStream:
+        """The stream, whoever owns it. `make` gives an empty transcript for a document, or raises.
+
+        The caller enters its `attended` before it awaits anything: a stream that is followed for nobody ends.
+        Raises `StreamGone` and `StoreUnavailable`, neither before it has lasted for a moment.
+        """
+        while (there := self._here(stream_id)) is None and (ending := self._home.streams.get(stream_id)) is not None:
+            await ending.closed()
+        if there is not None:
+            return there
+        view = await self._home.look(stream_id, 0)
+        if (there := self._here(stream_id)) is not None:  # another request for it came first
+            return there
+        try:
+            document = read_document(view.document)
+        except RecordError as error:
+            logger.error("the journal of stream %s can't be read", loggable(stream_id), exc_info=error)
+            raise StreamGone from error
+        stream = ResumableStream(stream_id, document, make(document), self._home)
+        await stream.catch_up(view)
+        if (there := self._here(stream_id)) is not None:
+            return there
+        stream.follow()
+        if stream.finished:
+            self._finished[stream_id] = stream
+        return stream
+
+    async def aclose(self) -> None:
+        """Stop all, so that other ingresses take them over at once."""
+        await asyncio.gather(*(stream.aclose() for stream in list(self._home.streams.values())))
+        await self._home.store.aclose()

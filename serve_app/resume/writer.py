@@ -1,0 +1,198 @@
+"""Writes the journals that this process owns: all of them in one call a tick, which also renews their leases.
+
+Promises that what was written is in the store a tick later, or that the owner hears why not; and that a store that
+was restarted gets its journals back. Knows no ids and no text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import secrets
+from collections.abc import Callable, Sequence
+from contextvars import Context
+
+from serve_app.resume.journal_store import Append, Held, Hold, JournalStore, StoreUnavailable, Then
+from serve_app.resume.records import join_replies
+from serve_app.resume.stream_id import loggable
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 0.1
+"""Between two calls to the store. What an owner that dies has not written yet is generated again; and readers at
+another ingress are this far behind. A call costs about 1 ms of CPU over all processes (an actor's; 10 journals)."""
+RENEWALS_PER_LEASE = 4
+
+
+class OwnedJournal:
+    """One journal, as long as this process owns it."""
+
+    def __init__(
+        self, stream_id: str, owner: str, document: bytes, records: Sequence[bytes], wake: Callable[[], None]
+    ) -> None:
+        """`records`: what the store has already; `wake`: tells the writer that there is something to write."""
+        self.stream_id = stream_id
+        self.owner = owner
+        self.document = document
+        self.hold = Hold.HELD
+        self.last_read: float | None = None
+        """When somebody last read it, by this loop's clock; None: nobody has."""
+        self.on_news: Callable[[], None] | None = None
+        """Called after each renewal, also a failed one."""
+        self._records = list(records)
+        self._written = len(self._records)
+        self._lines: list[bytes] = []
+        self._then = Then.HOLD
+        self._renewed_at = float("-inf")
+        self._wake = wake
+        self._settled = asyncio.Event()
+
+    @property
+    def written_records(self) -> list[bytes]:
+        """What the store has said it has."""
+        return self._records[: self._written]
+
+    def write(self, line: bytes) -> None:
+        """Add a line (see `journal_records`); it goes out with the next tick, if anything can."""
+        if not self.is_settled:
+            self._lines.append(line)
+            self._wake()
+
+    def end(self, then: Then) -> None:
+        """What becomes of the journal once all is written. Nothing may be written after this."""
+        self._then = then
+        self._wake()
+
+    @property
+    def is_settled(self) -> bool:
+        """Nothing more will be written: all is, or the hold is lost."""
+        return self._settled.is_set()
+
+    async def settled(self) -> None:
+        """Wait until the end is written, or can't be any more."""
+        await self._settled.wait()
+
+    def due(self, now: float, renew_s: float) -> bool:
+        """Whether it has something to write, or a lease to renew."""
+        return bool(self._lines) or self._then is not Then.HOLD or now - self._renewed_at >= renew_s
+
+    def append(self) -> Append:
+        """What to write now."""
+        if self._lines:
+            self._records.append(join_replies(self._lines))
+            self._lines.clear()
+        return Append(self.stream_id, self.owner, self._written, tuple(self._records[self._written :]), self._then)
+
+    def take(self, append: Append, held: Held, now: float) -> None:
+        """The store's answer to `append`."""
+        self.hold = held.hold
+        self._renewed_at = float("-inf") if held.hold is Hold.GONE else now
+        if held.unread_s is not None:
+            self.last_read = now - held.unread_s
+        if held.hold is Hold.HELD:
+            self._written = append.position + len(append.records)
+            if append.then is not Then.HOLD:
+                self._settled.set()
+        elif held.hold is Hold.GONE:
+            self._written = 0  # it was created again: to be written from the start
+            self._wake()
+        else:
+            name = loggable(self.stream_id)
+            logger.warning("the journal of stream %s can't be written any more: %s", name, held.hold)
+            self._settled.set()
+            if held.hold is Hold.FULL:
+                self._records.clear()  # they are nowhere else, so nobody can go on with them
+                self._written = 0
+        self.tell()
+
+    def tell(self) -> None:
+        """Let the owner look at how things are."""
+        if self.on_news is not None:
+            self.on_news()
+
+
+class JournalWriter:
+    """The one writer of a process, for the callers of one event loop. Its task runs while there is a journal."""
+
+    def __init__(self, store: JournalStore, lease_s: float, tick_s: float = TICK_S) -> None:
+        self._store = store
+        self._renew_s = lease_s / RENEWALS_PER_LEASE
+        self._tick_s = tick_s
+        self._process = secrets.token_hex(8)
+        self._counter = itertools.count()
+        self._owned: dict[str, OwnedJournal] = {}
+        """By owner."""
+        self._due = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._reachable = True
+
+    def new_owner(self) -> str:
+        """A name that no other hold on any journal has."""
+        return f"{self._process}-{next(self._counter)}"
+
+    def own(self, stream_id: str, owner: str, document: bytes, records: Sequence[bytes] = ()) -> OwnedJournal:
+        """The journal that `owner` is about to create, or has just acquired with these `records`."""
+        return OwnedJournal(stream_id, owner, document, records, self._due.set)
+
+    async def create(self, journal: OwnedJournal) -> None:
+        """Create a new journal in the store and keep it from now on; its `hold` says how that went.
+
+        Raises `StoreUnavailable`.
+        """
+        journal.hold = await self._store.create(journal.stream_id, journal.owner, journal.document)
+        if journal.hold is Hold.HELD:
+            self.keep(journal)
+
+    def keep(self, journal: OwnedJournal) -> None:
+        """Write and renew this journal from now on."""
+        self._owned[journal.owner] = journal
+        self._due.set()
+        if self._task is None or self._task.done():
+            # It belongs to no request, whoever started it.
+            self._task = asyncio.create_task(self._run(), name="journal writer", context=Context())
+
+    def forget(self, journal: OwnedJournal) -> None:
+        """Leave the journal alone from now on; whatever was not written is lost."""
+        self._owned.pop(journal.owner, None)
+        self._due.set()
+
+    async def _run(self) -> None:
+        while self._owned:
+            try:
+                async with asyncio.timeout(self._renew_s):
+                    await self._due.wait()
+            except TimeoutError:
+                pass  # nothing to write: leases are to be renewed
+            self._due.clear()
+            await self._write()
+            await asyncio.sleep(self._tick_s)
+
+    async def _write(self) -> None:
+        loop = asyncio.get_running_loop()
+        due = [journal for journal in self._owned.values() if journal.due(loop.time(), self._renew_s)]
+        if not due:
+            return
+        appends = [journal.append() for journal in due]
+        try:
+            answers = await self._store.append(appends)
+            for journal, append, held in zip(due, appends, answers, strict=True):
+                if held.hold is Hold.GONE:
+                    held = await self._create_again(journal)
+                journal.take(append, held, loop.time())
+                if journal.is_settled:
+                    self.forget(journal)
+            self._reachable = True
+        except StoreUnavailable as error:
+            if self._reachable:
+                logger.warning("streams can't be resumed elsewhere for now: %s", error)
+            self._reachable = False
+            for journal in due:
+                journal.tell()
+
+    async def _create_again(self, journal: OwnedJournal) -> Held:
+        """The store has lost it; its owner has not. Raises `StoreUnavailable`."""
+        hold = await self._store.create(journal.stream_id, journal.owner, journal.document)
+        name = loggable(journal.stream_id)
+        logger.warning("the store has lost the journal of stream %s; created again: %s", name, hold)
+        return Held(Hold.GONE if hold is Hold.HELD else hold)

@@ -1,1 +1,0 @@
-"""One client-visible stream over one or more attempts on replicas."""

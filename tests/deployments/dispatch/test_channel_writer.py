@@ -1,0 +1,192 @@
+"""One message for all tokens of a step, to the right caller, over a connection that only an ingress can have."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import pytest
+from tiny_models import FINGERPRINT, until
+
+from serve_app.core import (
+    Failure,
+    FailureCode,
+    FinishReason,
+    GenerationRequest,
+    GenerationStats,
+    Reply,
+    SamplingParams,
+    TokenBatch,
+)
+from serve_app.deployments.dispatch import channel_writer as token_channels
+from serve_app.deployments.dispatch.channel_wire import ChannelAddress, decode, greeting
+from serve_app.deployments.dispatch.channel_writer import TokenChannels
+
+Connect = Callable[..., Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
+
+
+def request(attempt: int, caller: str = "me") -> GenerationRequest:
+    return GenerationRequest(
+        "r", FINGERPRINT, (1,), SamplingParams(seed=0), max_new_tokens=9, caller=caller, attempt=attempt
+    )
+
+
+@pytest.fixture
+async def channels() -> AsyncIterator[TokenChannels]:
+    made = TokenChannels()
+    await made.listen("127.0.0.1")
+    yield made
+    assert made._server is not None
+    made._server.close()
+
+
+@pytest.fixture
+async def connect(channels: TokenChannels) -> AsyncIterator[Connect]:
+    """Makes a connection that says `line`, by default what `caller` has to say."""
+    writers: list[asyncio.StreamWriter] = []
+
+    async def make(caller: str = "me", line: bytes | None = None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        assert channels.address is not None
+        reader, writer = await asyncio.open_connection(channels.address.host, channels.address.port)
+        writers.append(writer)
+        writer.write(greeting(channels.address, caller) if line is None else line)
+        return reader, writer
+
+    yield make
+    for writer in writers:
+        writer.transport.abort()
+
+
+async def opened(connect: Connect, caller: str = "me") -> asyncio.StreamReader:
+    reader, _ = await connect(caller)
+    assert decode(await reader.readline()) == []
+    return reader
+
+
+async def gone(reader: asyncio.StreamReader) -> bool:
+    """Waits for the end of a connection; whether nothing came before."""
+    try:
+        return await reader.read() == b""
+    except ConnectionResetError:
+        return True
+
+
+async def test_what_the_streams_of_a_step_put_in_one_after_the_other_is_one_message(
+    channels: TokenChannels, connect: Connect
+) -> None:
+    reader, woken = await opened(connect), asyncio.Event()
+
+    async def stream(attempt: int) -> None:
+        await woken.wait()
+        assert channels.put(request(attempt), TokenBatch(4, (attempt,)))
+
+    async with asyncio.TaskGroup() as tasks:
+        for attempt in (1, 2, 3):
+            tasks.create_task(stream(attempt))
+        await asyncio.sleep(0)
+        woken.set()
+    assert decode(await reader.readline()) == [(attempt, TokenBatch(4, (attempt,))) for attempt in (1, 2, 3)]
+    assert channels.messages == 1
+
+
+async def test_counters_come_along(channels: TokenChannels, connect: Connect) -> None:
+    reader = await opened(connect)
+    first = TokenBatch(0, (5,), stats=GenerationStats(cached_prompt_tokens=3, arithmetic="x"))
+    assert channels.put(request(1), first)
+    assert decode(await reader.readline()) == [(1, first)]
+
+
+@pytest.mark.parametrize(
+    "reply", [TokenBatch(3, (1,), finish_reason=FinishReason.STOP), Failure(FailureCode.OVERLOADED, "full")]
+)
+async def test_last_words_go_their_own_way(channels: TokenChannels, connect: Connect, reply: Reply) -> None:
+    await opened(connect)
+    assert not channels.put(request(1), reply)
+
+
+async def test_without_a_channel_of_its_caller_a_stream_goes_its_own_way(
+    channels: TokenChannels, connect: Connect
+) -> None:
+    assert not channels.put(request(1), TokenBatch(0, (1,)))
+    _, writer = await connect("another")
+    await opened(connect, "a third")
+    assert not channels.put(request(1), TokenBatch(0, (1,)))
+    assert channels.put(request(1, "another"), TokenBatch(0, (1,)))
+    writer.transport.abort()
+    await until(lambda: not channels.put(request(1, "another"), TokenBatch(0, (1,))))
+
+
+async def test_nothing_is_put_into_a_channel_that_has_ended(channels: TokenChannels, connect: Connect) -> None:
+    await opened(connect)
+    assert channels.put(request(1), TokenBatch(0, (1,)))
+    await asyncio.sleep(0)
+    channels._open["me"].close()  # its end is told in the loop's next turn
+    assert not channels.put(request(1), TokenBatch(1, (2,)))
+    assert channels._open
+
+
+async def test_a_later_channel_of_the_same_caller_takes_the_place_of_the_first(
+    channels: TokenChannels, connect: Connect
+) -> None:
+    first, second = await opened(connect), await opened(connect)
+    assert await gone(first)
+    assert channels.put(request(1), TokenBatch(0, (1,)))
+    assert decode(await second.readline()) == [(1, TokenBatch(0, (1,)))]
+
+
+@pytest.mark.parametrize("line", [b"GET / HTTP/1.1\r\n\r\n", b"a-guess me\n", b"x" * 2000])
+async def test_strangers_get_nothing(channels: TokenChannels, connect: Connect, line: bytes) -> None:
+    reader, _ = await connect(line=line)
+    assert await gone(reader)
+    assert not channels.put(request(1), TokenBatch(0, (1,)))
+
+
+async def test_one_that_says_nothing_is_closed(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_channels, "GREETING_S", 0.01)
+    reader, _ = await connect(line=b"a")
+    assert await gone(reader)
+
+
+async def test_one_that_says_more_than_it_has_to_is_closed(channels: TokenChannels, connect: Connect) -> None:
+    reader, writer = await connect()
+    assert decode(await reader.readline()) == []
+    writer.write(b"\n")
+    assert await gone(reader)
+    assert not channels.put(request(1), TokenBatch(0, (1,)))
+
+
+async def test_a_reader_that_has_stopped_loses_its_channel_and_nobody_the_memory(
+    channels: TokenChannels, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_channels, "MAX_UNREAD_BYTES", 100_000)
+    _, writer = await connect()
+    writer.transport.pause_reading()  # type: ignore[attr-defined]
+    await opened(connect, "another")
+    batch = TokenBatch(0, tuple(range(10_000)))
+    await until(lambda: not channels.put(request(1), batch))
+    assert channels.put(request(1, "another"), batch)
+
+
+async def test_an_address_that_is_not_of_this_machine_is_done_without() -> None:
+    channels = TokenChannels()
+    await channels.listen("192.0.2.254")  # of RFC 5737, for documentation
+    assert channels.address is None
+
+
+async def test_each_replica_has_a_secret_of_its_own(channels: TokenChannels, connect: Connect) -> None:
+    other = TokenChannels()
+    await other.listen("127.0.0.1")
+    assert other.address is not None
+    assert channels.address is not None
+    mistaken = ChannelAddress("127.0.0.1", channels.address.port, other.address.secret)
+    reader, _ = await connect(line=greeting(mistaken, "me"))
+    assert await gone(reader)
+    assert other._server is not None
+    other._server.close()
+
+
+async def test_a_connection_whose_other_machine_vanishes_ends(channels: TokenChannels, connect: Connect) -> None:
+    await opened(connect)
+    connection = channels._open["me"]._transport.get_extra_info("socket")
+    assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)

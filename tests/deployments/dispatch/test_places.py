@@ -1,0 +1,202 @@
+"""Who gets which place, and how often a replica is asked for one that others hold: no Ray needed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+
+import pytest
+from simulated_time import simulated_time
+
+from serve_app.deployments.dispatch.places import FIRST_PAUSE_S, MAX_PAUSE_S, Choose, Places
+
+NEW, BEGUN = True, False
+
+
+def least_loaded(load: Mapping[str, int]) -> str | None:
+    return min(load, key=load.__getitem__)
+
+
+class Asking:
+    """A router's side: requests that ask for places, each in a task of its own."""
+
+    def __init__(self, *, shared: bool = False, **limits: int) -> None:
+        self.places = Places(shared=shared)
+        self.places.update(limits)
+        self.got: list[tuple[str, str | None]] = []
+        """In the order in which they were given."""
+        self.tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def ask(self, *keys: str, new: bool = NEW, choose: Choose = least_loaded) -> None:
+        for key in keys:
+            created = asyncio.get_running_loop().time()
+            self.tasks[key] = asyncio.create_task(self._take(key, (new, created), choose))
+            await settled()
+
+    async def _take(self, key: str, order: tuple[bool, float], choose: Choose) -> None:
+        self.got.append((key, await self.places.take(key, order, choose)))
+
+    def accept(self, key: str, replica: str, ongoing: int) -> None:
+        self.places.sent(key)
+        self.places.told(replica, ongoing)
+        self.places.accepted(key)
+
+    async def complete(self, *keys: str) -> None:
+        for key in keys:
+            self.places.completed(key)
+            await settled()
+
+
+async def settled() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+@pytest.fixture(autouse=True)
+async def time() -> AsyncIterator[None]:
+    with simulated_time():
+        yield
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            if task.get_coro().__qualname__.startswith("Asking."):  # type: ignore[union-attr]
+                task.cancel()
+
+
+async def test_a_free_place_is_given_at_once_to_the_replica_with_fewer_requests() -> None:
+    asking = Asking(a=2, b=2)
+    await asking.ask("1", "2", "3", "4")
+    assert sorted(replica or "" for _, replica in asking.got) == ["a", "a", "b", "b"]
+
+
+async def test_who_waits_comes_in_order_and_what_has_begun_comes_first() -> None:
+    asking = Asking(a=1)
+    await asking.ask("first")
+    await asking.ask("new", "newer")
+    await asking.ask("begun", new=BEGUN)
+    for done in ("first", "begun", "new"):
+        await asking.complete(done)
+    assert [key for key, _ in asking.got] == ["first", "begun", "new", "newer"]
+
+
+async def test_waiting_asks_nobody() -> None:
+    """A minute in which nothing is given back, and nobody is sent to try."""
+    asking = Asking(a=1)
+    await asking.ask("1", "2", "3")
+    asking.accept("1", "a", 1)
+    await asyncio.sleep(60)
+    assert [key for key, _ in asking.got] == ["1"]
+
+
+async def test_one_that_is_given_up_gives_its_place_to_the_next() -> None:
+    asking = Asking(a=1)
+    await asking.ask("1", "2", "3", "4")
+    asking.tasks["2"].cancel()  # it waited
+    asking.places.unsent("1")  # it had a place and was not sent
+    await settled()
+    assert [key for key, _ in asking.got] == ["1", "3"]
+    asking.places.sent("3")
+    asking.places.unsent("3")  # it was sent: its replica has it until it says otherwise
+    await settled()
+    assert [key for key, _ in asking.got] == ["1", "3"]
+    await asking.complete("3", "3", "unknown")
+    assert [key for key, _ in asking.got] == ["1", "3", "4"]
+
+
+async def test_one_that_is_cancelled_in_the_moment_of_its_place_loses_none() -> None:
+    asking = Asking(a=1)
+    await asking.ask("1", "2", "3")
+    asking.places.completed("1")  # "2" has the place, and does not know it yet
+    asking.tasks["2"].cancel()
+    await settled()
+    assert asking.got == [("1", "a"), ("3", "a")]
+
+
+async def test_calls_that_share_a_key_lose_no_place() -> None:
+    asking = Asking(a=2)
+    for _ in range(5):
+        await asking.ask("same")
+        asking.accept("same", "a", 1)
+        await asking.ask("same")
+        asking.accept("same", "a", 2)
+        await asking.complete("same", "same")
+    await asking.ask("1", "2")
+    await asyncio.sleep(2 * FIRST_PAUSE_S)  # one of two counts for one of others, who might give it back
+    assert [key for key, _ in asking.got[10:]] == ["1", "2"]
+
+
+async def test_each_request_gets_what_it_chooses_and_holds_up_nobody() -> None:
+    asking = Asking(a=1, b=1)
+    await asking.ask("1", choose=lambda load: "a" if "a" in load else None)
+    await asking.ask("2", choose=lambda load: "a" if "a" in load else None)
+    await asking.ask("3")
+    assert asking.got == [("1", "a"), ("3", "b")]
+    await asking.complete("1")
+    assert asking.got[2:] == [("2", "a")]
+
+
+@pytest.mark.parametrize("completed_first", [True, False])
+async def test_a_replica_that_others_fill_is_tried_less_and_less_often(completed_first: bool) -> None:
+    """Once a second in the end, however many wait."""
+    asking = Asking(a=4)
+    tried_s: list[float] = []
+
+    async def refused_again_and_again(key: str) -> None:
+        while True:
+            assert await asking.places.take(key, (NEW, 0.0), least_loaded) == "a"
+            tried_s.append(asyncio.get_running_loop().time())
+            asking.places.sent(key)
+            asking.places.told("a", 4)
+            if completed_first:
+                asking.places.completed(key)
+
+    tasks = [asyncio.create_task(refused_again_and_again(str(number))) for number in range(20)]
+    await settled()
+    assert len(tried_s) == 1, "the others go by what it was told"
+    await asyncio.sleep(20)
+    for task in tasks:
+        task.cancel()
+    assert 20 / (1.5 * MAX_PAUSE_S) <= len(tried_s) <= 6 + 20 / (0.5 * MAX_PAUSE_S)
+    assert tried_s[1] - tried_s[0] <= 1.5 * FIRST_PAUSE_S
+
+
+async def test_what_others_give_back_is_found_and_used() -> None:
+    asking = Asking(a=3)
+    await asking.ask("1")
+    asking.accept("1", "a", 3)  # two are of others
+    await asking.ask("2", "3", "4")
+    assert [key for key, _ in asking.got] == ["1"]
+    await asyncio.sleep(1.5 * FIRST_PAUSE_S)
+    assert [key for key, _ in asking.got] == ["1", "2"], "one tries"
+    asking.accept("2", "a", 2)  # and hears that the others have gone
+    await asking.complete("1")
+    assert [key for key, _ in asking.got] == ["1", "2", "3", "4"]
+
+
+async def test_one_of_several_routers_leaves_the_last_place_to_those_that_have_none() -> None:
+    asking, other = Asking(shared=True, a=3), Asking(shared=True, a=3)
+    await asking.ask("1", "2", "3")
+    assert [key for key, _ in asking.got] == ["1", "2"]
+    await other.ask("x")
+    assert other.got == [("x", "a")]
+
+
+async def test_one_router_alone_takes_the_only_place_of_a_shared_replica() -> None:
+    asking = Asking(shared=True, a=1)
+    await asking.ask("1")
+    assert asking.got == [("1", "a")]
+
+
+async def test_those_that_wait_learn_of_new_replicas_and_that_there_are_none_left() -> None:
+    asking = Asking(a=1)
+    await asking.ask("1", "2", "3")
+    asking.places.update({"a": 1, "b": 1})
+    await settled()
+    assert asking.got[1:] == [("2", "b")]
+    asking.places.update({})
+    await settled()
+    assert asking.got[2:] == [("3", None)]
+    await asking.complete("1", "2")
+    await asking.ask("4")
+    assert asking.got[3:] == [("4", None)]
+    asking.places.update({})
+    assert asking.places._places == {}
+    assert asking.places._replicas == {}

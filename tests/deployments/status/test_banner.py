@@ -1,0 +1,60 @@
+"""What the terminal says when the model can serve."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from io import StringIO
+from logging.handlers import MemoryHandler
+from pathlib import Path
+
+import pytest
+from fake_model_server import CARD
+
+from serve_app.deployments.status.banner import SILENCE, banner, log_folder, say
+
+URL = "http://127.0.0.1:8000"
+
+
+def test_it_says_what_a_user_needs() -> None:
+    text = banner(CARD, URL, Path("/logs"), Path("/cache"))
+    for fact in (
+        CARD.name,
+        "10 streams of 1,000 tokens",
+        "10,000 tokens",
+        "/logs",
+        "/cache",
+        URL,
+        "Ctrl-C",
+        *CARD.notes,
+    ):
+        assert fact in text
+
+
+def test_its_curl_line_can_be_pasted() -> None:
+    text = banner(CARD, URL, Path("/logs"), Path("/cache"))
+    line = next(line for line in text.splitlines() if "curl" in line)
+    words = shlex.split(line[line.index("curl") :])
+    assert words[:3] == ["curl", "-N", f"{URL}/stream"]
+    assert words[-1] == '{"messages": [{"role": "user", "content": "What is a prime number?"}]}'
+
+
+@pytest.mark.parametrize(("setting", "said"), [(None, True), ("1", True), ("0", False)])
+def test_whoever_says_it_itself_can_ask_for_silence(
+    monkeypatch: pytest.MonkeyPatch, setting: str | None, said: bool
+) -> None:
+    stdout = StringIO()
+    monkeypatch.setattr(sys, "__stdout__", stdout)
+    monkeypatch.delenv(SILENCE, raising=False)
+    if setting is not None:
+        monkeypatch.setenv(SILENCE, setting)
+    say("ready")
+    assert stdout.getvalue() == ("ready\n" if said else "")
+
+
+def test_the_log_folder_is_where_serve_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = logging.FileHandler(tmp_path / "replica.log")
+    monkeypatch.setattr(logging.getLogger("ray.serve"), "handlers", [MemoryHandler(1, target=file)])
+    assert log_folder() == tmp_path
+    file.close()

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+from itertools import accumulate
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from serve_app.chat.detokenizer import Detokenizer
+from serve_app.chat.tokenizer import ChatTokenizer
+from serve_app.core import FinishReason, TokenBatch, TokenLogprobs
+from serve_app.generation.text import ChoiceText, ToldToken
+
+PER_EXAMPLE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+
+
+def choice(tokenizer: ChatTokenizer, stops: list[str], stop_ids: frozenset[int] = frozenset()) -> ChoiceText:
+    return ChoiceText(0, Detokenizer(tokenizer), stops, stop_ids)
+
+
+@PER_EXAMPLE
+@given(
+    ids=st.lists(st.integers(0, 400), min_size=1, max_size=40),
+    cuts=st.lists(st.integers(1, 5), min_size=40, max_size=40),
+    stops=st.lists(st.text(alphabet="aeo thn", min_size=1, max_size=3), max_size=3),
+    together=st.booleans(),
+)
+def test_the_text_does_not_depend_on_the_batches(
+    tokenizer: ChatTokenizer, ids: list[int], cuts: list[int], stops: list[str], together: bool
+) -> None:
+    whole = tokenizer.decode(ids)
+    ends = [(whole.find(stop) + len(stop), whole.find(stop)) for stop in stops if stop in whole]
+    text = choice(tokenizer, stops)
+    pieces: list[str] = []
+    counted = first = 0
+    reason = None
+    for size in cuts:
+        batch = tuple(ids[first : first + size])
+        if not batch:
+            break
+        last = together and first + size >= len(ids)
+        delta = text.push(TokenBatch(first, batch, finish_reason=FinishReason.LENGTH if last else None))
+        assert len(delta.texts) == len(delta.token_ids)
+        first += size
+        counted += len(delta.token_ids)
+        pieces.extend(delta.texts)
+        if (reason := delta.finish_reason) is not None:
+            break
+    if reason is None:
+        delta = text.push(TokenBatch(len(ids), finish_reason=FinishReason.LENGTH))
+        pieces.extend(delta.texts)
+        reason = delta.finish_reason
+    if ends:
+        assert "".join(pieces) == whole[: min(ends)[1]]
+        assert reason is FinishReason.STOP
+    else:
+        assert "".join(pieces) == whole
+        assert (reason, counted) == (FinishReason.LENGTH, len(ids))
+    assert text.tokens == counted
+
+
+def test_stop_ids_count_and_have_no_text(tokenizer: ChatTokenizer) -> None:
+    (a,) = tokenizer.encode_text("a", add_bos=False, parse_special=False)
+    (b,) = tokenizer.encode_text("b", add_bos=False, parse_special=False)
+    text = choice(tokenizer, [], frozenset({b}))
+    delta = text.push(TokenBatch(0, (a, b), finish_reason=FinishReason.STOP))
+    assert (delta.token_ids, delta.texts, text.tokens) == ((a, b), ("a", ""), 2)
+
+
+def test_what_comes_after_a_stop_string_in_its_batch_is_dropped(tokenizer: ChatTokenizer) -> None:
+    ids = [tokenizer.encode_text(c, add_bos=False, parse_special=False)[0] for c in "abcd"]
+    logprobs = tuple(TokenLogprobs(-float(i)) for i in range(4))
+    text = choice(tokenizer, ["c"])
+    delta = text.push(TokenBatch(0, tuple(ids), logprobs))
+    assert (delta.texts, delta.finish_reason) == (("a", "b", ""), FinishReason.STOP)
+    assert delta.logprobs == (ToldToken(ids[0], 0, logprobs[0]), ToldToken(ids[1], 1, logprobs[1]))
+    assert text.tokens == 3
+
+
+@PER_EXAMPLE
+@given(
+    words=st.lists(st.text(alphabet="abc \U0001fae0", min_size=1, max_size=4) | st.integers(0, 400), min_size=1),
+    size=st.integers(2, 7),
+    stops=st.lists(st.text(alphabet="abc \U0001fae0", min_size=2, max_size=4), max_size=3),
+)
+def test_logprobs_tell_what_the_text_tells_and_no_more(
+    tokenizer: ChatTokenizer, words: list[str | int], size: int, stops: list[str]
+) -> None:
+    """A token at a time as in a resumable stream, and in batches: the same tokens, never ahead of their text."""
+    ids: list[int] = []
+    for word in words:
+        ids += [word] if isinstance(word, int) else tokenizer.encode_text(word, add_bos=False, parse_special=False)
+
+    def told(size: int) -> tuple[list[ToldToken], str]:
+        text, found, shown = choice(tokenizer, stops), list[ToldToken](), ""
+        for first in range(0, len(ids), size):
+            batch = tuple(ids[first : first + size])
+            last = FinishReason.LENGTH if first + size >= len(ids) else None
+            logprobs = tuple(TokenLogprobs(-float(first + n)) for n in range(len(batch)))
+            delta = text.push(TokenBatch(first, batch, logprobs, last))
+            assert delta.logprobs is not None
+            found += delta.logprobs
+            shown += "".join(delta.texts)
+            assert shown.startswith(tokenizer.decode([token.token_id for token in found]).rstrip("\ufffd"))
+            if delta.finish_reason is not None:
+                break
+        return found, shown
+
+    found, shown = told(1)
+    assert told(size) == (found, shown)
+    assert [token.token_id for token in found] == ids[: len(found)]
+    assert [token.logprobs.logprob for token in found] == [-float(n) for n in range(len(found))]
+    whole = tokenizer.decode(ids)
+    if shown == whole:
+        assert len(found) == len(ids)
+    else:
+        detokenizer = Detokenizer(tokenizer)
+        ends = [0, *accumulate(len(detokenizer.push(token_id)) for token_id in ids)]
+        told_chars = ends[len(found)]
+        of_the_next = next((end for end in ends[len(found) :] if end > told_chars), len(whole))
+        assert told_chars <= len(shown) < of_the_next
+    assert all(0 <= token.offset <= len(shown) for token in found)
+
+
+def test_the_logprobs_of_held_text_wait_for_it(tokenizer: ChatTokenizer) -> None:
+    x, e, n, d, y = (tokenizer.encode_text(c, add_bos=False, parse_special=False)[0] for c in "xENDy")
+    logprobs = (TokenLogprobs(-1.0),)
+
+    def offsets(*token_ids: int) -> list[list[int] | None]:
+        text = choice(tokenizer, ["END"])
+        deltas = [text.push(TokenBatch(at, (token_id,), logprobs)) for at, token_id in enumerate(token_ids)]
+        return [None if delta.logprobs is None else [token.offset for token in delta.logprobs] for delta in deltas]
+
+    assert offsets(x, e, n, y) == [[0], [], [], [1, 2, 3]]
+    assert offsets(x, e, n, d) == [[0], [], [], []]
+
+
+def test_the_parts_of_a_character_are_told_with_it_or_not_at_all(tokenizer: ChatTokenizer) -> None:
+    ids = tokenizer.encode_text("\U0001fae0", add_bos=False, parse_special=False)
+    batch = TokenBatch(0, tuple(ids), tuple(TokenLogprobs(-1.0) for _ in ids), FinishReason.LENGTH)
+    assert choice(tokenizer, ["\U0001fae0"]).push(batch).logprobs == ()
+    whole = choice(tokenizer, []).push(batch).logprobs
+    assert whole is not None
+    assert [token.token_id for token in whole] == ids
+    cut = choice(tokenizer, []).push(TokenBatch(0, batch.token_ids[:-1], batch.logprobs, FinishReason.LENGTH)).logprobs
+    assert cut is not None
+    assert [token.token_id for token in cut] == ids[:-1]
+
+
+def test_an_unfinished_character_at_the_end_is_shown_as_such(tokenizer: ChatTokenizer) -> None:
+    ids = tokenizer.encode_text("\U0001fae0", add_bos=False, parse_special=False)
+    assert len(ids) > 1
+    text = choice(tokenizer, [])
+    delta = text.push(TokenBatch(0, tuple(ids[:-1]), finish_reason=FinishReason.LENGTH))
+    assert "".join(delta.texts) == tokenizer.decode(ids[:-1])
