@@ -1,6 +1,6 @@
-"""What passes between the ingress and a model server: ids and numbers, never text.
+"""What all rooms share: the messages between an ingress and a model server, and the error that answers a request.
 
-Everything here is immutable and crosses a process boundary. Nothing here may import another room.
+Messages are immutable, hold ids and numbers and never text, and cross process boundaries. Imports no other room.
 """
 
 from __future__ import annotations
@@ -113,10 +113,14 @@ class GenerationRequest:
     """Which of its caller's attempts this is."""
     cache_salt: str = ""
     """Requests share cached prefixes only with requests of the same salt."""
-    priority: int = 0
-    """Lower is served first; equal ones in order of arrival."""
     remaining_s: float | None = None
     """Time left, recomputed at each hop (clocks of two machines are never compared). None: no limit."""
+
+    def finish_reason(self, output_tokens: int, last_token_id: int | None) -> FinishReason | None:
+        """Why an output of so many tokens ends with its last one; None when it goes on."""
+        if last_token_id in self.stop_token_ids and output_tokens > self.sampling.min_tokens:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if output_tokens >= self.max_new_tokens else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +174,39 @@ class Failure:
 Reply = TokenBatch | Failure
 
 
+class RequestError(Exception):
+    """One request can't be answered, or not to its end. Any room raises it; `api` gives it a status and a shape."""
+
+    def __init__(
+        self, message: str, *, code: str | None, param: str | None = None, retry_after_s: float | None = None
+    ) -> None:
+        """`message`: what is wrong and what to do. `code`: for programs. `param`: the field, as `messages[0].role`."""
+        super().__init__(message)
+        self.message = message
+        self.code = code
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+    @classmethod
+    def of(cls, failure: Failure) -> RequestError:
+        """The error of a generation that failed."""
+        return cls(failure.message, code=failure.code, retry_after_s=failure.retry_after_s)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """Sampling parameters for requests that don't give them (here OpenAI's), and the ids that end an answer."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 is off."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    eos_token_ids: tuple[int, ...] = ()
+    """Sorted; empty when the model says none."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelCard:
     """What a ready replica says of itself."""
@@ -202,3 +239,14 @@ class LoadStage:
     """0 to 1 within the stage, None when unknown."""
     error: str | None = None
     """One sentence, when loading failed for good."""
+
+
+_LOADING_RETRY_AFTER_S = 5.0
+
+
+def not_ready(stage: LoadStage) -> RequestError:
+    """There is no model to answer with, yet or for good."""
+    if stage.error is not None:
+        return RequestError(f"The model could not be loaded: {stage.error}", code=FailureCode.NOT_READY)
+    message = f"The model is not ready yet ({stage.stage}); GET /ready says how far it is."
+    return RequestError(message, code=FailureCode.NOT_READY, retry_after_s=_LOADING_RETRY_AFTER_S)

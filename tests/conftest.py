@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from ray_folder import private_ray_folder
 
-pytest_plugins = ["missing_programs", "reruns", "triton_interpreter", "worker_groups"]
+pytest_plugins = ["chat_tokenizer", "missing_programs", "reruns", "triton_interpreter", "worker_groups"]
 
 # Without limits of time: a machine that stalls for a moment says nothing of what is tested.
 settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow])

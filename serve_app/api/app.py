@@ -13,11 +13,11 @@ from serve_app.api.http.pages import Pages
 from serve_app.api.http.probes import Probes
 from serve_app.api.http.routing import application, route
 from serve_app.api.http.sse import StreamSettings
-from serve_app.api.native import NATIVE, Native
-from serve_app.api.openai.answer import Answerer
-from serve_app.api.openai.chat import CHAT, ChatCompletions
-from serve_app.api.openai.completions import TEXT, Completions
+from serve_app.api.native import NativeFormat
+from serve_app.api.openai.chat import ChatFormat
+from serve_app.api.openai.completions import TextFormat
 from serve_app.api.openai.models import Models
+from serve_app.api.respond import Responder
 from serve_app.api.resume import ENDPOINT, Resume
 from serve_app.config import ApiConfig
 from serve_app.generation.service import CompletionService
@@ -36,18 +36,21 @@ def create_app(
     """The ASGI application of one ingress replica: one process, one event loop."""
     settings = stream_settings or StreamSettings(config.heartbeat_s, config.slow_reader_bytes)
     admission = Admission(config.max_streams, metrics)
-    resume = Resume(service, streams, (NATIVE, CHAT, TEXT), settings)
-    answerer = Answerer(service, resume, settings, refuse_unknown_fields=config.unknown_fields == "refuse")
-    native, models = Native(service, resume, settings), Models(service)
-    probes = Probes(service.state, service.sampling_defaults)
+    refuse_unknown_fields = config.unknown_fields == "refuse"
+    native = NativeFormat(service)
+    chat = ChatFormat(service, refuse_unknown_fields=refuse_unknown_fields)
+    text = TextFormat(service, refuse_unknown_fields=refuse_unknown_fields)
+    resume = Resume(service, streams, (native, chat, text), settings)
+    respond = Responder(service, resume, settings)
+    models, probes = Models(service), Probes(service.state, service.sampling_defaults)
 
     def endpoint(path: str, handler: Handler, *methods: str) -> Route:
         return route(path, Endpoint(path, handler, admission, config), *methods)
 
     routes = [
-        endpoint("/stream", native.handle, "GET", "POST"),
-        endpoint("/v1/chat/completions", ChatCompletions(answerer).handle, "POST"),
-        endpoint("/v1/completions", Completions(answerer).handle, "POST"),
+        endpoint("/stream", respond.handler(native), "GET", "POST"),
+        endpoint("/v1/chat/completions", respond.handler(chat), "POST"),
+        endpoint("/v1/completions", respond.handler(text), "POST"),
         endpoint(ENDPOINT, resume.handle, "GET"),
         endpoint("/v1/models", models.handle_list, "GET", "HEAD"),
         endpoint("/v1/models/{model:path}", models.handle_one, "GET", "HEAD"),

@@ -1,4 +1,7 @@
-"""What an error looks like to a client: one table from causes to HTTP statuses and OpenAI's error object.
+"""What an error looks like to a client: one table from codes to HTTP statuses, and OpenAI's error object.
+
+    RequestError      what any room raises: `api_error` finds its status by its code
+    └── ApiError      what is wrong with the HTTP request itself: it has its status
 
 Promises that no traceback, path or prompt leaves the server. Knows no endpoint.
 """
@@ -14,15 +17,12 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from starlette.responses import Response
 
-from serve_app.chat.errors import PromptError
-from serve_app.core import Failure, FailureCode, LoadStage
+from serve_app.core import FailureCode, RequestError
 
 INVALID_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"
 
-_FAILURES: Mapping[FailureCode, tuple[int, str]] = {
-    FailureCode.CONTEXT_LENGTH_EXCEEDED: (400, INVALID_REQUEST),
-    FailureCode.INVALID_REQUEST: (400, INVALID_REQUEST),
+_STATUSES: Mapping[str, tuple[int, str]] = {
     FailureCode.OVERLOADED: (503, SERVER_ERROR),
     FailureCode.NOT_READY: (503, SERVER_ERROR),
     FailureCode.WRONG_WEIGHTS: (503, SERVER_ERROR),
@@ -30,16 +30,22 @@ _FAILURES: Mapping[FailureCode, tuple[int, str]] = {
     FailureCode.REPLICA_LOST: (503, SERVER_ERROR),
     FailureCode.POISON: (500, SERVER_ERROR),
     FailureCode.ENGINE_FAILED: (500, SERVER_ERROR),
+    "journal_unavailable": (503, SERVER_ERROR),
+    "model_not_found": (404, INVALID_REQUEST),
+    "slow_reader": (408, INVALID_REQUEST),
+    "stream_changed": (410, INVALID_REQUEST),
+    "stream_gone": (410, INVALID_REQUEST),
 }
+"""By code. Any other is 400: the request itself is wrong."""
+_RETRIED = frozenset({FailureCode.OVERLOADED, FailureCode.WRONG_WEIGHTS, FailureCode.REPLICA_LOST})
+"""Codes whose cause is mostly gone a moment later: a client is told to wait `_RETRY_AFTER_S`, if no time was named."""
 _RETRY_AFTER_S = 1.0
-"""Said with a 503 whose cause named no time of its own."""
-_LOADING_RETRY_AFTER_S = 5.0
 
 _LONGEST_FIELD_NAME = 100
 """Characters of a client's own field name that an error repeats."""
 
 
-class ApiError(Exception):
+class ApiError(RequestError):
     """An answer that is an error: an HTTP status before the response has begun, an event in the stream after."""
 
     def __init__(
@@ -53,15 +59,16 @@ class ApiError(Exception):
         retry_after_s: float | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        """`message`: what is wrong and what to do. `param`: the field, as `messages[0].role`. `code`: for programs."""
-        super().__init__(message)
+        """`type` is OpenAI's word for whose fault it is; the rest is as in `RequestError`."""
+        super().__init__(message, code=code, param=param, retry_after_s=retry_after_s)
         self.status = status
-        self.message = message
         self.type = type
-        self.param = param
-        self.code = code
-        self.retry_after_s = retry_after_s
         self.headers = dict(headers or {})
+
+    @property
+    def outcome(self) -> str:
+        """For the log and the metrics."""
+        return self.code or self.type
 
     def body(self) -> bytes:
         """OpenAI's error object as JSON."""
@@ -90,37 +97,20 @@ def unknown_parameter(name: str) -> ApiError:
     return bad_request(f"Unknown parameter: '{param}'.", param=param, code="unknown_parameter")
 
 
-def from_failure(failure: Failure) -> ApiError:
-    """What a client is told of a generation that failed."""
-    status, kind = _FAILURES[failure.code]
-    retry_after_s = failure.retry_after_s
-    if status == 503 and retry_after_s is None:
+def api_error(error: RequestError) -> ApiError:
+    """What a client is told of an error that another room has raised."""
+    if isinstance(error, ApiError):
+        return error
+    status, kind = _STATUSES.get(error.code or "", (400, INVALID_REQUEST))
+    retry_after_s = error.retry_after_s
+    if retry_after_s is None and error.code in _RETRIED:
         retry_after_s = _RETRY_AFTER_S
-    return ApiError(status, failure.message, type=kind, code=str(failure.code), retry_after_s=retry_after_s)
-
-
-def from_prompt(error: PromptError) -> ApiError:
-    """What a client is told of messages or a prompt that can't be served."""
-    return bad_request(error.message, param=error.param, code=error.code or "invalid_prompt")
-
-
-def not_ready(stage: LoadStage) -> ApiError:
-    """503: there is no model to answer with, yet or for good."""
-    if stage.error is not None:
-        return ApiError(503, f"The model could not be loaded: {stage.error}", type=SERVER_ERROR, code="not_ready")
-    message = f"The model is not ready yet ({stage.stage}); GET /ready says how far it is."
-    return from_failure(Failure(FailureCode.NOT_READY, message, _LOADING_RETRY_AFTER_S))
+    return ApiError(status, error.message, type=kind, param=error.param, code=error.code, retry_after_s=retry_after_s)
 
 
 def not_found(path: str) -> ApiError:
     """404 for a path that is not served."""
     return ApiError(404, f"Nothing is served at {path[:_LONGEST_FIELD_NAME]}.", code="not_found")
-
-
-def model_not_found(name: str) -> ApiError:
-    """404 as OpenAI gives it for a model that is not served here."""
-    message = f"The model '{name[:_LONGEST_FIELD_NAME]}' does not exist; GET /v1/models lists what is served."
-    return ApiError(404, message, param="model", code="model_not_found")
 
 
 def internal_error(request_id: str) -> ApiError:

@@ -7,7 +7,6 @@ no endpoint.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -15,11 +14,10 @@ from pydantic_core import PydanticCustomError
 
 from serve_app.api.errors import bad_request, from_validation, unknown_parameter
 from serve_app.api.unknown_fields import NO_EFFECT, NOT_SERVED, UnknownFields, refuse_if_not_served
+from serve_app.generation.request import CompletionParams
 
 NO_LIMIT = -1
 """As `max_tokens`: all that is left of the context, as other servers mean it."""
-ANY_SEED = -1
-"""As `seed`: one is drawn, as if none had been given."""
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1000
 MAX_CHOICES_PER_PROMPT = 8
@@ -108,25 +106,13 @@ class SamplingFields(RequestModel):
     cache_salt: str | None = Field(None, min_length=1, max_length=MAX_CACHE_SALT_CHARS)
     """As in `GenerationRequest`: an extension, as in vLLM."""
 
+    def sampling(self) -> dict[str, Any]:
+        """As arguments of `CompletionParams`."""
+        named = {name: getattr(self, name) for name in _SAMPLING}
+        return {**named, "cache_salt": self.cache_salt or ""}
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompletionParams:
-    """What a caller asked for, whatever the wire format."""
 
-    sampling: SamplingFields
-    max_tokens: int | None = None
-    """The caller's own limit: cut to what fits the context, and told when it was. None: there is none."""
-    default_max_tokens: int | None = None
-    """The wire format's limit when the caller has none: cut to what fits. None: all that is left of the context."""
-    max_tokens_param: str = "max_tokens"
-    """What the caller called its limit."""
-    n: int = 1
-    logprobs: int | None = None
-    """As in `SamplingParams`."""
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    min_tokens: int = 0
-    ignore_eos: bool = False
-    stop_token_ids: tuple[int, ...] = ()
+_SAMPLING = tuple(name for name in SamplingFields.model_fields if name != "cache_salt")
 
 
 class OpenModel(RequestModel):
@@ -159,12 +145,16 @@ class OpenAIFields(SamplingFields, OpenModel):
     ignore_eos: bool | None = None
     stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS)
 
-    def params(self, *, max_tokens: int | None, max_tokens_param: str, logprobs: int | None) -> CompletionParams:
+    def params(self, *, max_tokens: int | None, logprobs: int | None) -> CompletionParams:
         """What was asked for; the arguments are what the two schemas write differently. Raises `ApiError`."""
+        if self.repeat_penalty is not None and self.repetition_penalty not in (None, self.repeat_penalty):
+            raise bad_request("Give repetition_penalty or repeat_penalty, not both.", param="repeat_penalty")
+        sampling = self.sampling()
+        if self.repeat_penalty is not None:
+            sampling["repetition_penalty"] = self.repeat_penalty
         return CompletionParams(
-            sampling=self._with_repetition_penalty(),
+            **sampling,
             max_tokens=None if max_tokens == NO_LIMIT else max_tokens,
-            max_tokens_param=max_tokens_param,
             n=self.n or 1,
             logprobs=logprobs,
             logit_bias=self.logit_bias,
@@ -172,14 +162,6 @@ class OpenAIFields(SamplingFields, OpenModel):
             ignore_eos=bool(self.ignore_eos),
             stop_token_ids=tuple(self.stop_token_ids or ()),
         )
-
-    def _with_repetition_penalty(self) -> SamplingFields:
-        """The same with the penalty under its first name, whichever the caller used."""
-        if self.repeat_penalty is None:
-            return self
-        if self.repetition_penalty not in (None, self.repeat_penalty):
-            raise bad_request("Give repetition_penalty or repeat_penalty, not both.", param="repeat_penalty")
-        return self.model_copy(update={"repetition_penalty": self.repeat_penalty})
 
     @property
     def include_usage(self) -> bool:

@@ -6,20 +6,24 @@ Promises the documents of DESIGN.md. Knows no replica: the service does the work
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from starlette.datastructures import QueryParams
-from starlette.responses import Response
 
-from serve_app.api.errors import ApiError, bad_request
-from serve_app.api.events import EventWriter, WireFormat, events_of
-from serve_app.api.fields import NO_LIMIT, CompletionParams, MaxTokens, Messages, SamplingFields, validate
+from serve_app.api.errors import api_error, bad_request
+from serve_app.api.fields import NO_LIMIT, MaxTokens, Messages, SamplingFields, validate
 from serve_app.api.http.endpoint import Call
-from serve_app.api.http.sse import EventStream, StreamSettings, event_stream, json_text
-from serve_app.api.resume import RESUME_QUERY, Resume
-from serve_app.core import FinishReason
-from serve_app.generation.service import CompletionService, Usage
+from serve_app.api.http.sse import json_text
+from serve_app.api.resume import RESUME_QUERY
+from serve_app.api.usage import usage_document
+from serve_app.api.wire import ParsedRequest, WireFormat
+from serve_app.core import FinishReason, RequestError
+from serve_app.generation.completion import Usage
+from serve_app.generation.events import EventWriter
+from serve_app.generation.request import CompletionParams, ResolvedRequest
+from serve_app.generation.service import CompletionService
 from serve_app.generation.text import Delta
 
 DEFAULT_MAX_TOKENS = 256
@@ -46,19 +50,16 @@ class QueryDocument(SamplingFields):
     parse_special: bool = False
 
 
-class Native:
-    """The handler of both."""
+class NativeFormat(WireFormat):
+    """The format of both methods."""
 
-    def __init__(self, service: CompletionService, resume: Resume, settings: StreamSettings) -> None:
+    name = "stream"
+
+    def __init__(self, service: CompletionService) -> None:
         self._service = service
-        self._resume = resume
-        self._settings = settings
 
-    async def handle(self, call: Call) -> Response | EventStream:
-        """Raises `ApiError`."""
-        resumable = self._resume.wanted(call)
-        if resumable and (continued := await self._resume.continued(call)) is not None:
-            return continued
+    async def parse(self, call: Call) -> ParsedRequest:
+        """See `WireFormat`."""
         document = await call.run(partial(_document, call))
         card = await self._service.ready_model()
         if document.messages is not None:
@@ -67,19 +68,28 @@ class Native:
         else:
             text, special = document.prompt or "", document.parse_special
             prompt = await call.run(partial(self._service.render_text, card, text, parse_special=special))
-        params = _params(document)
-        plan = self._service.plan(card, [prompt], params, call.record, call.remaining_s())
-        if resumable:
-            return await self._resume.open(call, plan, NATIVE, {})
-        writer = NativeEvents(plan.seed)
-        chunks = events_of(self._service.start(plan, call.record), writer)
-        return await event_stream(chunks, on_error=writer.failed, settings=self._settings, headers={})
+        resolved = self._service.resolve(
+            card, [prompt], _params(document), request_id=call.record.request_id, remaining_s=call.remaining_s()
+        )
+        return ParsedRequest(resolved, stream=True)
+
+    def writer(self, request: ResolvedRequest, settings: Mapping[str, Any]) -> EventWriter:
+        """See `WireFormat`."""
+        return NativeWriter(request.seed)
+
+    def whole(
+        self, request: ResolvedRequest, settings: Mapping[str, Any], gained: Sequence[Sequence[Delta]], usage: Usage
+    ) -> dict[str, Any]:
+        """See `WireFormat`. Nobody can ask for it: this endpoint always streams."""
+        raise NotImplementedError
 
 
 def _params(document: PromptDocument) -> CompletionParams:
     if document.max_tokens == NO_LIMIT:
-        return CompletionParams(sampling=document)
-    return CompletionParams(sampling=document, max_tokens=document.max_tokens, default_max_tokens=DEFAULT_MAX_TOKENS)
+        return CompletionParams(**document.sampling())
+    return CompletionParams(
+        **document.sampling(), max_tokens=document.max_tokens, default_max_tokens=DEFAULT_MAX_TOKENS
+    )
 
 
 def _document(call: Call) -> PromptDocument:
@@ -110,7 +120,7 @@ def _query_fields(query: QueryParams) -> dict[str, Any]:
     return fields
 
 
-class NativeEvents(EventWriter):
+class NativeWriter(EventWriter):
     """One event a token, then `done`."""
 
     def __init__(self, seed: int) -> None:
@@ -137,13 +147,9 @@ class NativeEvents(EventWriter):
 
     def ended(self, usage: Usage) -> list[bytes]:
         """The last event."""
-        document = {"finish_reason": self._finish_reason, "usage": usage.document(), "seed": self._seed}
+        document = {"finish_reason": self._finish_reason, "usage": usage_document(usage), "seed": self._seed}
         return [f"event: done\ndata: {json.dumps(document)}\n\n".encode()]
 
-    @staticmethod
-    def failed(error: ApiError) -> bytes:
+    def failed(self, error: RequestError) -> bytes:
         """The last event of a stream in trouble."""
-        return b"event: error\ndata: " + error.body() + b"\n\n"
-
-
-NATIVE = WireFormat("stream", lambda plan, fields, tokenizer: NativeEvents(plan.seed), NativeEvents.failed)
+        return b"event: error\ndata: " + api_error(error).body() + b"\n\n"

@@ -8,36 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import json
 import re
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import Any
 
 from starlette.responses import Response
 
-from serve_app.api.errors import SERVER_ERROR, ApiError, bad_request, from_failure, not_ready
-from serve_app.api.events import WireFormat
+from serve_app.api.errors import SERVER_ERROR, ApiError, bad_request
 from serve_app.api.http.endpoint import Call
-from serve_app.api.http.sse import EventStream, StreamSettings, event_stream, slow_reader
-from serve_app.api.transcript import Transcript
-from serve_app.core import Failure, FailureCode, Fingerprint, ModelCard
-from serve_app.generation.service import CompletionService, Plan
+from serve_app.api.http.sse import EventStream, StreamSettings, event_stream
+from serve_app.api.wire import ParsedRequest, WireFormat
+from serve_app.core import FailureCode, Fingerprint, ModelCard, not_ready
+from serve_app.generation.service import CompletionService
 from serve_app.observability.logs import RequestRecord
 from serve_app.resume.event_log import Mark
-from serve_app.resume.journal_store import StoreUnavailable
 from serve_app.resume.records import StreamDocument
+from serve_app.resume.refusals import StreamGone
 from serve_app.resume.registry import ResumableStreams
-from serve_app.resume.stream import (
-    JournalsFull,
-    ReaderTooSlow,
-    Refused,
-    ResumableStream,
-    StreamChanged,
-    StreamGone,
-)
-from serve_app.resume.transcript import Event
+from serve_app.resume.stream import ResumableStream
+from serve_app.resume.transcript import Event, Transcript
 
 RESUME_HEADER = "x-stream-resume"
 RESUME_QUERY = "resume"
@@ -50,7 +40,6 @@ _RETRY = b"retry: 1000\n"
 _STREAM_ID = re.compile(r"[A-Za-z0-9_-]{22}")
 _EVENT_ID = re.compile(r"([A-Za-z0-9_-]{22}):([0-9]{1,9})(?::([0-9a-f]{8}))?")
 """Stream, number of the next event, digest of the text so far; earlier versions gave no digest."""
-_UNAVAILABLE_RETRY_AFTER_S = 2.0
 _CHECK_WAIT_S = 5.0
 """How long an answer waits for the events that its reader has already and this process has not: so long a refusal is a
 real status. Of a stream whose ingress died it takes a lease (1 s) and the computation of its last 0.1 s."""
@@ -63,7 +52,7 @@ class Resume:
         self,
         service: CompletionService,
         streams: ResumableStreams,
-        formats: Sequence[WireFormat],
+        formats: Iterable[WireFormat],
         settings: StreamSettings,
     ) -> None:
         self._service = service
@@ -105,42 +94,37 @@ class Resume:
                 raise bad_request("Last-Event-ID is of another stream.", code="invalid_event_id")
         return await self._rest(call, stream_id, mark)
 
-    async def open(self, call: Call, plan: Plan, wire: WireFormat, fields: Mapping[str, Any]) -> Response | EventStream:
-        """A new stream that can be resumed. Raises `ApiError`."""
-        self._fingerprint = plan.fingerprint
+    async def open(self, call: Call, parsed: ParsedRequest, wire: WireFormat) -> EventStream:
+        """A new stream that can be resumed. Raises `RequestError`."""
+        request = parsed.resolved
+        self._fingerprint = request.fingerprint
         stream_id = self._streams.new_id()
-        document = StreamDocument(plan.requests, _caller(stream_id, call), _write_wire(plan, wire, fields))
-        transcript = self._made(plan, wire, fields)
-        stream = self._streams.new(stream_id, document, transcript)
+        document = StreamDocument(request, _caller(stream_id, call), wire.name, parsed.settings)
+        stream = self._streams.new(stream_id, document, self._transcript(document, wire))
         return await self._answer(call.record, stream, None)
 
     async def _rest(self, call: Call, stream_id: str, mark: Mark) -> Response | EventStream:
         call.record.endpoint = ENDPOINT
         fingerprint = await self._model()
-        try:
-            stream = await self._streams.find(stream_id, lambda document: self._transcript(document, fingerprint))
-        except (StreamGone, StoreUnavailable) as trouble:
-            raise _api_error(trouble) from None
+        stream = await self._streams.find(stream_id, lambda document: self._found(document, fingerprint))
         if not hmac.compare_digest(stream.document.caller, _caller(stream_id, call)):
             message = "This stream was opened with other credentials; send the Authorization header it was opened with."
             raise ApiError(404, message, code="stream_not_found")
         if stream.finished and mark.position >= len(stream.events):
-            try:
-                await stream.check(mark, 0)
-            except StreamChanged as changed:
-                raise _api_error(changed) from None
+            await stream.feed.check(mark, 0)
             call.record.outcome = "delivered"
             return Response(status_code=204, headers={STREAM_ID_HEADER: stream_id})
         return await self._answer(call.record, stream, mark)
 
     async def _answer(self, record: RequestRecord, stream: ResumableStream, mark: Mark | None) -> EventStream:
         """The events from the reader's mark on; None: of a stream that is to begin."""
-        plan, wire, _ = self._read_wire(stream.document)
+        document = stream.document
+        writer = self._wire_format(document).writer(document.request, document.settings)
         return await event_stream(
             _chunks(record, stream, mark, self._settings.slow_reader_bytes),
-            on_error=wire.failed,
+            on_error=writer.failed,
             settings=self._settings,
-            headers={STREAM_ID_HEADER: stream.id, "x-seed": str(plan.seed)},
+            headers={STREAM_ID_HEADER: stream.id, "x-seed": str(document.request.seed)},
             paced=True,
         )
 
@@ -153,72 +137,47 @@ class Resume:
             raise not_ready(state)
         return self._fingerprint
 
-    def _transcript(self, document: StreamDocument, fingerprint: Fingerprint) -> Transcript:
+    def _found(self, document: StreamDocument, fingerprint: Fingerprint) -> Transcript:
         """Of a stream that began elsewhere. Raises `ApiError` and `StreamGone`."""
-        if any(request.fingerprint != fingerprint for request in document.requests):
+        if document.request.fingerprint != fingerprint:
             message = "The model has been replaced since this stream began, so it can't be continued; send it again."
             raise ApiError(410, message, type=SERVER_ERROR, code=str(FailureCode.WRONG_WEIGHTS))
-        plan, wire, fields = self._read_wire(document)
-        return self._made(plan, wire, fields)
+        return self._transcript(document, self._wire_format(document))
 
-    def _made(self, plan: Plan, wire: WireFormat, fields: Mapping[str, Any]) -> Transcript:
-        tokenizer = self._service.tokenizer
-        return Transcript(plan, partial(wire.writer, plan, fields, tokenizer), tokenizer)
+    def _transcript(self, document: StreamDocument, wire: WireFormat) -> Transcript:
+        new_writer = partial(wire.writer, document.request, document.settings)
+        return Transcript(document.request, self._service.tokenizer, new_writer)
 
-    def _read_wire(self, document: StreamDocument) -> tuple[Plan, WireFormat, Mapping[str, Any]]:
+    def _wire_format(self, document: StreamDocument) -> WireFormat:
         """Raises `StreamGone` for a format of another version of this program."""
-        try:
-            wire = json.loads(document.wire)
-            plan = Plan(
-                wire["model"], document.requests, wire["continues"], tuple(wire["stops"]), wire["choices_per_prompt"]
-            )
-            return plan, self._formats[wire["format"]], wire["fields"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise StreamGone from error
-
-
-def _write_wire(plan: Plan, wire: WireFormat, fields: Mapping[str, Any]) -> str:
-    """What a document needs besides the requests."""
-    return json.dumps(
-        {
-            "model": plan.model,
-            "continues": plan.continues,
-            "stops": plan.stops,
-            "choices_per_prompt": plan.choices_per_prompt,
-            "format": wire.name,
-            "fields": fields,
-        }
-    )
+        wire = self._formats.get(document.wire_format)
+        if wire is None:
+            raise StreamGone
+        return wire
 
 
 async def _chunks(
     record: RequestRecord, stream: ResumableStream, mark: Mark | None, max_lag_bytes: int
 ) -> AsyncGenerator[bytes, None]:
     """Events with their ids. Empty first, once it is certain that there will be some: headers go out then."""
+    transcript = stream.transcript
     with stream.attended():
-        try:
-            if mark is None:
-                await stream.begin()
-            else:
-                await stream.check(mark, _CHECK_WAIT_S)
-            seen = 0 if mark is None else stream.tokens
-            yield b""
-            yield _RETRY  # no event of its own, but a field of the first one
-            async with aclosing(stream.read(mark or Mark(), max_lag_bytes)) as pieces:
-                async for first, events in pieces:
-                    if stream.tokens > seen:
-                        record.saw_tokens(stream.tokens - seen)
-                        seen = stream.tokens
-                    if mark is None:  # the prompt counts for the request that brought it
-                        record.cached_prompt_tokens = stream.cached_prompt_tokens
-                    yield _numbered(stream.id, first, events)
-        except Refused as refused:
-            raise from_failure(refused.failure) from None
-        except ReaderTooSlow:
-            raise slow_reader(max_lag_bytes) from None
-        except (StreamGone, StoreUnavailable, JournalsFull) as trouble:
-            raise _api_error(trouble) from None
-        record.outcome = stream.outcome
+        if mark is None:
+            await stream.begin()
+        else:
+            await stream.feed.check(mark, _CHECK_WAIT_S)
+        seen = 0 if mark is None else transcript.tokens
+        yield b""
+        yield _RETRY  # no event of its own, but a field of the first one
+        async with aclosing(stream.feed.read(mark or Mark(), max_lag_bytes)) as pieces:
+            async for first, events in pieces:
+                if transcript.tokens > seen:
+                    record.saw_tokens(transcript.tokens - seen)
+                    seen = transcript.tokens
+                if mark is None:  # the prompt counts for the request that brought it
+                    record.cached_prompt_tokens = transcript.cached_prompt_tokens
+                yield _numbered(stream.id, first, events)
+        record.outcome = transcript.outcome
 
 
 def _numbered(stream_id: str, first: int, events: Sequence[Event]) -> bytes:
@@ -243,28 +202,3 @@ def _caller(stream_id: str, call: Call) -> str:
     scheme, _, token = call.headers.get("authorization", "").strip().partition(" ")
     credentials = token.strip() if scheme.lower() == "bearer" else f"{scheme} {token}"
     return hmac.digest(stream_id.encode(), credentials.encode(), hashlib.sha256).hex()
-
-
-def _api_error(trouble: StreamGone | StoreUnavailable | JournalsFull) -> ApiError:
-    if isinstance(trouble, StreamChanged):
-        message = (
-            "This stream goes on with another text than you have the beginning of: the replica that began it died, and "
-            "no other computes exactly as it did. Send the request again."
-        )
-        return ApiError(410, message, code="stream_changed")
-    if isinstance(trouble, StreamGone):
-        message = (
-            "There is no such stream: it has expired, its journal was lost, or it never was. Send the request again."
-        )
-        return ApiError(410, message, code="stream_gone")
-    if isinstance(trouble, JournalsFull):
-        message = "The service keeps as many resumable streams as it may; try again, or without X-Stream-Resume."
-        return from_failure(Failure(FailureCode.OVERLOADED, message))
-    message = "The journals of resumable streams can't be reached; try again, or without X-Stream-Resume."
-    return ApiError(
-        503,
-        message,
-        type=SERVER_ERROR,
-        code="journal_unavailable",
-        retry_after_s=_UNAVAILABLE_RETRY_AFTER_S,
-    )

@@ -1,23 +1,19 @@
 """What can go wrong between text and ids: a prompt the caller must change, or a tokenizer nobody can serve with.
 
-Promises that every message is one a user may see. Knows no HTTP; `serve_app.api.errors` gives `PromptError` its status.
+Promises that every message is one a user may see. Knows no HTTP.
 """
 
 from __future__ import annotations
 
-CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
-"""The code OpenAI's clients look for when a prompt is too long."""
+from serve_app.core import FailureCode, RequestError
 
 
-class PromptError(Exception):
-    """The caller's messages or prompt can't be served as they are (HTTP 400)."""
+class PromptError(RequestError):
+    """The caller's messages or prompt can't be served as they are."""
 
-    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(self, message: str, *, param: str | None = None, code: str = "invalid_prompt") -> None:
         """`message` is one sentence for the caller; `param` the offending field, e.g. `messages[2].content`."""
-        super().__init__(message)
-        self.message = message
-        self.param = param
-        self.code = code
+        super().__init__(message, code=code, param=param)
 
 
 def context_exceeded(context_tokens: int, prompt_tokens: int, param: str, *, counted: str = "") -> PromptError:
@@ -29,7 +25,7 @@ def context_exceeded(context_tokens: int, prompt_tokens: int, param: str, *, cou
         f"This model's maximum context length is {context_tokens} tokens. However, your {param} resulted in {counted}"
         f"{prompt_tokens} tokens, which leaves no room for an answer. Please reduce the length of the {param}."
     )
-    return PromptError(message, param=param, code=CONTEXT_LENGTH_EXCEEDED)
+    return PromptError(message, param=param, code=FailureCode.CONTEXT_LENGTH_EXCEEDED)
 
 
 class TokenizerError(Exception):

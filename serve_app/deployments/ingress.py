@@ -7,7 +7,6 @@ the model is not there. Wires the rooms together; what they do is theirs.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_app.api.http.loading import create_loading_app
 from serve_app.api.http.pages import Pages
 from serve_app.config import AppConfig
-from serve_app.core import LoadStage, ModelCard
+from serve_app.core import GenerationDefaults, LoadStage, ModelCard
 from serve_app.deployments.client_address import ClientAddresses
 from serve_app.deployments.dispatch.replica_client import RayReplicaClient
 from serve_app.deployments.journal_actor import open_streams
@@ -39,7 +38,6 @@ from serve_app.resume.registry import ResumableStreams
 
 if TYPE_CHECKING:
     from serve_app.chat.prompts import PromptFormatter
-    from serve_app.models.defaults import GenerationDefaults
 
 logger = logging.getLogger(__name__)
 
@@ -141,18 +139,13 @@ class Ingress:
 
         import_without_torch()
         from serve_app.api.app import create_app
-        from serve_app.generation.service import CompletionService, ModelDefaults
+        from serve_app.generation.service import CompletionService
         from serve_app.models.names import aliases
 
         report = Reporter(self._note)
         config = settled(self._config, self._board, self._app_name, self._model_deployment, report)
         formatter, defaults = _load_tokenizer(config, report)
-        service = CompletionService(
-            self._client,
-            formatter,
-            ModelDefaults(**dataclasses.asdict(defaults)),
-            aliases=aliases(self._config.model),
-        )
+        service = CompletionService(self._client, formatter, defaults, aliases=aliases(self._config.model))
         self._streams = open_streams(self._client, self._config, self._app_name)
         return create_app(service, self._streams, self._config.api, self._metrics, pages=self._pages)
 

@@ -17,21 +17,21 @@ from ray.exceptions import GetTimeoutError, RayError
 from serve_app.config import AppConfig
 from serve_app.generation.replica import ReplicaClient
 from serve_app.models.errors import ModelError
+from serve_app.resume.context import ResumeSettings
 from serve_app.resume.journal_store import (
     Append,
-    Held,
-    Hold,
+    AppendResult,
     JournalLimits,
     JournalStore,
     JournalView,
+    LeaseStatus,
     StoreUnavailable,
 )
 from serve_app.resume.memory_store import MemoryJournalStore
 from serve_app.resume.registry import ResumableStreams
-from serve_app.resume.stream import ResumeSettings
 
 NAMESPACE = "serve_app"
-VERSION = 1
+VERSION = 2
 """Of the actor's methods and what they take. It outlives redeploys, so another version needs another actor."""
 MAX_CALLS = 10_000
 """At a time: each reader at another ingress than the owner's is a call that waits."""
@@ -54,12 +54,12 @@ class JournalActor:
         """Of the application as it is configured now; whoever speaks last is right."""
         self._store.journals.limits = limits
 
-    async def create(self, stream_id: str, owner: str, document: bytes) -> Hold:
+    async def create(self, stream_id: str, owner: str, document: bytes) -> LeaseStatus:
         """See `JournalStore`."""
         self._called_at = time.monotonic()
         return await self._store.create(stream_id, owner, document)
 
-    async def append(self, appends: Sequence[Append]) -> list[Held]:
+    async def append(self, appends: Sequence[Append]) -> list[AppendResult]:
         """See `JournalStore`."""
         self._called_at = time.monotonic()
         return await self._store.append(appends)
@@ -93,14 +93,14 @@ class RayJournalStore:
         self._limits = limits
         self._actor: Any = None
 
-    async def create(self, stream_id: str, owner: str, document: bytes) -> Hold:
+    async def create(self, stream_id: str, owner: str, document: bytes) -> LeaseStatus:
         """See `JournalStore`. Starts the actor when there is none."""
-        answer: Hold = await self._call(lambda actor: actor.create.remote(stream_id, owner, document), start=True)
-        return answer
+        lease: LeaseStatus = await self._call(lambda actor: actor.create.remote(stream_id, owner, document), start=True)
+        return lease
 
-    async def append(self, appends: Sequence[Append]) -> list[Held]:
+    async def append(self, appends: Sequence[Append]) -> list[AppendResult]:
         """See `JournalStore`. Starts the actor when it has gone, so that owners can write their journals again."""
-        answer: list[Held] = await self._call(lambda actor: actor.append.remote(appends), start=True)
+        answer: list[AppendResult] = await self._call(lambda actor: actor.append.remote(appends), start=True)
         return answer
 
     async def read(self, stream_id: str, position: int, wait_s: float = 0.0) -> JournalView | None:

@@ -39,7 +39,7 @@ from serve_app.engine.prompt_lookup import agreed
 from serve_app.engine.replies import ReplyStream, deliver
 from serve_app.engine.sampling import Sampled, Sampler
 from serve_app.engine.scheduler import Chunk, Scheduler
-from serve_app.engine.sequence import Sequence, finish_reason
+from serve_app.engine.sequence import Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -227,7 +227,7 @@ class Engine:
         if (failure := self._refusal(request)) is not None:
             return failure
         output = request.output_token_ids
-        reason = finish_reason(request, output[-1] if output else None, len(output))
+        reason = request.finish_reason(len(output), output[-1] if output else None)
         return None if reason is None else TokenBatch(len(output), finish_reason=reason)
 
     def _refusal(self, request: GenerationRequest) -> Failure | None:

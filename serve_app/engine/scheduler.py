@@ -274,5 +274,5 @@ class Scheduler:
         sequence.computed = 0
 
 
-def _order(sequence: Sequence) -> tuple[int, bool, int]:
+def _order(sequence: Sequence) -> tuple[bool, int]:
     return sequence.order

@@ -40,13 +40,13 @@ class Sequence:
         self.token_ids = [*self.request.prompt_token_ids, *self.request.output_token_ids]
 
     @property
-    def order(self) -> tuple[int, bool, int]:
-        """Sorts by priority, then those that somebody reads before those that have not begun, then by arrival.
+    def order(self) -> tuple[bool, int]:
+        """Sorts those that somebody reads before those that have not begun, then by arrival.
 
         So a stream whose replica died goes on before new ones begin, and a page that is wanted comes from the latter.
         It changes with the first token.
         """
-        return (self.request.priority, self.output_len == 0, self.arrival)
+        return (self.output_len == 0, self.arrival)
 
     @property
     def prompt_len(self) -> int:
@@ -69,7 +69,7 @@ class Sequence:
     def append(self, token_id: int) -> FinishReason | None:
         """Add a sampled token; returns why the sequence ends with it, if it does."""
         self.token_ids.append(token_id)
-        return finish_reason(self.request, token_id, self.output_len)
+        return self.request.finish_reason(self.output_len, token_id)
 
     def read(self, most: int) -> int:
         """Get to know at most `most` more of its ids, to guess by; how many it read."""
@@ -122,10 +122,3 @@ class Supposed:
     @property
     def output_len(self) -> int:
         return self.sequence.output_len + len(self.guesses)
-
-
-def finish_reason(request: GenerationRequest, last: int | None, output_len: int) -> FinishReason | None:
-    """Why an output of `output_len` tokens whose last is `last` is complete, if it is."""
-    if last in request.stop_token_ids and output_len > request.sampling.min_tokens:
-        return FinishReason.STOP
-    return FinishReason.LENGTH if output_len >= request.max_new_tokens else None

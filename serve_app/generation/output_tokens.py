@@ -1,4 +1,4 @@
-"""What was delivered so far of one choice: token ids, and logprobs where they were asked for.
+"""What was generated so far of one choice: token ids, logprobs where they were asked for, and how it ended.
 
 Promises that ids are consecutive and that each position is written once, whatever the attempts send twice.
 Knows no replica, no text and no clock.
@@ -6,51 +6,73 @@ Knows no replica, no text and no clock.
 
 from __future__ import annotations
 
-from serve_app.core import TokenBatch, TokenLogprobs
+from serve_app.core import FinishReason, GenerationRequest, GenerationStats, TokenBatch, TokenLogprobs
 
 
-class JournalError(Exception):
+class BatchError(Exception):
     """A batch that can't follow what is there: ids are missing, there are too many, or their logprobs are missing."""
 
 
-class OtherTokens(JournalError):
+class OtherTokens(BatchError):
     """A batch that repeats positions with other tokens than are there: it is of another text."""
 
 
-class Journal:
-    """The output of one choice, in order. With the request it is the whole state of a stream."""
+class OutputTokens:
+    """The output of one choice, in order. With the request it is the whole state of a generation."""
 
-    __slots__ = ("_limit", "_with_logprobs", "logprobs", "token_ids")
+    __slots__ = ("_request", "finish_reason", "logprobs", "stats", "token_ids")
 
-    def __init__(self, limit: int, *, with_logprobs: bool = False) -> None:
-        """`limit`: the most tokens that it may ever hold (the request's `max_new_tokens`)."""
-        self._limit = limit
-        self._with_logprobs = with_logprobs
+    def __init__(self, request: GenerationRequest) -> None:
+        self._request = request
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         """One per token when they were asked for, else empty."""
+        self.finish_reason: FinishReason | None = None
+        self.stats: GenerationStats | None = None
+        """The first that came: those of the attempt that began it. What later attempts find cached saves nobody."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    def append(self, batch: TokenBatch) -> None:
-        """Add what is new in `batch`; what overlaps was delivered before and is dropped.
+    def append(self, batch: TokenBatch) -> int:
+        """Add what is new in `batch`; how many tokens are. What overlaps was delivered before and is dropped.
 
-        Raises `JournalError` or `OtherTokens`, and then has added nothing.
+        Raises `BatchError` or `OtherTokens`, and then has added nothing.
         """
         first = batch.first_index
         known = len(self.token_ids) - first
         if known < 0:
-            raise JournalError(f"tokens {len(self.token_ids)} to {first - 1} are missing")
+            raise BatchError(f"tokens {len(self.token_ids)} to {first - 1} are missing")
         if known and batch.token_ids[:known] != tuple(self.token_ids[first : first + len(batch.token_ids)]):
             raise OtherTokens(f"tokens from {first} on are others than those that are known")
         new_ids = batch.token_ids[known:]
-        if not new_ids:
-            return
-        if len(self.token_ids) + len(new_ids) > self._limit:
-            raise JournalError(f"more than {self._limit} tokens")
+        if new_ids:
+            self._add(batch, new_ids, known)
+        if self.stats is None:
+            self.stats = batch.stats
+        if batch.finish_reason is not None:
+            self.finish_reason = batch.finish_reason
+        return len(new_ids)
+
+    def _add(self, batch: TokenBatch, new_ids: tuple[int, ...], known: int) -> None:
+        limit = self._request.max_new_tokens
+        if len(self.token_ids) + len(new_ids) > limit:
+            raise BatchError(f"more than {limit} tokens")
         if self._with_logprobs:
             if batch.logprobs is None or len(batch.logprobs) != len(batch.token_ids):
-                raise JournalError("tokens came without their logprobs")
+                raise BatchError("tokens came without their logprobs")
             self.logprobs.extend(batch.logprobs[known:])
         self.token_ids.extend(new_ids)
+
+    def tokens(self, first: int, end: int | None = None) -> TokenBatch:
+        """Those from position `first` to `end`, or all from there, without what came with them."""
+        logprobs = tuple(self.logprobs[first:end]) if self._with_logprobs else None
+        return TokenBatch(first, tuple(self.token_ids[first:end]), logprobs)
+
+    def ends_here(self) -> FinishReason | None:
+        """Why what is there is the whole output already, though no batch has said so; None when it isn't."""
+        return self._request.finish_reason(len(self.token_ids), self.token_ids[-1] if self.token_ids else None)
+
+    @property
+    def _with_logprobs(self) -> bool:
+        return self._request.sampling.logprobs is not None

@@ -1,4 +1,4 @@
-"""The seam between a stream and whatever runs the model: ids in, ids out.
+"""The seam between a generation and whatever runs the model: ids in, ids out.
 
 Implemented over Ray by `deployments.dispatch.replica_client`, and by fakes in tests. Knows no transport and no text.
 """
@@ -17,11 +17,11 @@ class ReplicaLost(Exception):
     What it delivered stays valid; the same request with those ids as `output_token_ids` continues it elsewhere.
     """
 
-    def __init__(self, reason: str, *, taken: bool = True, blamed: bool = False) -> None:
-        """`taken`: a replica had accepted it. `blamed`: that replica was computing it, alone, when it was lost."""
+    def __init__(self, reason: str, *, taken: bool = True, implicated: bool = False) -> None:
+        """`taken`: a replica had accepted it. `implicated`: that replica was computing it in isolation when lost."""
         super().__init__(reason)
         self.taken = taken
-        self.blamed = blamed
+        self.implicated = implicated
 
 
 class ReplicaClient(Protocol):

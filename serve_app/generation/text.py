@@ -15,7 +15,7 @@ from serve_app.chat.stop_strings import StopStrings
 from serve_app.core import FinishReason, TokenBatch, TokenLogprobs
 
 
-class ToldToken(NamedTuple):
+class TokenLogprob(NamedTuple):
     """A token of the answer with its logprobs."""
 
     token_id: int
@@ -32,7 +32,7 @@ class Delta(NamedTuple):
     texts: tuple[str, ...]
     """The text that each token made certain, often "" (an incomplete character, a stop string that may be coming, EOS).
     One entry more than tokens when text became certain without one."""
-    logprobs: tuple[ToldToken, ...] | None
+    logprobs: tuple[TokenLogprob, ...] | None
     """Of the tokens all of whose text is out now and was not before; None when none were asked for. So they may come
     later than their tokens' ids, and never when a stop string has cut something of the text."""
     finish_reason: FinishReason | None
@@ -43,14 +43,14 @@ class _HeldLogprobs:
 
     def __init__(self) -> None:
         self._made_chars = self._out_chars = 0
-        self._unfinished: list[ToldToken] = []
+        self._unfinished: list[TokenLogprob] = []
         """Tokens without text of their own so far: parts of a character, or special tokens. They go with the next."""
-        self._held: deque[tuple[int, ToldToken]] = deque()
+        self._held: deque[tuple[int, TokenLogprob]] = deque()
         """(characters of text that must be out before it may be told, what to tell)."""
 
     def add(self, token_id: int, logprobs: TokenLogprobs) -> None:
         """A token has come; its text, if it has some by itself, is about to be `made`."""
-        self._unfinished.append(ToldToken(token_id, self._made_chars, logprobs))
+        self._unfinished.append(TokenLogprob(token_id, self._made_chars, logprobs))
 
     def made(self, text: str, *, last: bool = False) -> None:
         """So much text has become certain; `last`: none will follow."""
@@ -63,9 +63,9 @@ class _HeldLogprobs:
         """So much of it is shown."""
         self._out_chars += len(text)
 
-    def take(self) -> tuple[ToldToken, ...]:
+    def take(self) -> tuple[TokenLogprob, ...]:
         """What may be told now."""
-        told: list[ToldToken] = []
+        told: list[TokenLogprob] = []
         while self._held and self._held[0][0] <= self._out_chars:
             told.append(self._held.popleft()[1])
         return tuple(told)

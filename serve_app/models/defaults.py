@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from serve_app.config import GenerationConfig
+from serve_app.core import GenerationDefaults
 from serve_app.models.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -25,20 +26,6 @@ _BOUNDS = {
     "repetition_penalty": (0.01, 100.0),
 }
 """What `SamplingParams` takes: each request without the parameter would fail by a default outside."""
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationDefaults:
-    """Sampling parameters for requests that don't give them, and the ids that end an answer."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    """0 is off."""
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    eos_token_ids: tuple[int, ...] = ()
-    """Sorted; empty when the model says none."""
 
 
 def read_generation_defaults(

@@ -11,9 +11,22 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from serve_app.core import RequestError
 
-class StoreUnavailable(Exception):
+_RETRY_AFTER_S = 2.0
+
+
+class StoreUnavailable(RequestError):
     """The store can't be reached, or did not answer: whether the last call had an effect is not known."""
+
+    def __init__(self, reason: str = "") -> None:
+        """`reason`: for the log. The caller is told what to do."""
+        message = "The journals of resumable streams can't be reached; try again, or without X-Stream-Resume."
+        super().__init__(message, code="journal_unavailable", retry_after_s=_RETRY_AFTER_S)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.reason or self.message
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +43,8 @@ class JournalLimits:
     would be lost to the pauses of a busy process; a longer one is a longer pause when an ingress dies."""
 
 
-class Hold(StrEnum):
-    """What became of an owner's hold on a journal."""
+class LeaseStatus(StrEnum):
+    """What became of an owner's lease of a journal."""
 
     HELD = "held"
     LOST = "lost"
@@ -42,7 +55,7 @@ class Hold(StrEnum):
     """The store's limits are used up by other journals that are in use; this one was dropped."""
 
 
-class Then(StrEnum):
+class LeaseAction(StrEnum):
     """What becomes of a lease after an append."""
 
     HOLD = "hold"
@@ -63,14 +76,14 @@ class Append:
     position: int
     """Records before these: an append that is repeated adds nothing twice."""
     records: tuple[bytes, ...] = ()
-    then: Then = Then.HOLD
+    action: LeaseAction = LeaseAction.HOLD
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class AppendResult:
     """The answer to an append."""
 
-    hold: Hold
+    lease: LeaseStatus
     unread_s: float | None = None
     """Since somebody last read the journal; None: nobody has."""
 
@@ -93,11 +106,11 @@ class JournalView:
 class JournalStore(Protocol):
     """Where journals are. Every method raises `StoreUnavailable`, within a few seconds."""
 
-    async def create(self, stream_id: str, owner: str, document: bytes) -> Hold:
+    async def create(self, stream_id: str, owner: str, document: bytes) -> LeaseStatus:
         """Begin an empty journal and hold its lease; replaces one that `owner` holds. HELD, LOST or FULL."""
         ...
 
-    async def append(self, appends: Sequence[Append]) -> list[Held]:
+    async def append(self, appends: Sequence[Append]) -> list[AppendResult]:
         """Write to many journals in one call; one answer each, in order."""
         ...
 

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from serve_app.resume.journal_store import Append, Held, Hold, JournalLimits, JournalView, Then
+from serve_app.resume.journal_store import Append, AppendResult, JournalLimits, JournalView, LeaseAction, LeaseStatus
 
 
 @dataclass(slots=True)
@@ -40,49 +40,49 @@ class MemoryJournals:
     def __len__(self) -> int:
         return len(self._journals)
 
-    def create(self, stream_id: str, owner: str, document: bytes) -> Hold:
+    def create(self, stream_id: str, owner: str, document: bytes) -> LeaseStatus:
         """See `JournalStore.create`."""
         now = self._clock()
         self._expire(now)
         there = self._journals.get(stream_id)
         if there is not None:
             if there.owner != owner:
-                return Hold.LOST
+                return LeaseStatus.LOST
             self._drop(stream_id)
         if not self._make_room(len(document), 1, now):
-            return Hold.FULL
+            return LeaseStatus.FULL
         journal = _Journal(owner, document, now, now + self.limits.lease_s, now, size_bytes=len(document))
         self._journals[stream_id] = journal
         self.size_bytes += len(document)
-        return Hold.HELD
+        return LeaseStatus.HELD
 
-    def append(self, append: Append) -> Held:
+    def append(self, append: Append) -> AppendResult:
         """One of `JournalStore.append`."""
         now = self._clock()
         self._expire(now)
         journal = self._journals.get(append.stream_id)
         if journal is not None and journal.owner != append.owner:
-            return Held(Hold.LOST)
+            return AppendResult(LeaseStatus.LOST)
         if journal is None or append.position > len(journal.records):
             self._drop(append.stream_id)
-            return Held(Hold.GONE)
-        if append.then is Then.DROP:
+            return AppendResult(LeaseStatus.GONE)
+        if append.action is LeaseAction.DROP:
             self._drop(append.stream_id)
-            return Held(Hold.HELD)
+            return AppendResult(LeaseStatus.HELD)
         self._touch(append.stream_id, journal, now)
         journal.leased_until = now + self.limits.lease_s
         new = append.records[len(journal.records) - append.position :]
         size = sum(map(len, new))
         if not self._make_room(size, 0, now):
             self._drop(append.stream_id)
-            return Held(Hold.FULL)
+            return AppendResult(LeaseStatus.FULL)
         journal.records.extend(new)
         journal.size_bytes += size
         self.size_bytes += size
-        if append.then is not Then.HOLD:
+        if append.action is not LeaseAction.HOLD:
             journal.leased_until = now
-            journal.finished = journal.finished or append.then is Then.FINISH
-        return Held(Hold.HELD, None if journal.read_at is None else now - journal.read_at)
+            journal.finished = journal.finished or append.action is LeaseAction.FINISH
+        return AppendResult(LeaseStatus.HELD, None if journal.read_at is None else now - journal.read_at)
 
     def read(self, stream_id: str, position: int) -> JournalView | None:
         """See `JournalStore.read`; does not wait."""
@@ -163,15 +163,15 @@ class MemoryJournalStore:
         self._news: dict[str, asyncio.Event] = {}
         """Of journals that somebody waits for."""
 
-    async def create(self, stream_id: str, owner: str, document: bytes) -> Hold:
+    async def create(self, stream_id: str, owner: str, document: bytes) -> LeaseStatus:
         """See `JournalStore`."""
         return self.journals.create(stream_id, owner, document)
 
-    async def append(self, appends: Sequence[Append]) -> list[Held]:
+    async def append(self, appends: Sequence[Append]) -> list[AppendResult]:
         """See `JournalStore`."""
         answers = [self.journals.append(append) for append in appends]
         for append in appends:
-            if append.records or append.then is not Then.HOLD:
+            if append.records or append.action is not LeaseAction.HOLD:
                 self._tell(append.stream_id)
         return answers
 

@@ -7,8 +7,8 @@ another version of this program, or whoever can write to the store, may have wri
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -17,12 +17,12 @@ from serve_app.core import (
     Failure,
     FailureCode,
     FinishReason,
-    GenerationRequest,
     GenerationStats,
     Reply,
     TokenBatch,
     TokenLogprobs,
 )
+from serve_app.generation.request import ResolvedRequest
 
 
 class RecordError(Exception):
@@ -33,12 +33,14 @@ class RecordError(Exception):
 class StreamDocument:
     """All that an ingress needs to continue a stream that another one began."""
 
-    requests: tuple[GenerationRequest, ...]
-    """One for each choice, as first made: without output. `remaining_s` counts from the journal's creation."""
+    request: ResolvedRequest
+    """As first made: without output. `remaining_s` counts from the journal's creation."""
     caller: str
     """Who may resume it: a digest of what the caller authenticated with."""
-    wire: str
-    """How ids become events: the API's own JSON, not read here."""
+    wire_format: str
+    """The name of the one in which its events are written."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What that format's writer needs besides the request: JSON."""
 
 
 _DOCUMENT = TypeAdapter(StreamDocument)

@@ -21,7 +21,14 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import NoPermissionError, NoScriptError, RedisClusterException, RedisError
 
-from serve_app.resume.journal_store import Append, Held, Hold, JournalLimits, JournalView, StoreUnavailable
+from serve_app.resume.journal_store import (
+    Append,
+    AppendResult,
+    JournalLimits,
+    JournalView,
+    LeaseStatus,
+    StoreUnavailable,
+)
 from serve_app.resume.stream_id import loggable
 
 TIMEOUT_S = 5.0
@@ -177,22 +184,25 @@ class RedisJournalStore:
             int(limits.lease_s * 1000),
         ]
 
-    async def create(self, stream_id: str, owner: str, document: bytes) -> Hold:
+    async def create(self, stream_id: str, owner: str, document: bytes) -> LeaseStatus:
         """See `JournalStore`."""
         answer: bytes = await self._run(_CREATE, [stream_id], [stream_id, owner, document])
-        return Hold(answer.decode())
+        return LeaseStatus(answer.decode())
 
-    async def append(self, appends: Sequence[Append]) -> list[Held]:
+    async def append(self, appends: Sequence[Append]) -> list[AppendResult]:
         """See `JournalStore`. One round trip."""
         if not appends:
             return []
         arguments: list[Any] = []
         for append in appends:
-            arguments += [append.stream_id, append.owner, append.position, str(append.then), len(append.records)]
+            arguments += [append.stream_id, append.owner, append.position, str(append.action), len(append.records)]
             arguments += append.records
         stream_ids = [append.stream_id for append in appends]
         answers: list[tuple[bytes, int]] = await self._run(_APPEND, stream_ids, arguments)
-        return [Held(Hold(hold.decode()), None if read_ms < 0 else read_ms / 1000) for hold, read_ms in answers]
+        return [
+            AppendResult(LeaseStatus(lease.decode()), None if read_ms < 0 else read_ms / 1000)
+            for lease, read_ms in answers
+        ]
 
     async def read(self, stream_id: str, position: int, wait_s: float = 0.0) -> JournalView | None:
         """See `JournalStore`. Waiting is asking again."""

@@ -10,12 +10,14 @@ import logging
 from collections.abc import Callable
 from weakref import WeakValueDictionary
 
-from serve_app.generation.attempts import FailoverSettings
+from serve_app.generation.attempt_history import FailoverSettings
 from serve_app.generation.replica import ReplicaClient
+from serve_app.resume.context import ResumeSettings, StreamContext
 from serve_app.resume.event_log import EventMemory
 from serve_app.resume.journal_store import JournalStore
 from serve_app.resume.records import RecordError, StreamDocument, read_document
-from serve_app.resume.stream import Home, ResumableStream, ResumeSettings, StreamGone
+from serve_app.resume.refusals import StreamGone
+from serve_app.resume.stream import ResumableStream
 from serve_app.resume.stream_id import loggable, new_stream_id
 from serve_app.resume.transcript import Transcript
 from serve_app.resume.writer import JournalWriter
@@ -36,7 +38,9 @@ class ResumableStreams:
         settings = settings or ResumeSettings()
         writer = JournalWriter(store, settings.lease_s, settings.tick_s)
         memory = EventMemory(settings.max_event_bytes, settings.max_stream_event_bytes)
-        self._home = Home(client, failover or FailoverSettings(), store, writer, settings, memory)
+        self._context = StreamContext(client, failover or FailoverSettings(), store, writer, settings, memory)
+        self._streams: dict[str, ResumableStream] = {}
+        """Those that this process generates or follows."""
         self._finished: WeakValueDictionary[str, ResumableStream] = WeakValueDictionary()
         """Found in the store with all their events, as long as somebody reads them."""
 
@@ -45,27 +49,22 @@ class ResumableStreams:
         """See `stream_id`."""
         return new_stream_id()
 
-    def _here(self, stream_id: str) -> ResumableStream | None:
-        """The object that this process has for the stream, if all events are there or are still got."""
-        stream = self._home.streams.get(stream_id) or self._finished.get(stream_id)
-        return stream if stream is not None and stream.lives else None
-
     @property
     def event_bytes(self) -> int:
         """Of the events that are kept here."""
-        return self._home.memory.kept_bytes
+        return self._context.memory.kept_bytes
 
     def __len__(self) -> int:
         """Streams that are generated or followed here."""
-        return len(self._home.streams)
+        return len(self._streams)
 
     async def journals(self) -> tuple[int, int]:
         """(journals, their bytes) of all processes that share the store. Raises `StoreUnavailable`."""
-        return await self._home.store.size()
+        return await self._context.store.size()
 
     def new(self, stream_id: str, document: StreamDocument, transcript: Transcript) -> ResumableStream:
         """A new stream; its `begin` starts it."""
-        return ResumableStream(stream_id, document, transcript, self._home)
+        return ResumableStream(stream_id, document, transcript, self._context, self)
 
     async def find(self, stream_id: str, make: Callable[[StreamDocument], Transcript]) -> ResumableStream:
         """The stream, whoever owns it. `make` gives an empty transcript for a document, or raises.
@@ -73,11 +72,11 @@ class ResumableStreams:
         The caller enters its `attended` before it awaits anything: a stream that is followed for nobody ends.
         Raises `StreamGone` and `StoreUnavailable`, neither before it has lasted for a moment.
         """
-        while (there := self._here(stream_id)) is None and (ending := self._home.streams.get(stream_id)) is not None:
+        while (there := self._here(stream_id)) is None and (ending := self._streams.get(stream_id)) is not None:
             await ending.closed()
         if there is not None:
             return there
-        view = await self._home.look(stream_id, 0)
+        view = await self._context.look(stream_id, 0)
         if (there := self._here(stream_id)) is not None:  # another request for it came first
             return there
         try:
@@ -85,7 +84,7 @@ class ResumableStreams:
         except RecordError as error:
             logger.error("the journal of stream %s can't be read", loggable(stream_id), exc_info=error)
             raise StreamGone from error
-        stream = ResumableStream(stream_id, document, make(document), self._home)
+        stream = self.new(stream_id, document, make(document))
         await stream.catch_up(view)
         if (there := self._here(stream_id)) is not None:
             return there
@@ -94,7 +93,28 @@ class ResumableStreams:
             self._finished[stream_id] = stream
         return stream
 
+    def _here(self, stream_id: str) -> ResumableStream | None:
+        """The object that this process has for the stream, if all events are there or are still got."""
+        stream = self._streams.get(stream_id) or self._finished.get(stream_id)
+        return stream if stream is not None and stream.lives else None
+
+    def enter(self, stream: ResumableStream) -> None:
+        """Called by a stream whose task starts."""
+        self._streams[stream.id] = stream
+
+    def leave(self, stream: ResumableStream) -> None:
+        """Called by a stream whose task ends."""
+        if self._streams.get(stream.id) is stream:  # another object for it may have come meanwhile
+            del self._streams[stream.id]
+
+    def limit_unattended(self) -> None:
+        """Stop those streams that have been without a reader longest, beyond the limit."""
+        left = [(since, stream) for stream in self._streams.values() if (since := stream.unattended_since) is not None]
+        left.sort(key=lambda item: item[0])
+        for _, stream in left[: max(0, len(left) - self._context.settings.max_unattended)]:
+            stream.give_up()
+
     async def aclose(self) -> None:
         """Stop all, so that other ingresses take them over at once."""
-        await asyncio.gather(*(stream.aclose() for stream in list(self._home.streams.values())))
-        await self._home.store.aclose()
+        await asyncio.gather(*(stream.aclose() for stream in list(self._streams.values())))
+        await self._context.store.aclose()

@@ -1,14 +1,22 @@
-"""The seam between a resumable stream and what it says: ids in, numbered events out.
+"""What a resumable stream says, as numbered events: one completion in one wire format.
 
-Implemented by `serve_app.api.transcript`, where text and wire formats live, and by fakes in tests.
+Promises the same events for the same ids, whatever the batches, attempts and ingresses they came by: a token at a time,
+choices taking turns, and the end of a choice a turn of its own. Pure: no I/O.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+from zlib import crc32
 
-from serve_app.core import Failure, TokenBatch
+from serve_app.chat.tokenizer import ChatTokenizer
+from serve_app.core import Failure, RequestError, TokenBatch
+from serve_app.generation.completion import Completion
+from serve_app.generation.events import EventWriter
+from serve_app.generation.output_tokens import OutputTokens
+from serve_app.generation.request import ResolvedRequest
+from serve_app.generation.text import Delta
 
 
 class Event(NamedTuple):
@@ -19,52 +27,141 @@ class Event(NamedTuple):
     """Of all tokens that were told up to here, 32 bits, rolling: equal where two texts are, else hardly ever."""
 
 
-class Transcript(Protocol):
-    """What a stream says, as events: a pure function of the ids, in whatever batches they come."""
+class Transcript:
+    """The events of one stream so far.
+
+    Several choices go round by round: token i of each that has not ended, then token i + 1. So the order of events
+    does not depend on which choice was faster, and costs at most the wait for the slowest.
+    """
+
+    def __init__(
+        self, request: ResolvedRequest, tokenizer: ChatTokenizer, new_writer: Callable[[], EventWriter]
+    ) -> None:
+        """Raises `PromptError` for stop strings that can't be used."""
+        self._request = request
+        self._tokenizer = tokenizer
+        self._new_writer = new_writer
+        self._writer = new_writer()
+        self._completion = Completion(request, tokenizer)
+        self._outputs = [OutputTokens(each) for each in request.requests]
+        """All tokens that have come; `_completion` has those whose turn it was."""
+        self._told = [0] * request.choices
+        """Tokens of each choice whose events are out."""
+        self._failure: Failure | None = None
+        self._turn = 0
+        self._digest = 0
+        """Of what was told: see `Event`. A CRC, since nobody gains by two texts that have the same."""
+        self.tokens = 0
+        """Of all choices, so far."""
 
     @property
     def finished(self) -> bool:
         """Nothing more can come."""
-        ...
-
-    @property
-    def tokens(self) -> int:
-        """Of all choices, so far."""
-        ...
+        return self._failure is not None or self._completion.finished
 
     @property
     def outcome(self) -> str:
         """For the log: the finish reason or error code that came last."""
-        ...
+        return self._completion.outcome if self._failure is None else self._failure.code
 
     @property
     def cached_prompt_tokens(self) -> int:
         """For the log: prompt tokens that the replicas found in their caches."""
-        ...
+        counted = self._outputs[:: self._request.choices_per_prompt]
+        return sum(output.stats.cached_prompt_tokens for output in counted if output.stats is not None)
 
     def opening(self) -> list[Event]:
         """The events before the first token."""
-        ...
+        return self._marked(self._writer.opened())
 
     def push(self, choice: int, batch: TokenBatch) -> list[Event]:
         """The events that `batch` adds; tokens that are known are dropped.
 
-        Raises `JournalError` for a gap, and `OtherTokens` where known ones are others.
+        Raises `BatchError` for a gap, and `OtherTokens` where known ones are others.
         """
-        ...
+        if self.finished or self._completion.ended(choice):
+            return []
+        self.tokens += self._outputs[choice].append(batch)
+        return self._advance()
 
     def fail(self, failure: Failure) -> list[Event]:
         """The stream ends with an error: its events."""
-        ...
+        self._failure = failure
+        self._roll(b"failed")
+        return self._marked([self._writer.failed(RequestError.of(failure))])
 
     def again(self) -> Iterator[Event]:
         """All events so far from the first on, made again as they are taken; also those that come meanwhile."""
-        ...
+        other = Transcript(self._request, self._tokenizer, self._new_writer)
+        yield from other.opening()
+        more = True
+        while more:
+            more = False
+            for choice in range(self._request.choices):
+                batch = None if other._completion.ended(choice) else self._next_batch(choice, other._outputs[choice])
+                if batch is not None:
+                    more = True
+                    yield from other.push(choice, batch)
+        if self._failure is not None:
+            yield from other.fail(self._failure)
 
     def ended(self, choice: int) -> bool:
         """Whether this choice has said all."""
-        ...
+        return self._completion.ended(choice)
 
     def output(self, choice: int) -> TokenBatch:
         """All tokens of this choice so far, and the counters that came with its first ones."""
-        ...
+        output = self._outputs[choice]
+        tokens = output.tokens(0)
+        return TokenBatch(0, tokens.token_ids, tokens.logprobs, stats=output.stats)
+
+    def _advance(self) -> list[Event]:
+        """The events of all turns that can be taken now."""
+        events: list[Event] = []
+        while not self._completion.finished and (delta := self._next_delta(self._turn)) is not None:
+            events += self._marked(self._writer.gained(delta))
+            if self._completion.finished:
+                events += self._marked(self._writer.ended(self._completion.usage))
+            else:
+                self._pass_on()
+        return events
+
+    def _pass_on(self) -> None:
+        """The next choice that has not ended has its turn."""
+        self._turn = (self._turn + 1) % self._request.choices
+        while self._completion.ended(self._turn):
+            self._turn = (self._turn + 1) % self._request.choices
+
+    def _next_delta(self, choice: int) -> Delta | None:
+        """What the choice says in its turn; None when that has not come yet."""
+        batch = self._next_turn(choice)
+        if batch is None:
+            return None
+        if batch.token_ids:
+            self._told[choice] += 1
+            self._roll(b"%d %d" % (choice, batch.token_ids[0]))
+        elif batch.finish_reason is not None:
+            self._roll(b"%d %b" % (choice, batch.finish_reason.encode()))
+        return self._completion.push(choice, batch)
+
+    def _next_turn(self, choice: int) -> TokenBatch | None:
+        return _turn(self._outputs[choice], self._told[choice])
+
+    def _next_batch(self, choice: int, known: OutputTokens) -> TokenBatch | None:
+        """What of this choice follows what is `known`, which ends with the same last word."""
+        return None if known.finish_reason is not None else _turn(self._outputs[choice], len(known))
+
+    def _roll(self, told: bytes) -> None:
+        self._digest = crc32(told, self._digest)
+
+    def _marked(self, events: Iterable[bytes]) -> list[Event]:
+        return [Event(content, self._digest) for content in events]
+
+
+def _turn(output: OutputTokens, told: int) -> TokenBatch | None:
+    """One token, or the end when all are told; None when neither has come yet."""
+    stats = output.stats
+    if told < len(output):
+        tokens = output.tokens(told, told + 1)
+        return TokenBatch(told, tokens.token_ids, tokens.logprobs, stats=stats)
+    return None if output.finish_reason is None else TokenBatch(told, finish_reason=output.finish_reason, stats=stats)

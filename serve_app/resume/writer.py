@@ -13,7 +13,14 @@ import secrets
 from collections.abc import Callable, Sequence
 from contextvars import Context
 
-from serve_app.resume.journal_store import Append, Held, Hold, JournalStore, StoreUnavailable, Then
+from serve_app.resume.journal_store import (
+    Append,
+    AppendResult,
+    JournalStore,
+    LeaseAction,
+    LeaseStatus,
+    StoreUnavailable,
+)
 from serve_app.resume.records import join_replies
 from serve_app.resume.stream_id import loggable
 
@@ -35,7 +42,7 @@ class OwnedJournal:
         self.stream_id = stream_id
         self.owner = owner
         self.document = document
-        self.hold = Hold.HELD
+        self.lease = LeaseStatus.HELD
         self.last_read: float | None = None
         """When somebody last read it, by this loop's clock; None: nobody has."""
         self.on_news: Callable[[], None] | None = None
@@ -43,7 +50,7 @@ class OwnedJournal:
         self._records = list(records)
         self._written = len(self._records)
         self._lines: list[bytes] = []
-        self._then = Then.HOLD
+        self._action = LeaseAction.HOLD
         self._renewed_at = float("-inf")
         self._wake = wake
         self._settled = asyncio.Event()
@@ -59,14 +66,14 @@ class OwnedJournal:
             self._lines.append(line)
             self._wake()
 
-    def end(self, then: Then) -> None:
+    def end(self, action: LeaseAction) -> None:
         """What becomes of the journal once all is written. Nothing may be written after this."""
-        self._then = then
+        self._action = action
         self._wake()
 
     @property
     def is_settled(self) -> bool:
-        """Nothing more will be written: all is, or the hold is lost."""
+        """Nothing more will be written: all is, or the lease is lost."""
         return self._settled.is_set()
 
     async def settled(self) -> None:
@@ -75,33 +82,33 @@ class OwnedJournal:
 
     def due(self, now: float, renew_s: float) -> bool:
         """Whether it has something to write, or a lease to renew."""
-        return bool(self._lines) or self._then is not Then.HOLD or now - self._renewed_at >= renew_s
+        return bool(self._lines) or self._action is not LeaseAction.HOLD or now - self._renewed_at >= renew_s
 
     def append(self) -> Append:
         """What to write now."""
         if self._lines:
             self._records.append(join_replies(self._lines))
             self._lines.clear()
-        return Append(self.stream_id, self.owner, self._written, tuple(self._records[self._written :]), self._then)
+        return Append(self.stream_id, self.owner, self._written, tuple(self._records[self._written :]), self._action)
 
-    def take(self, append: Append, held: Held, now: float) -> None:
+    def take(self, append: Append, result: AppendResult, now: float) -> None:
         """The store's answer to `append`."""
-        self.hold = held.hold
-        self._renewed_at = float("-inf") if held.hold is Hold.GONE else now
-        if held.unread_s is not None:
-            self.last_read = now - held.unread_s
-        if held.hold is Hold.HELD:
+        self.lease = result.lease
+        self._renewed_at = float("-inf") if result.lease is LeaseStatus.GONE else now
+        if result.unread_s is not None:
+            self.last_read = now - result.unread_s
+        if result.lease is LeaseStatus.HELD:
             self._written = append.position + len(append.records)
-            if append.then is not Then.HOLD:
+            if append.action is not LeaseAction.HOLD:
                 self._settled.set()
-        elif held.hold is Hold.GONE:
+        elif result.lease is LeaseStatus.GONE:
             self._written = 0  # it was created again: to be written from the start
             self._wake()
         else:
             name = loggable(self.stream_id)
-            logger.warning("the journal of stream %s can't be written any more: %s", name, held.hold)
+            logger.warning("the journal of stream %s can't be written any more: %s", name, result.lease)
             self._settled.set()
-            if held.hold is Hold.FULL:
+            if result.lease is LeaseStatus.FULL:
                 self._records.clear()  # they are nowhere else, so nobody can go on with them
                 self._written = 0
         self.tell()
@@ -128,7 +135,7 @@ class JournalWriter:
         self._reachable = True
 
     def new_owner(self) -> str:
-        """A name that no other hold on any journal has."""
+        """A name that no other lease of any journal has."""
         return f"{self._process}-{next(self._counter)}"
 
     def own(self, stream_id: str, owner: str, document: bytes, records: Sequence[bytes] = ()) -> OwnedJournal:
@@ -136,12 +143,12 @@ class JournalWriter:
         return OwnedJournal(stream_id, owner, document, records, self._due.set)
 
     async def create(self, journal: OwnedJournal) -> None:
-        """Create a new journal in the store and keep it from now on; its `hold` says how that went.
+        """Create a new journal in the store and keep it from now on; its `lease` says how that went.
 
         Raises `StoreUnavailable`.
         """
-        journal.hold = await self._store.create(journal.stream_id, journal.owner, journal.document)
-        if journal.hold is Hold.HELD:
+        journal.lease = await self._store.create(journal.stream_id, journal.owner, journal.document)
+        if journal.lease is LeaseStatus.HELD:
             self.keep(journal)
 
     def keep(self, journal: OwnedJournal) -> None:
@@ -156,6 +163,17 @@ class JournalWriter:
         """Leave the journal alone from now on; whatever was not written is lost."""
         self._owned.pop(journal.owner, None)
         self._due.set()
+
+    async def end(self, journal: OwnedJournal, action: LeaseAction, within_s: float) -> None:
+        """Write what is left to be written, and leave the journal to others after at most so long."""
+        journal.end(action)
+        try:
+            async with asyncio.timeout(within_s):
+                await journal.settled()
+        except TimeoutError:
+            logger.warning("the end of stream %s could not be written to its journal", loggable(journal.stream_id))
+        finally:
+            self.forget(journal)
 
     async def _run(self) -> None:
         while self._owned:
@@ -176,10 +194,10 @@ class JournalWriter:
         appends = [journal.append() for journal in due]
         try:
             answers = await self._store.append(appends)
-            for journal, append, held in zip(due, appends, answers, strict=True):
-                if held.hold is Hold.GONE:
-                    held = await self._create_again(journal)
-                journal.take(append, held, loop.time())
+            for journal, append, result in zip(due, appends, answers, strict=True):
+                if result.lease is LeaseStatus.GONE:
+                    result = await self._create_again(journal)
+                journal.take(append, result, loop.time())
                 if journal.is_settled:
                     self.forget(journal)
             self._reachable = True
@@ -190,9 +208,9 @@ class JournalWriter:
             for journal in due:
                 journal.tell()
 
-    async def _create_again(self, journal: OwnedJournal) -> Held:
+    async def _create_again(self, journal: OwnedJournal) -> AppendResult:
         """The store has lost it; its owner has not. Raises `StoreUnavailable`."""
-        hold = await self._store.create(journal.stream_id, journal.owner, journal.document)
+        lease = await self._store.create(journal.stream_id, journal.owner, journal.document)
         name = loggable(journal.stream_id)
-        logger.warning("the store has lost the journal of stream %s; created again: %s", name, hold)
-        return Held(Hold.GONE if hold is Hold.HELD else hold)
+        logger.warning("the store has lost the journal of stream %s; created again: %s", name, lease)
+        return AppendResult(LeaseStatus.GONE if lease is LeaseStatus.HELD else lease)

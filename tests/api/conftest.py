@@ -5,15 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
-from pathlib import Path
 
 import httpx
 import pytest
 import uvicorn
 from fake_replica import FakeReplica, Script, Step, card
-from small_tokenizers import CHATML, byte_level_backend
 from starlette.applications import Starlette
-from transformers import PreTrainedTokenizerFast
 from unlogged_stream_ids import unlogged_stream_ids
 
 from serve_app.api.app import create_app
@@ -22,14 +19,21 @@ from serve_app.api.http.sse import StreamSettings
 from serve_app.chat.prompts import PromptFormatter
 from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.config import ApiConfig, ChatConfig
-from serve_app.core import FinishReason, GenerationRequest, GenerationStats, TokenBatch, TokenLogprobs
-from serve_app.generation.attempts import FailoverSettings
-from serve_app.generation.service import CompletionService, ModelDefaults
+from serve_app.core import (
+    FinishReason,
+    GenerationDefaults,
+    GenerationRequest,
+    GenerationStats,
+    TokenBatch,
+    TokenLogprobs,
+)
+from serve_app.generation.attempt_history import FailoverSettings
+from serve_app.generation.service import CompletionService
 from serve_app.observability.metrics import MemoryMetrics
+from serve_app.resume.context import ResumeSettings
 from serve_app.resume.journal_store import JournalLimits, JournalStore
 from serve_app.resume.memory_store import MemoryJournalStore
 from serve_app.resume.registry import ResumableStreams
-from serve_app.resume.stream import ResumeSettings
 
 ANSWER = "The quick brown fox says 🙂 and naïve."
 
@@ -39,18 +43,6 @@ def no_stream_id_is_logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """In no test, whatever goes wrong in it."""
     with unlogged_stream_ids(monkeypatch):
         yield
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
-    """Byte-level, with ChatML's template."""
-    folder: Path = tmp_path_factory.mktemp("tokenizer")
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=byte_level_backend(), eos_token="<|im_end|>", unk_token="<|endoftext|>"
-    )
-    fast.chat_template = CHATML
-    fast.save_pretrained(folder)
-    return ChatTokenizer.load(folder)
 
 
 @pytest.fixture(scope="session")
@@ -124,7 +116,7 @@ async def make_app(tokenizer: ChatTokenizer, eos: int, metrics: MemoryMetrics) -
         service = CompletionService(
             replica,
             PromptFormatter.from_config(text, ChatConfig()),
-            ModelDefaults(**{"eos_token_ids": (eos,), **(defaults or {})}),  # type: ignore[arg-type]
+            GenerationDefaults(**{"eos_token_ids": (eos,), **(defaults or {})}),  # type: ignore[arg-type]
             failover,
             aliases,
         )

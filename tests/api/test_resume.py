@@ -22,10 +22,10 @@ from serve_app.core import Failure, FailureCode, Fingerprint, GenerationRequest,
 from serve_app.generation.replica import ReplicaLost
 from serve_app.observability.metrics import MemoryMetrics
 from serve_app.resume import event_log
+from serve_app.resume.context import ResumeSettings
 from serve_app.resume.journal_store import JournalLimits
 from serve_app.resume.memory_store import MemoryJournals, MemoryJournalStore
 from serve_app.resume.records import read_record, write_reply
-from serve_app.resume.stream import ResumeSettings
 
 MakeApp = Callable[..., Starlette]
 Writes = Callable[..., Script]

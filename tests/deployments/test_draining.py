@@ -15,7 +15,7 @@ from running_streams import Service, Stream, flowing, going_on, moves, until
 
 from serve_app.config import AppConfig
 from serve_app.core import FailureCode, Fingerprint
-from serve_app.generation.attempts import FailoverSettings
+from serve_app.generation.attempt_history import FailoverSettings
 
 pytestmark = pytest.mark.ray
 

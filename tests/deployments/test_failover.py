@@ -26,7 +26,7 @@ from unruly_model_server import POISON, UnrulyModelServer, write_weights
 
 import serve_app.app
 from serve_app.config import AppConfig
-from serve_app.generation.attempts import FailoverSettings
+from serve_app.generation.attempt_history import FailoverSettings
 
 pytestmark = pytest.mark.ray
 

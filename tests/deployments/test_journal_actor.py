@@ -12,7 +12,14 @@ import pytest
 import ray
 
 from serve_app.deployments.journal_actor import NAMESPACE, VERSION, RayJournalStore
-from serve_app.resume.journal_store import Append, Held, Hold, JournalLimits, StoreUnavailable, Then
+from serve_app.resume.journal_store import (
+    Append,
+    AppendResult,
+    JournalLimits,
+    LeaseAction,
+    LeaseStatus,
+    StoreUnavailable,
+)
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 LIMITS = JournalLimits(lease_s=60)
@@ -32,8 +39,8 @@ def actor_of(app_name: str) -> ray.actor.ActorHandle:
     return ray.get_actor(f"journals of {app_name}, version {VERSION}", namespace=NAMESPACE)
 
 
-def add(position: int, *records: bytes, then: Then = Then.HOLD) -> list[Append]:
-    return [Append("s", "a", position, records, then)]
+def add(position: int, *records: bytes, action: LeaseAction = LeaseAction.HOLD) -> list[Append]:
+    return [Append("s", "a", position, records, action)]
 
 
 async def test_reading_starts_no_actor(app_name: str) -> None:
@@ -47,9 +54,9 @@ async def test_reading_starts_no_actor(app_name: str) -> None:
 
 async def test_what_one_ingress_writes_another_reads(app_name: str) -> None:
     one, other = RayJournalStore(app_name, LIMITS), RayJournalStore(app_name, LIMITS)
-    assert await one.create("s", "a", b"doc") is Hold.HELD
-    (held,) = await one.append(add(0, b"one"))
-    assert held.hold is Hold.HELD
+    assert await one.create("s", "a", b"doc") is LeaseStatus.HELD
+    (result,) = await one.append(add(0, b"one"))
+    assert result.lease is LeaseStatus.HELD
     view = await other.read("s", 0)
     assert view is not None
     assert (view.document, view.records, view.leased) == (b"doc", (b"one",), True)
@@ -60,7 +67,7 @@ async def test_what_one_ingress_writes_another_reads(app_name: str) -> None:
     view = await waiting
     assert view is not None
     assert view.records == (b"two",)
-    await one.append(add(2, then=Then.RELEASE))
+    await one.append(add(2, action=LeaseAction.RELEASE))
     assert await other.acquire("s", "b")
     assert ray.get(actor_of(app_name).size.remote()) == (1, 9)
 
@@ -70,14 +77,14 @@ async def test_an_actor_that_died_is_replaced_by_an_empty_one(app_name: str) -> 
     await store.create("s", "a", b"doc")
     ray.kill(actor_of(app_name))
     deadline = time.monotonic() + 120
-    held = Held(Hold.HELD)
-    while held.hold is Hold.HELD:  # the old one lives a moment longer
+    result = AppendResult(LeaseStatus.HELD)
+    while result.lease is LeaseStatus.HELD:  # the old one lives a moment longer
         assert time.monotonic() < deadline
         with suppress(StoreUnavailable):  # Ray still gives out the name of the dead one
-            (held,) = await store.append(add(0, b"one"))
+            (result,) = await store.append(add(0, b"one"))
         await asyncio.sleep(0.01)
-    assert held.hold is Hold.GONE
-    assert await store.create("s", "a", b"doc") is Hold.HELD
+    assert result.lease is LeaseStatus.GONE
+    assert await store.create("s", "a", b"doc") is LeaseStatus.HELD
 
 
 async def test_limits_are_those_of_the_latest_config(app_name: str) -> None:
@@ -85,7 +92,7 @@ async def test_limits_are_those_of_the_latest_config(app_name: str) -> None:
     await one.create("s", "a", b"document")
     other = RayJournalStore(app_name, JournalLimits(max_bytes=5))
     await other.create("t", "a", b"")
-    assert await one.create("u", "a", b"document") is Hold.FULL
+    assert await one.create("u", "a", b"document") is LeaseStatus.FULL
 
 
 async def test_many_readers_wait_at_a_time(app_name: str) -> None:

@@ -23,7 +23,7 @@ from running_streams import Service, flowing, going_on, moves
 from serve_app.app import _free_by_node
 from serve_app.cli.ray_address import address_file
 from serve_app.config import AppConfig
-from serve_app.generation.attempts import FailoverSettings
+from serve_app.generation.attempt_history import FailoverSettings
 
 pytestmark = pytest.mark.ray
 

@@ -21,5 +21,5 @@ def test_a_url_that_can_not_be_read_is_refused_without_its_password(url: str) ->
 
 def test_the_limits_of_the_configuration_hold_for_events_too() -> None:
     limits = {"streams": {"max_bytes": 1000}, "api": {"slow_reader_bytes": 100}}
-    settings = open_streams(FakeReplica([]), AppConfig.model_validate(limits), "app")._home.settings
+    settings = open_streams(FakeReplica([]), AppConfig.model_validate(limits), "app")._context.settings
     assert (settings.max_event_bytes, settings.max_stream_event_bytes) == (1000, 100)

@@ -10,7 +10,8 @@ import pytest
 from fake_replica import FakeReplica, Script, generation_request, says
 
 from serve_app.core import FinishReason, GenerationStats, TokenBatch
-from serve_app.generation.attempts import FailoverSettings, Generation, interleave
+from serve_app.generation.attempt_history import FailoverSettings
+from serve_app.generation.attempts import Generation, interleave
 from serve_app.generation.replica import ReplicaLost
 from serve_app.resume.records import read_record, write_reply
 
@@ -29,7 +30,7 @@ async def asked_for(*scripts: Script, prior: TokenBatch | None = None) -> list[s
     changed = asyncio.Event()
     replica = FakeReplica(list(scripts))
     async with Generation(replica, generation_request(), changed, QUICK, prior) as generation:
-        async for _ in interleave([generation], changed):
+        async for _ in interleave({0: generation}, changed):
             pass
     return [request.arithmetic for request in replica.requests]
 

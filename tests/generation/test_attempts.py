@@ -18,7 +18,8 @@ from serve_app.core import (
     TokenBatch,
     TokenLogprobs,
 )
-from serve_app.generation.attempts import FailoverSettings, Generation, interleave
+from serve_app.generation.attempt_history import FailoverSettings
+from serve_app.generation.attempts import Generation, interleave
 from serve_app.generation.replica import ReplicaClient, ReplicaLost
 
 pytestmark = pytest.mark.usefixtures("exact_time")  # else a stall would look like a silent replica
@@ -29,7 +30,7 @@ QUICK = FailoverSettings(silence_s=0.05, max_attempts=3, first_backoff_s=0.001, 
 async def replies(client: ReplicaClient, settings: FailoverSettings = QUICK, **changes: object) -> list[Reply]:
     changed = asyncio.Event()
     async with Generation(client, generation_request(**changes), changed, settings) as generation:
-        return [reply async for _, reply in interleave([generation], changed)]
+        return [reply async for _, reply in interleave({0: generation}, changed)]
 
 
 def ids(answer: list[Reply]) -> list[int]:
@@ -173,7 +174,7 @@ async def test_a_request_that_kills_its_replicas_is_tried_alone_and_refused() ->
     def script(request: GenerationRequest) -> list[Reply | BaseException]:
         if not request.output_token_ids:
             return [tokens(0, 100), ReplicaLost("killed")]
-        return [ReplicaLost("killed", blamed=request.alone)]
+        return [ReplicaLost("killed", implicated=request.alone)]
 
     replica = FakeReplica([script])
     answer = await replies(replica, PATIENT)
@@ -184,7 +185,7 @@ async def test_a_request_that_kills_its_replicas_is_tried_alone_and_refused() ->
 
 
 async def test_a_suspect_that_was_not_computed_when_its_replicas_died_is_innocent() -> None:
-    beside_poison = says(ReplicaLost("killed", blamed=False))
+    beside_poison = says(ReplicaLost("killed", implicated=False))
     replica = FakeReplica([*[beside_poison] * 8, counts()])
     assert ids(await replies(replica, PATIENT)) == TEN
     assert [request.alone for request in replica.requests] == [False] * 2 + [True] * 7
@@ -192,7 +193,7 @@ async def test_a_suspect_that_was_not_computed_when_its_replicas_died_is_innocen
 
 async def test_a_new_token_clears_a_suspect() -> None:
     unlucky = says(ReplicaLost("killed"))
-    alone_and_blamed = says(ReplicaLost("killed", blamed=True))
+    alone_and_blamed = says(ReplicaLost("killed", implicated=True))
     one_token = says(tokens(0, 100), ReplicaLost("killed"))
     replica = FakeReplica([unlucky, unlucky, alone_and_blamed, one_token, unlucky, unlucky, alone_and_blamed, counts()])
     assert ids(await replies(replica, PATIENT)) == TEN
@@ -340,7 +341,7 @@ async def test_what_a_client_raises_against_its_contract_reaches_the_reader_afte
     changed = asyncio.Event()
     seen: list[Reply] = []
     async with Generation(replica, generation_request(), changed, QUICK) as generation:
-        stream = interleave([generation], changed)
+        stream = interleave({0: generation}, changed)
         seen.append((await anext(stream))[1])
         with pytest.raises(ZeroDivisionError):
             await anext(stream)
@@ -375,7 +376,7 @@ async def test_choices_are_interleaved_as_they_come_and_fail_apart() -> None:
         Generation(slow, generation_request(choice=1), changed) as b,
         Generation(failing, generation_request(choice=2), changed) as c,
     ):
-        async for position, reply in interleave([a, b, c], changed):
+        async for position, reply in interleave({0: a, 1: b, 2: c}, changed):
             seen.append((position, reply))
     assert ids([reply for position, reply in seen if position == 0]) == TEN
     assert ids([reply for position, reply in seen if position == 1]) == TEN
@@ -392,7 +393,7 @@ async def test_closing_one_choice_does_not_end_the_others() -> None:
         Generation(other, generation_request(), changed) as b,
     ):
         seen = []
-        async for position, reply in interleave([a, b], changed):
+        async for position, reply in interleave({0: a, 1: b}, changed):
             seen.append((position, reply))
             if position == 0:
                 await a.aclose()
@@ -422,7 +423,7 @@ async def test_a_last_word_that_comes_with_tokens_while_the_reader_is_busy_is_ha
         Generation(Fails([]), generation_request(), changed) as failing,
     ):
         got: list[Reply] = []
-        async for position, reply in interleave([silent, failing], changed):
+        async for position, reply in interleave({0: silent, 1: failing}, changed):
             if position == 1:
                 got.append(reply)
                 goes_on.set()

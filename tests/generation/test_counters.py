@@ -8,7 +8,8 @@ import pytest
 from fake_replica import ALIVE, FakeReplica, Script, generation_request, says
 
 from serve_app.core import FinishReason, GenerationStats, Reply, TokenBatch
-from serve_app.generation.attempts import FailoverSettings, Generation, interleave
+from serve_app.generation.attempt_history import FailoverSettings
+from serve_app.generation.attempts import Generation, interleave
 from serve_app.generation.replica import ReplicaLost
 from serve_app.resume.records import read_record, write_reply
 
@@ -26,7 +27,7 @@ async def stats_of(*scripts: Script) -> list[tuple[int, int]]:
     changed = asyncio.Event()
     replies: list[Reply] = []
     async with Generation(FakeReplica(list(scripts)), generation_request(), changed, QUICK) as generation:
-        async for _, reply in interleave([generation], changed):
+        async for _, reply in interleave({0: generation}, changed):
             replies.append(reply)
     assert isinstance(replies[-1], TokenBatch)
     assert replies[-1].finish_reason is FinishReason.LENGTH

@@ -1,81 +1,87 @@
 from __future__ import annotations
 
 import pytest
+from fake_replica import generation_request
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.core import TokenBatch, TokenLogprobs
-from serve_app.generation.output_tokens import Journal, JournalError, OtherTokens
+from serve_app.core import SamplingParams, TokenBatch, TokenLogprobs
+from serve_app.generation.output_tokens import BatchError, OtherTokens, OutputTokens
+
+
+def outputs(limit: int, *, with_logprobs: bool = False) -> OutputTokens:
+    sampling = SamplingParams(seed=1, logprobs=0 if with_logprobs else None)
+    return OutputTokens(generation_request(max_new_tokens=limit, sampling=sampling))
 
 
 def test_appends_consecutive_batches() -> None:
-    journal = Journal(10)
-    journal.append(TokenBatch(0, (5, 6)))
-    journal.append(TokenBatch(2, (7,)))
-    assert journal.token_ids == [5, 6, 7]
-    assert len(journal) == 3
+    output = outputs(10)
+    output.append(TokenBatch(0, (5, 6)))
+    output.append(TokenBatch(2, (7,)))
+    assert output.token_ids == [5, 6, 7]
+    assert len(output) == 3
 
 
 def test_drops_what_overlaps() -> None:
-    journal = Journal(10)
-    journal.append(TokenBatch(0, (5, 6, 7)))
-    journal.append(TokenBatch(1, (6, 7, 8)))
-    journal.append(TokenBatch(0, (5,)))
-    assert journal.token_ids == [5, 6, 7, 8]
+    output = outputs(10)
+    output.append(TokenBatch(0, (5, 6, 7)))
+    output.append(TokenBatch(1, (6, 7, 8)))
+    output.append(TokenBatch(0, (5,)))
+    assert output.token_ids == [5, 6, 7, 8]
 
 
 @pytest.mark.parametrize("batch", [TokenBatch(1, (9, 7)), TokenBatch(1, (6, 9, 8)), TokenBatch(0, (9,))])
 def test_refuses_a_repetition_of_another_text(batch: TokenBatch) -> None:
-    journal = Journal(10)
-    journal.append(TokenBatch(0, (5, 6, 7)))
+    output = outputs(10)
+    output.append(TokenBatch(0, (5, 6, 7)))
     with pytest.raises(OtherTokens):
-        journal.append(batch)
-    assert journal.token_ids == [5, 6, 7]
+        output.append(batch)
+    assert output.token_ids == [5, 6, 7]
 
 
 def test_refuses_a_gap_and_stays_as_it_was() -> None:
-    journal = Journal(10)
-    journal.append(TokenBatch(0, (5,)))
-    with pytest.raises(JournalError, match="1 to 2 are missing"):
-        journal.append(TokenBatch(3, (9,)))
-    assert journal.token_ids == [5]
+    output = outputs(10)
+    output.append(TokenBatch(0, (5,)))
+    with pytest.raises(BatchError, match="1 to 2 are missing"):
+        output.append(TokenBatch(3, (9,)))
+    assert output.token_ids == [5]
 
 
 def test_an_empty_batch_beyond_the_end_is_a_gap_too() -> None:
-    with pytest.raises(JournalError):
-        Journal(10).append(TokenBatch(1))
+    with pytest.raises(BatchError):
+        outputs(10).append(TokenBatch(1))
 
 
 def test_refuses_more_than_the_limit() -> None:
-    journal = Journal(2)
-    with pytest.raises(JournalError, match="more than 2"):
-        journal.append(TokenBatch(0, (1, 2, 3)))
-    assert journal.token_ids == []
+    output = outputs(2)
+    with pytest.raises(BatchError, match="more than 2"):
+        output.append(TokenBatch(0, (1, 2, 3)))
+    assert output.token_ids == []
 
 
 def test_logprobs_stay_aligned_with_their_tokens() -> None:
-    journal = Journal(10, with_logprobs=True)
+    output = outputs(10, with_logprobs=True)
     first, second, third = (TokenLogprobs(-float(i)) for i in range(3))
-    journal.append(TokenBatch(0, (5, 6), (first, second)))
-    journal.append(TokenBatch(1, (6, 7), (second, third)))
-    assert journal.logprobs == [first, second, third]
+    output.append(TokenBatch(0, (5, 6), (first, second)))
+    output.append(TokenBatch(1, (6, 7), (second, third)))
+    assert output.logprobs == [first, second, third]
 
 
 def test_refuses_tokens_without_their_logprobs() -> None:
-    journal = Journal(10, with_logprobs=True)
-    with pytest.raises(JournalError, match="logprobs"):
-        journal.append(TokenBatch(0, (5,)))
-    assert (journal.token_ids, journal.logprobs) == ([], [])
+    output = outputs(10, with_logprobs=True)
+    with pytest.raises(BatchError, match="logprobs"):
+        output.append(TokenBatch(0, (5,)))
+    assert (output.token_ids, output.logprobs) == ([], [])
 
 
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 6)), max_size=30))
 def test_whatever_is_sent_twice_the_output_is_the_sequence(spans: list[tuple[int, int]]) -> None:
-    journal = Journal(100)
+    output = outputs(100)
     for first, length in spans:
         batch = TokenBatch(first, tuple(range(first, first + length)))
-        if first > len(journal):
-            with pytest.raises(JournalError):
-                journal.append(batch)
+        if first > len(output):
+            with pytest.raises(BatchError):
+                output.append(batch)
         else:
-            journal.append(batch)
-    assert journal.token_ids == list(range(len(journal)))
+            output.append(batch)
+    assert output.token_ids == list(range(len(output)))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from serve_app.chat.detokenizer import Detokenizer
 from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.core import FinishReason, TokenBatch, TokenLogprobs
-from serve_app.generation.text import ChoiceText, ToldToken
+from serve_app.generation.text import ChoiceText, TokenLogprob
 
 PER_EXAMPLE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
 
@@ -72,7 +72,7 @@ def test_what_comes_after_a_stop_string_in_its_batch_is_dropped(tokenizer: ChatT
     text = choice(tokenizer, ["c"])
     delta = text.push(TokenBatch(0, tuple(ids), logprobs))
     assert (delta.texts, delta.finish_reason) == (("a", "b", ""), FinishReason.STOP)
-    assert delta.logprobs == (ToldToken(ids[0], 0, logprobs[0]), ToldToken(ids[1], 1, logprobs[1]))
+    assert delta.logprobs == (TokenLogprob(ids[0], 0, logprobs[0]), TokenLogprob(ids[1], 1, logprobs[1]))
     assert text.tokens == 3
 
 
@@ -90,8 +90,8 @@ def test_logprobs_tell_what_the_text_tells_and_no_more(
     for word in words:
         ids += [word] if isinstance(word, int) else tokenizer.encode_text(word, add_bos=False, parse_special=False)
 
-    def told(size: int) -> tuple[list[ToldToken], str]:
-        text, found, shown = choice(tokenizer, stops), list[ToldToken](), ""
+    def told(size: int) -> tuple[list[TokenLogprob], str]:
+        text, found, shown = choice(tokenizer, stops), list[TokenLogprob](), ""
         for first in range(0, len(ids), size):
             batch = tuple(ids[first : first + size])
             last = FinishReason.LENGTH if first + size >= len(ids) else None

@@ -7,16 +7,18 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing
 
 import pytest
-from fake_replica import ALIVE, FakeReplica, counts, generation_request
+from fake_replica import ALIVE, FakeReplica, counts, generation_request, resolved
 from journal_stores import BrokenStore
 
 from serve_app.core import Failure, TokenBatch
-from serve_app.generation.output_tokens import Journal
+from serve_app.generation.output_tokens import OutputTokens
+from serve_app.resume.context import ResumeSettings
 from serve_app.resume.event_log import Mark
-from serve_app.resume.journal_store import Hold, JournalLimits, StoreUnavailable
+from serve_app.resume.journal_store import JournalLimits, LeaseStatus, StoreUnavailable
 from serve_app.resume.records import StreamDocument
+from serve_app.resume.refusals import JournalsFull, StreamGone
 from serve_app.resume.registry import ResumableStreams
-from serve_app.resume.stream import JournalsFull, ResumableStream, ResumeSettings, StreamGone
+from serve_app.resume.stream import ResumableStream
 from serve_app.resume.transcript import Event
 
 pytestmark = pytest.mark.usefixtures("exact_time")
@@ -30,7 +32,7 @@ class Ids:
     """A transcript: one event a token, one for the end."""
 
     def __init__(self, document: StreamDocument) -> None:
-        self._journal = Journal(TOKENS)
+        self._output = OutputTokens(document.request.requests[0])
         self.finished = False
         self.tokens = 0
         self.outcome = ""
@@ -40,9 +42,9 @@ class Ids:
         return []
 
     def push(self, choice: int, batch: TokenBatch) -> list[Event]:
-        known = len(self._journal)
-        self._journal.append(batch)
-        events = [Event(b"%d" % token_id, token_id) for token_id in self._journal.token_ids[known:]]
+        known = len(self._output)
+        self._output.append(batch)
+        events = [Event(b"%d" % token_id, token_id) for token_id in self._output.token_ids[known:]]
         self.finished = batch.finish_reason is not None
         return [*events, Event(batch.finish_reason.encode(), 1)] if batch.finish_reason is not None else events
 
@@ -54,7 +56,7 @@ class Ids:
         return self.finished
 
     def output(self, choice: int) -> TokenBatch:
-        return TokenBatch(0, tuple(self._journal.token_ids))
+        return TokenBatch(0, tuple(self._output.token_ids))
 
 
 @pytest.fixture
@@ -85,7 +87,7 @@ async def make_streams(replica: FakeReplica, store: BrokenStore) -> AsyncIterato
 
 
 def new(streams: ResumableStreams) -> ResumableStream:
-    document = StreamDocument((generation_request(max_new_tokens=TOKENS),), "", "")
+    document = StreamDocument(resolved(generation_request(max_new_tokens=TOKENS)), "", "")
     return streams.new(streams.new_id(), document, Ids(document))
 
 
@@ -98,7 +100,7 @@ async def begun(streams: ResumableStreams) -> ResumableStream:
 async def rest(streams: ResumableStreams, stream_id: str) -> list[bytes]:
     stream = await streams.find(stream_id, Ids)
     with stream.attended():
-        async with aclosing(stream.read(Mark(), 10**6)) as pieces:
+        async with aclosing(stream.feed.read(Mark(), 10**6)) as pieces:
             return [content async for _, events in pieces for content, _ in events]
 
 
@@ -173,8 +175,8 @@ async def test_a_journal_that_is_away_while_its_stream_begins_is_not_a_full_stor
     stream = new(make_streams())
     beginning = asyncio.create_task(stream.begin())
     await asyncio.sleep(0.02)
-    assert stream._journal is not None
-    stream._journal.hold = Hold.GONE
+    assert stream._owner is not None
+    stream._owner.journal.lease = LeaseStatus.GONE
     await beginning
     assert await rest(make_streams(), stream.id) == EXPECTED
 
@@ -189,6 +191,6 @@ async def test_an_object_that_ends_leaves_another_of_the_same_stream(make_stream
     streams = make_streams()
     stream = await begun(streams)
     later = new(streams)
-    streams._home.streams[stream.id] = later
+    streams._streams[stream.id] = later
     await stream.aclose()
-    assert streams._home.streams == {stream.id: later}
+    assert streams._streams == {stream.id: later}

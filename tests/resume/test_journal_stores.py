@@ -16,7 +16,14 @@ from redis.exceptions import ResponseError
 from redis_server import redis_cluster, redis_server
 from simulated_time import simulated_time
 
-from serve_app.resume.journal_store import Append, Hold, JournalLimits, JournalStore, StoreUnavailable, Then
+from serve_app.resume.journal_store import (
+    Append,
+    JournalLimits,
+    JournalStore,
+    LeaseAction,
+    LeaseStatus,
+    StoreUnavailable,
+)
 from serve_app.resume.memory_store import MemoryJournals, MemoryJournalStore
 from serve_app.resume.redis_store import RedisJournalStore
 from serve_app.resume.stream_id import new_stream_id
@@ -78,13 +85,15 @@ async def flush(store: JournalStore) -> RedisClient:
     return client
 
 
-def add(owner: str, position: int, *records: bytes, then: Then = Then.HOLD, stream: str = "s") -> list[Append]:
-    return [Append(stream, owner, position, records, then)]
+def add(
+    owner: str, position: int, *records: bytes, action: LeaseAction = LeaseAction.HOLD, stream: str = "s"
+) -> list[Append]:
+    return [Append(stream, owner, position, records, action)]
 
 
-async def hold(store: JournalStore, *args: object, **named: object) -> Hold:
-    (held,) = await store.append(add(*args, **named))  # type: ignore[arg-type]
-    return held.hold
+async def hold(store: JournalStore, *args: object, **named: object) -> LeaseStatus:
+    (result,) = await store.append(add(*args, **named))  # type: ignore[arg-type]
+    return result.lease
 
 
 async def lapse(store: JournalStore, stream: str = "s") -> None:
@@ -95,9 +104,9 @@ async def lapse(store: JournalStore, stream: str = "s") -> None:
 async def test_what_was_written_is_read_in_order(make_store: MakeStore) -> None:
     store = make_store()
     before = loop_time()
-    assert await store.create("s", "a", b"doc\x00\xff") is Hold.HELD
-    assert await hold(store, "a", 0, b"one", b"two\n\x00") is Hold.HELD
-    assert await hold(store, "a", 2, b"three") is Hold.HELD
+    assert await store.create("s", "a", b"doc\x00\xff") is LeaseStatus.HELD
+    assert await hold(store, "a", 0, b"one", b"two\n\x00") is LeaseStatus.HELD
+    assert await hold(store, "a", 2, b"three") is LeaseStatus.HELD
     view = await store.read("s", 0)
     assert view is not None
     assert (view.document, view.records) == (b"doc\x00\xff", (b"one", b"two\n\x00", b"three"))
@@ -115,10 +124,10 @@ async def test_a_repeated_append_adds_nothing_twice(make_store: MakeStore) -> No
     store = make_store()
     await store.create("s", "a", b"")
     await hold(store, "a", 0, b"one")
-    assert await hold(store, "a", 0, b"one") is Hold.HELD
-    assert await hold(store, "a", 0, b"one", b"two") is Hold.HELD
-    assert await hold(store, "a", 1, b"two", then=Then.FINISH) is Hold.HELD
-    assert await hold(store, "a", 1, b"two", then=Then.FINISH) is Hold.HELD
+    assert await hold(store, "a", 0, b"one") is LeaseStatus.HELD
+    assert await hold(store, "a", 0, b"one", b"two") is LeaseStatus.HELD
+    assert await hold(store, "a", 1, b"two", action=LeaseAction.FINISH) is LeaseStatus.HELD
+    assert await hold(store, "a", 1, b"two", action=LeaseAction.FINISH) is LeaseStatus.HELD
     view = await store.read("s", 0)
     assert view is not None
     assert (view.records, view.finished) == ((b"one", b"two"), True)
@@ -127,9 +136,9 @@ async def test_a_repeated_append_adds_nothing_twice(make_store: MakeStore) -> No
 async def test_only_the_owner_writes(make_store: MakeStore) -> None:
     store = make_store()
     await store.create("s", "a", b"doc")
-    assert await hold(store, "b", 0, b"forged") is Hold.LOST
-    assert await hold(store, "b", 7, b"forged") is Hold.LOST
-    assert await store.create("s", "b", b"forged") is Hold.LOST
+    assert await hold(store, "b", 0, b"forged") is LeaseStatus.LOST
+    assert await hold(store, "b", 7, b"forged") is LeaseStatus.LOST
+    assert await store.create("s", "b", b"forged") is LeaseStatus.LOST
     assert not await store.acquire("s", "b")
     view = await store.read("s", 0)
     assert view is not None
@@ -143,15 +152,15 @@ async def test_a_lapsed_lease_goes_to_one_of_many(make_store: MakeStore) -> None
     await lapse(store)
     won = await asyncio.gather(*(store.acquire("s", f"owner {n}") for n in range(10)))
     assert won.count(True) == 1
-    assert await hold(store, "a", 1, b"two") is Hold.LOST
-    assert await hold(store, f"owner {won.index(True)}", 1, b"two") is Hold.HELD
+    assert await hold(store, "a", 1, b"two") is LeaseStatus.LOST
+    assert await hold(store, f"owner {won.index(True)}", 1, b"two") is LeaseStatus.HELD
 
 
 async def test_an_owner_that_was_only_slow_goes_on(make_store: MakeStore) -> None:
     store = make_store(lease_s=LEASE_S)
     await store.create("s", "a", b"")
     await lapse(store)
-    assert await hold(store, "a", 0, b"one") is Hold.HELD
+    assert await hold(store, "a", 0, b"one") is LeaseStatus.HELD
     assert not await store.acquire("s", "b")
 
 
@@ -160,16 +169,16 @@ async def test_renewing_keeps_the_lease(make_store: MakeStore) -> None:
     await store.create("s", "a", b"")
     for _ in range(6):
         await asyncio.sleep(LEASE_S / 4)
-        assert await hold(store, "a", 0) is Hold.HELD
+        assert await hold(store, "a", 0) is LeaseStatus.HELD
         assert not await store.acquire("s", "b")
 
 
 async def test_a_released_journal_is_taken_at_once_and_a_finished_one_never(make_store: MakeStore) -> None:
     store = make_store()
     await store.create("s", "a", b"")
-    await hold(store, "a", 0, b"one", then=Then.RELEASE)
+    await hold(store, "a", 0, b"one", action=LeaseAction.RELEASE)
     assert await store.acquire("s", "b")
-    await hold(store, "b", 1, then=Then.FINISH)
+    await hold(store, "b", 1, action=LeaseAction.FINISH)
     view = await store.read("s", 0)
     assert view is not None
     assert (view.finished, view.leased) == (True, False)
@@ -179,24 +188,24 @@ async def test_a_released_journal_is_taken_at_once_and_a_finished_one_never(make
 async def test_a_dropped_journal_is_gone(make_store: MakeStore) -> None:
     store = make_store()
     await store.create("s", "a", b"")
-    assert await hold(store, "a", 0, then=Then.DROP) is Hold.HELD
+    assert await hold(store, "a", 0, action=LeaseAction.DROP) is LeaseStatus.HELD
     assert await store.read("s", 0) is None
     assert not await store.acquire("s", "b")
 
 
 async def test_what_a_store_lost_its_owner_is_told(make_store: MakeStore) -> None:
     store = make_store()
-    assert await hold(store, "a", 0, b"one") is Hold.GONE
+    assert await hold(store, "a", 0, b"one") is LeaseStatus.GONE
     await store.create("s", "a", b"")
-    assert await hold(store, "a", 3, b"four") is Hold.GONE  # another store that knows only the beginning
+    assert await hold(store, "a", 3, b"four") is LeaseStatus.GONE  # another store that knows only the beginning
     assert await store.read("s", 0) is None
-    assert await store.create("s", "a", b"") is Hold.HELD
+    assert await store.create("s", "a", b"") is LeaseStatus.HELD
 
 
 async def test_a_journal_that_nobody_touches_expires(make_store: MakeStore) -> None:
     store = make_store(expiry_s=1.0)
     await store.create("s", "a", b"doc")
-    await hold(store, "a", 0, b"one", then=Then.FINISH)
+    await hold(store, "a", 0, b"one", action=LeaseAction.FINISH)
     lived_s = 0.0
     while lived_s < 1.2:
         before = loop_time()
@@ -208,10 +217,10 @@ async def test_a_journal_that_nobody_touches_expires(make_store: MakeStore) -> N
         else:  # the machine stood still, and Redis's clock went on
             lived_s = 0.0
             await store.create("s", "a", b"doc")
-            await hold(store, "a", 0, b"one", then=Then.FINISH)
+            await hold(store, "a", 0, b"one", action=LeaseAction.FINISH)
     await asyncio.sleep(1.05)
     assert await store.read("s", 0) is None
-    assert await hold(store, "a", 1, b"two") is Hold.GONE
+    assert await hold(store, "a", 1, b"two") is LeaseStatus.GONE
 
 
 async def test_the_oldest_unowned_journal_makes_room(make_store: MakeStore) -> None:
@@ -219,12 +228,12 @@ async def test_the_oldest_unowned_journal_makes_room(make_store: MakeStore) -> N
     for name in ("one", "two", "three"):
         await store.create(name, "a", b"")
         await asyncio.sleep(0.002)
-    assert await store.create("four", "a", b"") is Hold.FULL
+    assert await store.create("four", "a", b"") is LeaseStatus.FULL
     assert await store.read("four", 0) is None
-    await hold(store, "a", 0, then=Then.FINISH, stream="three")
+    await hold(store, "a", 0, action=LeaseAction.FINISH, stream="three")
     await asyncio.sleep(0.002)
-    await hold(store, "a", 0, then=Then.RELEASE, stream="two")
-    assert await store.create("four", "a", b"") is Hold.HELD
+    await hold(store, "a", 0, action=LeaseAction.RELEASE, stream="two")
+    assert await store.create("four", "a", b"") is LeaseStatus.HELD
     assert await store.read("three", 0) is None
     assert await store.read("two", 0) is not None
     assert await store.read("one", 0) is not None
@@ -232,16 +241,16 @@ async def test_the_oldest_unowned_journal_makes_room(make_store: MakeStore) -> N
 
 async def test_bytes_are_bounded(make_store: MakeStore) -> None:
     store = make_store(max_bytes=100)
-    assert await store.create("big", "a", b"d" * 101) is Hold.FULL
+    assert await store.create("big", "a", b"d" * 101) is LeaseStatus.FULL
     await store.create("old", "a", b"d" * 40)
-    await hold(store, "a", 0, then=Then.FINISH, stream="old")
+    await hold(store, "a", 0, action=LeaseAction.FINISH, stream="old")
     await store.create("s", "a", b"d" * 40)
-    assert await hold(store, "a", 0, b"r" * 20) is Hold.HELD
-    assert await hold(store, "a", 1, b"r" * 20) is Hold.HELD
+    assert await hold(store, "a", 0, b"r" * 20) is LeaseStatus.HELD
+    assert await hold(store, "a", 1, b"r" * 20) is LeaseStatus.HELD
     assert await store.read("old", 0) is None
-    assert await hold(store, "a", 2, b"r" * 21) is Hold.FULL
+    assert await hold(store, "a", 2, b"r" * 21) is LeaseStatus.FULL
     assert await store.read("s", 0) is None
-    assert await store.create("next", "a", b"d" * 100) is Hold.HELD
+    assert await store.create("next", "a", b"d" * 100) is LeaseStatus.HELD
 
 
 async def test_many_journals_in_one_call(make_store: MakeStore) -> None:
@@ -251,21 +260,26 @@ async def test_many_journals_in_one_call(make_store: MakeStore) -> None:
     appends = (
         add("a", 0, b"1") + add("a", 0, b"x", stream="t") + add("b", 0, b"2", stream="t") + add("c", 0, stream="u")
     )
-    assert [held.hold for held in await store.append(appends)] == [Hold.HELD, Hold.LOST, Hold.HELD, Hold.GONE]
+    assert [result.lease for result in await store.append(appends)] == [
+        LeaseStatus.HELD,
+        LeaseStatus.LOST,
+        LeaseStatus.HELD,
+        LeaseStatus.GONE,
+    ]
     assert await store.append([]) == []
 
 
 async def test_an_owner_hears_when_somebody_reads(make_store: MakeStore) -> None:
     store = make_store()
     await store.create("s", "a", b"")
-    (held,) = await store.append(add("a", 0))
-    assert held.unread_s is None
+    (result,) = await store.append(add("a", 0))
+    assert result.unread_s is None
     before = loop_time()
     await store.read("s", 0)
     await asyncio.sleep(0.02)
-    (held,) = await store.append(add("a", 0))
-    assert held.unread_s is not None
-    assert 0.015 < held.unread_s < loop_time() - before + 0.005  # Redis counts whole milliseconds
+    (result,) = await store.append(add("a", 0))
+    assert result.unread_s is not None
+    assert 0.015 < result.unread_s < loop_time() - before + 0.005  # Redis counts whole milliseconds
 
 
 @pytest.mark.parametrize("news", ["record", "finish", "release", "lapse"])
@@ -280,7 +294,7 @@ async def test_a_reader_waits_for_news(make_store: MakeStore, news: str) -> None
         case "record":
             await hold(store, "a", 0, b"one")
         case "finish" | "release":
-            await hold(store, "a", 0, then=Then(news))
+            await hold(store, "a", 0, action=LeaseAction(news))
     view = await reading
     assert loop_time() - started < LEASE_S + 5
     assert view is not None
@@ -306,7 +320,7 @@ def test_idle_counts_return_to_nothing() -> None:
     journals = MemoryJournals(JournalLimits(expiry_s=10, lease_s=1), lambda: now[0])
     for n in range(5):
         journals.create(str(n), "a", b"document")
-        journals.append(Append(str(n), "a", 0, (b"record",), Then.FINISH if n % 2 else Then.HOLD))
+        journals.append(Append(str(n), "a", 0, (b"record",), LeaseAction.FINISH if n % 2 else LeaseAction.HOLD))
     assert (len(journals), journals.size_bytes) == (5, 70)
     now[0] = 10.1
     journals.expire()
@@ -320,7 +334,7 @@ async def test_what_is_kept_is_counted_and_what_has_expired_is_not(make_store: M
         await store.create(str(n), "a", b"document")
         await store.append(add("a", 0, b"record", stream=str(n)))
     assert await store.size() == (5, 70)
-    await hold(store, "a", 1, then=Then.DROP, stream="0")
+    await hold(store, "a", 1, action=LeaseAction.DROP, stream="0")
     assert await store.size() == (4, 56)
     async with asyncio.timeout(60):
         while await store.size() != (0, 0):  # noqa: ASYNC110 - counting must be enough to forget them
@@ -366,7 +380,7 @@ async def test_a_redis_that_was_restarted_is_found_again() -> None:
             await other.client_kill_filter(_type="normal", skipme=True)
             assert await store.read("s", 0) is not None
             await other.script_flush()
-            assert await hold(store, "a", 0, b"one") is Hold.HELD
+            assert await hold(store, "a", 0, b"one") is LeaseStatus.HELD
     with pytest.raises(StoreUnavailable):
         await store.read("s", 0)
     await store.aclose()
@@ -377,7 +391,7 @@ async def test_all_keys_of_a_cluster_are_in_one_slot_and_are_found_when_it_moves
     with redis_cluster() as urls:
         stores = [RedisJournalStore(url, JournalLimits(lease_s=NEVER_S)) for url in urls]
         await stores[0].create("s", "a", b"doc")
-        assert await hold(stores[1], "a", 0, b"one") is Hold.HELD
+        assert await hold(stores[1], "a", 0, b"one") is LeaseStatus.HELD
         clients = [Redis.from_url(url, decode_responses=True) for url in urls]
         found = [await client.keys("*") for client in clients]
         assert sorted(map(len, found)) == [0, 0, 5]
@@ -393,7 +407,7 @@ async def test_all_keys_of_a_cluster_are_in_one_slot_and_are_found_when_it_moves
         for client in (target, source, *clients):
             await client.execute_command("CLUSTER SETSLOT", slot, "NODE", ids[target])
         for position, store in enumerate(stores, 1):
-            assert await hold(store, "a", position, b"more") is Hold.HELD
+            assert await hold(store, "a", position, b"more") is LeaseStatus.HELD
             view = await store.read("s", 0)
             assert view is not None
             assert view.records == (b"one", *[b"more"] * position)
@@ -412,7 +426,7 @@ async def test_a_user_that_may_not_ask_what_redis_is_uses_one_server(redis_url: 
     async with Redis.from_url(redis_url) as client:
         await client.execute_command("ACL SETUSER journals on >secret ~{serve_app}:* +@all -info")
     store = RedisJournalStore(redis_url.replace("//", "//journals:secret@"), JournalLimits(lease_s=NEVER_S))
-    assert await store.create(new_stream_id(), "a", b"doc") is Hold.HELD
+    assert await store.create(new_stream_id(), "a", b"doc") is LeaseStatus.HELD
     await store.aclose()
 
 
@@ -421,7 +435,7 @@ async def test_a_server_that_says_nothing_of_clusters_is_one_server(
 ) -> None:
     monkeypatch.setattr(Redis, "info", AsyncMock(return_value={}))
     store = RedisJournalStore(redis_url, JournalLimits(lease_s=NEVER_S))
-    assert await store.create(new_stream_id(), "a", b"doc") is Hold.HELD
+    assert await store.create(new_stream_id(), "a", b"doc") is LeaseStatus.HELD
     await store.aclose()
 
 

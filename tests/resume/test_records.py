@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from fake_replica import generation_request
+from fake_replica import generation_request, resolved
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -75,13 +75,18 @@ requests = st.builds(
 )
 
 
-@given(st.lists(requests, min_size=1, max_size=3).map(tuple), st.text(), st.text())
-def test_a_document_reads_as_it_was_written(of_choices: tuple[GenerationRequest, ...], caller: str, wire: str) -> None:
-    document = StreamDocument(of_choices, caller, wire)
+settings = st.dictionaries(st.text(), st.none() | st.booleans() | st.text() | st.integers(-(2**53), 2**53))
+
+
+@given(st.lists(requests, min_size=1, max_size=3).map(tuple), st.text(), st.text(), settings)
+def test_a_document_reads_as_it_was_written(
+    of_choices: tuple[GenerationRequest, ...], caller: str, wire_format: str, settings: dict[str, object]
+) -> None:
+    document = StreamDocument(resolved(*of_choices), caller, wire_format, settings)
     assert read_document(write_document(document)) == document
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff", b'{"requests": 1, "caller": "", "wire": ""}'])
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff", b'{"request": 1, "caller": "", "wire_format": ""}'])
 def test_rubbish_is_no_document(content: bytes) -> None:
     with pytest.raises(RecordError):
         read_document(content)

@@ -11,25 +11,28 @@ from dataclasses import replace
 from zlib import crc32
 
 import pytest
-from fake_replica import FakeReplica, counts, generation_request
+from fake_replica import FakeReplica, counts, generation_request, resolved
 from journal_stores import BrokenStore
 
 from serve_app.core import Failure, FailureCode, FinishReason, TokenBatch
-from serve_app.generation.attempts import FailoverSettings
-from serve_app.generation.output_tokens import Journal
+from serve_app.generation.attempt_history import FailoverSettings
+from serve_app.generation.output_tokens import OutputTokens
 from serve_app.resume import event_log
+from serve_app.resume.context import ResumeSettings
 from serve_app.resume.event_log import Mark
-from serve_app.resume.journal_store import Append, Held, Hold, JournalLimits, JournalView, StoreUnavailable, Then
-from serve_app.resume.records import StreamDocument, join_replies, read_record, write_document, write_reply
-from serve_app.resume.registry import ResumableStreams
-from serve_app.resume.stream import (
-    ReaderTooSlow,
-    Refused,
-    ResumableStream,
-    ResumeSettings,
-    StreamChanged,
-    StreamGone,
+from serve_app.resume.journal_store import (
+    Append,
+    AppendResult,
+    JournalLimits,
+    JournalView,
+    LeaseAction,
+    LeaseStatus,
+    StoreUnavailable,
 )
+from serve_app.resume.records import StreamDocument, join_replies, read_record, write_document, write_reply
+from serve_app.resume.refusals import ReaderTooSlow, Refused, StreamChanged, StreamGone
+from serve_app.resume.registry import ResumableStreams
+from serve_app.resume.stream import ResumableStream
 from serve_app.resume.transcript import Event
 
 pytestmark = pytest.mark.usefixtures("exact_time")  # else a stall would end leases and streams
@@ -44,7 +47,7 @@ class Sentences:
 
     def __init__(self, document: StreamDocument) -> None:
         self._document = document
-        self._journal = Journal(document.requests[0].max_new_tokens)
+        self._output = OutputTokens(document.request.requests[0])
         self._digest = 0
         self.finished = False
         self.tokens = 0
@@ -55,9 +58,9 @@ class Sentences:
         return [Event(b"begin", 0)]
 
     def push(self, choice: int, batch: TokenBatch) -> list[Event]:
-        known = len(self._journal)
-        self._journal.append(batch)
-        events = [self._event(b"%d" % token_id) for token_id in self._journal.token_ids[known:]]
+        known = len(self._output)
+        self._output.append(batch)
+        events = [self._event(b"%d" % token_id) for token_id in self._output.token_ids[known:]]
         if 666 in batch.token_ids:
             raise ZeroDivisionError("a bug")
         if batch.finish_reason is not None:
@@ -77,8 +80,8 @@ class Sentences:
     def again(self) -> Iterator[Event]:
         other = Sentences(self._document)
         yield from other.opening()
-        while (position := len(other._journal)) < len(self._journal):
-            yield from other.push(0, TokenBatch(position, (self._journal.token_ids[position],)))
+        while (position := len(other._output)) < len(self._output):
+            yield from other.push(0, TokenBatch(position, (self._output.token_ids[position],)))
         if self.outcome:
             yield from other.push(0, TokenBatch(position, finish_reason=FinishReason(self.outcome)))
 
@@ -86,7 +89,7 @@ class Sentences:
         return self.finished
 
     def output(self, choice: int) -> TokenBatch:
-        return TokenBatch(0, tuple(self._journal.token_ids))
+        return TokenBatch(0, tuple(self._output.token_ids))
 
 
 EXPECTED = [b"begin", *(b"%d" % (100 + n) for n in range(TOKENS)), b"length"]
@@ -103,7 +106,7 @@ class Wire:
         self._check()
         return await self.store.create(stream_id, owner, document)
 
-    async def append(self, appends: list[Append]) -> list[Held]:
+    async def append(self, appends: list[Append]) -> list[AppendResult]:
         self._check()
         return await self.store.append(appends)
 
@@ -148,7 +151,7 @@ class Ingress:
 
     async def begin(self, **changes: object) -> ResumableStream:
         request = generation_request(**{"max_new_tokens": TOKENS, **changes})
-        document = StreamDocument((request,), "", "")
+        document = StreamDocument(resolved(request), "", "")
         stream = self.streams.new(self.streams.new_id(), document, Sentences(document))
         await stream.begin()
         return stream
@@ -165,7 +168,7 @@ class Ingress:
         stream = await self.find(stream_id)
         found: list[Event] = []
         with stream.attended():
-            async with aclosing(stream.read(mark, 10**6)) as pieces:
+            async with aclosing(stream.feed.read(mark, 10**6)) as pieces:
                 async for first, events in pieces:
                     assert first == mark.position + len(found)
                     found += events
@@ -268,7 +271,7 @@ async def test_a_text_that_ends_before_what_a_reader_has_is_another(
             await other.rest_after(cut.stream_id, mark_of(cut.seen))
         stream = await other.find(cut.stream_id)
         with stream.attended(), pytest.raises(StreamChanged):
-            await stream.check(mark_of(cut.seen), 1)
+            await stream.feed.check(mark_of(cut.seen), 1)
 
 
 async def test_the_same_tokens_again_are_the_same_text(make_ingress: MakeIngress, cut: Cut) -> None:
@@ -282,9 +285,9 @@ async def test_a_reader_is_told_before_anything_else_if_that_takes_no_longer_tha
     replica.scripts = [counts(TOKENS, pause_s=0.01, ids=lambda n: 100 + n if n < cut.written - 1 else 500 + n)]
     stream = await make_ingress().find(cut.stream_id)
     with stream.attended():
-        await stream.check(mark_of(cut.seen), 0.001)  # the lease of the dead has not even lapsed
+        await stream.feed.check(mark_of(cut.seen), 0.001)  # the lease of the dead has not even lapsed
         with pytest.raises(StreamChanged):
-            await stream.check(mark_of(cut.seen), 10 * LEASE_S)
+            await stream.feed.check(mark_of(cut.seen), 10 * LEASE_S)
 
 
 async def test_an_owner_that_lost_its_lease_does_not_go_on_with_anothers_text(
@@ -311,22 +314,22 @@ async def test_what_the_journal_lacks_is_generated_and_no_more(
     make_ingress: MakeIngress, replica: FakeReplica, store: BrokenStore, written: int
 ) -> None:
     """The owner died at any point, also between the last token and the end."""
-    document = StreamDocument((generation_request(max_new_tokens=TOKENS),), "", "")
+    document = StreamDocument(resolved(generation_request(max_new_tokens=TOKENS)), "", "")
     stream_id = ResumableStreams.new_id()
     await store.create(stream_id, "dead", write_document(document))
     batch = TokenBatch(0, tuple(100 + n for n in range(written)))
-    await store.append([Append(stream_id, "dead", 0, (write_reply(0, batch),), Then.RELEASE)])
+    await store.append([Append(stream_id, "dead", 0, (write_reply(0, batch),), LeaseAction.RELEASE)])
     assert await make_ingress().rest(stream_id) == EXPECTED
     assert [len(request.output_token_ids) for request in replica.requests] == [written] * (written < TOKENS)
 
 
 async def test_a_long_journal_is_taken_in_while_others_run(make_ingress: MakeIngress, store: BrokenStore) -> None:
-    document = StreamDocument((generation_request(max_new_tokens=2000),), "", "")
+    document = StreamDocument(resolved(generation_request(max_new_tokens=2000)), "", "")
     stream_id = ResumableStreams.new_id()
     await store.create(stream_id, "dead", write_document(document))
     lines = [write_reply(0, TokenBatch(n, (1000 + n,))) for n in range(1999)]
     lines.append(write_reply(0, TokenBatch(1999, (2999,), finish_reason=FinishReason.LENGTH)))
-    await store.append([Append(stream_id, "dead", 0, (join_replies(lines),), Then.FINISH)])
+    await store.append([Append(stream_id, "dead", 0, (join_replies(lines),), LeaseAction.FINISH)])
     turns = 0
 
     async def others() -> None:
@@ -512,13 +515,13 @@ async def test_a_reader_that_lags_is_told(make_ingress: MakeIngress) -> None:
     one = make_ingress()
     stream = await one.begin()
     with stream.attended():
-        async with aclosing(stream.read(Mark(), max_lag_bytes=12)) as pieces:
+        async with aclosing(stream.feed.read(Mark(), max_lag_bytes=12)) as pieces:
             await anext(pieces)
             await anext(pieces)
             await asyncio.sleep(0.1)
             with pytest.raises(ReaderTooSlow):
                 await anext(pieces)
-        assert (await anext(stream.read(Mark(), max_lag_bytes=12)))[0] == 0  # from the start nobody lags
+        assert (await anext(stream.feed.read(Mark(), max_lag_bytes=12)))[0] == 0  # from the start nobody lags
 
 
 async def test_a_task_is_named_by_the_beginning_of_its_streams_id(make_ingress: MakeIngress) -> None:
@@ -563,9 +566,10 @@ async def test_a_journal_that_can_not_be_written_takes_no_memory(make_ingress: M
     await one.rest(stream.id, until=5)
     store.journals.limits = replace(store.journals.limits, max_bytes=store.journals.size_bytes)
     await one.rest(stream.id, until=20)
-    assert stream._journal is not None
-    assert stream._journal.hold is Hold.FULL
-    assert (stream._journal._lines, stream._journal._records) == ([], [])
+    assert stream._owner is not None
+    journal = stream._owner.journal
+    assert journal.lease is LeaseStatus.FULL
+    assert (journal._lines, journal._records) == ([], [])
 
 
 async def test_ids_can_not_be_guessed() -> None:

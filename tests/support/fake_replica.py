@@ -19,6 +19,7 @@ from serve_app.core import (
     TokenBatch,
     TokenLogprobs,
 )
+from serve_app.generation.request import ResolvedRequest
 
 
 def card(**changes: object) -> ModelCard:
@@ -48,6 +49,11 @@ def generation_request(**changes: object) -> GenerationRequest:
         "max_new_tokens": 10,
     }
     return GenerationRequest(**(values | changes))  # type: ignore[arg-type]
+
+
+def resolved(*requests: GenerationRequest) -> ResolvedRequest:
+    """What a caller's request for these choices is resolved to."""
+    return ResolvedRequest("tiny", requests, False, (), len(requests))
 
 
 Step = Reply | BaseException | float | None

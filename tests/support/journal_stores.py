@@ -5,7 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from serve_app.resume.journal_store import Append, Held, Hold, JournalLimits, JournalView, StoreUnavailable
+from serve_app.resume.journal_store import (
+    Append,
+    AppendResult,
+    JournalLimits,
+    JournalView,
+    LeaseStatus,
+    StoreUnavailable,
+)
 from serve_app.resume.memory_store import MemoryJournals, MemoryJournalStore
 
 
@@ -30,11 +37,11 @@ class BrokenStore(MemoryJournalStore):
         """As a store that was restarted."""
         self.journals = MemoryJournals(self.journals.limits, loop_time)
 
-    async def create(self, stream_id: str, owner: str, document: bytes) -> Hold:
+    async def create(self, stream_id: str, owner: str, document: bytes) -> LeaseStatus:
         self._check()
         return await super().create(stream_id, owner, document)
 
-    async def append(self, appends: Sequence[Append]) -> list[Held]:
+    async def append(self, appends: Sequence[Append]) -> list[AppendResult]:
         self._check()
         self.appends += appends
         answers = await super().append(appends)

@@ -63,7 +63,7 @@ class Stream:
         changed = asyncio.Event()
         async with Generation(client, wanted, changed) as generation:
             heard = time.monotonic()
-            async for _, reply in interleave([generation], changed):
+            async for _, reply in interleave({0: generation}, changed):
                 self._take(reply, time.monotonic() - heard)
                 heard = time.monotonic()
 

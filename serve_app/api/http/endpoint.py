@@ -16,20 +16,19 @@ from starlette.datastructures import Headers, QueryParams
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from serve_app.api.errors import ApiError, from_failure
+from serve_app.api.errors import api_error
 from serve_app.api.http import inline
 from serve_app.api.http.body import ClientGone, read_json_object
 from serve_app.api.http.inline import Result
 from serve_app.api.http.slow_bodies import SlowBodies
 from serve_app.api.http.sse import EventStream
 from serve_app.config import ApiConfig
-from serve_app.core import Failure, FailureCode
+from serve_app.core import FailureCode, RequestError
 from serve_app.observability.logs import RequestRecord
 from serve_app.observability.metrics import REQUESTS_IN_PROGRESS, MetricsSink
 
 RECORD = "serve_app.record"
 """Where the request's `RequestRecord` is in the ASGI scope."""
-_OVERLOADED_RETRY_AFTER_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +69,14 @@ class Admission:
         """Requests that have no place yet."""
 
     def refuse_when_full(self) -> None:
-        """Raise `ApiError` 503 when all places are taken."""
+        """Raise `RequestError` when all places are taken."""
         if self._in_progress >= self._max_streams:
             message = f"The server is answering {self._max_streams} requests, its limit; try again in a moment."
-            raise from_failure(Failure(FailureCode.OVERLOADED, message, _OVERLOADED_RETRY_AFTER_S))
+            raise RequestError(message, code=FailureCode.OVERLOADED)
 
     @contextmanager
     def place(self) -> Iterator[None]:
-        """One of the places, for as long as the block runs. Raises `ApiError` 503 when all are taken."""
+        """One of the places, for as long as the block runs. Raises `RequestError` when all are taken."""
         self.refuse_when_full()
         self._in_progress += 1
         self._metrics.gauge(REQUESTS_IN_PROGRESS, self._in_progress)
@@ -114,8 +113,9 @@ class Endpoint:
                 path_params = scope.get("path_params", {})
                 call = Call(query, path_params, body, Headers(scope=scope), record, deadline, size_bytes)
                 await _while_connected(receive, self._answer(call, scope, receive, send))
-        except ApiError as error:
-            record.outcome = error.code or error.type
+        except RequestError as refusal:
+            error = api_error(refusal)
+            record.outcome = error.outcome
             await error.response()(scope, receive, send)
         except ClientGone as gone:
             record.outcome = gone.outcome
@@ -124,7 +124,7 @@ class Endpoint:
         response = await self._handler(call)
         await response(scope, receive, send)
         if isinstance(response, EventStream) and response.error is not None:
-            call.record.outcome = response.error.code or response.error.type
+            call.record.outcome = response.error.outcome
 
 
 async def _while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:

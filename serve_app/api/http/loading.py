@@ -11,11 +11,10 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serve_app.api.errors import not_ready
 from serve_app.api.http.pages import Pages
 from serve_app.api.http.probes import Probes
 from serve_app.api.http.routing import application, route
-from serve_app.core import LoadStage, ModelCard
+from serve_app.core import LoadStage, ModelCard, not_ready
 from serve_app.observability.metrics import MetricsSink
 
 

@@ -14,9 +14,10 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.api.errors import ApiError, bad_request, internal_error
+from serve_app.api.errors import api_error, bad_request, internal_error
 from serve_app.api.http.endpoint import RECORD
 from serve_app.api.http.pages import Pages
+from serve_app.core import RequestError
 from serve_app.observability import metrics as m
 from serve_app.observability.logs import RequestRecord, log_access, request_id_var
 
@@ -84,10 +85,12 @@ class RequestScope:
                 raise bad_request(message, code="unsupported_header")
             await self._app(scope, receive, send_with_id)
         except Exception as error:
-            answer = error if isinstance(error, ApiError) else internal_error(record.request_id)
-            if answer is not error:
+            if isinstance(error, RequestError):
+                answer = api_error(error)
+            else:
+                answer = internal_error(record.request_id)
                 logger.exception("request %s failed", record.request_id)
-            record.outcome = answer.code or answer.type
+            record.outcome = answer.outcome
             if not started:
                 await answer.response()(scope, receive, send_with_id)
 

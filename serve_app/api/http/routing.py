@@ -57,5 +57,5 @@ async def _http_error(request: Request, error: Exception) -> Response:
             return Response(json.dumps({"methods": methods}), 200, allow, media_type="application/json")
         message = f"{request.method[:20]} is not served at {request.url.path[:100]}; send {' or '.join(methods)}."
         answer = ApiError(error.status_code, message, code="method_not_allowed", headers=allow)
-    record.outcome = answer.code or answer.type
+    record.outcome = answer.outcome
     return answer.response()

@@ -15,9 +15,11 @@ from json.encoder import encode_basestring
 
 from starlette.types import Receive, Scope, Send
 
-from serve_app.api.errors import ApiError, internal_error
+from serve_app.api.errors import ApiError, api_error, internal_error
 from serve_app.api.http.body import ClientGone
+from serve_app.core import RequestError
 from serve_app.observability.logs import request_id_var
+from serve_app.resume.refusals import ReaderTooSlow
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +74,7 @@ class EventStream:
         first: bytes,
         chunks: AsyncGenerator[bytes, None],
         *,
-        on_error: Callable[[ApiError], bytes],
+        on_error: Callable[[RequestError], bytes],
         settings: StreamSettings,
         headers: Mapping[str, str],
         paced: bool,
@@ -103,7 +105,7 @@ class EventStream:
                     writer.end(self._on_error(self.error) if self.error is not None else b"")
                     await asyncio.wait({sending}, timeout=self._settings.drain_s)
                     if not sending.done():
-                        raise ClientGone if self.error is None else ClientGone(self.error.code or self.error.type)
+                        raise ClientGone if self.error is None else ClientGone(self.error.outcome)
             except BaseExceptionGroup as group:
                 raise group.exceptions[0] from None
             finally:
@@ -116,8 +118,8 @@ class EventStream:
                 writer.write(chunk)
                 if self._paced:
                     await writer.room()
-        except ApiError as error:
-            self.error = error
+        except RequestError as error:
+            self.error = api_error(error)
         except ClientGone:
             raise
         except Exception:
@@ -128,7 +130,7 @@ class EventStream:
 async def event_stream(
     chunks: AsyncGenerator[bytes, None],
     *,
-    on_error: Callable[[ApiError], bytes],
+    on_error: Callable[[RequestError], bytes],
     settings: StreamSettings,
     headers: Mapping[str, str],
     paced: bool = False,
@@ -136,12 +138,6 @@ async def event_stream(
     """A response whose first chunk is there, so that an error before it is a real HTTP status: it is raised here."""
     first = await anext(chunks)
     return EventStream(first, chunks, on_error=on_error, settings=settings, headers=headers, paced=paced)
-
-
-def slow_reader(max_unsent_bytes: int) -> ApiError:
-    """What a client is told that reads too slowly for what comes."""
-    message = f"The stream was ended: more than {max_unsent_bytes} bytes of it were waiting to be read."
-    return ApiError(408, message, code="slow_reader")
 
 
 class _Writer:
@@ -166,7 +162,7 @@ class _Writer:
         self._heartbeat = self._loop.call_later(settings.heartbeat_s, self._beat)
 
     def write(self, chunk: bytes) -> None:
-        """Raises `ApiError`, and forgets what is unsent, when that is too much and the writer is capped."""
+        """Raises `ReaderTooSlow`, and forgets what is unsent, when that is too much and the writer is capped."""
         if not chunk:
             return
         self._pending.append(chunk)
@@ -174,19 +170,19 @@ class _Writer:
         if self._capped and self._unsent_bytes > self._settings.slow_reader_bytes:
             self._unsent_bytes -= sum(map(len, self._pending))
             self._pending.clear()
-            raise slow_reader(self._settings.slow_reader_bytes)
+            raise ReaderTooSlow(self._settings.slow_reader_bytes)
         self._last_write = self._loop.time()
         self._more.set()
 
     async def room(self) -> None:
-        """Wait until the client has read most of it. Raises `ApiError` when it reads nothing for `drain_s`."""
+        """Wait until the client has read most of it. Raises `ReaderTooSlow` when it reads nothing for `drain_s`."""
         while self._unsent_bytes > self._pace_bytes:
             self._sent.clear()
             try:
                 async with asyncio.timeout(self._settings.drain_s):
                     await self._sent.wait()
             except TimeoutError:
-                raise slow_reader(self._pace_bytes) from None
+                raise ReaderTooSlow(self._pace_bytes) from None
 
     def end(self, last: bytes) -> None:
         """Nothing more will be written after `last`: `run` ends once all is sent."""

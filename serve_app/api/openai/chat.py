@@ -1,30 +1,27 @@
-"""POST /v1/chat/completions: OpenAI's chat schema, streamed or whole.
+"""POST /v1/chat/completions: OpenAI's chat schema.
 
-Promises that both ways give the same text. Knows no replica: the service does the work.
+Knows no replica: the service does the work.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
 from pydantic import Field
-from starlette.responses import Response
 
 from serve_app.api.errors import bad_request
-from serve_app.api.events import WireFormat
-from serve_app.api.fields import CompletionParams, MaxTokens, Messages, OpenAIFields, validate_open
+from serve_app.api.fields import MaxTokens, Messages, OpenAIFields, validate_open
 from serve_app.api.http.endpoint import Call
-from serve_app.api.http.sse import EventStream, json_text, one_line
-from serve_app.api.openai.answer import Answerer, ChoiceSchema, ChunkEvents, finite
+from serve_app.api.http.sse import json_text, one_line
 from serve_app.api.openai.chat_options import chat_options
+from serve_app.api.openai.chunks import OpenAIFormat, finite
 from serve_app.api.unknown_fields import UnknownFields
+from serve_app.api.wire import ParsedRequest
 from serve_app.chat.options import ChatOptions
-from serve_app.chat.token_texts import TokenTexts
-from serve_app.chat.tokenizer import ChatTokenizer
-from serve_app.generation.service import Plan
+from serve_app.generation.request import CompletionParams
 from serve_app.generation.text import Delta
 
 
@@ -45,19 +42,23 @@ class ChatRequest(OpenAIFields):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
 
+    @property
+    def max_tokens_param(self) -> str:
+        """The name by which the caller knows its limit."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
-class ChatCompletions:
-    """The handler."""
 
-    def __init__(self, answerer: Answerer) -> None:
-        self._answerer = answerer
-        self._service = answerer.service
+class ChatFormat(OpenAIFormat):
+    """The chat endpoint's."""
 
-    async def handle(self, call: Call) -> Response | EventStream:
-        """Raises `ApiError`."""
-        if (continued := await self._answerer.resume.continued(call)) is not None:
-            return continued
-        unknown = self._answerer.unknown_fields(call)
+    name = "chat"
+    whole_kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
+    id_prefix = "chatcmpl"
+
+    async def parse(self, call: Call) -> ParsedRequest:
+        """See `WireFormat`."""
+        unknown = self._unknown_fields(call)
         request = await call.run(partial(validate_open, ChatRequest, call.body or {}, unknown))
         params = _params(request)
         card = await self._service.ready_model(request.model)
@@ -65,42 +66,13 @@ class ChatCompletions:
         options = await call.run(partial(_options, request, self._service.template_variables, unknown))
         render = partial(self._service.render_chat, card, messages, options, unknown.add_in)
         prompt = await call.run(render, items=len(messages))
-        plan = self._service.plan(card, [prompt], params, call.record, call.remaining_s())
-        return await self._answerer.answer(call, plan, request, _schema(self._service.tokenizer), CHAT)
+        resolved = self._service.resolve(
+            card, [prompt], params, request_id=call.record.request_id, remaining_s=call.remaining_s()
+        )
+        return self._parsed(resolved, request, request.max_tokens_param)
 
-
-def _params(request: ChatRequest) -> CompletionParams:
-    max_tokens, param = request.max_tokens, "max_tokens"
-    if request.max_completion_tokens is not None:
-        if max_tokens not in (None, request.max_completion_tokens):
-            raise bad_request("Give max_tokens or max_completion_tokens, not both.", param="max_tokens")
-        max_tokens, param = request.max_completion_tokens, "max_completion_tokens"
-    if request.top_logprobs and not request.logprobs:
-        raise bad_request("top_logprobs needs logprobs to be true.", param="top_logprobs", code="invalid_value")
-    logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    return request.params(max_tokens=max_tokens, max_tokens_param=param, logprobs=logprobs)
-
-
-def _options(request: ChatRequest, known: frozenset[str], unknown: UnknownFields) -> ChatOptions:
-    return chat_options(
-        request.chat_template_kwargs or {},
-        {name: getattr(request, name) for name in ("reasoning_effort", "verbosity", "enable_thinking")},
-        add_generation_prompt=request.add_generation_prompt,
-        continue_final_message=bool(request.continue_final_message),
-        known=known,
-        unknown=unknown,
-    )
-
-
-class _ChatSchema(ChoiceSchema):
-    whole_kind = "chat.completion"
-    chunk_kind = "chat.completion.chunk"
-    id_prefix = "chatcmpl"
-
-    def __init__(self, tokens: TokenTexts) -> None:
-        self._tokens = tokens
-
-    def whole(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
+    def entry(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
+        """See `OpenAIFormat`."""
         text = "".join(text for delta in deltas for text in delta.texts)
         return {
             "index": index,
@@ -110,10 +82,12 @@ class _ChatSchema(ChoiceSchema):
         }
 
     def opening(self, index: int) -> str:
+        """See `OpenAIFormat`."""
         delta = '{"role": "assistant", "content": "", "refusal": null}'
         return f'{{"index": {index}, "delta": {delta}, "logprobs": null, "finish_reason": null}}'
 
     def pieces(self, delta: Delta) -> Iterable[str]:
+        """See `OpenAIFormat`."""
         start = f'{{"index": {delta.choice}, "delta": '
         text = "".join(delta.texts)
         if delta.logprobs:
@@ -130,15 +104,15 @@ class _ChatSchema(ChoiceSchema):
             return None
         content = [
             {
-                **self._entry(told.token_id, told.logprobs.logprob),
-                "top_logprobs": [self._entry(*other) for other in told.logprobs.top],
+                **self._token(told.token_id, told.logprobs.logprob),
+                "top_logprobs": [self._token(*other) for other in told.logprobs.top],
             }
             for delta in deltas
             for told in delta.logprobs or ()
         ]
         return {"content": content, "refusal": None}
 
-    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
         content = self._tokens.utf8(token_id)
         return {
             "token": self._tokens.text(token_id),
@@ -147,12 +121,24 @@ class _ChatSchema(ChoiceSchema):
         }
 
 
-def _schema(tokenizer: ChatTokenizer) -> ChoiceSchema:
-    return _ChatSchema(TokenTexts(tokenizer))
+def _params(request: ChatRequest) -> CompletionParams:
+    max_tokens = request.max_tokens
+    if request.max_completion_tokens is not None:
+        if max_tokens not in (None, request.max_completion_tokens):
+            raise bad_request("Give max_tokens or max_completion_tokens, not both.", param="max_tokens")
+        max_tokens = request.max_completion_tokens
+    if request.top_logprobs and not request.logprobs:
+        raise bad_request("top_logprobs needs logprobs to be true.", param="top_logprobs", code="invalid_value")
+    logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    return request.params(max_tokens=max_tokens, logprobs=logprobs)
 
 
-def _writer(plan: Plan, fields: Mapping[str, Any], tokenizer: ChatTokenizer) -> ChunkEvents:
-    return ChunkEvents(_schema(tokenizer), plan, fields)
-
-
-CHAT = WireFormat("chat", _writer, ChunkEvents.failed)
+def _options(request: ChatRequest, known: frozenset[str], unknown: UnknownFields) -> ChatOptions:
+    return chat_options(
+        request.chat_template_kwargs or {},
+        {name: getattr(request, name) for name in ("reasoning_effort", "verbosity", "enable_thinking")},
+        add_generation_prompt=request.add_generation_prompt,
+        continue_final_message=bool(request.continue_final_message),
+        known=known,
+        unknown=unknown,
+    )

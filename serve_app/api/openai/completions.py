@@ -1,29 +1,26 @@
-"""POST /v1/completions: OpenAI's older schema, raw prompts in, streamed or whole.
+"""POST /v1/completions: OpenAI's older schema, raw prompts in.
 
-Promises that both ways give the same text. Knows no replica: the service does the work.
+Knows no replica: the service does the work.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
-from starlette.responses import Response
 
-from serve_app.api.events import WireFormat
 from serve_app.api.fields import MaxTokens, OpenAIFields, validate_open
 from serve_app.api.http.endpoint import Call
-from serve_app.api.http.sse import EventStream, json_text, one_line
-from serve_app.api.openai.answer import Answerer, ChoiceSchema, ChunkEvents, finite
+from serve_app.api.http.sse import json_text, one_line
+from serve_app.api.openai.chunks import OpenAIFormat, finite
 from serve_app.api.unknown_fields import unsupported
-from serve_app.chat.token_texts import TokenTexts
-from serve_app.chat.tokenizer import ChatTokenizer
+from serve_app.api.wire import ParsedRequest
 from serve_app.core import ModelCard
-from serve_app.generation.service import MAX_CHOICES, Plan, Prompt
+from serve_app.generation.request import MAX_CHOICES, Prompt
 from serve_app.generation.text import Delta
 
 PromptItem = str | tuple[int, ...]
@@ -65,28 +62,28 @@ class CompletionRequest(OpenAIFields):
     """Only true, the default of other servers."""
 
 
-class Completions:
-    """The handler."""
+class TextFormat(OpenAIFormat):
+    """The older endpoint's."""
 
-    def __init__(self, answerer: Answerer) -> None:
-        self._answerer = answerer
-        self._service = answerer.service
+    name = "text"
+    whole_kind = chunk_kind = "text_completion"
+    id_prefix = "cmpl"
 
-    async def handle(self, call: Call) -> Response | EventStream:
-        """Raises `ApiError`."""
-        if (continued := await self._answerer.resume.continued(call)) is not None:
-            return continued
-        unknown = self._answerer.unknown_fields(call)
+    async def parse(self, call: Call) -> ParsedRequest:
+        """See `WireFormat`."""
+        unknown = self._unknown_fields(call)
         request = await call.run(partial(validate_open, CompletionRequest, call.body or {}, unknown))
-        params = request.params(max_tokens=request.max_tokens, max_tokens_param="max_tokens", logprobs=request.logprobs)
+        params = request.params(max_tokens=request.max_tokens, logprobs=request.logprobs)
         if request.best_of not in (None, params.n):
             raise unsupported("best_of", "It must equal n.")
         if request.add_special_tokens is False:
             raise unsupported("add_special_tokens", "Prompts begin with BOS where the model's do; send token ids.")
         card = await self._service.ready_model(request.model)
         prompts = await call.run(partial(self._prompts, card, request), items=len(request.prompt))
-        plan = self._service.plan(card, prompts, params, call.record, call.remaining_s())
-        return await self._answerer.answer(call, plan, request, _schema(self._service.tokenizer), TEXT)
+        resolved = self._service.resolve(
+            card, prompts, params, request_id=call.record.request_id, remaining_s=call.remaining_s()
+        )
+        return self._parsed(resolved, request, "max_tokens")
 
     def _prompts(self, card: ModelCard, request: CompletionRequest) -> list[Prompt]:
         special = bool(request.parse_special)
@@ -97,23 +94,18 @@ class Completions:
             for item in request.prompt
         ]
 
-
-class _TextSchema(ChoiceSchema):
-    whole_kind = chunk_kind = "text_completion"
-    id_prefix = "cmpl"
-
-    def __init__(self, tokens: TokenTexts) -> None:
-        self._tokens = tokens
-
-    def whole(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
+    def entry(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
+        """See `OpenAIFormat`."""
         text = "".join(text for delta in deltas for text in delta.texts)
         logprobs = self._logprobs(deltas)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": deltas[-1].finish_reason}
 
     def opening(self, index: int) -> str:
+        """See `OpenAIFormat`: nothing."""
         return ""
 
     def pieces(self, delta: Delta) -> Iterable[str]:
+        """See `OpenAIFormat`."""
         text = "".join(delta.texts)
         if text or delta.logprobs or delta.finish_reason is not None:
             logprobs = "null"
@@ -140,14 +132,3 @@ class _TextSchema(ChoiceSchema):
             likeliest = {self._tokens.text(other): finite(of_other) for other, of_other in reversed(told.logprobs.top)}
             lists["top_logprobs"].append(likeliest | {text: logprob})
         return lists
-
-
-def _schema(tokenizer: ChatTokenizer) -> ChoiceSchema:
-    return _TextSchema(TokenTexts(tokenizer))
-
-
-def _writer(plan: Plan, fields: Mapping[str, Any], tokenizer: ChatTokenizer) -> ChunkEvents:
-    return ChunkEvents(_schema(tokenizer), plan, fields)
-
-
-TEXT = WireFormat("text", _writer, ChunkEvents.failed)

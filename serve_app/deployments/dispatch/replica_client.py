@@ -154,13 +154,13 @@ class RayReplicaClient:
     async def _lost(self, reason: str, attempt: Attempt, *, taken: bool | None = None) -> ReplicaLost:
         """`taken` unless it was at no replica, if that is not said."""
         self._readiness.doubt()
-        blamed = (
+        implicated = (
             attempt.request.alone
             and attempt.replica is not None
             and await asyncio.to_thread(self._suspects.names, attempt.replica, attempt.request)
         )
         taken = attempt.replica is not None if taken is None else taken
-        return ReplicaLost(f"replica {attempt.replica}: {reason}", taken=taken, blamed=blamed)
+        return ReplicaLost(f"replica {attempt.replica}: {reason}", taken=taken, implicated=implicated)
 
 
 async def _read(response: DeploymentResponseGenerator[Reply], inbox: Inbox) -> None:

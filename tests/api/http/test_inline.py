@@ -13,10 +13,10 @@ import pytest
 from fake_replica import FakeReplica, card
 from pydantic import ValidationError
 
-from serve_app.api import fields, native
+from serve_app.api import fields, native, respond
 from serve_app.api.errors import ApiError
 from serve_app.api.http.inline import INLINE_BYTES, INLINE_ENTRIES
-from serve_app.api.openai import answer, chat, completions
+from serve_app.api.openai import chat, completions
 from serve_app.chat.prompts import PromptFormatter
 from serve_app.chat.tokenizer import ChatTokenizer
 
@@ -45,7 +45,7 @@ def where(monkeypatch: pytest.MonkeyPatch) -> Where:
     watch(chat, "validate_open")
     watch(chat, "chat_options")
     watch(completions, "validate_open")
-    watch(chat._ChatSchema, "whole")
+    watch(chat.ChatFormat, "whole")
     return seen
 
 
@@ -152,7 +152,7 @@ async def test_a_long_answer_is_written_in_a_thread_and_is_the_same(
     entries = sum(len(choice["logprobs"]["content"]) for choice in long["choices"]) * 21
     assert entries > INLINE_ENTRIES
     where.clear()
-    monkeypatch.setattr(answer, "INLINE_ENTRIES", entries * 2)
+    monkeypatch.setattr(respond, "INLINE_ENTRIES", entries * 2)
     whole = (await api.post("/v1/chat/completions", json=body)).json()
     assert where["whole"] == {"loop"}
     assert [whole["choices"], whole["usage"]] == [long["choices"], long["usage"]]

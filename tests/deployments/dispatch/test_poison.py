@@ -131,7 +131,7 @@ async def test_an_attempt_that_is_closed_leaves_no_note(client: Any, store: Fake
 async def test_a_death_is_blamed_on_its_suspect_and_leaves_no_note(client: Any, store: FakeKeyValueStore) -> None:
     with pytest.raises(ReplicaLost) as lost:
         [reply async for reply in client(dies).open(SUSPECT)]
-    assert (lost.value.blamed, lost.value.taken) == (True, True)
+    assert (lost.value.implicated, lost.value.taken) == (True, True)
     await _gone(store)
 
 
@@ -141,4 +141,4 @@ async def test_a_death_while_the_store_is_away_is_a_loss_like_any_other(client: 
         store.down = True
         with pytest.raises(ReplicaLost) as lost:
             await anext(replies)
-    assert (lost.value.blamed, lost.value.taken) == (False, True)
+    assert (lost.value.implicated, lost.value.taken) == (False, True)

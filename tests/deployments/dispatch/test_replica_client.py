@@ -132,7 +132,7 @@ async def test_a_killed_replica_does_not_change_the_answer(handle: DeploymentHan
     changed = asyncio.Event()
     tokens: list[int] = []
     async with Generation(client, request(Deed.KILLED, tokens=12), changed) as generation:
-        async for _, reply in interleave([generation], changed):
+        async for _, reply in interleave({0: generation}, changed):
             assert isinstance(reply, TokenBatch)
             tokens += reply.token_ids
     assert tokens == expected_tokens(7, 12)
@@ -220,7 +220,7 @@ async def answers(client: RayReplicaClient, streams: int, tokens: int, meanwhile
     got: list[list[int]] = [[] for _ in asked]
     async with AsyncExitStack() as stack:
         generations = [await stack.enter_async_context(Generation(client, one, changed)) for one in asked]
-        async for position, reply in interleave(generations, changed):
+        async for position, reply in interleave(dict(enumerate(generations)), changed):
             assert isinstance(reply, TokenBatch)
             before = min(map(len, got))
             got[position] += reply.token_ids

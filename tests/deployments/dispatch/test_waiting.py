@@ -63,7 +63,7 @@ async def test_waiting_for_a_place_sends_nothing_and_is_no_silence(
     async with AsyncExitStack() as stack:
         asked = [request(tokens=TOKENS, seed=seed) for seed in range(STREAMS)]
         generations = [await stack.enter_async_context(Generation(client, one, changed)) for one in asked]
-        async for position, reply in interleave(generations, changed):
+        async for position, reply in interleave(dict(enumerate(generations)), changed):
             assert isinstance(reply, TokenBatch)
             got[position] += reply.token_ids
     assert got == [expected_tokens(seed, TOKENS) for seed in range(STREAMS)]

@@ -1,0 +1,156 @@
+"""What OpenAI's two completion endpoints write alike: the envelope of a document, and the chunks of a stream.
+
+Promises OpenAI's envelope and the same text both ways, and that a token costs no more than its own JSON. What an entry
+of `choices` looks like is the endpoint's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import uuid
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+from serve_app.api.errors import api_error
+from serve_app.api.fields import OpenAIFields
+from serve_app.api.http.endpoint import Call
+from serve_app.api.unknown_fields import UnknownFields
+from serve_app.api.usage import usage_document
+from serve_app.api.wire import ParsedRequest, WireFormat
+from serve_app.chat.token_texts import TokenTexts
+from serve_app.core import Fingerprint, RequestError
+from serve_app.generation.completion import Usage
+from serve_app.generation.events import EventWriter
+from serve_app.generation.request import ResolvedRequest
+from serve_app.generation.service import CompletionService
+from serve_app.generation.text import Delta
+
+LOWEST_LOGPROB = -9999.0
+"""What OpenAI gives for a token that can't come; JSON has no -Infinity."""
+
+
+class OpenAIFormat(WireFormat):
+    """How one of the two endpoints writes the entries of `choices`."""
+
+    whole_kind: ClassVar[str]
+    """`object` of a whole answer."""
+    chunk_kind: ClassVar[str]
+    """`object` of a chunk."""
+    id_prefix: ClassVar[str]
+
+    def __init__(self, service: CompletionService, *, refuse_unknown_fields: bool = False) -> None:
+        """Unknown fields are ignored, and named in the answer, unless they are to be refused."""
+        self._service = service
+        self._refuse_unknown_fields = refuse_unknown_fields
+        self._tokens = TokenTexts(service.tokenizer)
+
+    def _unknown_fields(self, call: Call) -> UnknownFields:
+        """What becomes of the unknown fields of this request."""
+        return UnknownFields(call.record, refused=self._refuse_unknown_fields)
+
+    def _parsed(self, resolved: ResolvedRequest, fields: OpenAIFields, max_tokens_param: str) -> ParsedRequest:
+        """`settings`: `envelope`, the same in every chunk, `usage`: whether the usage is wanted at the end, and
+        `continuous_usage`: whether in every chunk."""
+        stream = bool(fields.stream)
+        settings = {
+            "envelope": _envelope(resolved, self.chunk_kind if stream else self.whole_kind, self.id_prefix),
+            "usage": fields.include_usage,
+            "continuous_usage": fields.continuous_usage,
+        }
+        return ParsedRequest(resolved, stream, settings, max_tokens_param)
+
+    def writer(self, request: ResolvedRequest, settings: Mapping[str, Any]) -> EventWriter:
+        """See `WireFormat`."""
+        return ChunkWriter(self, request, settings)
+
+    def whole(
+        self, request: ResolvedRequest, settings: Mapping[str, Any], gained: Sequence[Sequence[Delta]], usage: Usage
+    ) -> dict[str, Any]:
+        """See `WireFormat`."""
+        return {
+            **settings["envelope"],
+            "choices": [self.entry(index, of_choice) for index, of_choice in enumerate(gained)],
+            "usage": usage_document(usage),
+        }
+
+    @abstractmethod
+    def entry(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
+        """The entry of choice `index` in a whole answer, from all that it gained."""
+
+    @abstractmethod
+    def opening(self, index: int) -> str:
+        """The JSON of choice `index`'s entry before its first token, or ""."""
+
+    @abstractmethod
+    def pieces(self, delta: Delta) -> Iterable[str]:
+        """The JSON of the entries that tell `delta`, one a chunk."""
+
+
+class ChunkWriter(EventWriter):
+    """OpenAI's chunks, the usage where it was asked for, and `[DONE]`."""
+
+    def __init__(self, entries: OpenAIFormat, request: ResolvedRequest, settings: Mapping[str, Any]) -> None:
+        """`settings` are those of the `ParsedRequest`."""
+        self._entries = entries
+        self._choices = request.choices
+        self._include_usage: bool = settings["usage"]
+        self._head = f'data: {json.dumps(settings["envelope"])[:-1]}, "choices": ['
+        self._end = '], "usage": null}\n\n' if self._include_usage else "]}\n\n"
+        self._continuous_usage: bool = settings["continuous_usage"]
+        self._prompt_tokens = request.prompt_tokens
+        self._completion_tokens = 0
+
+    def opened(self) -> list[bytes]:
+        """The chunk of each choice that says who speaks."""
+        return self._chunks(self._entries.opening(index) for index in range(self._choices))
+
+    def gained(self, delta: Delta) -> list[bytes]:
+        """A chunk for its text and one for its end, where there is something to say."""
+        self._completion_tokens += len(delta.token_ids)
+        return self._chunks(self._entries.pieces(delta))
+
+    def ended(self, usage: Usage) -> list[bytes]:
+        """The last ones."""
+        events = [b"data: [DONE]\n\n"]
+        if self._include_usage:
+            chunk = f'{self._head}], "usage": {json.dumps(usage_document(usage))}}}\n\n'
+            events.insert(0, chunk.encode())
+        return events
+
+    def failed(self, error: RequestError) -> bytes:
+        """An error in the middle of a stream: OpenAI's clients raise it."""
+        return b"data: " + api_error(error).body() + b"\n\n"
+
+    def _chunks(self, pieces: Iterable[str]) -> list[bytes]:
+        end = self._usage_so_far() if self._continuous_usage else self._end
+        return [f"{self._head}{piece}{end}".encode() for piece in pieces if piece]
+
+    def _usage_so_far(self) -> str:
+        """Without the cache hits, which count when the prompt is done."""
+        prompt, completion = self._prompt_tokens, self._completion_tokens
+        counts = f'"prompt_tokens": {prompt}, "completion_tokens": {completion}, "total_tokens": {prompt + completion}'
+        return f'], "usage": {{{counts}}}}}\n\n'
+
+
+def _envelope(request: ResolvedRequest, kind: str, id_prefix: str) -> dict[str, object]:
+    """The fields around the choices, the same in every chunk of a stream."""
+    return {
+        "id": f"{id_prefix}-{uuid.uuid4().hex}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": request.model,
+        "system_fingerprint": system_fingerprint(request.fingerprint),
+    }
+
+
+def system_fingerprint(fingerprint: Fingerprint) -> str:
+    """The weights as OpenAI names a backend configuration: same fingerprint, same seed, same answer."""
+    return "fp_" + hashlib.sha256(fingerprint.encode()).hexdigest()[:10]
+
+
+def finite(logprob: float) -> float:
+    """As OpenAI tells it."""
+    return max(logprob, LOWEST_LOGPROB)

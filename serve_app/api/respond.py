@@ -1,0 +1,108 @@
+"""How a request is answered, decided once for every wire format: whole, as a stream, or as one that can be resumed.
+
+Promises the same text each way. Knows no wire format.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from starlette.responses import Response
+
+from serve_app.api.http.endpoint import Call, Handler
+from serve_app.api.http.inline import INLINE_ENTRIES
+from serve_app.api.http.sse import EventStream, StreamSettings, event_stream
+from serve_app.api.resume import Resume
+from serve_app.api.wire import ParsedRequest, WireFormat
+from serve_app.generation.events import EventWriter
+from serve_app.generation.service import CompletionService, RunningCompletion
+from serve_app.generation.text import Delta
+from serve_app.observability.logs import RequestRecord
+
+_JSON = json.JSONEncoder(ensure_ascii=False)
+
+
+class Responder:
+    """Answers for all endpoints that generate."""
+
+    def __init__(self, service: CompletionService, resume: Resume, settings: StreamSettings) -> None:
+        self._service = service
+        self._resume = resume
+        self._settings = settings
+
+    def handler(self, wire: WireFormat) -> Handler:
+        """The handler of an endpoint that speaks this format."""
+
+        async def handle(call: Call) -> Response | EventStream:
+            if (rest := await self._resume.continued(call)) is not None:
+                return rest
+            return await self._answer(call, await wire.parse(call), wire)
+
+        return handle
+
+    async def _answer(self, call: Call, parsed: ParsedRequest, wire: WireFormat) -> Response | EventStream:
+        """Raises `RequestError`. The seed goes out in a header, since not every format has a place for it."""
+        request, record = parsed.resolved, call.record
+        record.prompt_tokens = request.prompt_tokens
+        if request.cut_to is not None:
+            record.clamped_fields[parsed.max_tokens_param] = request.cut_to
+        if parsed.stream and self._resume.wanted(call):
+            return await self._resume.open(call, parsed, wire)
+        running = self._service.start(request)
+        headers = {"x-seed": str(request.seed)}
+        if not parsed.stream:
+            content = await _whole(running, parsed, wire, record)
+            return Response(content, headers=headers, media_type="application/json")
+        writer = wire.writer(request, parsed.settings)
+        chunks = _events(running, writer, record)
+        return await event_stream(chunks, on_error=writer.failed, settings=self._settings, headers=headers)
+
+
+async def _events(
+    running: RunningCompletion, writer: EventWriter, record: RequestRecord
+) -> AsyncGenerator[bytes, None]:
+    """The events of a completion, joined as they come."""
+    started = False
+    try:
+        async with running, aclosing(running.deltas()) as deltas:
+            async for delta in deltas:
+                _note(record, delta)
+                events = writer.gained(delta)
+                yield b"".join(events if started else [*writer.opened(), *events])
+                started = True
+            yield b"".join(writer.ended(running.usage))
+    finally:
+        record.cached_prompt_tokens = running.usage.cached_tokens
+
+
+async def _whole(running: RunningCompletion, parsed: ParsedRequest, wire: WireFormat, record: RequestRecord) -> bytes:
+    request = parsed.resolved
+    gained: list[list[Delta]] = [[] for _ in range(request.choices)]
+    try:
+        async with running, aclosing(running.deltas()) as deltas:
+            async for delta in deltas:
+                _note(record, delta)
+                gained[delta.choice].append(delta)
+    finally:
+        usage = running.usage
+        record.cached_prompt_tokens = usage.cached_tokens
+    entries = usage.completion_tokens * (1 + (request.requests[0].sampling.logprobs or 0))
+    in_loop = entries <= INLINE_ENTRIES
+
+    def written() -> bytes:
+        document = wire.whole(request, parsed.settings, gained, usage)
+        # Of a large document piece by piece: the whole at once is one call, in which no other thread runs.
+        pieces = [_JSON.encode(document)] if in_loop else _JSON.iterencode(document)
+        return "".join(pieces).encode()
+
+    return written() if in_loop else await asyncio.to_thread(written)
+
+
+def _note(record: RequestRecord, delta: Delta) -> None:
+    if delta.token_ids:
+        record.saw_tokens(len(delta.token_ids))
+    if delta.finish_reason is not None:
+        record.outcome = delta.finish_reason

@@ -1,0 +1,51 @@
+"""What a wire format is: how a body becomes a request, and how a completion becomes events or one document.
+
+Implemented by `native` and `openai`. To add one is to add such a class and its path in `app`. Knows no replica.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from serve_app.api.http.endpoint import Call
+from serve_app.generation.completion import Usage
+from serve_app.generation.events import EventWriter
+from serve_app.generation.request import ResolvedRequest
+from serve_app.generation.text import Delta
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedRequest:
+    """A request as its wire format has read it."""
+
+    resolved: ResolvedRequest
+    stream: bool
+    """The caller wants events, and not one document."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """JSON: what the format's writer needs besides the request. It is kept with a stream that can be resumed."""
+    max_tokens_param: str = "max_tokens"
+    """What the caller called its limit of tokens."""
+
+
+class WireFormat(ABC):
+    """One endpoint's."""
+
+    name: ClassVar[str]
+    """Kept with streams that can be resumed: it may not change."""
+
+    @abstractmethod
+    async def parse(self, call: Call) -> ParsedRequest:
+        """The request in a call's body or query. Raises `RequestError`."""
+
+    @abstractmethod
+    def writer(self, request: ResolvedRequest, settings: Mapping[str, Any]) -> EventWriter:
+        """Writes the events of one stream, from the first on."""
+
+    @abstractmethod
+    def whole(
+        self, request: ResolvedRequest, settings: Mapping[str, Any], gained: Sequence[Sequence[Delta]], usage: Usage
+    ) -> dict[str, Any]:
+        """One document of all that each choice has gained. May run in a thread."""

@@ -1,0 +1,91 @@
+"""What a choice's attempts without a new token say of it: that it was unlucky, or that it kills its replicas.
+
+Pure: counts losses and refusals, and decides when one was one too many. Knows no replica and no clock.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from serve_app.core import Failure, FailureCode
+
+_NO_PLACE_NOW = frozenset({FailureCode.OVERLOADED, FailureCode.NOT_READY})
+"""Refusals that end a new request at once, and that an accepted one waits out."""
+
+
+@dataclass(frozen=True, slots=True)
+class FailoverSettings:
+    """When an attempt counts as lost, and how often another is made."""
+
+    silence_s: float = 5.0
+    """A replica says something each second, if only "alive"; after this long without a word it is taken for lost."""
+    max_attempts: int = 10
+    """Attempts that may be lost in a row without one new token before the choice fails. Of an accepted stream only
+    those count that a replica had taken: it waits for a replica until its deadline."""
+    isolated_after: int = 2
+    """After so many of them in a row the request may have killed its replicas: it is computed in steps of its own, to
+    take nobody with it. One such loss is mostly bad luck: all that waited beside a replica's death have it."""
+    max_implicated: int = 2
+    """Replicas that may die computing it in isolation before it is refused for that. An innocent request meets an
+    unrelated death in just that moment once in a while, but hardly twice without a token in between."""
+    max_mismatches: int = 8
+    """Refusals by replicas of other weights, in a row (about 2.5 s): one of its own may be there and not known yet."""
+    first_backoff_s: float = 0.02
+    """Before the second attempt. Resubmitting on a Serve handle reaches a live replica in under 20 ms."""
+    max_backoff_s: float = 2.0
+
+    def backoff_s(self, attempt: int) -> float:
+        """Pause after the `attempt`-th attempt in a row (from 1): doubling, capped, jittered by half each way."""
+        return random.uniform(0.5, 1.5) * min(self.max_backoff_s, self.first_backoff_s * 2.0 ** min(attempt - 1, 30))
+
+
+class AttemptHistory:
+    """The attempts of one choice since its last new token."""
+
+    def __init__(self, settings: FailoverSettings) -> None:
+        self._settings = settings
+        self.attempts = 0
+        """All that ended without the answer, whatever the reason; the pause before the next grows with them."""
+        self._lost = self._implicated = self._mismatches = 0
+
+    def progress(self) -> None:
+        """An attempt brought new tokens before it ended: whatever happened before was not this request's doing."""
+        self.attempts = 1
+        self._lost = self._implicated = self._mismatches = 0
+
+    @property
+    def isolate(self) -> bool:
+        """The next attempt is to be computed in steps of its own."""
+        return self._lost >= self._settings.isolated_after
+
+    def lost(self, *, counts: bool, implicated: bool) -> Failure | None:
+        """Note a replica's loss; the failure that follows from it, if it was one too many.
+
+        `implicated`: the replica was computing this choice in isolation when it was lost.
+        """
+        self.attempts += 1
+        self._lost += counts
+        self._implicated += implicated
+        if self._implicated >= self._settings.max_implicated:
+            return _poison(self._implicated)
+        return _given_up(self._lost) if self._lost >= self._settings.max_attempts else None
+
+    def refused(self, failure: Failure, *, accepted: bool) -> Failure | None:
+        """Note a replica's refusal; what the choice fails with when it is not to be repeated."""
+        self.attempts += 1
+        if failure.code is FailureCode.WRONG_WEIGHTS:
+            self._mismatches += 1
+            return failure if self._mismatches >= self._settings.max_mismatches else None
+        return None if accepted and failure.code in _NO_PLACE_NOW else failure
+
+
+def _given_up(attempts: int) -> Failure:
+    tried = "once" if attempts == 1 else f"{attempts} times"
+    message = f"The model's replica was lost and the answer could not be continued (tried {tried}). Repeat the request."
+    return Failure(FailureCode.REPLICA_LOST, message, retry_after_s=1.0)
+
+
+def _poison(replicas: int) -> Failure:
+    message = f"This request was refused: {replicas} replicas of the model died while computing it and nothing else."
+    return Failure(FailureCode.POISON, message)

@@ -1,0 +1,79 @@
+"""The one account of a request: tokens in, text out; what it cost and how it ended.
+
+Promises the same text, usage and outcome for the same tokens, however they come: streamed or not, from one attempt or
+several, live or read from a journal. Pure: no I/O, no wire format.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from serve_app.chat.detokenizer import Detokenizer
+from serve_app.chat.tokenizer import ChatTokenizer
+from serve_app.core import GenerationStats, TokenBatch
+from serve_app.generation.request import ResolvedRequest
+from serve_app.generation.text import ChoiceText, Delta
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a request cost, in tokens."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    """Of the prompts, as far as each one's first choice found them in a replica's cache."""
+    completion_tokens: int
+
+
+class Completion:
+    """The choices of one request, from the first token to the end of the last."""
+
+    def __init__(self, request: ResolvedRequest, tokenizer: ChatTokenizer) -> None:
+        """Raises `PromptError` for stop strings that can't be used."""
+        self.request = request
+        self._texts = [
+            ChoiceText(
+                each.choice,
+                Detokenizer(tokenizer, each.prompt_token_ids if request.continues else ()),
+                request.stops,
+                request.stop_token_ids,
+                each.sampling.min_tokens,
+            )
+            for each in request.requests
+        ]
+        self._stats: list[GenerationStats | None] = [None] * request.choices
+        """Of the attempt that began each choice."""
+        self._ended = [False] * request.choices
+        self.outcome = ""
+        """The finish reason that came last."""
+
+    def push(self, choice: int, batch: TokenBatch) -> Delta:
+        """What the choice gains by `batch`, which follows those before. Only for a choice that has not ended."""
+        if self._stats[choice] is None:
+            self._stats[choice] = batch.stats
+        delta = self._texts[choice].push(batch)
+        if delta.finish_reason is not None:
+            self._ended[choice] = True
+            self.outcome = delta.finish_reason
+        return delta
+
+    def ended(self, choice: int) -> bool:
+        """Whether this choice has said all: by the model's end, its limit or a stop string."""
+        return self._ended[choice]
+
+    @property
+    def finished(self) -> bool:
+        """All choices have ended."""
+        return all(self._ended)
+
+    @property
+    def cached_prompt_tokens(self) -> int:
+        """As in `Usage`."""
+        counted = self._stats[:: self.request.choices_per_prompt]
+        return sum(stats.cached_prompt_tokens for stats in counted if stats is not None)
+
+    @property
+    def usage(self) -> Usage:
+        """What was counted so far."""
+        tokens = sum(text.tokens for text in self._texts)
+        return Usage(self.request.prompt_tokens, self.cached_prompt_tokens, tokens)

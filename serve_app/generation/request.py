@@ -1,0 +1,194 @@
+"""A request with everything resolved: defaults, seed, limits and the prompts as ids.
+
+Promises that what is resolved can be answered by any ingress process, with the same tokens. Knows no wire format.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from serve_app.chat.errors import context_exceeded
+from serve_app.core import Fingerprint, GenerationDefaults, GenerationRequest, ModelCard, RequestError, SamplingParams
+
+MAX_CHOICES = 32
+"""Over all prompts of one request: it counts once in `max_streams`."""
+SEED_BITS = 53
+"""Of a seed drawn here: as many as a JavaScript client can read and send back. Callers may use 64."""
+ANY_SEED = -1
+"""As `seed`: one is drawn, as if none had been given."""
+GREEDY_BELOW = 1e-4
+"""A temperature this close to 0 is 0: the quotient leaves float32, and no draw would differ from greedy."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionParams:
+    """What a caller asked for, whatever the wire format. None: what the model says, else OpenAI's default."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    """0 is greedy: the likeliest token alone."""
+    top_k: int | None = None
+    """0 and -1 are off."""
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    """-1 is none. Any other negative seed is the same as the unsigned one with its 64 bits."""
+    stop: tuple[str, ...] = ()
+    cache_salt: str = ""
+    max_tokens: int | None = None
+    """The caller's own limit: cut to what fits the context, and told when it was. None: there is none."""
+    default_max_tokens: int | None = None
+    """The wire format's limit when the caller has none: cut to what fits. None: all that is left of the context."""
+    n: int = 1
+    """Choices for each prompt."""
+    logprobs: int | None = None
+    """As in `SamplingParams`."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt as ids."""
+
+    ids: tuple[int, ...]
+    continues: bool
+    """The answer continues the prompt's text (a raw prompt, an open message), instead of standing alone (a chat)."""
+    param: str
+    """The field it came in."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedRequest:
+    """All that is needed to answer a request, by this process or by another."""
+
+    model: str
+    """Its name, for clients."""
+    requests: tuple[GenerationRequest, ...]
+    """One for each choice: number `p * choices_per_prompt + c` is the c-th of prompt p."""
+    continues: bool
+    """As in `Prompt`."""
+    stops: tuple[str, ...]
+    choices_per_prompt: int
+    cut_to: int | None = None
+    """What the caller's own limit was cut to, to fit the context; None when it was not."""
+
+    @property
+    def request_id(self) -> str:
+        """Of the caller's request, in every log."""
+        return self.requests[0].request_id
+
+    @property
+    def choices(self) -> int:
+        """Of all prompts."""
+        return len(self.requests)
+
+    @property
+    def seed(self) -> int:
+        """The one that was asked for or drawn."""
+        return self.requests[0].sampling.seed
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """Of the weights that answer."""
+        return self.requests[0].fingerprint
+
+    @property
+    def stop_token_ids(self) -> frozenset[int]:
+        """Ids that end an answer, and have no text."""
+        return frozenset(self.requests[0].stop_token_ids)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Each prompt counts once, however many choices it has."""
+        return sum(len(request.prompt_token_ids) for request in self.requests[:: self.choices_per_prompt])
+
+
+def resolve(
+    card: ModelCard,
+    defaults: GenerationDefaults,
+    prompts: Sequence[Prompt],
+    params: CompletionParams,
+    *,
+    request_id: str,
+    remaining_s: float,
+) -> ResolvedRequest:
+    """Everything about a request resolved and checked. Raises `RequestError`."""
+    if len(prompts) * params.n > MAX_CHOICES:
+        raise _invalid(f"One request can have at most {MAX_CHOICES} choices over all its prompts.", "n")
+    _check_ids(card, [token_id for token_id, _ in params.logit_bias], "logit_bias")
+    _check_ids(card, params.stop_token_ids, "stop_token_ids")
+    sampling = _sampling(params, defaults)
+    # A tokenizer may know more ids than the model has; the engine would refuse them.
+    eos = () if params.ignore_eos else (token_id for token_id in defaults.eos_token_ids if token_id < card.vocab_size)
+    stop_token_ids = tuple(sorted({*params.stop_token_ids, *eos}))
+    requests: list[GenerationRequest] = []
+    cut_to: int | None = None
+    for prompt in prompts:
+        _check_ids(card, prompt.ids, prompt.param)
+        max_new_tokens = _max_new_tokens(_room(card, prompt), params)
+        if params.max_tokens is not None and max_new_tokens < params.max_tokens:
+            cut_to = max_new_tokens if cut_to is None else min(cut_to, max_new_tokens)
+        if sampling.min_tokens > max_new_tokens:
+            raise _invalid(f"min_tokens is larger than the {max_new_tokens} that can come.", "min_tokens")
+        for _ in range(params.n):
+            request = GenerationRequest(
+                request_id=request_id,
+                fingerprint=card.fingerprint,
+                prompt_token_ids=prompt.ids,
+                sampling=sampling,
+                max_new_tokens=max_new_tokens,
+                stop_token_ids=stop_token_ids,
+                choice=len(requests),
+                cache_salt=params.cache_salt,
+                remaining_s=remaining_s,
+            )
+            requests.append(request)
+    return ResolvedRequest(card.name, tuple(requests), prompts[0].continues, params.stop, params.n, cut_to)
+
+
+def _sampling(asked: CompletionParams, model: GenerationDefaults) -> SamplingParams:
+    temperature = model.temperature if asked.temperature is None else asked.temperature
+    top_p = model.top_p if asked.top_p is None else asked.top_p
+    greedy = temperature < GREEDY_BELOW or top_p == 0
+    return SamplingParams(
+        seed=secrets.randbits(SEED_BITS) if asked.seed in (None, ANY_SEED) else asked.seed % 2**64,
+        temperature=0.0 if greedy else temperature,
+        top_p=top_p or 1.0,
+        top_k=model.top_k if asked.top_k is None else max(0, asked.top_k),
+        min_p=model.min_p if asked.min_p is None else asked.min_p,
+        repetition_penalty=model.repetition_penalty if asked.repetition_penalty is None else asked.repetition_penalty,
+        presence_penalty=asked.presence_penalty or 0.0,
+        frequency_penalty=asked.frequency_penalty or 0.0,
+        logit_bias=asked.logit_bias,
+        min_tokens=asked.min_tokens,
+        logprobs=asked.logprobs,
+    )
+
+
+def _check_ids(card: ModelCard, ids: Sequence[int], param: str) -> None:
+    if ids and max(ids) >= card.vocab_size:
+        raise _invalid(f"A token id must be below the vocabulary's size of {card.vocab_size}.", param)
+
+
+def _room(card: ModelCard, prompt: Prompt) -> int:
+    """Tokens that the context leaves for the answer, at least one. Raises `PromptError`."""
+    limit = min(card.context_tokens, card.kv_capacity_tokens)
+    if len(prompt.ids) >= limit:
+        raise context_exceeded(limit, len(prompt.ids), prompt.param)
+    return limit - len(prompt.ids)
+
+
+def _max_new_tokens(room: int, params: CompletionParams) -> int:
+    limit = params.default_max_tokens if params.max_tokens is None else params.max_tokens
+    return room if limit is None else min(room, limit)
+
+
+def _invalid(message: str, param: str) -> RequestError:
+    return RequestError(message, code="invalid_value", param=param)

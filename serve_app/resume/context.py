@@ -1,0 +1,86 @@
+"""What all resumable streams of one process share: the replicas, the store, the limits. Knows no stream's state."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+from serve_app.generation.attempt_history import FailoverSettings
+from serve_app.generation.replica import ReplicaClient
+from serve_app.resume.event_log import EventMemory
+from serve_app.resume.journal_store import JournalStore, JournalView, StoreUnavailable
+from serve_app.resume.refusals import StreamGone
+from serve_app.resume.writer import TICK_S, JournalWriter
+
+_FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 1.0
+"""Between two calls to a store that can't be reached."""
+
+_Answer = TypeVar("_Answer")
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeSettings:
+    """How long streams live without a reader, and how many."""
+
+    grace_s: float = 30.0
+    """A stream goes on this long after its last reader went."""
+    max_unattended: int = 64
+    """Streams without a reader that one process goes on with; of more, those longest without one stop."""
+    settle_s: float = 5.0
+    """How long a store that can't be reached is waited for, by a stream's last words and by those who follow one."""
+    gone_s: float = 4.0
+    """How long a journal must be away before its stream is gone. A store that was restarted lacks those of streams that
+    go on, and their owners write them again: within a lease, or when the actor that keeps them has started, which takes
+    1 to 3 s on the 2-core machine."""
+    lease_s: float = 1.0
+    """The store's."""
+    tick_s: float = TICK_S
+    max_event_bytes: int = 64 * 2**20
+    """Of the events of all streams that one process keeps; what a reader needs beyond that is made again."""
+    max_stream_event_bytes: int = 4 * 2**20
+    """Of one stream."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamContext:
+    """What all streams of a process share."""
+
+    client: ReplicaClient
+    failover: FailoverSettings
+    store: JournalStore
+    writer: JournalWriter
+    settings: ResumeSettings
+    memory: EventMemory
+
+    async def look(self, stream_id: str, position: int, wait_s: float = 0.0) -> JournalView:
+        """See `JournalStore.read`. Raises `StreamGone` when the journal stays away, and `StoreUnavailable`."""
+        loop, deadline = asyncio.get_running_loop(), None
+        while (view := await self.reach(partial(self.store.read, stream_id, position, wait_s))) is None:
+            deadline = deadline or loop.time() + self.settings.gone_s
+            left_s = deadline - loop.time()
+            if left_s <= 0:
+                raise StreamGone
+            await asyncio.sleep(min(left_s, self.settings.lease_s / 4))
+        return view
+
+    async def reach(self, call: Callable[[], Awaitable[_Answer]]) -> _Answer:
+        """The store's answer to `call`, which may be repeated. Raises `StoreUnavailable` after `settle_s` without one.
+
+        A store that fails over, or an actor that starts again, is there a moment later: no stream should end for that.
+        """
+        loop = asyncio.get_running_loop()
+        deadline, pause_s = loop.time() + self.settings.settle_s, _FIRST_PAUSE_S
+        while True:
+            try:
+                return await call()
+            except StoreUnavailable:
+                left_s = deadline - loop.time()
+                if left_s <= 0:
+                    raise
+            await asyncio.sleep(min(left_s, pause_s * random.uniform(0.5, 1.5)))
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

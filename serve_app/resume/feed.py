@@ -1,0 +1,108 @@
+"""The events of one stream as they come to this process, and those who read them.
+
+Promises that event k is the same for every reader, and that a reader learns why no more can be known here. Knows no
+replica and no store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+
+from serve_app.core import Failure, RequestError, TokenBatch
+from serve_app.resume.event_log import EventLog, EventMemory, Mark, Replay
+from serve_app.resume.refusals import ReaderTooSlow, StreamChanged
+from serve_app.resume.transcript import Event, Transcript
+
+PIECE_BYTES = 2**16
+"""A reader gets about so much at a time: a long answer from the start goes out in pieces."""
+
+
+class EventFeed:
+    """One stream's: written by its owner or its follower, read by any number of clients."""
+
+    def __init__(self, transcript: Transcript, memory: EventMemory) -> None:
+        self.transcript = transcript
+        self.events = EventLog(memory)
+        self.events.append(transcript.opening())
+        self.closed = False
+        """Nothing more comes to this process: all events are there, or nobody gets them any more."""
+        self._trouble: RequestError | None = None
+        self._news = asyncio.Event()
+
+    @property
+    def finished(self) -> bool:
+        """All events are there."""
+        return self.transcript.finished
+
+    def push(self, choice: int, batch: TokenBatch) -> None:
+        """Add what `batch` says. Raises `BatchError` and `OtherTokens`."""
+        if not self.finished:
+            self._add(self.transcript.push(choice, batch))
+
+    def fail(self, failure: Failure) -> None:
+        """The stream ends with an error."""
+        self._add(self.transcript.fail(failure))
+
+    def close(self, trouble: RequestError | None = None) -> None:
+        """Nothing more comes; readers that want more are told of the `trouble`, if there is one."""
+        self.closed = True
+        self._trouble = trouble
+        self._tell()
+
+    async def check(self, mark: Mark, wait_s: float) -> None:
+        """Raise `StreamChanged` unless the reader's events are how this stream begins.
+
+        A reader may have more than this process knows yet. It waits for that, at most `wait_s`; `read` looks again.
+        """
+        try:
+            async with asyncio.timeout(wait_s):
+                while mark.digest is not None and len(self.events) < mark.position and not self.closed:
+                    await self._news.wait()
+        except TimeoutError:
+            return
+        ends_before = self.finished and mark.digest is not None and mark.position > len(self.events)
+        if ends_before or self.events.differs(mark):
+            raise StreamChanged
+
+    async def read(self, mark: Mark, max_lag_bytes: int) -> AsyncGenerator[tuple[int, list[Event]], None]:
+        """(index of the first, events) from the reader's mark on, as they come.
+
+        Raises `StreamChanged` when the reader's events turn out to be of another text, what the feed was closed with,
+        and `ReaderTooSlow` for a reader that was up to date once and is now more than `max_lag_bytes` behind, apart
+        from what came all at once then.
+        """
+        position, caught_up, at_once_bytes = mark.position, False, 0
+        replay: Replay | None = None
+        while True:
+            news = self._news
+            if position < len(self.events):
+                if position == mark.position:
+                    await self.check(mark, 0)
+                if caught_up and self.events.bytes_after(position) > max_lag_bytes + at_once_bytes:
+                    raise ReaderTooSlow(max_lag_bytes)
+                if position >= self.events.first:
+                    replay, events = None, self.events.piece(position, PIECE_BYTES)
+                else:
+                    replay = replay or Replay(self.transcript.again())
+                    events = await replay.piece(position, PIECE_BYTES)
+                yield position, events
+                position += len(events)
+            elif self.closed:
+                if self._trouble is not None:
+                    raise self._trouble
+                await self.check(mark, 0)
+                return
+            else:
+                caught_up, replay = True, None
+                await news.wait()
+                # A reader may know more than this process does yet.
+                at_once_bytes = self.events.bytes_after(position)
+
+    def _add(self, events: Sequence[Event]) -> None:
+        self.events.append(events)
+        self._tell()
+
+    def _tell(self) -> None:
+        news, self._news = self._news, asyncio.Event()
+        news.set()

@@ -1,0 +1,86 @@
+"""The follower of a stream: takes in what its owner writes elsewhere, and takes over when that stops.
+
+Knows no text, no HTTP and no store's kind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from functools import partial
+
+from serve_app.core import Failure
+from serve_app.generation.output_tokens import BatchError, OtherTokens
+from serve_app.resume.attendance import Attendance
+from serve_app.resume.context import StreamContext
+from serve_app.resume.feed import EventFeed
+from serve_app.resume.journal_store import JournalView
+from serve_app.resume.records import RecordError, StreamDocument, read_record, write_document
+from serve_app.resume.refusals import StreamChanged, StreamGone
+from serve_app.resume.stream_id import loggable
+from serve_app.resume.writer import OwnedJournal
+
+logger = logging.getLogger(__name__)
+
+FOLLOW_WAIT_S = 10.0
+"""How long a follower waits for news in one call to the store; a lapsed lease ends the wait at once."""
+FED_AT_ONCE = 32
+"""Tokens of a journal that become events between two turns of the event loop: about 1 ms."""
+
+
+class Follower:
+    """Reads the journal of one stream into its feed."""
+
+    def __init__(self, stream_id: str, document: StreamDocument, feed: EventFeed, context: StreamContext) -> None:
+        self._id = stream_id
+        self._document = document
+        self._feed = feed
+        self._context = context
+        self.records: list[bytes] = []
+        """Those that are in the feed; after this process owned the stream, those that it has written."""
+
+    async def run(self, attendance: Attendance) -> OwnedJournal | None:
+        """Read on while somebody reads here. The journal, when its owner stopped and this process took it over.
+
+        None: the stream has finished, or nobody reads here. Raises `StreamGone` and `StoreUnavailable` when that lasts.
+        """
+        context, writer = self._context, self._context.writer
+        while attendance.readers:
+            await self.feed(await context.look(self._id, len(self.records), FOLLOW_WAIT_S))
+            owner = writer.new_owner()
+            if not self._feed.finished and await context.reach(partial(context.store.acquire, self._id, owner)):
+                # The old owner may have written between the two, and the document is needed to write it again.
+                await self.feed(await context.look(self._id, len(self.records)))
+                tokens = self._feed.transcript.tokens
+                logger.warning("stream %s is continued here after %d tokens", loggable(self._id), tokens)
+                journal = writer.own(self._id, owner, write_document(self._document), self.records)
+                writer.keep(journal)
+                return journal
+            if self._feed.finished:
+                break
+        return None
+
+    async def feed(self, view: JournalView) -> None:
+        """Take in records; others run meanwhile. Raises `StreamGone`."""
+        fed = 0
+        try:
+            for record in view.records:
+                self.records.append(record)
+                for choice, reply in read_record(record):
+                    if isinstance(reply, Failure):
+                        self._feed.fail(reply)
+                    else:
+                        self._feed.push(choice, reply)
+                        fed += len(reply.token_ids)
+                    if fed >= FED_AT_ONCE:
+                        fed = 0
+                        await asyncio.sleep(0)
+        except OtherTokens as error:
+            logger.warning("stream %s was continued elsewhere with other tokens", loggable(self._id))
+            raise StreamChanged from error
+        except (RecordError, BatchError) as error:
+            logger.error("the journal of stream %s can't be read", loggable(self._id), exc_info=error)
+            raise StreamGone from error
+        if view.finished and not self._feed.finished:
+            logger.error("the journal of stream %s ends before the stream does", loggable(self._id))
+            raise StreamGone

@@ -1,0 +1,128 @@
+"""The owner of a stream: generates it, writes its journal, and stops when nobody wants it or another has the lease.
+
+Knows no text and no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import aclosing
+from dataclasses import replace
+
+from serve_app.core import Failure, FailureCode, TokenBatch
+from serve_app.generation.attempts import Generations
+from serve_app.resume.attendance import Attendance
+from serve_app.resume.context import StreamContext
+from serve_app.resume.feed import EventFeed
+from serve_app.resume.journal_store import LeaseStatus
+from serve_app.resume.records import StreamDocument, write_reply
+from serve_app.resume.refusals import Refused
+from serve_app.resume.writer import OwnedJournal
+
+logger = logging.getLogger(__name__)
+
+
+class Owner:
+    """One lease of one stream's journal, and the generations that it is written from."""
+
+    def __init__(
+        self,
+        context: StreamContext,
+        document: StreamDocument,
+        feed: EventFeed,
+        attendance: Attendance,
+        journal: OwnedJournal,
+        *,
+        began_at: float,
+        accepted: bool,
+        on_accepted: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`began_at`: when the stream did, by the loop's clock. `accepted`: a replica had accepted it already."""
+        self.journal = journal
+        self.accepted = accepted
+        self._context = context
+        self._document = document
+        self._feed = feed
+        self._attendance = attendance
+        self._began_at = began_at
+        self._on_accepted = on_accepted
+        self._patience: asyncio.Timeout | None = None
+
+    async def run(self) -> None:
+        """Until the end, until nobody wants the stream, or until another owner has it. Raises `Refused`."""
+        self.journal.on_news = self.judge
+        try:
+            async with asyncio.timeout(None) as self._patience:
+                self.judge()
+                await self._generate()
+        except TimeoutError:
+            if self._patience is None or not self._patience.expired():
+                raise
+        except Refused:
+            raise
+        except Exception:
+            request_id = self._document.request.request_id
+            logger.exception("request %s failed in the middle of its stream", request_id)
+            message = f"The server made a mistake. Its log has the details of request {request_id}."
+            failure = Failure(FailureCode.ENGINE_FAILED, message)
+            if not self.accepted:
+                raise Refused(failure) from None
+            self._fail(failure)
+        finally:
+            self._patience = self.journal.on_news = None
+
+    @property
+    def wanted(self) -> bool:
+        """Somebody reads the stream, or did so a moment ago."""
+        return bool(self._attendance.readers) or self._attendance.patience_s(self.journal.last_read) > 0
+
+    def judge(self) -> None:
+        """Stop generating when another owner has the journal, or once nobody has wanted the stream for long."""
+        patience = self._patience
+        if patience is None or patience.expired():
+            return
+        now = asyncio.get_running_loop().time()
+        if self.journal.lease is LeaseStatus.LOST:
+            patience.reschedule(now)
+        elif self._attendance.readers or not self.accepted:  # whoever begins it waits until it is accepted
+            patience.reschedule(None)
+        else:
+            patience.reschedule(now + self._attendance.patience_s(self.journal.last_read))
+
+    async def _generate(self) -> None:
+        transcript = self._feed.transcript
+        generations = Generations(self._context.client, self._context.failover)
+        age_s = asyncio.get_running_loop().time() - self._began_at
+        for request in self._document.request.requests:
+            if not transcript.ended(request.choice):
+                if request.remaining_s is not None:
+                    request = replace(request, remaining_s=max(0.0, request.remaining_s - age_s))
+                generations.add(request, transcript.output(request.choice) if self.accepted else None)
+        async with generations, aclosing(generations.replies()) as replies:
+            async for choice, reply in replies:
+                if isinstance(reply, Failure):
+                    if not self.accepted:
+                        raise Refused(reply)
+                    self._fail(reply)
+                    return
+                self._accept()
+                self._take(choice, reply)
+                if transcript.ended(choice):
+                    await generations.stop(choice)  # by a stop string: the model would go on
+
+    def _accept(self) -> None:
+        if not self.accepted:
+            self.accepted = True
+            self._on_accepted()
+            self._attendance.restart()
+
+    def _take(self, choice: int, batch: TokenBatch) -> None:
+        if batch.token_ids or batch.finish_reason is not None:
+            self.journal.write(write_reply(choice, batch))
+            self._feed.push(choice, batch)
+
+    def _fail(self, failure: Failure) -> None:
+        self.journal.write(write_reply(0, failure))
+        self._feed.fail(failure)

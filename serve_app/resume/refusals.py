@@ -1,0 +1,59 @@
+"""Why a resumable stream can't begin or can't go on, as the client is told it. `StoreUnavailable` is its store's own.
+
+RequestError
+├── Refused            no replica has accepted a new stream
+├── JournalsFull       the store has no room for another stream
+├── StreamGone         there is no such stream
+│   └── StreamChanged  it is another text than the client has the beginning of
+└── ReaderTooSlow      the client reads too slowly
+"""
+
+from __future__ import annotations
+
+from serve_app.core import Failure, FailureCode, RequestError
+
+
+class Refused(RequestError):
+    """A new stream ended before a replica had accepted it."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message, code=failure.code, retry_after_s=failure.retry_after_s)
+
+
+class JournalsFull(RequestError):
+    """The store has no room for another stream."""
+
+    def __init__(self) -> None:
+        message = "The service keeps as many resumable streams as it may; try again, or without X-Stream-Resume."
+        super().__init__(message, code=FailureCode.OVERLOADED)
+
+
+class StreamGone(RequestError):
+    """There is no such stream: it never was, it has expired, or its journal was lost."""
+
+    def __init__(
+        self,
+        message: str = "There is no such stream: it has expired, its journal was lost, or it never was. "
+        "Send the request again.",
+        code: str = "stream_gone",
+    ) -> None:
+        super().__init__(message, code=code)
+
+
+class StreamChanged(StreamGone):
+    """What a reader has is not how the stream begins: what came after its last record was computed again, otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This stream goes on with another text than you have the beginning of: the replica that began it died, "
+            "and no other computes exactly as it did. Send the request again.",
+            "stream_changed",
+        )
+
+
+class ReaderTooSlow(RequestError):
+    """A reader is too far behind what is there for it."""
+
+    def __init__(self, max_unread_bytes: int) -> None:
+        message = f"The stream was ended: more than {max_unread_bytes} bytes of it were waiting to be read."
+        super().__init__(message, code="slow_reader")
