@@ -117,7 +117,7 @@ class PacedModelServer(ModelServer):
         self,
         config: AppConfig,
         report: Callable[[LoadStage], None],
-        before_alone: Callable[[GenerationRequest], None],
+        before_isolated: Callable[[GenerationRequest], None],
     ) -> tuple[PacedEngine, ModelCard]:  # type: ignore[override]
         return PacedEngine(float(os.environ[RATE_VARIABLE])), CARD
 

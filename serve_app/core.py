@@ -100,17 +100,17 @@ class GenerationRequest:
     """Any of these ends the output (it is emitted, counted, and has no text). EOS is among them unless ignored."""
     output_token_ids: tuple[int, ...] = ()
     """Already delivered by an earlier attempt; empty on the first."""
-    arithmetic: str = ""
+    numerics_id: str = ""
     """How the replica that made `output_token_ids` computes, where that is exact: one that computes alike continues
     them to the bit, another of the same weights only where there is none. Empty: any will do."""
     choice: int = 0
-    alone: bool = False
+    isolated: bool = False
     """Until its first new token it is computed in steps of its own: a suspect of having killed replicas must not take
     others with it."""
-    caller: str = ""
-    """Who waits for it, so that its replica stops when that process dies; empty: nobody knows."""
+    ingress_id: str = ""
+    """The process that waits for it, so that its replica stops when that dies; empty: nobody knows."""
     attempt: int = 0
-    """Which of its caller's attempts this is."""
+    """Which of that process's attempts this is."""
     cache_salt: str = ""
     """Requests share cached prefixes only with requests of the same salt."""
     remaining_s: float | None = None
@@ -144,7 +144,7 @@ class GenerationStats:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     preemptions: int = 0
-    arithmetic: str = ""
+    numerics_id: str = ""
     """How the replica computes, where that is exact; see `GenerationRequest`."""
 
 

@@ -22,7 +22,7 @@ from serve_app.core import GenerationRequest, LoadStage, ModelCard, Reply
 from serve_app.deployments.dispatch.channel_writer import TokenChannels
 from serve_app.deployments.dispatch.liveness import Callers
 from serve_app.deployments.dispatch.poison import SuspectNotes
-from serve_app.deployments.dispatch.router import ARITHMETIC_KEY, CHANNEL_KEY, FINGERPRINT_KEY
+from serve_app.deployments.dispatch.router import CHANNEL_KEY, FINGERPRINT_KEY, NUMERICS_KEY
 from serve_app.deployments.logs import use_serve_log
 from serve_app.deployments.metrics import RayMetrics
 from serve_app.deployments.revisions import settled
@@ -77,18 +77,18 @@ class ModelServer:
         self._metrics = asyncio.create_task(self._report_metrics(RayMetrics()))
 
     def _start(
-        self, config: AppConfig, report: Reporter, before_alone: Callable[[GenerationRequest], None]
+        self, config: AppConfig, report: Reporter, before_isolated: Callable[[GenerationRequest], None]
     ) -> tuple[Engine, ModelCard]:
         """All that takes long, on a thread of its own. Raises `ModelError` and `EngineError`."""
-        return _start_engine(config, report, before_alone)
+        return _start_engine(config, report, before_isolated)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Reply, None]:
         """The replies of one attempt; see `generation.replica.ReplicaClient.open`."""
-        caller = request.caller
-        with self._callers.waiting(caller):
+        ingress_id = request.ingress_id
+        with self._callers.waiting(ingress_id):
             async with aclosing(self._engine.generate(request)) as replies:
                 async for reply in replies:  # one each second at least
-                    if self._callers.gone(caller):
+                    if self._callers.gone(ingress_id):
                         return
                     if not self._channels.put(request, reply):
                         yield reply
@@ -97,7 +97,7 @@ class ModelServer:
         """Serve's hook: what every router learns of this replica. A stream goes on only with its own weights."""
         return {
             FINGERPRINT_KEY: self._fingerprint,
-            ARITHMETIC_KEY: self._engine.capacity.arithmetic,
+            NUMERICS_KEY: self._engine.capacity.numerics_id,
             CHANNEL_KEY: str(self._channels.address or ""),
         }
 
@@ -142,7 +142,7 @@ def _channel_host() -> str | None:
 
 
 def _start_engine(
-    config: AppConfig, report: Reporter, before_alone: Callable[[GenerationRequest], None]
+    config: AppConfig, report: Reporter, before_isolated: Callable[[GenerationRequest], None]
 ) -> tuple[Engine, ModelCard]:
     """All that takes long, on a thread of its own. Raises `ModelError` and `EngineError`."""
     report(LoadStage("starting torch"))
@@ -171,7 +171,7 @@ def _start_engine(
         fingerprint=loaded.fingerprint,
         dtype=loaded.dtype,
         on_stage=report,
-        before_alone=before_alone,
+        before_isolated=before_isolated,
         kernel_cache=cache / "kernels",
     )
     return engine, _card(loaded, engine)

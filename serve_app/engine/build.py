@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from serve_app.config import GPU_MEMORY_FRACTION, EngineConfig
 from serve_app.core import LoadStage
-from serve_app.engine.arithmetic import arithmetic_name
 from serve_app.engine.attention.base import AttentionBackend, TabledAttention
 from serve_app.engine.attention.check import check_attention
 from serve_app.engine.attention.cpu import CpuAttention
@@ -33,6 +32,7 @@ from serve_app.engine.kernel_trial import Trial, try_apart
 from serve_app.engine.kv_cache import KVCache
 from serve_app.engine.load_check import check_exact, check_model, measure_row_cost
 from serve_app.engine.model_runner import ModelRunner
+from serve_app.engine.numerics import numerics_id
 from serve_app.engine.prompt_lookup import ROW_COST
 from serve_app.engine.sampling import scratch_bytes
 from serve_app.memory import available_memory_bytes
@@ -65,8 +65,8 @@ class EngineCapacity:
     """The attention kernel reads neighbouring pages in place."""
     exact: bool
     """A request's logits are the same bits in any company, as far as `load_check.check_exact` tries it."""
-    arithmetic: str = ""
-    """How it computes, where that is exact (`arithmetic.arithmetic_name`); empty where it is not."""
+    numerics_id: str = ""
+    """How it computes, where that is exact (`numerics.numerics_id`); empty where it is not."""
     notes: tuple[str, ...] = ()
     """Fallbacks taken, one sentence each."""
     row_cost: float = ROW_COST
@@ -167,7 +167,7 @@ def prepare(
                     )
                 for note in notes:
                     logger.warning(note)
-                arithmetic = arithmetic_name(
+                numerics = numerics_id(
                     backend.name, kernels, runner.device, page_tokens=page_tokens, fixed_rows=runner.fixed_rows
                 )
                 return EngineCapacity(
@@ -178,7 +178,7 @@ def prepare(
                     attention_backend=backend.name,
                     reads_runs=backend.reads_runs,
                     exact=exact,
-                    arithmetic=arithmetic if exact else "",
+                    numerics_id=numerics if exact else "",
                     notes=tuple(notes),
                     row_cost=_row_cost(runner, config, cache.num_pages - 1, page_tokens),
                 )

@@ -84,7 +84,7 @@ class Engine:
         fingerprint: Fingerprint,
         dtype: torch.dtype | None = None,
         on_stage: Callable[[LoadStage], None] = lambda stage: None,
-        before_alone: Callable[[GenerationRequest], None] = lambda request: None,
+        before_isolated: Callable[[GenerationRequest], None] = lambda request: None,
         kernel_cache: Path | None = None,
         backends: Backends | None = None,
     ) -> None:
@@ -97,7 +97,7 @@ class Engine:
             fingerprint: of the weights; requests for others are refused.
             dtype: float32 for a model on a CPU that is to compute so and holds its weights in 16 bits; else as it is.
             on_stage: told how far the construction is.
-            before_alone: told of a request, on the engine's thread, before each step that it has to itself.
+            before_isolated: told of a request, on the engine's thread, before each step that it has to itself.
             kernel_cache: folder for compiled CPU kernels, which are not used without one, and for what is known of
                 kernels for GPUs.
             backends: attention kernels to try in this order instead of what `config.attention` says.
@@ -107,7 +107,7 @@ class Engine:
         """
         self._config = config
         self._fingerprint = fingerprint
-        self._before_alone = before_alone
+        self._before_isolated = before_isolated
         self._streams: dict[Sequence, ReplyStream] = {}
         self._outbox: list[tuple[ReplyStream, Reply]] = []
         self._lock = threading.Condition()
@@ -340,8 +340,8 @@ class Engine:
             self._send()
         if not chunks:
             return
-        if chunks[0].sequence.alone:
-            self._before_alone(chunks[0].sequence.request)
+        if chunks[0].sequence.isolated:
+            self._before_isolated(chunks[0].sequence.request)
         self._step_started = now = time.monotonic()
         for chunk in chunks:
             if chunk.sequence.started_at is None:
@@ -401,7 +401,7 @@ class Engine:
         logprobs = tuple(choice.logprobs for choice in kept if choice.logprobs is not None) or None
         stats = None
         if reason is not None or index == len(sequence.request.output_token_ids):
-            stats = replace(sequence.stats(now), arithmetic=self.capacity.arithmetic)
+            stats = replace(sequence.stats(now), numerics_id=self.capacity.numerics_id)
         return TokenBatch(index, ids, logprobs, reason, stats)
 
     def _expire(self) -> None:

@@ -95,7 +95,7 @@ class Scheduler:
         A sequence that must be alone gets steps of its own first.
         """
         step = _Step(self._max_step_tokens)
-        if (suspect := next((s for s in self.running if s.alone), None)) is not None:
+        if (suspect := next((s for s in self.running if s.isolated), None)) is not None:
             self._schedule(suspect, min(suspect.remaining, step.budget), step)
             return step.chunks or self.plan()
         preempted = self.preemptions
@@ -139,12 +139,12 @@ class Scheduler:
             sequence.cached_prompt_tokens = min(sequence.computed, sequence.prompt_len)
         self.waiting.remove(sequence)
         self.running.append(sequence)
-        if not (sequence.alone and step.chunks):
+        if not (sequence.isolated and step.chunks):
             self._schedule(sequence, min(sequence.remaining, step.budget), step)
-        if sequence.alone and step.chunks:
+        if sequence.isolated and step.chunks:
             # Either the step is its own now, or the next one will be: nothing more goes into this one.
             step.budget = 0
-        return not sequence.alone
+        return not sequence.isolated
 
     def _fitting_prefix(self, newcomer: Sequence) -> list[int] | None:
         """The cached pages of its longest known prefix, if with them it may run beside those that do; else None.

@@ -57,9 +57,9 @@ class Sequence:
         return len(self.token_ids) - len(self.request.prompt_token_ids)
 
     @property
-    def alone(self) -> bool:
+    def isolated(self) -> bool:
         """It may not share a step yet."""
-        return self.request.alone and self.output_len == len(self.request.output_token_ids)
+        return self.request.isolated and self.output_len == len(self.request.output_token_ids)
 
     @property
     def remaining(self) -> int:

@@ -65,7 +65,7 @@ class Generation:
             self._accepted = self._announced = True
             self._stats_taken = prior.stats is not None
             if prior.stats is not None:
-                self._request = replace(request, arithmetic=prior.stats.arithmetic)
+                self._request = replace(request, numerics_id=prior.stats.numerics_id)
 
     async def __aenter__(self) -> Generation:
         if self._request.remaining_s is not None:
@@ -213,7 +213,7 @@ class Generation:
         raise ReplicaLost("the attempt ended without a last word")
 
     def _next_request(self, *, isolated: bool) -> GenerationRequest:
-        request = replace(self._request, output_token_ids=tuple(self._output.token_ids), alone=isolated)
+        request = replace(self._request, output_token_ids=tuple(self._output.token_ids), isolated=isolated)
         if self._deadline is None:
             return request
         return replace(request, remaining_s=max(0.0, self._deadline - asyncio.get_running_loop().time()))
@@ -223,8 +223,8 @@ class Generation:
         self._accepted = True
         if batch.stats is not None:
             self._latest_stats = batch.stats
-            if not self._request.arithmetic:
-                self._request = replace(self._request, arithmetic=batch.stats.arithmetic)
+            if not self._request.numerics_id:
+                self._request = replace(self._request, numerics_id=batch.stats.numerics_id)
         if self._has_news or not self._announced:
             self._changed.set()
 
@@ -242,7 +242,7 @@ class Generation:
             "request %s, choice %d: continued; computing what it had again took %.3f s (queued for %.3f s)",
             *(request.request_id, request.choice, stats.prefill_s, stats.queued_s),
         )
-        if request.arithmetic not in ("", stats.arithmetic):
+        if request.numerics_id not in ("", stats.numerics_id):
             logger.warning(
                 "request %s, choice %d: no replica was left that computes as the one that began it; from here on it "
                 "may differ from an undisturbed answer",

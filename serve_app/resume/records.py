@@ -61,7 +61,7 @@ def read_document(content: bytes) -> StreamDocument:
 
 def write_reply(choice: int, reply: Reply) -> bytes:
     """One line: `[choice, first index, ids, logprobs | null, finish reason | null, cached prompt tokens | null,
-    arithmetic]`, the last four only where there is something to say; or `{failure}`. No line break inside."""
+    numerics id]`, the last four only where there is something to say; or `{failure}`. No line break inside."""
     if isinstance(reply, Failure):
         failure = {"code": reply.code, "message": reply.message, "retry_after_s": reply.retry_after_s}
         return json.dumps(failure).encode()
@@ -70,8 +70,8 @@ def write_reply(choice: int, reply: Reply) -> bytes:
         line.append(None if reply.logprobs is None else [(entry.logprob, entry.top) for entry in reply.logprobs])
         unknown = None if reply.finish_reason is None else 0  # not null with an end: earlier versions add it up
         line += [reply.finish_reason, unknown if reply.stats is None else reply.stats.cached_prompt_tokens]
-        if reply.stats is not None and reply.stats.arithmetic:
-            line.append(reply.stats.arithmetic)
+        if reply.stats is not None and reply.stats.numerics_id:
+            line.append(reply.stats.numerics_id)
     return json.dumps(line, separators=(",", ":")).encode()
 
 
@@ -95,7 +95,7 @@ def _read_line(line: Any) -> tuple[int, Reply]:
     choice, first_index, ids, *more = line
     if not more:
         return choice, TokenBatch(first_index, tuple(ids))
-    logprobs, reason, cached, *arithmetic = more
+    logprobs, reason, cached, *numerics_id = more
     return choice, TokenBatch(
         first_index,
         tuple(ids),
@@ -105,5 +105,5 @@ def _read_line(line: Any) -> tuple[int, Reply]:
         None if reason is None else FinishReason(reason),
         None
         if cached is None
-        else GenerationStats(cached_prompt_tokens=cached, arithmetic=arithmetic[0] if arithmetic else ""),
+        else GenerationStats(cached_prompt_tokens=cached, numerics_id=numerics_id[0] if numerics_id else ""),
     )

@@ -19,7 +19,7 @@ from serve_app.engine.errors import EngineError
 def make_engine() -> Iterator[Callable[..., Engine]]:
     """Engines of tiny models, stopped at the end.
 
-    Keywords are EngineConfig's, `model`, `context`, `backends`, `dtype`, `kernel_cache`, `before_alone`, `on_stage`.
+    Keywords are EngineConfig's, `model`, `context`, `backends`, `dtype`, `kernel_cache`, `before_isolated`, `on_stage`.
     """
     engines: list[Engine] = []
 
@@ -27,7 +27,7 @@ def make_engine() -> Iterator[Callable[..., Engine]]:
         model = settings.pop("model", None) or tiny_model(kind)
         extras = {
             name: settings.pop(name)
-            for name in ("kernel_cache", "before_alone", "on_stage", "dtype")
+            for name in ("kernel_cache", "before_isolated", "on_stage", "dtype")
             if name in settings
         }
         context, backends = settings.pop("context", CONTEXT), settings.pop("backends", None)

@@ -200,8 +200,8 @@ async def test_a_stop_within_what_was_guessed_right_ends_there(make_engine: Make
 
 async def test_a_suspect_is_not_guessed_for_until_it_has_company(make_engine: MakeEngine) -> None:
     told: list[GenerationRequest] = []
-    engine = make_engine(before_alone=told.append)
-    suspect = request_for([5, 6] * 10, 20, alone=True)
+    engine = make_engine(before_isolated=told.append)
+    suspect = request_for([5, 6] * 10, 20, isolated=True)
     assert await tokens_of(engine, suspect) == await tokens_of(make_engine(**NO_LOOKUP), suspect)
     assert len(told) == 1
 

@@ -513,7 +513,7 @@ def test_an_explicit_kernel_that_can_not_serve_is_said(make_engine: MakeEngine) 
 
 async def test_who_computes_alone_is_told_before_each_of_its_steps(make_engine: MakeEngine) -> None:
     told: list[GenerationRequest] = []
-    engine = make_engine(max_step_tokens=8, max_running=4, before_alone=told.append)
-    suspect = replace(request_for(range(40, 60), 5), alone=True)
+    engine = make_engine(max_step_tokens=8, max_running=4, before_isolated=told.append)
+    suspect = replace(request_for(range(40, 60), 5), isolated=True)
     await all_tokens(engine, [request_for(range(30), 5), suspect])
     assert told == [suspect] * 3  # chunks of 8, 8 and 4; after its first token it has company

@@ -21,11 +21,10 @@ def sequence(
     arrival: int,
     prompt: int,
     new: int = 8,
-    priority: int = 0,
     salt: str = "",
     first_id: int = 0,
     delivered: int = 0,
-    alone: bool = False,
+    isolated: bool = False,
 ) -> Sequence:
     """`delivered`: how many of the `new` tokens an earlier attempt, on another replica, has brought."""
     request = GenerationRequest(
@@ -35,9 +34,8 @@ def sequence(
         SamplingParams(seed=0),
         new,
         output_token_ids=(100_000,) * delivered,
-        priority=priority,
         cache_salt=salt,
-        alone=alone,
+        isolated=isolated,
     )
     return Sequence(request, arrival)
 
@@ -52,7 +50,7 @@ def scheduler(
 def step(scheduler: Scheduler) -> list[tuple[int, int]]:
     """Plan and pretend to compute: (arrival, tokens) of each chunk. Complete sequences get one token more."""
     chunks = scheduler.plan()
-    assert len(chunks) == 1 or not any(chunk.sequence.alone for chunk in chunks), "a suspect shares its step"
+    assert len(chunks) == 1 or not any(chunk.sequence.isolated for chunk in chunks), "a suspect shares its step"
     for chunk in chunks:
         completes = chunk.completes
         scheduler.computed(chunk)
@@ -72,10 +70,10 @@ def test_decodes_come_first_and_prefills_share_what_the_budget_leaves() -> None:
     assert step(s) == [(1, 1), (2, 2), (3, 5)]
 
 
-def test_no_more_run_than_may_and_lower_priority_numbers_go_first() -> None:
+def test_no_more_run_than_may_and_those_that_somebody_reads_go_first() -> None:
     s = scheduler(running=2)
-    for arrival, priority in ((1, 5), (2, 5), (3, 1)):
-        s.add(sequence(arrival, 2, priority=priority, first_id=arrival * 100))
+    for arrival, delivered in ((1, 0), (2, 0), (3, 4)):
+        s.add(sequence(arrival, 2, delivered=delivered, first_id=arrival * 100))
     assert [arrival for arrival, _ in step(s)] == [3, 1]
     assert [waiting.arrival for waiting in s.waiting] == [2]
 
@@ -142,14 +140,14 @@ def test_a_suspect_has_its_steps_to_itself_until_its_first_token() -> None:
     s = scheduler(budget=8)
     s.add(sequence(1, 3))
     step(s)
-    s.add(sequence(2, 10, first_id=500, alone=True))
+    s.add(sequence(2, 10, first_id=500, isolated=True))
     s.add(sequence(3, 2, first_id=900))
     assert [step(s) for _ in range(4)] == [[(1, 1)], [(2, 8)], [(2, 2)], [(1, 1), (2, 1), (3, 2)]]
 
 
 def test_a_suspect_that_comes_first_starts_at_once_and_alone() -> None:
     s = scheduler()
-    s.add(sequence(1, 3, alone=True))
+    s.add(sequence(1, 3, isolated=True))
     s.add(sequence(2, 3, first_id=500))
     assert step(s) == [(1, 3)]
     assert step(s) == [(1, 1), (2, 3)]
@@ -159,7 +157,7 @@ def test_a_prompt_under_way_does_not_join_a_suspect() -> None:
     s = scheduler(budget=16)
     s.add(sequence(1, 40))
     step(s)
-    s.add(sequence(2, 10, delivered=2, first_id=500, alone=True))
+    s.add(sequence(2, 10, delivered=2, first_id=500, isolated=True))
     assert [step(s) for _ in range(2)] == [[(2, 12)], [(2, 1), (1, 15)]]
 
 
@@ -169,7 +167,7 @@ def test_nor_does_it_fill_the_step_in_which_a_suspect_is_admitted() -> None:
     step(s)
     s.add(sequence(2, 40, first_id=200))
     step(s)
-    s.add(sequence(3, 10, delivered=2, first_id=500, alone=True))
+    s.add(sequence(3, 10, delivered=2, first_id=500, isolated=True))
     assert [step(s) for _ in range(3)] == [[(1, 1)], [(3, 12)], [(1, 1), (3, 1), (2, 14)]]
 
 
@@ -241,7 +239,6 @@ def test_a_prompt_that_is_cached_whole_still_computes_its_last_token() -> None:
         st.tuples(
             st.integers(1, 24),
             st.integers(1, 16),
-            st.integers(0, 2),
             st.integers(0, 3),
             st.integers(0, 6),
             st.booleans(),
@@ -257,7 +254,7 @@ def test_a_prompt_that_is_cached_whole_still_computes_its_last_token() -> None:
     in_runs=st.booleans(),
 )
 def test_every_request_finishes_and_every_page_comes_back(
-    requests: list[tuple[int, int, int, int, int, bool, bool]],
+    requests: list[tuple[int, int, int, int, bool, bool]],
     pages: int,
     running: int,
     budget: int,
@@ -266,8 +263,8 @@ def test_every_request_finishes_and_every_page_comes_back(
 ) -> None:
     s = scheduler(pages, running, budget, in_runs=in_runs)
     sequences = [
-        sequence(i, prompt, new, priority, first_id=10 * family, delivered=new // 2 if moved else 0, alone=suspect)
-        for i, (prompt, new, priority, family, _, moved, suspect) in enumerate(requests)
+        sequence(i, prompt, new, first_id=10 * family, delivered=new // 2 if moved else 0, isolated=suspect)
+        for i, (prompt, new, family, _, moved, suspect) in enumerate(requests)
     ]
     coming = sorted(zip((step for *_, step, _, _ in requests), sequences, strict=True), key=lambda pair: pair[0])
     for number in range(5_000):

@@ -164,7 +164,7 @@ async def test_a_stream_survives_any_number_of_losses_that_are_not_its_doing() -
     replica = FakeReplica([script])
     assert ids(await replies(replica)) == TEN
     assert len(replica.requests) == 10 > QUICK.max_attempts
-    assert not any(request.alone for request in replica.requests)
+    assert not any(request.isolated for request in replica.requests)
 
 
 PATIENT = FailoverSettings(max_attempts=20, first_backoff_s=0.001, max_backoff_s=0.002)
@@ -174,21 +174,21 @@ async def test_a_request_that_kills_its_replicas_is_tried_alone_and_refused() ->
     def script(request: GenerationRequest) -> list[Reply | BaseException]:
         if not request.output_token_ids:
             return [tokens(0, 100), ReplicaLost("killed")]
-        return [ReplicaLost("killed", implicated=request.alone)]
+        return [ReplicaLost("killed", implicated=request.isolated)]
 
     replica = FakeReplica([script])
     answer = await replies(replica, PATIENT)
     assert ids(answer) == [100]
     assert isinstance(answer[-1], Failure)
     assert answer[-1].code is FailureCode.POISON
-    assert [request.alone for request in replica.requests] == [False, False, False, True, True]
+    assert [request.isolated for request in replica.requests] == [False, False, False, True, True]
 
 
 async def test_a_suspect_that_was_not_computed_when_its_replicas_died_is_innocent() -> None:
     beside_poison = says(ReplicaLost("killed", implicated=False))
     replica = FakeReplica([*[beside_poison] * 8, counts()])
     assert ids(await replies(replica, PATIENT)) == TEN
-    assert [request.alone for request in replica.requests] == [False] * 2 + [True] * 7
+    assert [request.isolated for request in replica.requests] == [False] * 2 + [True] * 7
 
 
 async def test_a_new_token_clears_a_suspect() -> None:
@@ -197,7 +197,7 @@ async def test_a_new_token_clears_a_suspect() -> None:
     one_token = says(tokens(0, 100), ReplicaLost("killed"))
     replica = FakeReplica([unlucky, unlucky, alone_and_blamed, one_token, unlucky, unlucky, alone_and_blamed, counts()])
     assert ids(await replies(replica, PATIENT)) == TEN
-    assert [request.alone for request in replica.requests] == [False, False, True, True, False, False, True, True]
+    assert [request.isolated for request in replica.requests] == [False, False, True, True, False, False, True, True]
 
 
 async def test_it_is_given_up_after_too_many_losses_in_a_row() -> None:

@@ -28,12 +28,12 @@ RETRY_S = 30.0
 
 
 class ChannelReader:
-    """All channels of one caller, for its event loop."""
+    """All channels of one ingress process, for its event loop."""
 
-    def __init__(self, address_of: Callable[[str], ChannelAddress | None], caller: str) -> None:
-        """`address_of` a replica's channels; `caller` is "" where nobody can be told apart: no channels."""
+    def __init__(self, address_of: Callable[[str], ChannelAddress | None], ingress_id: str) -> None:
+        """`address_of` a replica's channels; `ingress_id` is "" where nobody can be told apart: no channels."""
         self._address_of = address_of
-        self._caller = caller
+        self._ingress_id = ingress_id
         self._numbers = itertools.count(1)
         self._attempts: dict[int, tuple[Attempt, Inbox]] = {}
         self._channels: dict[str, _Channel] = {}
@@ -57,7 +57,7 @@ class ChannelReader:
 
     def answered(self, replica: str) -> None:
         """This replica has said its first word to an attempt."""
-        if not self._caller or replica in self._channels or replica in self._opening:
+        if not self._ingress_id or replica in self._channels or replica in self._opening:
             return
         if time.monotonic() < self._not_before.get(replica, 0.0):
             return
@@ -73,7 +73,7 @@ class ChannelReader:
             channel.close()
 
     async def _open(self, replica: str, address: ChannelAddress) -> None:
-        channel = _Channel(self, replica, greeting(address, self._caller))
+        channel = _Channel(self, replica, greeting(address, self._ingress_id))
         try:
             async with asyncio.timeout(OPEN_S):
                 await asyncio.get_running_loop().create_connection(lambda: channel, address.host, address.port)
@@ -123,7 +123,7 @@ class _Channel(asyncio.Protocol):
         self._unfinished = b""
         self._transport: asyncio.Transport | None = None
         self.opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Done when the replica has taken this caller; ConnectionError when it hasn't."""
+        """Done when the replica has taken this ingress; ConnectionError when it hasn't."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """asyncio's."""

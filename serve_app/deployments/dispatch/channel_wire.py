@@ -52,15 +52,15 @@ class ChannelAddress:
         return cls(host, int(port), secret)
 
 
-def greeting(address: ChannelAddress, caller: str) -> bytes:
-    """The first line from `caller`."""
-    return f"{address.secret} {caller}\n".encode()
+def greeting(address: ChannelAddress, ingress_id: str) -> bytes:
+    """The first line from `ingress_id`."""
+    return f"{address.secret} {ingress_id}\n".encode()
 
 
 def read_greeting(line: bytes, secret: str) -> str | None:
     """Who asks for a channel; None when it isn't one of ours."""
-    given, _, caller = line.partition(b" ")
-    return caller.decode().strip() or None if hmac.compare_digest(given, secret.encode()) else None
+    given, _, ingress_id = line.partition(b" ")
+    return ingress_id.decode().strip() or None if hmac.compare_digest(given, secret.encode()) else None
 
 
 def encode(items: Iterable[ChannelItem]) -> bytes:

@@ -38,7 +38,7 @@ class TokenChannels:
         self._server: asyncio.Server | None = None
 
     async def listen(self, host: str) -> None:
-        """Let callers open channels at this address of the machine; without it all streams go their own ways."""
+        """Let ingresses open channels at this address of the machine; without it all streams go their own ways."""
         secret = secrets.token_hex(16)
         try:
             self._server = await asyncio.get_running_loop().create_server(lambda: _Channel(self, secret), host, 0)
@@ -49,25 +49,25 @@ class TokenChannels:
         self.address = ChannelAddress(host, port, secret)
 
     def put(self, request: GenerationRequest, reply: Reply) -> bool:
-        """Send the reply through its caller's channel; False when it has none or the reply goes the stream's own way.
+        """Send the reply through its ingress's channel; False when it has none or the reply goes the stream's own way.
 
         So do last words, whose end they are.
         """
-        channel = self._open.get(request.caller)
+        channel = self._open.get(request.ingress_id)
         if channel is None or not isinstance(reply, TokenBatch) or reply.finish_reason is not None:
             return False
         return channel.put((request.attempt, reply))
 
-    def opened(self, caller: str, channel: _Channel) -> None:
-        """Called by a channel. A later one of the same caller takes the place of the first, which it has given up."""
-        previous, self._open[caller] = self._open.get(caller), channel
+    def opened(self, ingress_id: str, channel: _Channel) -> None:
+        """Called by a channel. A later one of the same ingress takes the place of the first, which it has given up."""
+        previous, self._open[ingress_id] = self._open.get(ingress_id), channel
         if previous is not None:
             previous.close()
 
-    def closed(self, caller: str, channel: _Channel) -> None:
+    def closed(self, ingress_id: str, channel: _Channel) -> None:
         """Called by a channel."""
-        if self._open.get(caller) is channel:
-            del self._open[caller]
+        if self._open.get(ingress_id) is channel:
+            del self._open[ingress_id]
 
 
 class _Channel(asyncio.Protocol):
@@ -77,7 +77,7 @@ class _Channel(asyncio.Protocol):
         self._channels = channels
         self._secret = secret
         self._loop = asyncio.get_running_loop()
-        self._caller = ""
+        self._ingress_id = ""
         self._greeting = b""
         self._items: list[ChannelItem] = []
 
@@ -91,24 +91,24 @@ class _Channel(asyncio.Protocol):
         self._impatience = self._loop.call_later(GREETING_S, self.close)
 
     def data_received(self, data: bytes) -> None:
-        """asyncio's. After its greeting a caller says nothing."""
+        """asyncio's. After its greeting an ingress says nothing."""
         self._greeting += data
         line, end, more = self._greeting.partition(b"\n")
-        if self._caller or more or len(line) > MAX_GREETING_BYTES:
+        if self._ingress_id or more or len(line) > MAX_GREETING_BYTES:
             self._refuse()
         elif end:
             self._impatience.cancel()
-            if (caller := read_greeting(line, self._secret)) is None:
+            if (ingress_id := read_greeting(line, self._secret)) is None:
                 self._refuse()
                 return
-            self._caller = caller
+            self._ingress_id = ingress_id
             self._transport.write(encode(()))
-            self._channels.opened(caller, self)
+            self._channels.opened(ingress_id, self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """asyncio's."""
         self._impatience.cancel()
-        self._channels.closed(self._caller, self)
+        self._channels.closed(self._ingress_id, self)
 
     def put(self, item: ChannelItem) -> bool:
         """Have it sent with all else that is put before the loop's next turn; False when the connection has ended."""
@@ -133,5 +133,5 @@ class _Channel(asyncio.Protocol):
         self._transport.write(message)
         self._channels.messages += 1
         if self._transport.get_write_buffer_size() > MAX_UNREAD_BYTES:
-            logger.warning("%s does not read its token channel; closed", self._caller)
+            logger.warning("%s does not read its token channel; closed", self._ingress_id)
             self.close()

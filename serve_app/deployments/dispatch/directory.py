@@ -69,7 +69,7 @@ class ReplicaTable:
 
     def __init__(self) -> None:
         self._live: Mapping[str, Fingerprint | None] = {}
-        self._arithmetic: Mapping[str, str] = {}
+        self._numerics_ids: Mapping[str, str] = {}
         self._channels: Mapping[str, str] = {}
         self._silent_until: dict[str, float] = {}
         self._heard_at: dict[str, float] = {}
@@ -84,14 +84,14 @@ class ReplicaTable:
     def update(
         self,
         live: Mapping[str, Fingerprint | None],
-        arithmetic: Mapping[str, str] | None = None,
+        numerics_ids: Mapping[str, str] | None = None,
         channels: Mapping[str, str] | None = None,
     ) -> None:
         """What the router knows now: the weights of each, how it computes, where that is exact, and where its token
         channels are had."""
         left = {attempt.replica for attempt in list(self._attempts.values())} - live.keys()
-        known = {replica: how for replica, how in self._arithmetic.items() if replica in left}
-        self._arithmetic = {**known, **(arithmetic or {})}
+        known = {replica: how for replica, how in self._numerics_ids.items() if replica in left}
+        self._numerics_ids = {**known, **(numerics_ids or {})}
         self._channels = channels or {}
         self._live = live
 
@@ -199,11 +199,11 @@ class ReplicaTable:
 
         Where none does, the stream stays until its replica is gone: then going on matters more than the last bit.
         """
-        alike = self._arithmetic.get(here, "")
+        alike = self._numerics_ids.get(here, "")
         return (
             weights == attempt.request.fingerprint
             and not self.silent(other)
-            and (not alike or self._arithmetic.get(other) == alike)
+            and (not alike or self._numerics_ids.get(other) == alike)
         )
 
 

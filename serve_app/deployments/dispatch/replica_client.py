@@ -53,8 +53,8 @@ class RayReplicaClient:
         self._readiness = readiness
         self._table = replica_table(model_server.app_name, model_server.deployment_name)
         self._suspects = SuspectNotes(model_server.app_name)
-        self._name = own_name()
-        self._channels = ChannelReader(self._channel_of, self._name)
+        self._ingress_id = own_name()
+        self._channels = ChannelReader(self._channel_of, self._ingress_id)
 
     async def model(self) -> ModelCard | LoadStage:
         """The card of the model, or how far the first replica is; never waits for a replica."""
@@ -68,7 +68,7 @@ class RayReplicaClient:
         then on only what the replica says counts. A stream whose replica is leaving is lost to it as soon as another
         can continue it.
         """
-        request = replace(request, caller=self._name, attempt=self._channels.next_number())
+        request = replace(request, ingress_id=self._ingress_id, attempt=self._channels.next_number())
         with self._table.track(request) as attempt, self._channels.inbox(attempt) as inbox:
             response = in_its_own_right(lambda: self._generate.remote(request))
             reading = asyncio.create_task(_read(response, inbox), name=f"attempt {request.attempt}")
@@ -84,7 +84,7 @@ class RayReplicaClient:
                     self._table.forget(attempt)  # first: what the router is handed from here on it cancels itself
                     if attempt.call is not None:
                         cancel(attempt.call)
-                if request.alone and attempt.replica is not None:
+                if request.isolated and attempt.replica is not None:
                     # On a thread, and not awaited: whoever closes this generator may have been cancelled.
                     forget = partial(self._suspects.forget, attempt.replica, request)
                     asyncio.get_running_loop().run_in_executor(None, forget)
@@ -155,7 +155,7 @@ class RayReplicaClient:
         """`taken` unless it was at no replica, if that is not said."""
         self._readiness.doubt()
         implicated = (
-            attempt.request.alone
+            attempt.request.isolated
             and attempt.replica is not None
             and await asyncio.to_thread(self._suspects.names, attempt.replica, attempt.request)
         )

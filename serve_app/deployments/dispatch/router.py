@@ -22,7 +22,7 @@ from serve_app.deployments.dispatch.places import Places
 
 FINGERPRINT_KEY = "fingerprint"
 """In what a replica says of itself to the routers (`record_replica_metadata`)."""
-ARITHMETIC_KEY = "arithmetic"
+NUMERICS_KEY = "numerics_id"
 """Likewise: how it computes, where that is exact."""
 CHANNEL_KEY = "channel"
 """Likewise: where its token channels are had (`channel_wire.ChannelAddress`)."""
@@ -77,7 +77,7 @@ class ModelRouter(RequestRouter):
         replicas = {replica.replica_id.unique_id: replica for replica in self.curr_replicas.values()}
         self._table.update(
             {name: _fingerprint(replica) for name, replica in replicas.items()},
-            {name: _arithmetic(replica) for name, replica in replicas.items()},
+            {name: _numerics_id(replica) for name, replica in replicas.items()},
             {name: str(replica.replica_metadata.get(CHANNEL_KEY, "")) for name, replica in replicas.items()},
         )
         self._places.update({name: replica.max_ongoing_requests for name, replica in replicas.items()})
@@ -119,7 +119,7 @@ class ModelRouter(RequestRouter):
         fitting = list(self.curr_replicas.values())
         if isinstance(request, GenerationRequest):
             fitting = [r for r in fitting if _fingerprint(r) == request.fingerprint] or fitting
-            alike = [r for r in fitting if request.arithmetic and _arithmetic(r) == request.arithmetic]
+            alike = [r for r in fitting if request.numerics_id and _numerics_id(r) == request.numerics_id]
             fitting = [r for r in alike if not self._table.silent(r.replica_id.unique_id)] or fitting
         fitting = [r for r in fitting if not self._table.silent(r.replica_id.unique_id)] or fitting
         names = [r.replica_id.unique_id for r in fitting if r.replica_id.unique_id in load]
@@ -146,5 +146,5 @@ def _fingerprint(replica: RunningReplica) -> Fingerprint | None:
     return fingerprint
 
 
-def _arithmetic(replica: RunningReplica) -> str:
-    return str(replica.replica_metadata.get(ARITHMETIC_KEY, ""))
+def _numerics_id(replica: RunningReplica) -> str:
+    return str(replica.replica_metadata.get(NUMERICS_KEY, ""))

@@ -24,7 +24,7 @@ batches = st.builds(
         st.builds(TokenLogprobs, logprobs, st.lists(st.tuples(token_ids, logprobs), max_size=3).map(tuple)), max_size=4
     ).map(tuple),
     st.none(),
-    st.none() | st.builds(GenerationStats, arithmetic=st.text(max_size=16)),
+    st.none() | st.builds(GenerationStats, numerics_id=st.text(max_size=16)),
 )
 
 

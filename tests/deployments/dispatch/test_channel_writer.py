@@ -26,9 +26,9 @@ from serve_app.deployments.dispatch.channel_writer import TokenChannels
 Connect = Callable[..., Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
 
 
-def request(attempt: int, caller: str = "me") -> GenerationRequest:
+def request(attempt: int, ingress_id: str = "me") -> GenerationRequest:
     return GenerationRequest(
-        "r", FINGERPRINT, (1,), SamplingParams(seed=0), max_new_tokens=9, caller=caller, attempt=attempt
+        "r", FINGERPRINT, (1,), SamplingParams(seed=0), max_new_tokens=9, ingress_id=ingress_id, attempt=attempt
     )
 
 
@@ -43,14 +43,16 @@ async def channels() -> AsyncIterator[TokenChannels]:
 
 @pytest.fixture
 async def connect(channels: TokenChannels) -> AsyncIterator[Connect]:
-    """Makes a connection that says `line`, by default what `caller` has to say."""
+    """Makes a connection that says `line`, by default what `ingress_id` has to say."""
     writers: list[asyncio.StreamWriter] = []
 
-    async def make(caller: str = "me", line: bytes | None = None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def make(
+        ingress_id: str = "me", line: bytes | None = None
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         assert channels.address is not None
         reader, writer = await asyncio.open_connection(channels.address.host, channels.address.port)
         writers.append(writer)
-        writer.write(greeting(channels.address, caller) if line is None else line)
+        writer.write(greeting(channels.address, ingress_id) if line is None else line)
         return reader, writer
 
     yield make
@@ -58,8 +60,8 @@ async def connect(channels: TokenChannels) -> AsyncIterator[Connect]:
         writer.transport.abort()
 
 
-async def opened(connect: Connect, caller: str = "me") -> asyncio.StreamReader:
-    reader, _ = await connect(caller)
+async def opened(connect: Connect, ingress_id: str = "me") -> asyncio.StreamReader:
+    reader, _ = await connect(ingress_id)
     assert decode(await reader.readline()) == []
     return reader
 
@@ -92,7 +94,7 @@ async def test_what_the_streams_of_a_step_put_in_one_after_the_other_is_one_mess
 
 async def test_counters_come_along(channels: TokenChannels, connect: Connect) -> None:
     reader = await opened(connect)
-    first = TokenBatch(0, (5,), stats=GenerationStats(cached_prompt_tokens=3, arithmetic="x"))
+    first = TokenBatch(0, (5,), stats=GenerationStats(cached_prompt_tokens=3, numerics_id="x"))
     assert channels.put(request(1), first)
     assert decode(await reader.readline()) == [(1, first)]
 

@@ -84,7 +84,7 @@ def test_it_leaves_a_replica_that_goes_when_another_has_its_weights(
 
 
 @pytest.mark.parametrize(
-    ("arithmetic", "leaves"),
+    ("numerics_ids", "leaves"),
     [
         ({"a": "x", "b": "x"}, True),
         ({"a": "x", "b": "y"}, False),
@@ -93,18 +93,18 @@ def test_it_leaves_a_replica_that_goes_when_another_has_its_weights(
         ({"a": "x", "b": "y", "c": "x"}, True),
     ],
 )
-def test_an_exact_stream_leaves_only_for_one_that_computes_alike(arithmetic: dict[str, str], leaves: bool) -> None:
+def test_an_exact_stream_leaves_only_for_one_that_computes_alike(numerics_ids: dict[str, str], leaves: bool) -> None:
     table = ReplicaTable()
     attempt = at(None)
     with table.track(attempt.request) as tracked:
-        table.update(dict.fromkeys(("a", "b"), OURS), arithmetic)
+        table.update(dict.fromkeys(("a", "b"), OURS), numerics_ids)
         table.sent(attempt.request, "a")
-        left = {name: how for name, how in arithmetic.items() if name != "a"}
+        left = {name: how for name, how in numerics_ids.items() if name != "a"}
         for _ in range(2):  # the router tells the same again
             table.update(dict.fromkeys({"b", *left}, OURS), left)
         assert table.should_leave(tracked) is leaves
     table.update({"b": OURS}, {"b": "y"})
-    assert table._arithmetic == {"b": "y"}, "what is gone and has no streams is forgotten"
+    assert table._numerics_ids == {"b": "y"}, "what is gone and has no streams is forgotten"
 
 
 def test_one_that_waits_for_a_place_has_nothing_to_leave() -> None:

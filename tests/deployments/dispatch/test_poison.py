@@ -20,7 +20,7 @@ from serve_app.deployments.dispatch.replica_client import RayReplicaClient
 from serve_app.generation.replica import ReplicaLost
 
 APP, REPLICA = "suspects-app", "replica-1"
-SUSPECT = generation_request(alone=True)
+SUSPECT = generation_request(isolated=True)
 
 
 @pytest.fixture

@@ -15,13 +15,13 @@ from ray.serve._private.request_router.common import ReplicaQueueLengthCache
 
 from serve_app.deployments.dispatch.directory import ReplicaTable
 from serve_app.deployments.dispatch.places import Places
-from serve_app.deployments.dispatch.router import ARITHMETIC_KEY, FINGERPRINT_KEY, ModelRouter
+from serve_app.deployments.dispatch.router import FINGERPRINT_KEY, NUMERICS_KEY, ModelRouter
 
 OURS = CARD.fingerprint
 
 
-def replica(name: str, fingerprint: str = OURS, arithmetic: str = "") -> Any:
-    metadata = {FINGERPRINT_KEY: fingerprint, ARITHMETIC_KEY: arithmetic}
+def replica(name: str, fingerprint: str = OURS, numerics_id: str = "") -> Any:
+    metadata = {FINGERPRINT_KEY: fingerprint, NUMERICS_KEY: numerics_id}
     return SimpleNamespace(replica_id=ReplicaID(name, DeploymentID("ModelServer")), replica_metadata=metadata)
 
 
@@ -59,11 +59,11 @@ async def chosen(asked: Any, *replicas: Any, silent: str = "") -> set[str]:
     return names
 
 
-A, B, OTHER = replica("a", arithmetic="x"), replica("b", arithmetic="y"), replica("c", "other", "x")
+A, B, OTHER = replica("a", numerics_id="x"), replica("b", numerics_id="y"), replica("c", "other", "x")
 
 
 @pytest.mark.parametrize(
-    ("arithmetic", "replicas", "expected"),
+    ("numerics_id", "replicas", "expected"),
     [
         ("", (A, B, OTHER), {"a", "b"}),
         ("x", (A, B, OTHER), {"a"}),
@@ -72,13 +72,13 @@ A, B, OTHER = replica("a", arithmetic="x"), replica("b", arithmetic="y"), replic
     ],
 )
 async def test_weights_come_first_and_then_how_it_computes(
-    arithmetic: str, replicas: tuple[Any, ...], expected: set[str]
+    numerics_id: str, replicas: tuple[Any, ...], expected: set[str]
 ) -> None:
-    assert await chosen(replace(request(), arithmetic=arithmetic), *replicas) == expected
+    assert await chosen(replace(request(), numerics_id=numerics_id), *replicas) == expected
 
 
 async def test_going_on_matters_more_than_the_last_bit() -> None:
-    assert await chosen(replace(request(), arithmetic="x"), A, B, silent="a") == {"b"}
+    assert await chosen(replace(request(), numerics_id="x"), A, B, silent="a") == {"b"}
 
 
 async def test_what_replicas_are_full_for_waits_at_none_and_what_has_begun_goes_before_what_has_not() -> None:

@@ -62,7 +62,7 @@ async def test_the_same_bits(
     wide = make_engine(model=wide_model, kernel_cache=kernel_folder)
     narrow = make_engine(model=narrow_model, dtype=torch.float32, kernel_cache=kernel_folder)
     assert narrow.capacity.exact
-    assert narrow.capacity.arithmetic == wide.capacity.arithmetic
+    assert narrow.capacity.numerics_id == wide.capacity.numerics_id
     assert await logprobs(narrow) == await logprobs(wide)
     forms = {module.form for module in narrow_model.modules() if isinstance(module, PackedLinear)}
     assert forms == {FORMS[dtype]}

@@ -15,7 +15,7 @@ import transformers
 from serve_app.engine.cpu.library import Kernels
 
 
-def arithmetic_name(
+def numerics_id(
     backend: str,
     kernels: Kernels | None,
     device: torch.device,

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.usefixtures("exact_time")  # else a stall would look li
 QUICK = FailoverSettings(first_backoff_s=0.001, max_backoff_s=0.002)
 
 
-def token(index: int, arithmetic: str | None = None, finish: FinishReason | None = None) -> TokenBatch:
-    stats = None if arithmetic is None else GenerationStats(arithmetic=arithmetic)
+def token(index: int, numerics_id: str | None = None, finish: FinishReason | None = None) -> TokenBatch:
+    stats = None if numerics_id is None else GenerationStats(numerics_id=numerics_id)
     return TokenBatch(index, (100 + index,), finish_reason=finish, stats=stats)
 
 
@@ -32,7 +32,7 @@ async def asked_for(*scripts: Script, prior: TokenBatch | None = None) -> list[s
     async with Generation(replica, generation_request(), changed, QUICK, prior) as generation:
         async for _ in interleave({0: generation}, changed):
             pass
-    return [request.arithmetic for request in replica.requests]
+    return [request.numerics_id for request in replica.requests]
 
 
 LAST = FinishReason.LENGTH
