@@ -15,11 +15,11 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 
 from serve_app.config import EngineConfig, ModelConfig
 from serve_app.core import Failure, Fingerprint, GenerationRequest, SamplingParams

@@ -6,9 +6,13 @@ Messages are immutable, hold ids and numbers and never text, and cross process b
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import NewType
+
+import msgspec
+from msgspec import Struct
 
 Fingerprint = NewType("Fingerprint", str)
 """Identity of a set of weights: source, revision, contents, dtype and quantisation. A stream never changes it."""
@@ -35,8 +39,7 @@ class FailureCode(StrEnum):
     ENGINE_FAILED = "engine_failed"
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
+class SamplingParams(Struct, frozen=True):
     """How to choose each token. Every default is resolved and the seed drawn before this object is made.
 
     The draw for output position i is a pure function of (seed, choice, i) and the logits at i.
@@ -83,8 +86,7 @@ class SamplingParams:
             raise ValueError("logit_bias must hold finite numbers")
 
 
-@dataclass(frozen=True, slots=True)
-class GenerationRequest:
+class GenerationRequest(Struct, frozen=True):
     """One choice of one request: all that a replica needs to produce the rest of its output.
 
     An attempt that starts with k `output_token_ids` behaves as the attempt that made them.
@@ -123,8 +125,7 @@ class GenerationRequest:
         return FinishReason.LENGTH if output_tokens >= self.max_new_tokens else None
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
+class TokenLogprobs(Struct, frozen=True, array_like=True):
     """Natural-log probabilities under the model's own distribution, before penalties, bias and temperature."""
 
     logprob: float
@@ -132,8 +133,7 @@ class TokenLogprobs:
     """(token id, logprob), most likely first."""
 
 
-@dataclass(frozen=True, slots=True)
-class GenerationStats:
+class GenerationStats(Struct, frozen=True, array_like=True):
     """What the engine has counted for one attempt so far; comes with its first tokens and with its last batch.
 
     With the first ones, since an answer that a stop string ends never gets to the last: the engine knows no text.
@@ -148,8 +148,7 @@ class GenerationStats:
     """How the replica computes, where that is exact; see `GenerationRequest`."""
 
 
-@dataclass(frozen=True, slots=True)
-class TokenBatch:
+class TokenBatch(Struct, frozen=True, array_like=True, tag=0):
     """Consecutive output tokens. An empty one means "alive": it comes each second while nothing else does."""
 
     first_index: int
@@ -161,8 +160,7 @@ class TokenBatch:
     stats: GenerationStats | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
+class Failure(Struct, frozen=True, array_like=True, tag=1):
     """An error that is an answer: it travels in the stream, since exception types differ by transport. It ends it."""
 
     code: FailureCode
@@ -172,6 +170,27 @@ class Failure:
 
 
 Reply = TokenBatch | Failure
+
+
+class MessageError(Exception):
+    """These bytes are not what another process of this version would have written."""
+
+
+_ENCODER = msgspec.msgpack.Encoder()
+_REPLIES = msgspec.msgpack.Decoder(list[tuple[int, Reply]])
+
+
+def encode_replies(replies: Sequence[tuple[int, Reply]]) -> bytes:
+    """Numbered replies as one message, or as one record of a journal; 2 us for 32 batches of a token (AVX2)."""
+    return _ENCODER.encode(replies)
+
+
+def decode_replies(content: bytes | memoryview) -> list[tuple[int, Reply]]:
+    """What `encode_replies` was given, to the last bit of a float. Raises `MessageError`."""
+    try:
+        return _REPLIES.decode(content)
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise MessageError("these bytes are no replies") from error
 
 
 class RequestError(Exception):
@@ -207,8 +226,7 @@ class GenerationDefaults:
     """Sorted; empty when the model says none."""
 
 
-@dataclass(frozen=True, slots=True)
-class ModelCard:
+class ModelCard(Struct, frozen=True):
     """What a ready replica says of itself."""
 
     name: str
@@ -225,12 +243,11 @@ class ModelCard:
     attention_backend: str
     exact: bool = False
     """Checked at load: a request's tokens are the same bits alone, in a batch, in chunks and continued (P3)."""
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
     """What a user should know: fallbacks taken, checks that failed."""
 
 
-@dataclass(frozen=True, slots=True)
-class LoadStage:
+class LoadStage(Struct, frozen=True):
     """How far a replica is with loading: shown while nothing can be served yet."""
 
     stage: str

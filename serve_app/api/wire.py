@@ -24,7 +24,7 @@ class ParsedRequest:
     resolved: ResolvedRequest
     stream: bool
     """The caller wants events, and not one document."""
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     """JSON: what the format's writer needs besides the request. It is kept with a stream that can be resumed."""
     max_tokens_param: str = "max_tokens"
     """What the caller called its limit of tokens."""

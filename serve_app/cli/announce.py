@@ -9,9 +9,11 @@ import os
 import tempfile
 from pathlib import Path
 
+import msgspec
+
 from serve_app.cli.config_file import ConfigFile
 from serve_app.client import Readiness
-from serve_app.core import Fingerprint, ModelCard
+from serve_app.core import ModelCard
 from serve_app.deployments.status.banner import banner
 from serve_app.models.cache import cache_directory
 
@@ -28,11 +30,11 @@ def address(file: ConfigFile, host: str, port: int) -> str:
 
 def ready(file: ConfigFile, url: str, serve_pid: int, state: Readiness) -> None:
     """Print what is served at `url`, from what /ready said."""
-    card = (state.details or {}).get("model")
-    if not isinstance(card, dict):
+    try:
+        card = msgspec.convert((state.details or {}).get("model"), ModelCard)
+    except msgspec.ValidationError:  # a server of another version
         print(f"\nserve_app is ready at {url}\n", flush=True)
         return
-    card = ModelCard(**{**card, "fingerprint": Fingerprint(card["fingerprint"]), "notes": tuple(card["notes"])})
     cache = cache_directory(file.apps[0].config.cache_dir)
     print(banner(card, url, _log_folder(serve_pid), cache, stop=_STOP), flush=True)
 

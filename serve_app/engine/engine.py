@@ -7,6 +7,7 @@ step. Knows no Ray, no HTTP and no text.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import threading
 import time
@@ -14,11 +15,12 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import torch
+from msgspec.structs import replace
 from transformers import PreTrainedModel
 
 from serve_app.config import EngineConfig
@@ -130,7 +132,7 @@ class Engine:
             runner = ModelRunner(model, (step_tokens, config.max_running) if padded else None)
             tried = None if kernel_cache is None else kernel_cache / "tried"
             capacity = prepare(runner, config, context_tokens, on_stage, kernels, backends, tried)
-            return runner, replace(capacity, notes=(*notes, *capacity.notes))
+            return runner, dataclasses.replace(capacity, notes=(*notes, *capacity.notes))
 
         # Everything that computes runs on this one thread. GNU OpenMP keeps a pool for each thread that computes and
         # stops spinning when the pools together exceed the CPUs: a second pool made a decode step of the demo model

@@ -10,9 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import replace
 
 import torch
+from msgspec.structs import replace
 
 from serve_app.core import Fingerprint, GenerationRequest, SamplingParams
 from serve_app.engine.kv_cache import PagePool

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Sequence as SequenceOf
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from serve_app.core import Failure, Reply, TokenBatch
 from serve_app.idle_timeout import Alarm

@@ -10,8 +10,9 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, closing
-from dataclasses import replace
 from types import TracebackType
+
+from msgspec.structs import replace
 
 from serve_app.core import Failure, FailureCode, GenerationRequest, GenerationStats, Reply, TokenBatch
 from serve_app.generation.attempt_history import AttemptHistory, FailoverSettings

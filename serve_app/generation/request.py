@@ -9,6 +9,8 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from msgspec import Struct
+
 from serve_app.chat.errors import context_exceeded
 from serve_app.core import Fingerprint, GenerationDefaults, GenerationRequest, ModelCard, RequestError, SamplingParams
 
@@ -64,8 +66,7 @@ class Prompt:
     """The field it came in."""
 
 
-@dataclass(frozen=True, slots=True)
-class ResolvedRequest:
+class ResolvedRequest(Struct, frozen=True):
     """All that is needed to answer a request, by this process or by another."""
 
     model: str

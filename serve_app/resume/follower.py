@@ -9,13 +9,13 @@ import asyncio
 import logging
 from functools import partial
 
-from serve_app.core import Failure
+from serve_app.core import Failure, MessageError, decode_replies
 from serve_app.generation.output_tokens import BatchError, OtherTokens
 from serve_app.resume.attendance import Attendance
 from serve_app.resume.context import StreamContext
 from serve_app.resume.feed import EventFeed
 from serve_app.resume.journal_store import JournalView
-from serve_app.resume.records import RecordError, StreamDocument, read_record, write_document
+from serve_app.resume.records import StreamDocument, write_document
 from serve_app.resume.refusals import StreamChanged, StreamGone
 from serve_app.resume.stream_id import loggable
 from serve_app.resume.writer import OwnedJournal
@@ -66,7 +66,7 @@ class Follower:
         try:
             for record in view.records:
                 self.records.append(record)
-                for choice, reply in read_record(record):
+                for choice, reply in decode_replies(record):
                     if isinstance(reply, Failure):
                         self._feed.fail(reply)
                     else:
@@ -78,7 +78,7 @@ class Follower:
         except OtherTokens as error:
             logger.warning("stream %s was continued elsewhere with other tokens", loggable(self._id))
             raise StreamChanged from error
-        except (RecordError, BatchError) as error:
+        except (MessageError, BatchError) as error:
             logger.error("the journal of stream %s can't be read", loggable(self._id), exc_info=error)
             raise StreamGone from error
         if view.finished and not self._feed.finished:

@@ -9,7 +9,8 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import aclosing
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from serve_app.core import Failure, FailureCode, TokenBatch
 from serve_app.generation.attempts import Generations
@@ -17,7 +18,7 @@ from serve_app.resume.attendance import Attendance
 from serve_app.resume.context import StreamContext
 from serve_app.resume.feed import EventFeed
 from serve_app.resume.journal_store import LeaseStatus
-from serve_app.resume.records import StreamDocument, write_reply
+from serve_app.resume.records import StreamDocument
 from serve_app.resume.refusals import Refused
 from serve_app.resume.writer import OwnedJournal
 
@@ -120,9 +121,9 @@ class Owner:
 
     def _take(self, choice: int, batch: TokenBatch) -> None:
         if batch.token_ids or batch.finish_reason is not None:
-            self.journal.write(write_reply(choice, batch))
+            self.journal.write(choice, batch)
             self._feed.push(choice, batch)
 
     def _fail(self, failure: Failure) -> None:
-        self.journal.write(write_reply(0, failure))
+        self.journal.write(0, failure)
         self._feed.fail(failure)

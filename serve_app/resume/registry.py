@@ -10,12 +10,13 @@ import logging
 from collections.abc import Callable
 from weakref import WeakValueDictionary
 
+from serve_app.core import MessageError
 from serve_app.generation.attempt_history import FailoverSettings
 from serve_app.generation.replica import ReplicaClient
 from serve_app.resume.context import ResumeSettings, StreamContext
 from serve_app.resume.event_log import EventMemory
 from serve_app.resume.journal_store import JournalStore
-from serve_app.resume.records import RecordError, StreamDocument, read_document
+from serve_app.resume.records import StreamDocument, read_document
 from serve_app.resume.refusals import StreamGone
 from serve_app.resume.stream import ResumableStream
 from serve_app.resume.stream_id import loggable, new_stream_id
@@ -81,7 +82,7 @@ class ResumableStreams:
             return there
         try:
             document = read_document(view.document)
-        except RecordError as error:
+        except MessageError as error:
             logger.error("the journal of stream %s can't be read", loggable(stream_id), exc_info=error)
             raise StreamGone from error
         stream = self.new(stream_id, document, make(document))

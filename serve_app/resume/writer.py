@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from contextvars import Context
 
+from serve_app.core import Reply, encode_replies
 from serve_app.resume.journal_store import (
     Append,
     AppendResult,
@@ -21,7 +22,6 @@ from serve_app.resume.journal_store import (
     LeaseStatus,
     StoreUnavailable,
 )
-from serve_app.resume.records import join_replies
 from serve_app.resume.stream_id import loggable
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class OwnedJournal:
         """Called after each renewal, also a failed one."""
         self._records = list(records)
         self._written = len(self._records)
-        self._lines: list[bytes] = []
+        self._unwritten: list[tuple[int, Reply]] = []
         self._action = LeaseAction.HOLD
         self._renewed_at = float("-inf")
         self._wake = wake
@@ -60,10 +60,10 @@ class OwnedJournal:
         """What the store has said it has."""
         return self._records[: self._written]
 
-    def write(self, line: bytes) -> None:
-        """Add a line (see `journal_records`); it goes out with the next tick, if anything can."""
+    def write(self, choice: int, reply: Reply) -> None:
+        """Add what a choice says; it goes out with the next tick, if anything can."""
         if not self.is_settled:
-            self._lines.append(line)
+            self._unwritten.append((choice, reply))
             self._wake()
 
     def end(self, action: LeaseAction) -> None:
@@ -82,13 +82,13 @@ class OwnedJournal:
 
     def due(self, now: float, renew_s: float) -> bool:
         """Whether it has something to write, or a lease to renew."""
-        return bool(self._lines) or self._action is not LeaseAction.HOLD or now - self._renewed_at >= renew_s
+        return bool(self._unwritten) or self._action is not LeaseAction.HOLD or now - self._renewed_at >= renew_s
 
     def append(self) -> Append:
         """What to write now."""
-        if self._lines:
-            self._records.append(join_replies(self._lines))
-            self._lines.clear()
+        if self._unwritten:
+            self._records.append(encode_replies(self._unwritten))
+            self._unwritten.clear()
         return Append(self.stream_id, self.owner, self._written, tuple(self._records[self._written :]), self._action)
 
     def take(self, append: Append, result: AppendResult, now: float) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -14,18 +13,27 @@ import pytest
 from asgi_driver import Exchange
 from fake_replica import FakeReplica, Script, card
 from journal_stores import BrokenStore
+from msgspec.structs import replace
 from simulated_time import simulated_time
 from starlette.applications import Starlette
 
 from serve_app.api import resume
-from serve_app.core import Failure, FailureCode, Fingerprint, GenerationRequest, TokenBatch, TokenLogprobs
+from serve_app.core import (
+    Failure,
+    FailureCode,
+    Fingerprint,
+    GenerationRequest,
+    TokenBatch,
+    TokenLogprobs,
+    decode_replies,
+    encode_replies,
+)
 from serve_app.generation.replica import ReplicaLost
 from serve_app.observability.metrics import MemoryMetrics
 from serve_app.resume import event_log
 from serve_app.resume.context import ResumeSettings
 from serve_app.resume.journal_store import JournalLimits
 from serve_app.resume.memory_store import MemoryJournals, MemoryJournalStore
-from serve_app.resume.records import read_record, write_reply
 
 MakeApp = Callable[..., Starlette]
 Writes = Callable[..., Script]
@@ -329,11 +337,11 @@ async def left_behind(app: Starlette, store: MemoryJournalStore, body: dict[str,
     stream_id = stream_id_of(exchange)
     await _until(lambda: store.journals._journals[stream_id].finished)
     journal = store.journals._journals[stream_id]
-    replies = [reply for record in journal.records for _, reply in read_record(record)]
+    replies = [reply for record in journal.records for _, reply in decode_replies(record)]
     tokens = [token for reply in replies if isinstance(reply, TokenBatch) for token in reply.token_ids]
     logprobs = [entry for reply in replies if isinstance(reply, TokenBatch) for entry in reply.logprobs or ()]
     beginning = TokenBatch(0, tuple(tokens[:2]), tuple(logprobs[:2]) if logprobs else None)
-    journal.records, journal.finished = [write_reply(0, beginning)], False
+    journal.records, journal.finished = [encode_replies([(0, beginning)])], False
     return [event_id.decode() for event_id in EVENT_ID.findall(exchange.body)]
 
 

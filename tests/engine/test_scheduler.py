@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from serve_app.core import Fingerprint, GenerationRequest, SamplingParams
 from serve_app.engine import scheduler as scheduling

@@ -7,11 +7,10 @@ import asyncio
 import pytest
 from fake_replica import ALIVE, FakeReplica, Script, generation_request, says
 
-from serve_app.core import FinishReason, GenerationStats, Reply, TokenBatch
+from serve_app.core import FinishReason, GenerationStats, Reply, TokenBatch, decode_replies, encode_replies
 from serve_app.generation.attempt_history import FailoverSettings
 from serve_app.generation.attempts import Generation, interleave
 from serve_app.generation.replica import ReplicaLost
-from serve_app.resume.records import read_record, write_reply
 
 pytestmark = pytest.mark.usefixtures("exact_time")  # else a stall would look like a silent replica
 
@@ -53,7 +52,7 @@ async def test_an_attempt_that_delivered_nothing_has_counted_nothing() -> None:
 @pytest.mark.parametrize("cached", [0, 7])
 def test_a_journal_keeps_them_where_they_came(cached: int) -> None:
     batch = counted(0, 100, cached=cached)
-    assert list(read_record(write_reply(1, batch))) == [(1, batch)]
-    ((_, last),) = read_record(write_reply(0, TokenBatch(1, (101,), finish_reason=FinishReason.STOP)))
+    assert decode_replies(encode_replies([(1, batch)])) == [(1, batch)]
+    ((_, last),) = decode_replies(encode_replies([(0, TokenBatch(1, (101,), finish_reason=FinishReason.STOP))]))
     assert isinstance(last, TokenBatch)
     assert last.finish_reason is FinishReason.STOP

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import replace
 
 import pytest
 from fake_replica import FakeReplica, Script, generation_request, says
+from msgspec.structs import replace
 
-from serve_app.core import FinishReason, GenerationStats, TokenBatch
+from serve_app.core import FinishReason, GenerationStats, TokenBatch, decode_replies, encode_replies
 from serve_app.generation.attempt_history import FailoverSettings
 from serve_app.generation.attempts import Generation, interleave
 from serve_app.generation.replica import ReplicaLost
-from serve_app.resume.records import read_record, write_reply
 
 pytestmark = pytest.mark.usefixtures("exact_time")  # else a stall would look like a silent replica
 
@@ -61,7 +60,7 @@ async def test_where_nothing_is_promised_any_will_do(caplog: pytest.LogCaptureFi
 
 
 async def test_one_that_takes_over_from_a_journal_asks_for_it_too() -> None:
-    ((_, prior),) = read_record(write_reply(0, token(0, "a")))
+    ((_, prior),) = decode_replies(encode_replies([(0, token(0, "a"))]))
     assert isinstance(prior, TokenBatch)
     assert prior == replace(token(0, "a"))
     assert await asked_for(says(token(1, "a"), token(2, "a", LAST)), prior=prior) == ["a"]

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import random
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import replace
 from zlib import crc32
 
 import pytest
 from fake_replica import FakeReplica, counts, generation_request, resolved
 from journal_stores import BrokenStore
+from msgspec.structs import replace
 
-from serve_app.core import Failure, FailureCode, FinishReason, TokenBatch
+from serve_app.core import Failure, FailureCode, FinishReason, TokenBatch, decode_replies, encode_replies
 from serve_app.generation.attempt_history import FailoverSettings
 from serve_app.generation.output_tokens import OutputTokens
 from serve_app.resume import event_log
@@ -29,7 +30,7 @@ from serve_app.resume.journal_store import (
     LeaseStatus,
     StoreUnavailable,
 )
-from serve_app.resume.records import StreamDocument, join_replies, read_record, write_document, write_reply
+from serve_app.resume.records import StreamDocument, write_document
 from serve_app.resume.refusals import ReaderTooSlow, Refused, StreamChanged, StreamGone
 from serve_app.resume.registry import ResumableStreams
 from serve_app.resume.stream import ResumableStream
@@ -238,7 +239,7 @@ async def cut(make_ingress: MakeIngress, replica: FakeReplica, store: BrokenStor
     dying = die(one)
     view = await store.read(stream.id, 0)
     assert view is not None
-    written = 1 + max(batch.first_index + len(batch.token_ids) for r in view.records for _, batch in read_record(r))
+    written = 1 + max(batch.first_index + len(batch.token_ids) for r in view.records for _, batch in decode_replies(r))
     assert 8 <= written < len(seen) - 3
     yield Cut(stream.id, written, seen)
     await dying
@@ -318,7 +319,7 @@ async def test_what_the_journal_lacks_is_generated_and_no_more(
     stream_id = ResumableStreams.new_id()
     await store.create(stream_id, "dead", write_document(document))
     batch = TokenBatch(0, tuple(100 + n for n in range(written)))
-    await store.append([Append(stream_id, "dead", 0, (write_reply(0, batch),), LeaseAction.RELEASE)])
+    await store.append([Append(stream_id, "dead", 0, (encode_replies([(0, batch)]),), LeaseAction.RELEASE)])
     assert await make_ingress().rest(stream_id) == EXPECTED
     assert [len(request.output_token_ids) for request in replica.requests] == [written] * (written < TOKENS)
 
@@ -327,9 +328,9 @@ async def test_a_long_journal_is_taken_in_while_others_run(make_ingress: MakeIng
     document = StreamDocument(resolved(generation_request(max_new_tokens=2000)), "", "")
     stream_id = ResumableStreams.new_id()
     await store.create(stream_id, "dead", write_document(document))
-    lines = [write_reply(0, TokenBatch(n, (1000 + n,))) for n in range(1999)]
-    lines.append(write_reply(0, TokenBatch(1999, (2999,), finish_reason=FinishReason.LENGTH)))
-    await store.append([Append(stream_id, "dead", 0, (join_replies(lines),), LeaseAction.FINISH)])
+    replies = [(0, TokenBatch(n, (1000 + n,))) for n in range(1999)]
+    replies.append((0, TokenBatch(1999, (2999,), finish_reason=FinishReason.LENGTH)))
+    await store.append([Append(stream_id, "dead", 0, (encode_replies(replies),), LeaseAction.FINISH)])
     turns = 0
 
     async def others() -> None:
@@ -459,7 +460,7 @@ async def test_a_journal_that_outgrows_the_store(make_ingress: MakeIngress, stor
     one, other = make_ingress(grace_s=0.05), make_ingress()
     stream = await one.begin()
     seen = await one.rest(stream.id, until=5)
-    store.journals.limits = replace(store.journals.limits, max_bytes=store.journals.size_bytes)
+    store.journals.limits = dataclasses.replace(store.journals.limits, max_bytes=store.journals.size_bytes)
     assert seen + await one.rest(stream.id, len(seen)) == EXPECTED  # here it goes on
     with pytest.raises(StreamGone):
         await other.find(stream.id)
@@ -564,12 +565,12 @@ async def test_a_journal_that_can_not_be_written_takes_no_memory(make_ingress: M
     one = make_ingress()
     stream = await one.begin()
     await one.rest(stream.id, until=5)
-    store.journals.limits = replace(store.journals.limits, max_bytes=store.journals.size_bytes)
+    store.journals.limits = dataclasses.replace(store.journals.limits, max_bytes=store.journals.size_bytes)
     await one.rest(stream.id, until=20)
     assert stream._owner is not None
     journal = stream._owner.journal
     assert journal.lease is LeaseStatus.FULL
-    assert (journal._lines, journal._records) == ([], [])
+    assert (journal._unwritten, journal._records) == ([], [])
 
 
 async def test_ids_can_not_be_guessed() -> None:

@@ -6,7 +6,6 @@ What it does wrong on purpose, a test asks for with a prompt of one id.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 import signal
 from collections.abc import AsyncGenerator
@@ -15,6 +14,7 @@ from enum import IntEnum
 from pathlib import Path
 
 import ray
+from msgspec.structs import replace
 from ray import serve
 
 from serve_app.config import AppConfig
@@ -107,7 +107,7 @@ class FakeModelServer:
         while loaded is not None and not await asyncio.to_thread(loaded.exists):
             board.report(LoadStage("loading weights", 0.5))
             await asyncio.sleep(0.05)
-        board.publish(dataclasses.replace(CARD, fingerprint=fingerprint))
+        board.publish(replace(CARD, fingerprint=fingerprint))
 
     def record_replica_metadata(self) -> dict[str, str]:
         return {FINGERPRINT_KEY: self._fingerprint, CHANNEL_KEY: str(self._channels.address or "")}

@@ -6,12 +6,12 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import count
 from typing import Any
 
 import pytest
 from fake_model_server import expected_tokens, request
+from msgspec.structs import replace
 from ray import serve
 
 from serve_app.config import AppConfig

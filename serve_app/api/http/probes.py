@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from types import MappingProxyType
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -40,9 +40,9 @@ class Probes:
         """200 with the model's card and sampling defaults when it can serve; 503 with the stage and how far before."""
         state = await self._state()
         if isinstance(state, ModelCard):
-            card = dataclasses.asdict(state)
+            card = msgspec.to_builtins(state)
             return _json({"status": "ready", "model": card, "generation": self._generation}, 200)
-        document = {"status": "failed" if state.error else "loading", **dataclasses.asdict(state)}
+        document = {"status": "failed" if state.error else "loading", **msgspec.to_builtins(state)}
         return _json(document, 503, {"retry-after": _READY_RETRY_AFTER_S})
 
 

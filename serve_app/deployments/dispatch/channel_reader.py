@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from contextvars import Context
 from typing import cast
 
-from serve_app.deployments.dispatch.channel_wire import ChannelAddress, ChannelItem, decode, greeting, keep_alive
+from serve_app.core import MessageError
+from serve_app.deployments.dispatch.channel_wire import ChannelAddress, ChannelItem, Frames, greeting, keep_alive
 from serve_app.deployments.dispatch.directory import Attempt
 from serve_app.deployments.dispatch.inbox import Inbox
 
@@ -120,7 +121,7 @@ class _Channel(asyncio.Protocol):
         self._reader = reader
         self._replica = replica
         self._greeting = greeting
-        self._unfinished = b""
+        self._frames = Frames()
         self._transport: asyncio.Transport | None = None
         self.opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when the replica has taken this ingress; ConnectionError when it hasn't."""
@@ -133,17 +134,15 @@ class _Channel(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """asyncio's."""
-        *lines, self._unfinished = (self._unfinished + data).split(b"\n")
         try:
-            for line in lines:
-                self._reader.received(self._replica, decode(line))
-        except (ValueError, TypeError, IndexError):
+            for items in self._frames.feed(data):
+                if not self.opened.done():
+                    self.opened.set_result(None)
+                    self._reader.opened(self._replica, self)
+                self._reader.received(self._replica, items)
+        except MessageError:
             logger.exception("replica %s sends what is no message", self._replica)
             self.close()
-            return
-        if lines and not self.opened.done():
-            self.opened.set_result(None)
-            self._reader.opened(self._replica, self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """asyncio's."""

@@ -1,25 +1,29 @@
-"""What goes over a channel: lines between one model replica and one ingress replica.
+"""What goes over a channel: messages between one model replica and one ingress process.
 
-The ingress's only line says who it is and that it may. The model server's lines are JSON, each with the batches of one
-step; the first has none and says that the channel is open. Knows no Ray and no text.
+The ingress's only line says who it is and that it may. Then the model server sends frames: four bytes of length, and
+the numbered replies of one step (`core.encode_replies`); the first frame has none and says that the channel is open.
+Knows no Ray and no text.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import socket
-from collections.abc import Iterable
-from dataclasses import astuple, dataclass, field
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
-from serve_app.core import GenerationStats, TokenBatch, TokenLogprobs
+from serve_app.core import MessageError, Reply, decode_replies, encode_replies
 
-ChannelItem = tuple[int, TokenBatch]
-"""Number of the attempt, and a batch that is not its last."""
+ChannelItem = tuple[int, Reply]
+"""Number of the attempt, and what its replica says."""
+MAX_MESSAGE_BYTES = 2**26
+"""A frame that claims to be longer is none of ours."""
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 """Seconds without a word before the other machine is asked whether it is there, seconds between two such questions,
 and how many go unanswered before the connection has ended."""
+_LENGTH = struct.Struct(">I")
 
 
 def keep_alive(transport: asyncio.BaseTransport) -> None:
@@ -63,35 +67,29 @@ def read_greeting(line: bytes, secret: str) -> str | None:
     return ingress_id.decode().strip() or None if hmac.compare_digest(given, secret.encode()) else None
 
 
-def encode(items: Iterable[ChannelItem]) -> bytes:
-    """One line, its end included. The batches have no finish reason."""
-    return json.dumps([_encode(number, batch) for number, batch in items], separators=(",", ":")).encode() + b"\n"
+def encode(items: Sequence[ChannelItem]) -> bytes:
+    """One frame."""
+    message = encode_replies(items)
+    return _LENGTH.pack(len(message)) + message
 
 
-def decode(line: bytes) -> list[ChannelItem]:
-    """Raises ValueError, TypeError or IndexError for a line that `encode` did not make."""
-    return [(item[0], _decode(*item[1:])) for item in json.loads(line)]
+class Frames:
+    """Cuts what a connection brings into messages."""
 
+    def __init__(self) -> None:
+        self._received = bytearray()
 
-def _encode(number: int, batch: TokenBatch) -> list[object]:
-    item: list[object] = [number, batch.first_index, batch.token_ids]
-    if batch.logprobs is not None or batch.stats is not None:
-        item.append(None if batch.logprobs is None else [(each.logprob, each.top) for each in batch.logprobs])
-        item.append(None if batch.stats is None else astuple(batch.stats))
-    return item
-
-
-def _decode(
-    first_index: int,
-    token_ids: list[int],
-    logprobs: list[tuple[float, list[tuple[int, float]]]] | None = None,
-    stats: list[object] | None = None,
-) -> TokenBatch:
-    return TokenBatch(
-        first_index,
-        tuple(token_ids),
-        None
-        if logprobs is None
-        else tuple(TokenLogprobs(own, tuple((token, value) for token, value in top)) for own, top in logprobs),
-        stats=None if stats is None else GenerationStats(*stats),  # type: ignore[arg-type]
-    )
+    def feed(self, data: bytes) -> Iterator[list[ChannelItem]]:
+        """The messages that are whole now. Raises `MessageError` for what `encode` did not make."""
+        received = self._received
+        received += data
+        start = 0
+        while len(received) >= (begin := start + _LENGTH.size):
+            (length,) = _LENGTH.unpack_from(received, start)
+            if length > MAX_MESSAGE_BYTES:
+                raise MessageError("that is no frame of a channel")
+            if len(received) < begin + length:
+                break
+            start = begin + length
+            yield decode_replies(bytes(received[begin:start]))
+        del received[:start]

@@ -16,13 +16,13 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 
+import msgspec
 from ray import serve
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
 from serve_app.config import AppConfig
-from serve_app.core import Fingerprint, LoadStage, ModelCard
+from serve_app.core import LoadStage, ModelCard
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +54,11 @@ class ProgressBoard:
 
     def report(self, stage: LoadStage) -> None:
         """Note how far a replica is, or why it failed for good."""
-        _internal_kv_put(self._stage_key, json.dumps(asdict(stage)), namespace=_NAMESPACE)
+        _internal_kv_put(self._stage_key, msgspec.json.encode(stage), namespace=_NAMESPACE)
 
     def publish(self, card: ModelCard) -> None:
         """Note that a replica has loaded this model; takes the note of its stages away."""
-        _internal_kv_put(self._card_key, json.dumps(asdict(card)), namespace=_NAMESPACE)
+        _internal_kv_put(self._card_key, msgspec.json.encode(card), namespace=_NAMESPACE)
         _internal_kv_put(self._served_key, self._digest, namespace=_NAMESPACE)
         _internal_kv_del(self._stage_key, namespace=_NAMESPACE)
 
@@ -124,17 +124,12 @@ class ProgressBoard:
     def stage(self) -> LoadStage | None:
         """The latest stage of a replica that has not finished loading; None when none has said anything since."""
         note = _internal_kv_get(self._stage_key, namespace=_NAMESPACE)
-        return LoadStage(**json.loads(note)) if note else None
+        return msgspec.json.decode(note, type=LoadStage) if note else None
 
     def card(self) -> ModelCard | None:
         """The card of the model as last loaded; None before the first replica has."""
         note = _internal_kv_get(self._card_key, namespace=_NAMESPACE)
-        if not note:
-            return None
-        fields = json.loads(note)
-        fields["fingerprint"] = Fingerprint(fields["fingerprint"])
-        fields["notes"] = tuple(fields["notes"])
-        return ModelCard(**fields)
+        return msgspec.json.decode(note, type=ModelCard) if note else None
 
 
 class Reporter:

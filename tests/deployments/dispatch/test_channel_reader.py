@@ -7,10 +7,10 @@ import itertools
 import socket
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
-from dataclasses import replace
 
 import pytest
 from fake_replica import generation_request
+from msgspec.structs import replace
 
 from serve_app.core import TokenBatch
 from serve_app.deployments.dispatch import channel_reader
@@ -163,7 +163,7 @@ async def test_when_it_breaks_the_attempts_of_its_replica_are_lost_and_no_others
 
 
 async def test_what_is_no_message_breaks_it(channels: Channels) -> None:
-    for garbage in (b"{}\n[3]\n", b"[[1]]\n", b"nonsense\n"):
+    for garbage in (b"\x00\x00\x00\x01\x07", b"\x00\x00\x00\x03\x91\x91\x01", b"nonsense\n"):
         _, inbox = channels.answer("a")
         writer = await channels.open("a")
         writer.write(garbage)

@@ -2,43 +2,47 @@
 
 from __future__ import annotations
 
-import math
+import itertools
+import random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.core import GenerationStats, TokenBatch, TokenLogprobs
-from serve_app.deployments.dispatch.channel_wire import ChannelAddress, decode, encode, greeting, read_greeting
+from serve_app.core import FinishReason, MessageError, TokenBatch
+from serve_app.deployments.dispatch.channel_wire import ChannelAddress, Frames, encode, greeting, read_greeting
 
 ADDRESS = ChannelAddress("127.0.0.1", 1234, "a-secret")
 
-token_ids = st.integers(0, 2**31)
-logprobs = st.floats(max_value=0, allow_nan=False)
-batches = st.builds(
-    TokenBatch,
-    st.integers(0, 10_000),
-    st.lists(token_ids, max_size=4).map(tuple),
-    st.none()
-    | st.lists(
-        st.builds(TokenLogprobs, logprobs, st.lists(st.tuples(token_ids, logprobs), max_size=3).map(tuple)), max_size=4
-    ).map(tuple),
-    st.none(),
-    st.none() | st.builds(GenerationStats, numerics_id=st.text(max_size=16)),
+items = st.lists(
+    st.tuples(
+        st.integers(1, 10**9),
+        st.builds(
+            TokenBatch,
+            st.integers(0, 10_000),
+            st.lists(st.integers(0, 2**31), max_size=300).map(tuple),
+            st.none(),
+            st.none() | st.sampled_from(FinishReason),
+        ),
+    ),
+    max_size=5,
 )
 
 
-@given(st.lists(st.tuples(st.integers(1, 10**9), batches), max_size=5))
-def test_what_is_read_is_what_was_put_in(items: list[tuple[int, TokenBatch]]) -> None:
-    line = encode(items)
-    assert line.endswith(b"\n")
-    assert line.count(b"\n") == 1
-    assert decode(line[:-1]) == items
+@given(st.lists(items, max_size=4), st.randoms(use_true_random=False))
+def test_what_is_read_is_what_was_put_in_however_it_is_cut(
+    messages: list[list[tuple[int, TokenBatch]]], chance: random.Random
+) -> None:
+    sent = b"".join(encode(items) for items in messages)
+    cuts = sorted([0, len(sent), *(chance.randrange(len(sent) + 1) for _ in range(4))])
+    frames = Frames()
+    assert [items for begin, end in itertools.pairwise(cuts) for items in frames.feed(sent[begin:end])] == messages
 
 
-def test_an_impossible_token_and_a_last_bit_survive() -> None:
-    batch = TokenBatch(0, (1, 2), (TokenLogprobs(-math.inf), TokenLogprobs(-0.1 - 2**-56)))
-    assert decode(encode([(1, batch)])) == [(1, batch)]
+@pytest.mark.parametrize("garbage", [b"nonsense\n", b"\xff\xff\xff\xff", b"\x00\x00\x00\x01\x07", b"\x00\x00\x00\x00"])
+def test_what_is_no_frame_is_told(garbage: bytes) -> None:
+    with pytest.raises(MessageError):
+        list(Frames().feed(garbage))
 
 
 def test_an_address_travels_as_text() -> None:

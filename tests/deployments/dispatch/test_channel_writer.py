@@ -18,9 +18,10 @@ from serve_app.core import (
     Reply,
     SamplingParams,
     TokenBatch,
+    decode_replies,
 )
 from serve_app.deployments.dispatch import channel_writer as token_channels
-from serve_app.deployments.dispatch.channel_wire import ChannelAddress, decode, greeting
+from serve_app.deployments.dispatch.channel_wire import ChannelAddress, ChannelItem, greeting
 from serve_app.deployments.dispatch.channel_writer import TokenChannels
 
 Connect = Callable[..., Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
@@ -60,9 +61,15 @@ async def connect(channels: TokenChannels) -> AsyncIterator[Connect]:
         writer.transport.abort()
 
 
+async def message(reader: asyncio.StreamReader) -> list[ChannelItem]:
+    """The next one from the channel."""
+    length = int.from_bytes(await reader.readexactly(4), "big")
+    return decode_replies(await reader.readexactly(length))
+
+
 async def opened(connect: Connect, ingress_id: str = "me") -> asyncio.StreamReader:
     reader, _ = await connect(ingress_id)
-    assert decode(await reader.readline()) == []
+    assert await message(reader) == []
     return reader
 
 
@@ -88,7 +95,7 @@ async def test_what_the_streams_of_a_step_put_in_one_after_the_other_is_one_mess
             tasks.create_task(stream(attempt))
         await asyncio.sleep(0)
         woken.set()
-    assert decode(await reader.readline()) == [(attempt, TokenBatch(4, (attempt,))) for attempt in (1, 2, 3)]
+    assert await message(reader) == [(attempt, TokenBatch(4, (attempt,))) for attempt in (1, 2, 3)]
     assert channels.messages == 1
 
 
@@ -96,7 +103,7 @@ async def test_counters_come_along(channels: TokenChannels, connect: Connect) ->
     reader = await opened(connect)
     first = TokenBatch(0, (5,), stats=GenerationStats(cached_prompt_tokens=3, numerics_id="x"))
     assert channels.put(request(1), first)
-    assert decode(await reader.readline()) == [(1, first)]
+    assert await message(reader) == [(1, first)]
 
 
 @pytest.mark.parametrize(
@@ -134,7 +141,7 @@ async def test_a_later_channel_of_the_same_caller_takes_the_place_of_the_first(
     first, second = await opened(connect), await opened(connect)
     assert await gone(first)
     assert channels.put(request(1), TokenBatch(0, (1,)))
-    assert decode(await second.readline()) == [(1, TokenBatch(0, (1,)))]
+    assert await message(second) == [(1, TokenBatch(0, (1,)))]
 
 
 @pytest.mark.parametrize("line", [b"GET / HTTP/1.1\r\n\r\n", b"a-guess me\n", b"x" * 2000])
@@ -152,7 +159,7 @@ async def test_one_that_says_nothing_is_closed(connect: Connect, monkeypatch: py
 
 async def test_one_that_says_more_than_it_has_to_is_closed(channels: TokenChannels, connect: Connect) -> None:
     reader, writer = await connect()
-    assert decode(await reader.readline()) == []
+    assert await message(reader) == []
     writer.write(b"\n")
     assert await gone(reader)
     assert not channels.put(request(1), TokenBatch(0, (1,)))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from fake_key_value_store import FakeKeyValueStore
 from fake_replica import counts, generation_request
+from msgspec.structs import replace
 
 from serve_app.core import GenerationRequest, Reply, TokenBatch
 from serve_app.deployments.dispatch import poison, replica_client
