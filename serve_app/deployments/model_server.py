@@ -19,7 +19,7 @@ from ray import serve
 
 from serve_app.config import AppConfig
 from serve_app.core import GenerationRequest, LoadStage, ModelCard, Reply
-from serve_app.deployments.dispatch.channel_writer import TokenChannels
+from serve_app.deployments.dispatch.channel_writer import TokenChannels, send
 from serve_app.deployments.dispatch.liveness import Callers
 from serve_app.deployments.dispatch.poison import SuspectNotes
 from serve_app.deployments.dispatch.router import CHANNEL_KEY, FINGERPRINT_KEY, NUMERICS_KEY
@@ -84,14 +84,13 @@ class ModelServer:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Reply, None]:
         """The replies of one attempt; see `generation.replica.ReplicaClient.open`."""
-        ingress_id = request.ingress_id
-        with self._callers.waiting(ingress_id):
-            async with aclosing(self._engine.generate(request)) as replies:
-                async for reply in replies:  # one each second at least
-                    if self._callers.gone(ingress_id):
-                        return
-                    if not self._channels.put(request, reply):
-                        yield reply
+        with self._callers.waiting(request.ingress_id):
+            async with (
+                aclosing(self._engine.generate(request)) as replies,
+                aclosing(send(request, replies, self._channels, self._callers.gone)) as by_call,
+            ):
+                async for reply in by_call:
+                    yield reply
 
     def record_replica_metadata(self) -> dict[str, str]:
         """Serve's hook: what every router learns of this replica. A stream goes on only with its own weights."""

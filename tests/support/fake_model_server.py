@@ -30,7 +30,7 @@ from serve_app.core import (
     SamplingParams,
     TokenBatch,
 )
-from serve_app.deployments.dispatch.channel_writer import TokenChannels
+from serve_app.deployments.dispatch.channel_writer import TokenChannels, send
 from serve_app.deployments.dispatch.router import CHANNEL_KEY, FINGERPRINT_KEY
 from serve_app.deployments.status.progress import ProgressBoard
 
@@ -113,10 +113,12 @@ class FakeModelServer:
         return {FINGERPRINT_KEY: self._fingerprint, CHANNEL_KEY: str(self._channels.address or "")}
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Reply, None]:
-        async with aclosing(self._replies(request)) as replies:
-            async for reply in replies:
-                if not self._channels.put(request, reply):
-                    yield reply
+        async with (
+            aclosing(self._replies(request)) as replies,
+            aclosing(send(request, replies, self._channels)) as by_call,
+        ):
+            async for reply in by_call:
+                yield reply
 
     async def messages(self) -> int:
         """Sent through channels so far."""

@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import Context
 from typing import cast
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 OPEN_S = 5.0
 """A channel that is not open after so long is given up."""
 RETRY_S = 30.0
-"""Between two tries to open one: while it can't be had, tokens come as messages of Serve's."""
+"""Between two tries to open one: while there is none, replies come by Serve's calls."""
 
 
 class ChannelReader:
@@ -48,7 +48,7 @@ class ChannelReader:
     @contextmanager
     def inbox(self, attempt: Attempt) -> Iterator[Inbox]:
         """For what comes for the attempt."""
-        number, inbox = attempt.request.attempt, Inbox(len(attempt.request.output_token_ids))
+        number, inbox = attempt.request.attempt, Inbox()
         self._attempts[number] = attempt, inbox
         try:
             yield inbox
@@ -56,8 +56,12 @@ class ChannelReader:
             del self._attempts[number]
             inbox.release()
 
-    def answered(self, replica: str) -> None:
-        """This replica has said its first word to an attempt."""
+    def connect(self, replicas: Iterable[str]) -> None:
+        """Open channels to those of these replicas to which there are none, before their first replies are due."""
+        for replica in replicas:
+            self._connect(replica)
+
+    def _connect(self, replica: str) -> None:
         if not self._ingress_id or replica in self._channels or replica in self._opening:
             return
         if time.monotonic() < self._not_before.get(replica, 0.0):

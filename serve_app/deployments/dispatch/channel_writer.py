@@ -1,8 +1,8 @@
-"""The model server's end of the channels: what a step made for all streams of one ingress replica, in one message.
+"""The model server's end of the channels: what a step made for all streams of one ingress process, in one message.
 
 A channel is a TCP connection of its own: through Serve, each message costs both processes about a millisecond of Python
 and gRPC. Promises that nothing is delayed, that who loses what was put into a channel sees the channel break, and that
-a stream without a channel goes its own way. Knows no Ray and no text.
+a stream for whose ingress there is no channel goes by Serve's call. Knows no Ray and no text.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import asyncio
 import logging
 import secrets
 import socket
+from collections.abc import AsyncGenerator, AsyncIterable, Callable
 from typing import cast
 
-from serve_app.core import GenerationRequest, Reply, TokenBatch
+from serve_app.core import GenerationRequest, Reply
 from serve_app.deployments.dispatch.channel_wire import ChannelAddress, ChannelItem, encode, keep_alive, read_greeting
 
 logger = logging.getLogger(__name__)
@@ -34,43 +35,37 @@ class TokenChannels:
         self.messages = 0
         """Sent so far."""
         self.address: ChannelAddress | None = None
-        self._open: dict[str, _Channel] = {}
+        self._open: dict[str, Channel] = {}
         self._server: asyncio.Server | None = None
 
     async def listen(self, host: str) -> None:
-        """Let ingresses open channels at this address of the machine; without it all streams go their own ways."""
+        """Let ingresses open channels at this address of the machine; without it all replies go by Serve's calls."""
         secret = secrets.token_hex(16)
         try:
-            self._server = await asyncio.get_running_loop().create_server(lambda: _Channel(self, secret), host, 0)
+            self._server = await asyncio.get_running_loop().create_server(lambda: Channel(self, secret), host, 0)
         except OSError as error:
             logger.warning("no token channels at %s: %s; each token is a message of Serve's", host, error)
             return
         port = self._server.sockets[0].getsockname()[1]
         self.address = ChannelAddress(host, port, secret)
 
-    def put(self, request: GenerationRequest, reply: Reply) -> bool:
-        """Send the reply through its ingress's channel; False when it has none or the reply goes the stream's own way.
+    def of(self, ingress_id: str) -> Channel | None:
+        """The channel to this ingress process; None where there is none."""
+        return self._open.get(ingress_id)
 
-        So do last words, whose end they are.
-        """
-        channel = self._open.get(request.ingress_id)
-        if channel is None or not isinstance(reply, TokenBatch) or reply.finish_reason is not None:
-            return False
-        return channel.put((request.attempt, reply))
-
-    def opened(self, ingress_id: str, channel: _Channel) -> None:
+    def opened(self, ingress_id: str, channel: Channel) -> None:
         """Called by a channel. A later one of the same ingress takes the place of the first, which it has given up."""
         previous, self._open[ingress_id] = self._open.get(ingress_id), channel
         if previous is not None:
             previous.close()
 
-    def closed(self, ingress_id: str, channel: _Channel) -> None:
+    def closed(self, ingress_id: str, channel: Channel) -> None:
         """Called by a channel."""
         if self._open.get(ingress_id) is channel:
             del self._open[ingress_id]
 
 
-class _Channel(asyncio.Protocol):
+class Channel(asyncio.Protocol):
     """One connection. The streams of a step put theirs in one after the other, before the loop goes on to `_flush`."""
 
     def __init__(self, channels: TokenChannels, secret: str) -> None:
@@ -110,13 +105,13 @@ class _Channel(asyncio.Protocol):
         self._impatience.cancel()
         self._channels.closed(self._ingress_id, self)
 
-    def put(self, item: ChannelItem) -> bool:
+    def put(self, attempt: int, reply: Reply) -> bool:
         """Have it sent with all else that is put before the loop's next turn; False when the connection has ended."""
         if self._transport.is_closing():
             return False
         if not self._items:
             self._loop.call_soon(self._flush)
-        self._items.append(item)
+        self._items.append((attempt, reply))
         return True
 
     def close(self) -> None:
@@ -135,3 +130,27 @@ class _Channel(asyncio.Protocol):
         if self._transport.get_write_buffer_size() > MAX_UNREAD_BYTES:
             logger.warning("%s does not read its token channel; closed", self._ingress_id)
             self.close()
+
+
+async def send(
+    request: GenerationRequest,
+    replies: AsyncIterable[Reply],
+    channels: TokenChannels,
+    gone: Callable[[str], bool] = lambda ingress_id: False,
+) -> AsyncGenerator[Reply, None]:
+    """Send the replies of one attempt through the channel of its ingress, or yield them, to go by Serve's call.
+
+    Which of the two is decided by the first reply and holds for all, the last word included, so that nothing can
+    overtake anything. Ends early when the ingress is `gone`, or its channel, which that sees too.
+    """
+    channel: Channel | None = None
+    decided = False
+    async for reply in replies:  # one each second at least
+        if gone(request.ingress_id):
+            return
+        if not decided:
+            decided, channel = True, channels.of(request.ingress_id)
+        if channel is None:
+            yield reply
+        elif not channel.put(request.attempt, reply):
+            return

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -75,6 +75,7 @@ class ReplicaTable:
         self._heard_at: dict[str, float] = {}
         self._attempts: dict[int, Attempt] = {}
         self._moving_until: dict[tuple[str, int], float] = {}
+        self._listeners: list[Callable[[], object]] = []
 
     @property
     def live(self) -> Mapping[str, Fingerprint | None]:
@@ -94,6 +95,15 @@ class ReplicaTable:
         self._numerics_ids = {**known, **(numerics_ids or {})}
         self._channels = channels or {}
         self._live = live
+        for listener in list(self._listeners):
+            try:
+                listener()
+            except RuntimeError:  # its event loop has been closed
+                self._listeners.remove(listener)
+
+    def subscribe(self, listener: Callable[[], object]) -> None:
+        """Call this after each `update`, on whichever thread that is."""
+        self._listeners.append(listener)
 
     def channel(self, replica: str) -> str:
         """Where token channels of a live replica are had; empty where there are none."""

@@ -1,7 +1,6 @@
-"""What comes for one attempt, by its own way and through a channel, in the order of its tokens.
+"""What comes for one attempt, in order, by whichever way its replica has chosen. Knows no Ray.
 
-Promises that a batch that overtook another is held until that has come, and that whoever waits is woken at once. Knows
-no Ray.
+Promises that whoever waits is woken at once.
 """
 
 from __future__ import annotations
@@ -9,61 +8,50 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
-from serve_app.core import Reply, TokenBatch
+from serve_app.core import Reply
 from serve_app.idle_timeout import Alarm
 
 
 class Inbox:
     """For one attempt, on one event loop, with one reader."""
 
-    __slots__ = ("_alarm", "_closed", "_early", "_loop", "_next", "_ready", "_waiter", "lost")
+    __slots__ = ("_alarm", "_failed", "_loop", "_ready", "_waiter", "broken", "by_call")
 
-    def __init__(self, first_index: int) -> None:
-        """`first_index`: position of the first token that the attempt is to bring."""
+    def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._next = first_index
         self._ready: deque[Reply] = deque()
-        self._early: dict[int, TokenBatch] = {}
         self._waiter: asyncio.Future[None] | None = None
         self._alarm = Alarm(self._loop, self._wake)
-        self._closed = False
-        self.lost: set[str] = set()
+        self._failed = False
+        self.by_call = False
+        """Its replies come by Serve's call, and not through a channel."""
+        self.broken: set[str] = set()
         """Replicas whose channels broke, so that something which they sent may not come."""
 
     def put(self, reply: Reply) -> None:
-        """Add what has come. A `Failure` overtakes everything: it says that no more will come."""
-        if isinstance(reply, TokenBatch):
-            if reply.first_index > self._next:
-                if reply.token_ids or reply.finish_reason is not None:
-                    self._early[reply.first_index] = reply
-                return
-            self._next = max(self._next, reply.first_index + len(reply.token_ids))
+        """Add what has come through a channel."""
         self._ready.append(reply)
-        while self._early and (early := self._early.pop(self._next, None)) is not None:
-            self._next += len(early.token_ids)
-            self._ready.append(early)
-            if not early.token_ids:
-                break
         self._wake()
 
-    @property
-    def torn(self) -> bool:
-        """Whether something has come whose predecessor has not."""
-        return bool(self._early)
+    def put_by_call(self, reply: Reply) -> None:
+        """Add what has come by Serve's call."""
+        self.by_call = True
+        self.put(reply)
 
-    def close(self) -> None:
-        """Nothing more comes by the attempt's own way; a channel may still bring what that overtook."""
-        self._closed = True
+    def fail(self) -> None:
+        """Serve's call has failed: nothing more comes, also not through a channel."""
+        self._failed = True
         self._wake()
 
     def lose(self, replica: str) -> None:
         """The channel of this replica broke, and may have held something for this attempt."""
-        self.lost.add(replica)
-        self._wake()
+        if not self.by_call:
+            self.broken.add(replica)
+            self._wake()
 
     async def take(self, timeout_s: float) -> Reply | None:
-        """The next reply in order; None after `timeout_s` without one, or at once when none can come."""
-        if not self._ready and not self.lost and not (self._closed and not self._early):
+        """The next reply; None after `timeout_s` without one, or at once when it is known that none can come."""
+        if not (self._ready or self.broken or self._failed):
             self._waiter = self._loop.create_future()
             self._alarm.set(timeout_s)
             try:

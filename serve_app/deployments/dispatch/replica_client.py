@@ -55,6 +55,8 @@ class RayReplicaClient:
         self._suspects = SuspectNotes(model_server.app_name)
         self._ingress_id = own_name()
         self._channels = ChannelReader(self._channel_of, self._ingress_id)
+        self._reading: set[asyncio.Task[None]] = set()
+        self._connects = False
 
     async def model(self) -> ModelCard | LoadStage:
         """The card of the model, or how far the first replica is; never waits for a replica."""
@@ -68,17 +70,22 @@ class RayReplicaClient:
         then on only what the replica says counts. A stream whose replica is leaving is lost to it as soon as another
         can continue it.
         """
+        self._connect()
         request = replace(request, ingress_id=self._ingress_id, attempt=self._channels.next_number())
         with self._table.track(request) as attempt, self._channels.inbox(attempt) as inbox:
             response = in_its_own_right(lambda: self._generate.remote(request))
             reading = asyncio.create_task(_read(response, inbox), name=f"attempt {request.attempt}")
-            reading.add_done_callback(partial(_ended, inbox))
+            self._reading.add(reading)
+            reading.add_done_callback(partial(self._read_to_the_end, inbox))
+            finished = False
             try:
                 async with aclosing(self._replies(attempt, inbox, reading)) as replies:
                     async for reply in replies:
+                        finished = isinstance(reply, Failure) or reply.finish_reason is not None
                         yield reply
             finally:
-                if not reading.done():
+                # A call whose last word came through a channel is about to end by itself.
+                if not (finished or reading.done()):
                     reading.cancel()
                     cancel(response)
                     self._table.forget(attempt)  # first: what the router is handed from here on it cancels itself
@@ -93,7 +100,7 @@ class RayReplicaClient:
         self, attempt: Attempt, inbox: Inbox, reading: asyncio.Task[None]
     ) -> AsyncGenerator[Reply, None]:
         """What comes for one attempt, and how it ends. Raises `ReplicaLost`."""
-        answered = ended = False
+        ended = over = False
         quiet = 0
         """Heartbeats in a row that did not come. A clock would count what came while this process stood still."""
         try:
@@ -101,30 +108,29 @@ class RayReplicaClient:
                 reply = await inbox.take(HEARTBEAT_S)
                 quiet = quiet + 1 if reply is None and attempt.replica is not None else 0
                 if attempt.begun is not None and (attempt.replica is None or attempt.begun != attempt.sendings):
-                    # Serve sends on what it does not know to be taken, after a death say. Two make no one text.
+                    # A channel may bring tokens before Serve knows that the replica has taken the request. When the
+                    # replica dies then, Serve sends the request to another: what both make is no one text.
                     raise await self._lost("another had begun it", attempt, taken=True)
                 if reply is not None:
                     self._table.heard(attempt, tokens=isinstance(reply, TokenBatch) and bool(reply.token_ids))
-                    if not answered and attempt.replica is not None:
-                        answered = True
-                        self._channels.answered(attempt.replica)
                     ended = isinstance(reply, Failure) or reply.finish_reason is not None
                     if isinstance(reply, Failure) and reply.code in _OUT_OF_ORDER:
                         self._table.out_of_order(attempt)
                         raise await self._lost(reply.message, attempt, taken=_OUT_OF_ORDER[reply.code])
                     yield reply
-                elif inbox.lost:
-                    broken, inbox.lost = inbox.lost, set()
+                elif inbox.broken:
+                    broken, inbox.broken = inbox.broken, set()
                     if attempt.replica in broken:
                         raise await self._lost("its channel broke", attempt)
                 elif attempt.deaths >= MAX_DEATHS and not attempt.taken:
                     # Serve would send it to one after the other. It may be what kills them.
                     reason = f"{attempt.deaths} died before they were known to have it"
                     raise await self._lost(reason, attempt, taken=True)
-                elif reading.done() and (_broke(reading) or not inbox.torn):
-                    # Of one that broke, what was overtaken may have been on its way: nobody would bring it any more.
+                elif reading.done() and (over or _broke(reading)):
                     ended = True
                     yield await self._last_word(attempt, reading)
+                elif reading.done():
+                    over = True  # through a channel the last word may come a little later, but not a heartbeat
                 elif attempt.replica is None:
                     yield TokenBatch(first_index=len(attempt.request.output_token_ids))
                 if not ended and self._table.should_leave(attempt):
@@ -148,6 +154,19 @@ class RayReplicaClient:
             raise await self._lost(type(error).__name__, attempt) from error
         return failure
 
+    def _connect(self) -> None:
+        """Have channels to all replicas, also to those that become known later."""
+        if not self._connects:
+            self._connects = True
+            loop = asyncio.get_running_loop()
+            self._table.subscribe(lambda: loop.call_soon_threadsafe(self._connect))
+        self._channels.connect(self._table.live)
+
+    def _read_to_the_end(self, inbox: Inbox, reading: asyncio.Task[None]) -> None:
+        self._reading.discard(reading)
+        if _broke(reading):
+            inbox.fail()
+
     def _channel_of(self, replica: str) -> ChannelAddress | None:
         return ChannelAddress.parse(self._table.channel(replica))
 
@@ -166,20 +185,14 @@ class RayReplicaClient:
 async def _read(response: DeploymentResponseGenerator[Reply], inbox: Inbox) -> None:
     """Read eagerly: Serve drops what was delivered but not read when a replica dies."""
     async for reply in response:
-        inbox.put(reply)
+        inbox.put_by_call(reply)
         if isinstance(reply, Failure) or reply.finish_reason is not None:
             return  # the last word: whoever takes it finds nothing left to cancel
 
 
 def _broke(reading: asyncio.Task[None]) -> bool:
+    """Whether the call failed. Who asks has looked at the exception, so that asyncio does not report it."""
     return reading.cancelled() or reading.exception() is not None
-
-
-def _ended(inbox: Inbox, reading: asyncio.Task[None]) -> None:
-    """Looks at the exception, so that asyncio does not report that of an attempt that was closed before."""
-    if not reading.cancelled():
-        reading.exception()
-    inbox.close()
 
 
 def _refusal(error: BaseException, request: GenerationRequest) -> Failure | None:

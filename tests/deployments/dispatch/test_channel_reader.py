@@ -1,4 +1,4 @@
-"""A channel to each replica that has answered; who may have lost something when it breaks is told."""
+"""A channel to each replica that is known; who may have lost something when it breaks is told."""
 
 from __future__ import annotations
 
@@ -61,9 +61,10 @@ class Channels:
         attempt.replica = replica
         return number, self._stack.enter_context(self.reader.inbox(attempt))
 
-    def answer(self, replica: str, first_index: int = 0) -> tuple[int, Inbox]:
+    def connect(self, replica: str, first_index: int = 0) -> tuple[int, Inbox]:
+        """The same, and there is to be a channel."""
         sent = self.send(replica, first_index)
-        self.reader.answered(replica)
+        self.reader.connect([replica])
         return sent
 
     async def open(self, replica: str) -> asyncio.StreamWriter:
@@ -84,7 +85,7 @@ async def until_done(task: asyncio.Task[None] | None) -> None:
 async def told(*inboxes: Inbox) -> list[bool]:
     """Of each, whether it is lost. Waits for the first to be."""
     assert await inboxes[0].take(5) is None
-    return [bool(inbox.lost) for inbox in inboxes]
+    return [bool(inbox.broken) for inbox in inboxes]
 
 
 @pytest.fixture
@@ -100,12 +101,12 @@ async def channels() -> AsyncIterator[Channels]:
         await asyncio.sleep(0)
 
 
-async def test_a_replica_that_has_answered_gets_one_channel(channels: Channels) -> None:
-    channels.answer("a")
-    channels.answer("a")
+async def test_a_replica_gets_one_channel(channels: Channels) -> None:
+    channels.connect("a")
+    channels.connect("a")
     channels.send("b")
     await channels.open("a")
-    channels.answer("a")
+    channels.connect("a")
     assert channels.replicas["a"].callers == ["me"]
     assert channels.replicas["b"].callers == []
     assert set(channels.reader._channels) == {"a"}
@@ -113,18 +114,18 @@ async def test_a_replica_that_has_answered_gets_one_channel(channels: Channels) 
 
 
 async def test_a_caller_without_a_name_and_a_replica_without_an_address_have_none(channels: Channels) -> None:
-    ChannelReader(lambda name: channels.replicas[name].address, "").answered("a")
+    ChannelReader(lambda name: channels.replicas[name].address, "").connect(["a"])
     channels.replicas["b"].address = None
-    channels.answer("b")
-    channels.answer("a")
+    channels.connect("b")
+    channels.connect("a")
     await channels.open("a")
     assert channels.replicas["a"].callers == ["me"]
     assert channels.replicas["b"].callers == []
 
 
 async def test_each_item_comes_to_its_attempt_and_one_that_is_over_is_no_trouble(channels: Channels) -> None:
-    first, its = channels.answer("a", first_index=2)
-    second, others = channels.answer("a")
+    first, its = channels.connect("a", first_index=2)
+    second, others = channels.connect("a")
     writer = await channels.open("a")
     items: list[ChannelItem] = [(second, TokenBatch(0, (9,))), (77, TokenBatch(0, (1,))), (first, TokenBatch(2, (5,)))]
     writer.write(encode(items))
@@ -133,7 +134,7 @@ async def test_each_item_comes_to_its_attempt_and_one_that_is_over_is_no_trouble
 
 
 async def test_a_message_may_come_in_pieces_and_several_at_once(channels: Channels) -> None:
-    number, inbox = channels.answer("a")
+    number, inbox = channels.connect("a")
     await channels.open("a")
     batches = [TokenBatch(index, (100 + index,)) for index in range(9)]
     sent = b"".join(encode([(number, batch)]) for batch in batches)
@@ -147,8 +148,8 @@ async def test_a_message_may_come_in_pieces_and_several_at_once(channels: Channe
 async def test_when_it_breaks_the_attempts_of_its_replica_are_lost_and_no_others(
     channels: Channels, aborts: bool
 ) -> None:
-    _, elsewhere = channels.answer("b")
-    _, lost = channels.answer("a")
+    _, elsewhere = channels.connect("b")
+    _, lost = channels.connect("a")
     _, unheard = channels.send("a")
     writer = await channels.open("a")
     await channels.open("b")
@@ -158,20 +159,20 @@ async def test_when_it_breaks_the_attempts_of_its_replica_are_lost_and_no_others
         writer.close()
     assert await told(lost, unheard, elsewhere) == [True, True, False]
     assert set(channels.reader._channels) == {"b"}
-    channels.answer("a")
+    channels.connect("a")
     await channels.open("a")
 
 
 async def test_what_is_no_message_breaks_it(channels: Channels) -> None:
     for garbage in (b"\x00\x00\x00\x01\x07", b"\x00\x00\x00\x03\x91\x91\x01", b"nonsense\n"):
-        _, inbox = channels.answer("a")
+        _, inbox = channels.connect("a")
         writer = await channels.open("a")
         writer.write(garbage)
         assert await told(inbox) == [True]
 
 
 async def test_that_of_a_replica_that_fell_silent_is_dropped(channels: Channels) -> None:
-    _, inbox = channels.answer("a")
+    _, inbox = channels.connect("a")
     await channels.open("a")
     channels.reader.drop("a")
     channels.reader.drop("b")
@@ -186,19 +187,19 @@ async def test_one_that_could_not_be_opened_costs_nobody_and_is_not_tried_again_
     refuses.stop()
     if answer is not None:
         await refuses.start(answer)
-    inboxes = [channels.answer("a")[1] for _ in range(2)]
+    inboxes = [channels.connect("a")[1] for _ in range(2)]
     for _ in range(3):
         await until_done(channels.reader._opening.get("a"))
-        channels.answer("a")
+        channels.connect("a")
     assert len(refuses.callers) == (answer is not None)
-    assert not any(inbox.lost for inbox in inboxes)
+    assert not any(inbox.broken for inbox in inboxes)
     assert channels.reader._channels == {}
     refuses.stop()
     await refuses.start(encode(()))
     while not refuses.connections.empty():
         refuses.connections.get_nowait()
     monkeypatch.setattr(channels.reader, "_not_before", {"a": 0.0})
-    channels.answer("a")
+    channels.connect("a")
     await channels.open("a")
 
 
@@ -206,14 +207,14 @@ async def test_one_that_does_not_open_in_time_is_given_up(channels: Channels, mo
     monkeypatch.setattr(channel_reader, "OPEN_S", 0.01)
     channels.replicas["a"].stop()
     await channels.replicas["a"].start(b"")
-    inboxes = [channels.answer("a")[1] for _ in range(2)]
+    inboxes = [channels.connect("a")[1] for _ in range(2)]
     await until_done(channels.reader._opening["a"])
     assert channels.reader._channels == {}
-    assert not any(inbox.lost for inbox in inboxes)
+    assert not any(inbox.broken for inbox in inboxes)
 
 
 async def test_a_channel_whose_replicas_machine_vanishes_ends(channels: Channels) -> None:
-    channels.answer("a")
+    channels.connect("a")
     await channels.open("a")
     transport = channels.reader._channels["a"]._transport
     assert transport is not None
@@ -221,7 +222,7 @@ async def test_a_channel_whose_replicas_machine_vanishes_ends(channels: Channels
 
 
 async def test_what_comes_late_of_where_an_attempt_was_before_is_nothing_to_it(channels: Channels) -> None:
-    number, inbox = channels.answer("a")
+    number, inbox = channels.connect("a")
     channels.reader.received("b", [(number, TokenBatch(0, (9,)))])
     channels.reader.received("a", [(number, TokenBatch(0, (5,)))])
     assert await inbox.take(5) == TokenBatch(0, (5,))

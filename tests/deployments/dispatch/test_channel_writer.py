@@ -7,30 +7,43 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
-from tiny_models import FINGERPRINT, until
+from fake_replica import generation_request
+from tiny_models import until
 
 from serve_app.core import (
     Failure,
     FailureCode,
     FinishReason,
-    GenerationRequest,
     GenerationStats,
     Reply,
-    SamplingParams,
     TokenBatch,
     decode_replies,
 )
 from serve_app.deployments.dispatch import channel_writer as token_channels
 from serve_app.deployments.dispatch.channel_wire import ChannelAddress, ChannelItem, greeting
-from serve_app.deployments.dispatch.channel_writer import TokenChannels
+from serve_app.deployments.dispatch.channel_writer import TokenChannels, send
 
 Connect = Callable[..., Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
 
 
-def request(attempt: int, ingress_id: str = "me") -> GenerationRequest:
-    return GenerationRequest(
-        "r", FINGERPRINT, (1,), SamplingParams(seed=0), max_new_tokens=9, ingress_id=ingress_id, attempt=attempt
-    )
+def put(channels: TokenChannels, attempt: int, reply: Reply, ingress_id: str = "me") -> bool:
+    """Whether there was a channel to put it into."""
+    channel = channels.of(ingress_id)
+    return channel is not None and channel.put(attempt, reply)
+
+
+async def sent(
+    channels: TokenChannels, *replies: Reply, before: Callable[[int], None] = lambda number: None
+) -> list[Reply]:
+    """What of an attempt's replies goes by Serve's call; `before(k)` happens before the k-th."""
+    request = generation_request(ingress_id="me", attempt=7)
+
+    async def made() -> AsyncIterator[Reply]:
+        for number, reply in enumerate(replies):
+            before(number)
+            yield reply
+
+    return [reply async for reply in send(request, made(), channels)]
 
 
 @pytest.fixture
@@ -88,7 +101,7 @@ async def test_what_the_streams_of_a_step_put_in_one_after_the_other_is_one_mess
 
     async def stream(attempt: int) -> None:
         await woken.wait()
-        assert channels.put(request(attempt), TokenBatch(4, (attempt,)))
+        assert put(channels, attempt, TokenBatch(4, (attempt,)))
 
     async with asyncio.TaskGroup() as tasks:
         for attempt in (1, 2, 3):
@@ -102,36 +115,69 @@ async def test_what_the_streams_of_a_step_put_in_one_after_the_other_is_one_mess
 async def test_counters_come_along(channels: TokenChannels, connect: Connect) -> None:
     reader = await opened(connect)
     first = TokenBatch(0, (5,), stats=GenerationStats(cached_prompt_tokens=3, numerics_id="x"))
-    assert channels.put(request(1), first)
+    assert put(channels, 1, first)
     assert await message(reader) == [(1, first)]
 
 
-@pytest.mark.parametrize(
-    "reply", [TokenBatch(3, (1,), finish_reason=FinishReason.STOP), Failure(FailureCode.OVERLOADED, "full")]
-)
-async def test_last_words_go_their_own_way(channels: TokenChannels, connect: Connect, reply: Reply) -> None:
-    await opened(connect)
-    assert not channels.put(request(1), reply)
+FIRST, LAST = TokenBatch(0, (1,)), TokenBatch(1, (2,), finish_reason=FinishReason.STOP)
+FULL = Failure(FailureCode.OVERLOADED, "full")
 
 
-async def test_without_a_channel_of_its_caller_a_stream_goes_its_own_way(
-    channels: TokenChannels, connect: Connect
+@pytest.mark.parametrize("replies", [(FIRST, LAST), (FULL,)])
+async def test_an_attempt_goes_through_the_channel_with_its_last_word(
+    channels: TokenChannels, connect: Connect, replies: tuple[Reply, ...]
 ) -> None:
-    assert not channels.put(request(1), TokenBatch(0, (1,)))
+    reader = await opened(connect)
+    assert await sent(channels, *replies) == []
+    assert await message(reader) == [(7, reply) for reply in replies]
+
+
+async def test_an_attempt_that_has_begun_by_its_call_stays_there(channels: TokenChannels, connect: Connect) -> None:
+    """Also when a channel is opened meanwhile: its tokens must not overtake those that are on their way."""
+    await opened(connect, "later")
+
+    def a_channel_comes(number: int) -> None:
+        if number == 1:
+            channels._open["me"] = channels._open["later"]
+
+    assert await sent(channels, FIRST, LAST, before=a_channel_comes) == [FIRST, LAST]
+
+
+async def test_an_attempt_ends_with_its_channel(channels: TokenChannels, connect: Connect) -> None:
+    await opened(connect)
+
+    def it_breaks(number: int) -> None:
+        if number == 1:
+            channels._open["me"].close()
+
+    assert await sent(channels, FIRST, TokenBatch(1, (5,)), LAST, before=it_breaks) == []
+
+
+async def test_an_attempt_whose_ingress_has_gone_ends(channels: TokenChannels) -> None:
+    async def made() -> AsyncIterator[Reply]:
+        yield FIRST
+        raise AssertionError("nobody wants more")
+
+    request = generation_request(ingress_id="me")
+    assert [reply async for reply in send(request, made(), channels, lambda ingress_id: ingress_id == "me")] == []
+
+
+async def test_a_channel_is_of_one_ingress_only(channels: TokenChannels, connect: Connect) -> None:
+    assert not put(channels, 1, TokenBatch(0, (1,)))
     _, writer = await connect("another")
     await opened(connect, "a third")
-    assert not channels.put(request(1), TokenBatch(0, (1,)))
-    assert channels.put(request(1, "another"), TokenBatch(0, (1,)))
+    assert not put(channels, 1, TokenBatch(0, (1,)))
+    assert put(channels, 1, TokenBatch(0, (1,)), "another")
     writer.transport.abort()
-    await until(lambda: not channels.put(request(1, "another"), TokenBatch(0, (1,))))
+    await until(lambda: not put(channels, 1, TokenBatch(0, (1,)), "another"))
 
 
 async def test_nothing_is_put_into_a_channel_that_has_ended(channels: TokenChannels, connect: Connect) -> None:
     await opened(connect)
-    assert channels.put(request(1), TokenBatch(0, (1,)))
+    assert put(channels, 1, TokenBatch(0, (1,)))
     await asyncio.sleep(0)
     channels._open["me"].close()  # its end is told in the loop's next turn
-    assert not channels.put(request(1), TokenBatch(1, (2,)))
+    assert not put(channels, 1, TokenBatch(1, (2,)))
     assert channels._open
 
 
@@ -140,7 +186,7 @@ async def test_a_later_channel_of_the_same_caller_takes_the_place_of_the_first(
 ) -> None:
     first, second = await opened(connect), await opened(connect)
     assert await gone(first)
-    assert channels.put(request(1), TokenBatch(0, (1,)))
+    assert put(channels, 1, TokenBatch(0, (1,)))
     assert await message(second) == [(1, TokenBatch(0, (1,)))]
 
 
@@ -148,7 +194,7 @@ async def test_a_later_channel_of_the_same_caller_takes_the_place_of_the_first(
 async def test_strangers_get_nothing(channels: TokenChannels, connect: Connect, line: bytes) -> None:
     reader, _ = await connect(line=line)
     assert await gone(reader)
-    assert not channels.put(request(1), TokenBatch(0, (1,)))
+    assert not put(channels, 1, TokenBatch(0, (1,)))
 
 
 async def test_one_that_says_nothing_is_closed(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +208,7 @@ async def test_one_that_says_more_than_it_has_to_is_closed(channels: TokenChanne
     assert await message(reader) == []
     writer.write(b"\n")
     assert await gone(reader)
-    assert not channels.put(request(1), TokenBatch(0, (1,)))
+    assert not put(channels, 1, TokenBatch(0, (1,)))
 
 
 async def test_a_reader_that_has_stopped_loses_its_channel_and_nobody_the_memory(
@@ -173,8 +219,8 @@ async def test_a_reader_that_has_stopped_loses_its_channel_and_nobody_the_memory
     writer.transport.pause_reading()  # type: ignore[attr-defined]
     await opened(connect, "another")
     batch = TokenBatch(0, tuple(range(10_000)))
-    await until(lambda: not channels.put(request(1), batch))
-    assert channels.put(request(1, "another"), batch)
+    await until(lambda: not put(channels, 1, batch))
+    assert put(channels, 1, batch, "another")
 
 
 async def test_an_address_that_is_not_of_this_machine_is_done_without() -> None:

@@ -1,4 +1,4 @@
-"""Attempts that lose their replica while they are on their way to it, or while tokens come by two ways."""
+"""Attempts that lose their replica while they are on their way to it, or while tokens come through a channel."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ class Replica:
         self.opened = asyncio.Event()
         self.goes_on = asyncio.Event()
         self.attempt = 0
+        self.cancelled = False
         self.request: GenerationRequest | None = None
 
     def options(self, **options: Any) -> Replica:
@@ -53,7 +54,7 @@ class Replica:
         raise self._end or StopAsyncIteration
 
     def cancel(self) -> None:
-        """Nothing runs elsewhere."""
+        self.cancelled = True
 
 
 class Cancelled:
@@ -97,20 +98,59 @@ def _nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replica_client, "own_name", lambda: "")
 
 
-def overtakes(client: RayReplicaClient, replica: Replica, table: ReplicaTable) -> None:
-    """The second token comes through a channel."""
-    client._channels.received("replica-1", [(replica.attempt, SECOND)])
-    replica.goes_on.set()
+def by_channel(*replies: Reply) -> Events:
+    """These come through a channel; then the call goes on."""
+
+    def events(client: RayReplicaClient, replica: Replica, table: ReplicaTable) -> None:
+        client._channels.received("replica-1", [(replica.attempt, reply) for reply in replies])
+        replica.goes_on.set()
+
+    return events
 
 
 @pytest.mark.parametrize("end", [ConnectionResetError(), asyncio.CancelledError()])
 async def test_what_broke_is_lost_at_once(end: BaseException) -> None:
     with pytest.raises(ReplicaLost):
-        await attempted(Replica(end=end), overtakes)
+        await attempted(Replica(end=end), by_channel(FIRST))
 
 
-async def test_what_comes_is_put_in_order() -> None:
-    assert await attempted(Replica(FIRST, LAST), overtakes) == [FIRST, SECOND, LAST]
+async def test_all_of_an_attempt_comes_through_a_channel_and_its_call_ends_by_itself() -> None:
+    replica = Replica()
+    assert await attempted(replica, by_channel(FIRST, SECOND, LAST)) == [FIRST, SECOND, LAST]
+    assert not replica.cancelled
+
+
+async def test_the_last_word_may_come_after_the_end_of_the_call() -> None:
+    def events(client: RayReplicaClient, replica: Replica, table: ReplicaTable) -> None:
+        by_channel(FIRST)(client, replica, table)
+        loop = asyncio.get_running_loop()
+        loop.call_later(
+            0.4, client._channels.received, "replica-1", [(replica.attempt, SECOND), (replica.attempt, LAST)]
+        )
+
+    assert await attempted(Replica(), events) == [FIRST, SECOND, LAST]
+
+
+@pytest.mark.parametrize("ways", [by_channel(), by_channel(FIRST)])
+async def test_an_end_without_a_last_word_is_a_loss(ways: Events) -> None:
+    with pytest.raises(ReplicaLost, match="without a last word"):
+        await attempted(Replica(), ways, within_s=3)
+
+
+async def test_what_comes_by_the_call_is_not_lost_with_the_channel() -> None:
+    def events(client: RayReplicaClient, replica: Replica, table: ReplicaTable) -> None:
+        replica.goes_on.set()
+        broke = client._channels.broke
+        asyncio.get_running_loop().call_later(0.1, broke, "replica-1", object())
+
+    assert await attempted(Replica(FIRST, SECOND, LAST), events) == [FIRST, SECOND, LAST]
+
+
+async def test_an_attempt_that_is_given_up_is_cancelled() -> None:
+    replica = Replica()
+    with pytest.raises(TimeoutError):
+        await attempted(replica, lambda client, replica, table: None)
+    assert replica.cancelled
 
 
 @pytest.mark.parametrize("at_another", ["replica-2", "replica-1", ""])
@@ -140,10 +180,10 @@ async def test_one_that_serve_sent_on_is_not_lost_with_the_first_channel() -> No
         table.sent(replica.request, "replica-2")
         assert table.taken(replica.request, "replica-2", Cancelled())
         client._channels.received("replica-1", [(replica.attempt, TokenBatch(0, (99,)))])  # late
-        client._channels.received("replica-2", [(replica.attempt, SECOND)])
+        client._channels.received("replica-2", [(replica.attempt, each) for each in (FIRST, SECOND, LAST)])
         replica.goes_on.set()
 
-    assert await attempted(Replica(FIRST, LAST), events) == [FIRST, SECOND, LAST]
+    assert await attempted(Replica(), events) == [FIRST, SECOND, LAST]
 
 
 @pytest.mark.parametrize("breaks", [("replica-1", "replica-2"), ("replica-2", "replica-1"), ("replica-1",)])
