@@ -22,6 +22,7 @@ from serve_app.config import AppConfig
 from serve_app.core import GenerationDefaults, LoadStage, ModelCard
 from serve_app.deployments.client_address import ClientAddresses
 from serve_app.deployments.dispatch.replica_client import RayReplicaClient
+from serve_app.deployments.garbage import freeze
 from serve_app.deployments.journal_actor import open_streams
 from serve_app.deployments.logs import use_serve_log
 from serve_app.deployments.metrics import RayMetrics
@@ -147,7 +148,9 @@ class Ingress:
         formatter, defaults = _load_tokenizer(config, report)
         service = CompletionService(self._client, formatter, defaults, aliases=aliases(self._config.model))
         self._streams = open_streams(self._client, self._config, self._app_name)
-        return create_app(service, self._streams, self._config.api, self._metrics, pages=self._pages)
+        app = create_app(service, self._streams, self._config.api, self._metrics, pages=self._pages)
+        freeze()
+        return app
 
     def _note(self, stage: LoadStage) -> None:
         self._text_stage = stage

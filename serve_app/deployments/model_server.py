@@ -23,6 +23,7 @@ from serve_app.deployments.dispatch.channel_writer import TokenChannels, send
 from serve_app.deployments.dispatch.liveness import Callers
 from serve_app.deployments.dispatch.poison import SuspectNotes
 from serve_app.deployments.dispatch.router import CHANNEL_KEY, FINGERPRINT_KEY, NUMERICS_KEY
+from serve_app.deployments.garbage import freeze
 from serve_app.deployments.logs import use_serve_log
 from serve_app.deployments.metrics import RayMetrics
 from serve_app.deployments.revisions import settled
@@ -173,6 +174,7 @@ def _start_engine(
         before_isolated=before_isolated,
         kernel_cache=cache / "kernels",
     )
+    freeze()
     return engine, _card(loaded, engine)
 
 
