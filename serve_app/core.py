@@ -6,7 +6,7 @@ Messages are immutable, hold ids and numbers and never text, and cross process b
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NewType
@@ -39,6 +39,20 @@ class FailureCode(StrEnum):
     ENGINE_FAILED = "engine_failed"
 
 
+SAMPLING_BOUNDS: Mapping[str, tuple[float, float]] = {
+    "seed": (0, 2**64 - 1),
+    "temperature": (0, 100),
+    "top_p": (0, 1),
+    "top_k": (0, 2**31 - 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (1e-2, 100),
+    "presence_penalty": (-100, 100),
+    "frequency_penalty": (-100, 100),
+    "min_tokens": (0, math.inf),
+}
+"""What a sampler can honour. What callers may ask for is narrower: OpenAI's bounds, in `api.fields`."""
+
+
 class SamplingParams(Struct, frozen=True):
     """How to choose each token. Every default is resolved and the seed drawn before this object is made.
 
@@ -66,18 +80,7 @@ class SamplingParams(Struct, frozen=True):
 
     def __post_init__(self) -> None:
         """Raises ValueError for values that no sampler could honour, so that none reaches the device."""
-        bounds: tuple[tuple[str, float, float], ...] = (
-            ("seed", 0, 2**64 - 1),
-            ("temperature", 0, 100),
-            ("top_p", 0, 1),
-            ("top_k", 0, math.inf),
-            ("min_p", 0, 1),
-            ("repetition_penalty", 1e-2, 100),
-            ("presence_penalty", -100, 100),
-            ("frequency_penalty", -100, 100),
-            ("min_tokens", 0, math.inf),
-        )
-        for name, low, high in bounds:
+        for name, (low, high) in SAMPLING_BOUNDS.items():
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must be between {low:g} and {high:g}, not {getattr(self, name)}")
         if self.logprobs is not None and self.logprobs < 0:

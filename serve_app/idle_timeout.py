@@ -15,22 +15,22 @@ STALL_S = 0.1
 """A timer that goes off so late says that the loop, or the process, stood still: what came meanwhile is unread."""
 
 
-class Alarm:
+class IdleTimeout:
     """For the callers of one event loop."""
 
-    __slots__ = ("_due", "_looks_at", "_loop", "_on_time", "_patient", "_set_at", "_spared", "_timer")
+    __slots__ = ("_due", "_ignores_stalls", "_looks_at", "_loop", "_on_time", "_set_at", "_spared", "_timer")
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, on_time: Callable[[], object], *, patient: bool = False
+        self, loop: asyncio.AbstractEventLoop, on_time: Callable[[], object], *, ignores_stalls: bool = False
     ) -> None:
         """`on_time` is called in the loop, once for each limit that is reached.
 
-        A `patient` one judges others: it counts only time in which the loop ran, so that nobody is taken for silent by
-        one who did not listen.
+        `ignores_stalls`: only time in which the loop ran counts, so that a process that was paused does not treat
+        others as unresponsive.
         """
         self._loop = loop
         self._on_time = on_time
-        self._patient = patient
+        self._ignores_stalls = ignores_stalls
         self._due: float | None = None
         self._set_at = 0.0
         self._spared = False
@@ -57,7 +57,7 @@ class Alarm:
             self._timer = None
 
     def _look_again(self, now: float, due: float) -> None:
-        when = min(due, now + TICK_S) if self._patient else due
+        when = min(due, now + TICK_S) if self._ignores_stalls else due
         if self._timer is not None:
             if self._looks_at <= when:
                 return
@@ -71,7 +71,7 @@ class Alarm:
             return
         now = self._loop.time()
         late_s = now - max(self._looks_at, self._set_at)  # a stall before the limit was set is none of its own
-        if self._patient and late_s > STALL_S:
+        if self._ignores_stalls and late_s > STALL_S:
             self._due += late_s
             if not self._spared:  # once: turns that are always late would put it off for ever
                 self._spared = True

@@ -9,25 +9,27 @@ from typing import Any
 import pytest
 from simulated_time import simulated_time
 
-from serve_app.idle_timeout import Alarm
+from serve_app.idle_timeout import IdleTimeout
 
 EARLY_S = 1e-4
 """The simulated clock moves a little with each iteration of the loop."""
 
 
 class Bell:
-    """An alarm, and when it rang."""
+    """A timeout, and when it was reached."""
 
-    def __init__(self, *, patient: bool = False) -> None:
+    def __init__(self, *, ignores_stalls: bool = False) -> None:
         self.loop: Any = asyncio.get_running_loop()
         self.began = self.loop.time()
         self.rang_s: list[float] = []
         self.timers = 0
-        self.alarm = Alarm(self.loop, lambda: self.rang_s.append(self.loop.time() - self.began), patient=patient)
+        self.timeout = IdleTimeout(
+            self.loop, lambda: self.rang_s.append(self.loop.time() - self.began), ignores_stalls=ignores_stalls
+        )
         call_at = self.loop.call_at
 
         def counted(*arguments: Any, **options: Any) -> Any:
-            self.timers += getattr(arguments[1], "__self__", None) is self.alarm
+            self.timers += getattr(arguments[1], "__self__", None) is self.timeout
             return call_at(*arguments, **options)
 
         self.loop.call_at = counted
@@ -41,31 +43,31 @@ class Bell:
 
 
 @asynccontextmanager
-async def made(*, patient: bool) -> AsyncIterator[Bell]:
+async def made(*, ignores_stalls: bool) -> AsyncIterator[Bell]:
     with simulated_time():
-        bell = Bell(patient=patient)
+        bell = Bell(ignores_stalls=ignores_stalls)
         yield bell
-        bell.alarm.close()
+        bell.timeout.close()
         del bell.loop.call_at
 
 
 @pytest.fixture
 async def bell() -> AsyncIterator[Bell]:
-    async with made(patient=False) as one:
+    async with made(ignores_stalls=False) as one:
         yield one
 
 
 @pytest.fixture
 async def patient() -> AsyncIterator[Bell]:
-    async with made(patient=True) as one:
+    async with made(ignores_stalls=True) as one:
         yield one
 
 
 async def test_a_limit_is_reached_once(bell: Bell) -> None:
-    bell.alarm.set(1.0)
+    bell.timeout.set(1.0)
     await asyncio.sleep(5)
     assert bell.rings(1.0)
-    bell.alarm.set(1.0)
+    bell.timeout.set(1.0)
     await asyncio.sleep(5)
     assert bell.rings(1.0, 6.0)
 
@@ -74,7 +76,7 @@ async def test_a_limit_that_is_put_off_costs_few_timers_and_is_kept_to_the_momen
     last_s = 0.0
     for _ in range(1000):
         last_s = bell.loop.time() - bell.began
-        bell.alarm.set(1.0)
+        bell.timeout.set(1.0)
         await asyncio.sleep(0.01)
     await asyncio.sleep(5)
     assert bell.rings(last_s + 1.0)
@@ -82,33 +84,33 @@ async def test_a_limit_that_is_put_off_costs_few_timers_and_is_kept_to_the_momen
 
 
 async def test_an_earlier_limit_takes_the_place_of_a_later_one(bell: Bell) -> None:
-    bell.alarm.set(5.0)
-    bell.alarm.set(1.0)
+    bell.timeout.set(5.0)
+    bell.timeout.set(1.0)
     await asyncio.sleep(9)
     assert bell.rings(1.0)
 
 
 async def test_no_limit_is_never_reached(bell: Bell) -> None:
-    bell.alarm.set(1.0)
-    bell.alarm.clear()
+    bell.timeout.set(1.0)
+    bell.timeout.clear()
     await asyncio.sleep(0.5)
-    bell.alarm.set(1.0)  # the timer of the first is still there, and goes off before
+    bell.timeout.set(1.0)  # the timer of the first is still there, and goes off before
     await asyncio.sleep(0.9)
     assert bell.rang_s == []
     await asyncio.sleep(0.2)
     assert bell.rings(1.5)
-    bell.alarm.set(1.0)
-    bell.alarm.close()
+    bell.timeout.set(1.0)
+    bell.timeout.close()
     await asyncio.sleep(5)
     assert bell.rings(1.5)
-    bell.alarm.set(1.0)  # it can be used again
+    bell.timeout.set(1.0)  # it can be used again
     await asyncio.sleep(2)
     assert len(bell.rang_s) == 2
 
 
 @pytest.mark.parametrize("stalled_s", [0.6, 1.3, 30.0])
 async def test_after_a_stall_a_patient_one_hears_first_what_came_meanwhile(patient: Bell, stalled_s: float) -> None:
-    patient.alarm.set(1.0)
+    patient.timeout.set(1.0)
     await asyncio.sleep(0.4)
     patient.stands_still(stalled_s)  # it was to look after half a second: 0.1 s of it count
     await asyncio.sleep(5)
@@ -116,30 +118,30 @@ async def test_after_a_stall_a_patient_one_hears_first_what_came_meanwhile(patie
 
 
 async def test_a_limit_that_is_set_after_a_stall_is_as_long_as_any(patient: Bell) -> None:
-    patient.alarm.set(1.0)
+    patient.timeout.set(1.0)
     await asyncio.sleep(0.3)
     patient.stands_still(3.0)
-    patient.alarm.set(1.0)  # what came is read in the turn in which the loop goes on, before it looks at its timers
+    patient.timeout.set(1.0)  # what came is read in the turn in which the loop goes on, before it looks at its timers
     await asyncio.sleep(5)
     assert patient.rings(4.3)
 
 
 async def test_a_stall_just_before_the_limit_leaves_time_to_hear(patient: Bell) -> None:
-    patient.alarm.set(1.0)
+    patient.timeout.set(1.0)
     await asyncio.sleep(0.7)
     patient.stands_still(0.6)
     await asyncio.sleep(0)
     for _ in range(3):
         await asyncio.sleep(0)
     assert patient.rang_s == []
-    patient.alarm.set(1.0)  # the reader's task has had its turn
+    patient.timeout.set(1.0)  # the reader's task has had its turn
     await asyncio.sleep(0.9)
     assert patient.rang_s == []
 
 
 async def test_one_that_judges_nobody_rings_at_once(bell: Bell) -> None:
     """A heartbeat that waits makes others impatient."""
-    bell.alarm.set(1.0)
+    bell.timeout.set(1.0)
     await asyncio.sleep(0.5)
     bell.stands_still(3.2)
     await asyncio.sleep(5)
@@ -148,7 +150,7 @@ async def test_one_that_judges_nobody_rings_at_once(bell: Bell) -> None:
 
 @pytest.mark.parametrize("turn_s", [0.13, 0.6])
 async def test_no_number_of_stalls_puts_a_limit_off_for_ever(patient: Bell, turn_s: float) -> None:
-    patient.alarm.set(1.0)
+    patient.timeout.set(1.0)
     for _ in range(60):
         patient.stands_still(turn_s)
         await asyncio.sleep(0)
@@ -157,10 +159,10 @@ async def test_no_number_of_stalls_puts_a_limit_off_for_ever(patient: Bell, turn
 
 
 async def test_a_limit_that_is_put_off_after_a_stall_is_not_reached(patient: Bell) -> None:
-    patient.alarm.set(1.0)
+    patient.timeout.set(1.0)
     patient.stands_still(3.0)
     await asyncio.sleep(0.01)
-    patient.alarm.set(1.0)  # what had come meanwhile
+    patient.timeout.set(1.0)  # what had come meanwhile
     await asyncio.sleep(0.9)
     assert patient.rang_s == []
     await asyncio.sleep(0.2)
@@ -169,7 +171,7 @@ async def test_a_limit_that_is_put_off_after_a_stall_is_not_reached(patient: Bel
 
 @pytest.mark.parametrize("patient", [False, True])
 @pytest.mark.parametrize(("delay_s", "turn_s"), [(0.1, 0.15), (0.0003, 0.0)])
-def test_on_uvloop_a_late_loop_reaches_the_limit_once(delay_s: float, turn_s: float, patient: bool) -> None:
+def test_on_uvloop_a_late_loop_reaches_the_limit_once(delay_s: float, turn_s: float, ignores_stalls: bool) -> None:
     """There `call_at` returns a handle without a time for what is due already, or in less than half a millisecond."""
     uvloop = pytest.importorskip("uvloop")
 
@@ -187,14 +189,14 @@ def test_on_uvloop_a_late_loop_reaches_the_limit_once(delay_s: float, turn_s: fl
         errors: list[object] = []
         loop.set_exception_handler(lambda _, context: (errors.append(context), over.set()))
         rang_s: list[float] = []
-        alarm = Alarm(loop, lambda: (rang_s.append(loop.time()), over.set()), patient=patient)
-        alarm.set(delay_s)
+        timeout = IdleTimeout(loop, lambda: (rang_s.append(loop.time()), over.set()), ignores_stalls=patient)
+        timeout.set(delay_s)
         set_again_s = loop.time()
-        alarm.set(delay_s)  # finds the timer of the first, whose moment has passed
+        timeout.set(delay_s)  # finds the timer of the first, whose moment has passed
         await over.wait()
         for _ in range(3):
             await asyncio.sleep(0)
-        alarm.close()
+        timeout.close()
         assert errors == []
         return set_again_s, rang_s
 

@@ -20,8 +20,8 @@ from ray import serve
 from serve_app.config import AppConfig
 from serve_app.core import GenerationRequest, LoadStage, ModelCard, Reply
 from serve_app.deployments.dispatch.channel_writer import TokenChannels, send
-from serve_app.deployments.dispatch.liveness import Callers
-from serve_app.deployments.dispatch.poison import SuspectNotes
+from serve_app.deployments.dispatch.liveness import IngressLiveness
+from serve_app.deployments.dispatch.poison import PoisonNotes
 from serve_app.deployments.dispatch.router import CHANNEL_KEY, FINGERPRINT_KEY, NUMERICS_KEY
 from serve_app.deployments.garbage import freeze
 from serve_app.deployments.logs import use_serve_log
@@ -56,7 +56,7 @@ class ModelServer:
             board.report(LoadStage("failed", error=refusal))
             raise ModelError(refusal)
         deployed_at = asyncio.create_task(asyncio.to_thread(board.deployed_at))  # now: who deploys again mends it
-        note_suspect = partial(SuspectNotes(replica.app_name).write, replica.replica_id.unique_id)
+        note_suspect = partial(PoisonNotes(replica.app_name).write, replica.replica_id.unique_id)
         try:
             # In threads: this loop goes on answering Serve, which asks whether the replica lives.
             report = Reporter(board.report)
@@ -71,7 +71,7 @@ class ModelServer:
             raise
         self._fingerprint = card.fingerprint
         board.publish(card)
-        self._callers = Callers()
+        self._ingresses = IngressLiveness()
         self._channels = TokenChannels()
         if (host := await asyncio.to_thread(_channel_host)) is not None:
             await self._channels.listen(host)
@@ -85,10 +85,10 @@ class ModelServer:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Reply, None]:
         """The replies of one attempt; see `generation.replica.ReplicaClient.open`."""
-        with self._callers.waiting(request.ingress_id):
+        with self._ingresses.waiting(request.ingress_id):
             async with (
                 aclosing(self._engine.generate(request)) as replies,
-                aclosing(send(request, replies, self._channels, self._callers.gone)) as by_call,
+                aclosing(send(request, replies, self._channels, self._ingresses.gone)) as by_call,
             ):
                 async for reply in by_call:
                     yield reply

@@ -12,7 +12,7 @@ from collections.abc import Sequence as SequenceOf
 from msgspec.structs import replace
 
 from serve_app.core import Failure, Reply, TokenBatch
-from serve_app.idle_timeout import Alarm
+from serve_app.idle_timeout import IdleTimeout
 
 
 class ReplyStream:
@@ -22,7 +22,7 @@ class ReplyStream:
         self.loop = loop
         self._replies: deque[Reply] = deque()
         self._waiter: asyncio.Future[None] | None = None
-        self._alarm = Alarm(self.loop, self._wake)
+        self._timeout = IdleTimeout(self.loop, self._wake)
 
     def put(self, reply: Reply) -> None:
         self._replies.append(reply)
@@ -32,11 +32,11 @@ class ReplyStream:
         """Everything that has come, as one reply; None when nothing comes in time."""
         if not self._replies:
             self._waiter = self.loop.create_future()
-            self._alarm.set(timeout_s)
+            self._timeout.set(timeout_s)
             try:
                 await self._waiter
             finally:
-                self._alarm.clear()
+                self._timeout.clear()
                 self._waiter = None
             if not self._replies:
                 return None
@@ -44,7 +44,7 @@ class ReplyStream:
         while isinstance(first, TokenBatch) and self._replies and isinstance(self._replies[0], TokenBatch):
             first = _join(first, self._replies.popleft())  # type: ignore[arg-type]
         if isinstance(first, Failure) or first.finish_reason is not None:
-            self._alarm.close()
+            self._timeout.close()
         return first
 
     def _wake(self) -> None:

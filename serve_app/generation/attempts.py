@@ -18,7 +18,7 @@ from serve_app.core import Failure, FailureCode, GenerationRequest, GenerationSt
 from serve_app.generation.attempt_history import AttemptHistory, FailoverSettings
 from serve_app.generation.output_tokens import BatchError, OutputTokens
 from serve_app.generation.replica import ReplicaClient, ReplicaLost
-from serve_app.idle_timeout import Alarm
+from serve_app.idle_timeout import IdleTimeout
 
 logger = logging.getLogger(__name__)
 
@@ -183,11 +183,11 @@ class Generation:
         heard = False
         try:
             async with aclosing(self._client.open(request)) as replies, asyncio.timeout(None) as silence:
-                with closing(Alarm(loop, lambda: silence.reschedule(loop.time()), patient=True)) as alarm:
-                    alarm.set(silence_s)
+                with closing(IdleTimeout(loop, lambda: silence.reschedule(loop.time()), ignores_stalls=True)) as idle:
+                    idle.set(silence_s)
                     async for reply in replies:
                         _raise_if_cancelled()
-                        alarm.set(silence_s)
+                        idle.set(silence_s)
                         if isinstance(reply, Failure):
                             if reply.code is FailureCode.REPLICA_LOST:
                                 raise ReplicaLost(reply.message)

@@ -13,19 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.config import GenerationConfig
-from serve_app.core import GenerationDefaults
+from serve_app.core import SAMPLING_BOUNDS, GenerationDefaults
 from serve_app.models.errors import ModelError
 
 logger = logging.getLogger(__name__)
-
-_BOUNDS = {
-    "temperature": (0.0, 100.0),
-    "top_p": (0.0, 1.0),
-    "top_k": (0.0, 2.0**31 - 1),
-    "min_p": (0.0, 1.0),
-    "repetition_penalty": (0.01, 100.0),
-}
-"""What `SamplingParams` takes: each request without the parameter would fail by a default outside."""
 
 
 def read_generation_defaults(
@@ -67,7 +58,7 @@ def _number(settings: dict[str, Any], name: str, default: float) -> float:
     value = settings.get(name)
     if value is None:
         return default
-    low, high = _BOUNDS[name]
+    low, high = SAMPLING_BOUNDS[name]  # a default outside would fail each request that gives no value
     if low <= float(value) <= high:  # False for NaN, which Python reads from JSON
         return float(value)
     logger.warning(

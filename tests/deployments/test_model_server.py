@@ -16,7 +16,7 @@ from serve_app.config import EngineConfig
 from serve_app.core import SamplingParams
 from serve_app.deployments import model_server
 from serve_app.deployments.dispatch.channel_writer import TokenChannels
-from serve_app.deployments.dispatch.liveness import Callers
+from serve_app.deployments.dispatch.liveness import IngressLiveness
 from serve_app.deployments.model_server import ModelServer
 from serve_app.engine.attention.base import Heads, Span
 from serve_app.engine.attention.sdpa import SdpaAttention
@@ -51,7 +51,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModelServer]:
     monkeypatch.setattr(Gated, "broken", False)
     Gated.leave.set()
     made = object.__new__(ModelServer)
-    made._callers = Callers()
+    made._ingresses = IngressLiveness()
     made._channels = TokenChannels()
     made._engine = Engine(
         tiny_model("llama"),

@@ -67,9 +67,9 @@ class UnrulyModelServer(ModelServer):
         """Ids of requests that it computed from a token on that others had computed before."""
         return self._continued
 
-    async def knows_its_callers(self) -> bool:
+    async def knows_its_ingresses(self) -> bool:
         """Whether it has seen alive all those who wait for it: only of them it notices when they die."""
-        return self._callers._found >= set(self._callers._waiting)
+        return self._ingresses._found >= set(self._ingresses._waiting)
 
     async def where(self) -> tuple[int, int]:
         """Its process, and the requests that it computes."""

@@ -60,7 +60,7 @@ class Attempt:
         return self.request.request_id, self.request.choice
 
 
-class ReplicaTable:
+class ReplicaDirectory:
     """The replicas of one deployment as this process knows them, and its attempts on them.
 
     The router's thread calls `update`, `sent`, `taken`, `died` and `waiting`, the ingress's loop the rest. Each step is
@@ -217,9 +217,9 @@ class ReplicaTable:
         )
 
 
-_tables: dict[tuple[str, str], ReplicaTable] = {}
+_tables: dict[tuple[str, str], ReplicaDirectory] = {}
 
 
-def replica_table(app_name: str, deployment_name: str) -> ReplicaTable:
+def replica_directory(app_name: str, deployment_name: str) -> ReplicaDirectory:
     """This process's table of one deployment. Its routers, one per handle, say the same."""
-    return _tables.setdefault((app_name, deployment_name), ReplicaTable())
+    return _tables.setdefault((app_name, deployment_name), ReplicaDirectory())

@@ -9,19 +9,19 @@ import asyncio
 from collections import deque
 
 from serve_app.core import Reply
-from serve_app.idle_timeout import Alarm
+from serve_app.idle_timeout import IdleTimeout
 
 
 class Inbox:
     """For one attempt, on one event loop, with one reader."""
 
-    __slots__ = ("_alarm", "_failed", "_loop", "_ready", "_waiter", "broken", "by_call")
+    __slots__ = ("_failed", "_loop", "_ready", "_timeout", "_waiter", "broken", "by_call")
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._ready: deque[Reply] = deque()
         self._waiter: asyncio.Future[None] | None = None
-        self._alarm = Alarm(self._loop, self._wake)
+        self._timeout = IdleTimeout(self._loop, self._wake)
         self._failed = False
         self.by_call = False
         """Its replies come by Serve's call, and not through a channel."""
@@ -53,17 +53,17 @@ class Inbox:
         """The next reply; None after `timeout_s` without one, or at once when it is known that none can come."""
         if not (self._ready or self.broken or self._failed):
             self._waiter = self._loop.create_future()
-            self._alarm.set(timeout_s)
+            self._timeout.set(timeout_s)
             try:
                 await self._waiter
             finally:
-                self._alarm.clear()
+                self._timeout.clear()
                 self._waiter = None
         return self._ready.popleft() if self._ready else None
 
     def release(self) -> None:
         """Nobody takes anything any more."""
-        self._alarm.close()
+        self._timeout.close()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -1,8 +1,8 @@
-"""Whether those who wait for a model replica's answers still live.
+"""Whether the ingress processes that wait for a model replica's answers still live.
 
-Serve tells a replica that a caller has cancelled, but nothing when its process was killed: the replica would compute
-its streams to their ends (measured: all of 1,000 tokens), and whoever continues them elsewhere would wait for their
-places. Promises that such work ends within about two seconds (P5). Knows no request.
+Serve tells a replica that a call was cancelled, but nothing when the calling process was killed: the replica would
+compute its streams to their ends (measured: all of 1,000 tokens), and those streams, continued elsewhere, would wait
+for the places. Promises that such work ends within about two seconds (P5). Knows no request.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ logger = logging.getLogger(__name__)
 SERVE_NAMESPACE = "serve"
 """Where Serve's replicas have their names, whatever the namespace of the code in them."""
 SERVE_REPLICA_PREFIX = "SERVE_REPLICA::"
-"""A caller so named is of this cluster: dead if it isn't found. Any other only if it was found before."""
+"""A process with such a name is of this cluster: dead if it isn't found. Any other only if it was found before."""
 PERIOD_S = 0.5
-"""Between two looks at the callers that wait for something: one short call to the GCS for each of them."""
+"""Between two looks at the processes that wait for something: one short call to the GCS for each of them."""
 
 
 def own_name() -> str:
-    """This process as `Callers` knows it; "" outside of a named actor (a script), which nobody watches."""
+    """This process as `IngressLiveness` knows it; "" outside of a named actor (a script), which nobody watches."""
     return str(ray.get_runtime_context().get_actor_name() or "")
 
 
-class Callers:
-    """The callers of one replica, for the callers of its event loop."""
+class IngressLiveness:
+    """The ingress processes that wait for one replica, for the tasks of its event loop."""
 
     def __init__(self) -> None:
         self._waiting: Counter[str] = Counter()
@@ -42,14 +42,14 @@ class Callers:
 
     @contextmanager
     def waiting(self, name: str) -> Iterator[None]:
-        """The caller `name` waits for something as long as the block runs."""
+        """The process `name` waits for something as long as the block runs."""
         if not name:
             yield
             return
         self._waiting[name] += 1
         if self._watching is None or self._watching.done():
             # It belongs to no request, whoever started it.
-            self._watching = asyncio.create_task(self._watch(), name="callers", context=Context())
+            self._watching = asyncio.create_task(self._watch(), name="ingress liveness", context=Context())
         try:
             yield
         finally:
@@ -60,7 +60,7 @@ class Callers:
                 self._gone.discard(name)
 
     def gone(self, name: str) -> bool:
-        """Whether that caller waits no more, since it has died."""
+        """Whether that process waits no more, since it has died."""
         return name in self._gone
 
     async def _watch(self) -> None:

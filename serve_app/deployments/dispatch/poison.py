@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 _NAMESPACE = "serve_app"
 
 
-class SuspectNotes:
+class PoisonNotes:
     """One note per replica that computes a suspect. Each call is one short blocking round trip to the GCS, or two.
 
     Nothing is raised, whatever the store says: without a note a death is held against nobody.

@@ -23,10 +23,10 @@ from serve_app.core import Failure, FailureCode, GenerationRequest, LoadStage, M
 from serve_app.deployments.dispatch.calls import cancel, in_its_own_right
 from serve_app.deployments.dispatch.channel_reader import ChannelReader
 from serve_app.deployments.dispatch.channel_wire import ChannelAddress
-from serve_app.deployments.dispatch.directory import Attempt, replica_table
+from serve_app.deployments.dispatch.directory import Attempt, replica_directory
 from serve_app.deployments.dispatch.inbox import Inbox
 from serve_app.deployments.dispatch.liveness import own_name
-from serve_app.deployments.dispatch.poison import SuspectNotes
+from serve_app.deployments.dispatch.poison import PoisonNotes
 from serve_app.deployments.status.readiness import Readiness
 from serve_app.generation.replica import ReplicaLost
 
@@ -51,8 +51,8 @@ class RayReplicaClient:
     def __init__(self, model_server: DeploymentHandle[Any], readiness: Readiness) -> None:
         self._generate = model_server.options(method_name="generate", stream=True)
         self._readiness = readiness
-        self._table = replica_table(model_server.app_name, model_server.deployment_name)
-        self._suspects = SuspectNotes(model_server.app_name)
+        self._directory = replica_directory(model_server.app_name, model_server.deployment_name)
+        self._poison = PoisonNotes(model_server.app_name)
         self._ingress_id = own_name()
         self._channels = ChannelReader(self._channel_of, self._ingress_id)
         self._reading: set[asyncio.Task[None]] = set()
@@ -72,7 +72,7 @@ class RayReplicaClient:
         """
         self._connect()
         request = replace(request, ingress_id=self._ingress_id, attempt=self._channels.next_number())
-        with self._table.track(request) as attempt, self._channels.inbox(attempt) as inbox:
+        with self._directory.track(request) as attempt, self._channels.inbox(attempt) as inbox:
             response = in_its_own_right(lambda: self._generate.remote(request))
             reading = asyncio.create_task(_read(response, inbox), name=f"attempt {request.attempt}")
             self._reading.add(reading)
@@ -88,12 +88,12 @@ class RayReplicaClient:
                 if not (finished or reading.done()):
                     reading.cancel()
                     cancel(response)
-                    self._table.forget(attempt)  # first: what the router is handed from here on it cancels itself
+                    self._directory.forget(attempt)  # first: what the router is handed from here on it cancels itself
                     if attempt.call is not None:
                         cancel(attempt.call)
                 if request.isolated and attempt.replica is not None:
                     # On a thread, and not awaited: whoever closes this generator may have been cancelled.
-                    forget = partial(self._suspects.forget, attempt.replica, request)
+                    forget = partial(self._poison.forget, attempt.replica, request)
                     asyncio.get_running_loop().run_in_executor(None, forget)
 
     async def _replies(
@@ -112,10 +112,10 @@ class RayReplicaClient:
                     # replica dies then, Serve sends the request to another: what both make is no one text.
                     raise await self._lost("another had begun it", attempt, taken=True)
                 if reply is not None:
-                    self._table.heard(attempt, tokens=isinstance(reply, TokenBatch) and bool(reply.token_ids))
+                    self._directory.heard(attempt, tokens=isinstance(reply, TokenBatch) and bool(reply.token_ids))
                     ended = isinstance(reply, Failure) or reply.finish_reason is not None
                     if isinstance(reply, Failure) and reply.code in _OUT_OF_ORDER:
-                        self._table.out_of_order(attempt)
+                        self._directory.out_of_order(attempt)
                         raise await self._lost(reply.message, attempt, taken=_OUT_OF_ORDER[reply.code])
                     yield reply
                 elif inbox.broken:
@@ -133,13 +133,13 @@ class RayReplicaClient:
                     over = True  # through a channel the last word may come a little later, but not a heartbeat
                 elif attempt.replica is None:
                     yield TokenBatch(first_index=len(attempt.request.output_token_ids))
-                if not ended and self._table.should_leave(attempt):
+                if not ended and self._directory.should_leave(attempt):
                     raise ReplicaLost(f"replica {attempt.replica} is leaving and another goes on", taken=False)
         finally:
             # The last one has nearly come, or not, when an attempt is given up.
             here = attempt.replica
             silent = not ended and (quiet + 1) * HEARTBEAT_S >= SILENCE_S
-            if silent and here is not None and self._table.fell_silent(here, SILENCE_S):
+            if silent and here is not None and self._directory.fell_silent(here, SILENCE_S):
                 self._channels.drop(here)
 
     async def _last_word(self, attempt: Attempt, reading: asyncio.Task[None]) -> Failure:
@@ -159,8 +159,8 @@ class RayReplicaClient:
         if not self._connects:
             self._connects = True
             loop = asyncio.get_running_loop()
-            self._table.subscribe(lambda: loop.call_soon_threadsafe(self._connect))
-        self._channels.connect(self._table.live)
+            self._directory.subscribe(lambda: loop.call_soon_threadsafe(self._connect))
+        self._channels.connect(self._directory.live)
 
     def _read_to_the_end(self, inbox: Inbox, reading: asyncio.Task[None]) -> None:
         self._reading.discard(reading)
@@ -168,7 +168,7 @@ class RayReplicaClient:
             inbox.fail()
 
     def _channel_of(self, replica: str) -> ChannelAddress | None:
-        return ChannelAddress.parse(self._table.channel(replica))
+        return ChannelAddress.parse(self._directory.channel(replica))
 
     async def _lost(self, reason: str, attempt: Attempt, *, taken: bool | None = None) -> ReplicaLost:
         """`taken` unless it was at no replica, if that is not said."""
@@ -176,7 +176,7 @@ class RayReplicaClient:
         implicated = (
             attempt.request.isolated
             and attempt.replica is not None
-            and await asyncio.to_thread(self._suspects.names, attempt.replica, attempt.request)
+            and await asyncio.to_thread(self._poison.names, attempt.replica, attempt.request)
         )
         taken = attempt.replica is not None if taken is None else taken
         return ReplicaLost(f"replica {attempt.replica}: {reason}", taken=taken, implicated=implicated)

@@ -2,7 +2,7 @@
 
 Promises that a request goes to a replica of its own weights that is neither leaving nor silent, if there is one, and
 that it waits for a place without asking for one again and again: Serve's own way is to try, and a full replica's way to
-log each refusal. Serve pickles this module by value, so it can hold no state: that is in `replica_table`. Knows no
+log each refusal. Serve pickles this module by value, so it can hold no state: that is in `replica_directory`. Knows no
 stream.
 """
 
@@ -17,7 +17,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from serve_app.core import Fingerprint, GenerationRequest
 from serve_app.deployments.dispatch.calls import cancel
-from serve_app.deployments.dispatch.directory import ReplicaTable, replica_table
+from serve_app.deployments.dispatch.directory import ReplicaDirectory, replica_directory
 from serve_app.deployments.dispatch.places import Places
 
 FINGERPRINT_KEY = "fingerprint"
@@ -33,7 +33,7 @@ class ModelRouter(RequestRouter):
 
     def initialize_state(self, *, shared: bool = False, **kwargs: Any) -> None:
         """Called by Serve once, before it names any replica. `shared`: other processes may have routers too."""
-        self._table = replica_table(self.app_name, self._deployment_id.name)
+        self._directory = replica_directory(self.app_name, self._deployment_id.name)
         self._places = Places(shared=shared)
 
     @property
@@ -43,7 +43,7 @@ class ModelRouter(RequestRouter):
 
     def create_replica_wrapper(self, replica_info: Any) -> RunningReplica:
         """Called by Serve for each new replica."""
-        return _Replica(replica_info, self._table, self._places)
+        return _Replica(replica_info, self._directory, self._places)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Called by Serve with the replicas that take requests, whenever they change."""
@@ -53,14 +53,14 @@ class ModelRouter(RequestRouter):
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         """Called by Serve when a request or a probe met a dead one, which is before its controller knows."""
         super().on_replica_actor_died(replica_id)
-        self._table.died(replica_id.unique_id)
+        self._directory.died(replica_id.unique_id)
         self._publish()
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Called by Serve when the replica has accepted it: from here on it is not sent anywhere else."""
         self._places.accepted(pending_request.metadata.internal_request_id)
         args = pending_request.args
-        if args and not self._table.taken(args[0], replica_id.unique_id, result):
+        if args and not self._directory.taken(args[0], replica_id.unique_id, result):
             cancel(result)
 
     def on_new_queue_len_info(self, replica_id: ReplicaID, num_ongoing_requests: int) -> None:
@@ -75,7 +75,7 @@ class ModelRouter(RequestRouter):
 
     def _publish(self) -> None:
         replicas = {replica.replica_id.unique_id: replica for replica in self.curr_replicas.values()}
-        self._table.update(
+        self._directory.update(
             {name: _fingerprint(replica) for name, replica in replicas.items()},
             {name: _numerics_id(replica) for name, replica in replicas.items()},
             {name: str(replica.replica_metadata.get(CHANNEL_KEY, "")) for name, replica in replicas.items()},
@@ -94,7 +94,7 @@ class ModelRouter(RequestRouter):
             return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
         pending_request.routing_context.should_backoff = True  # else Serve asks again without a pause
         request = pending_request.args[0] if pending_request.args else None
-        self._table.waiting(request)
+        self._directory.waiting(request)
         begun = isinstance(request, GenerationRequest) and bool(request.output_token_ids)
         key = pending_request.metadata.internal_request_id
         order = (not begun, pending_request.created_at)
@@ -120,8 +120,8 @@ class ModelRouter(RequestRouter):
         if isinstance(request, GenerationRequest):
             fitting = [r for r in fitting if _fingerprint(r) == request.fingerprint] or fitting
             alike = [r for r in fitting if request.numerics_id and _numerics_id(r) == request.numerics_id]
-            fitting = [r for r in alike if not self._table.silent(r.replica_id.unique_id)] or fitting
-        fitting = [r for r in fitting if not self._table.silent(r.replica_id.unique_id)] or fitting
+            fitting = [r for r in alike if not self._directory.silent(r.replica_id.unique_id)] or fitting
+        fitting = [r for r in fitting if not self._directory.silent(r.replica_id.unique_id)] or fitting
         names = [r.replica_id.unique_id for r in fitting if r.replica_id.unique_id in load]
         return min(random.sample(names, min(2, len(names))), key=load.__getitem__, default=None)
 
@@ -129,14 +129,14 @@ class ModelRouter(RequestRouter):
 class _Replica(RunningReplica):
     """Serve's own, and says which request it was given."""
 
-    def __init__(self, replica_info: Any, table: ReplicaTable, places: Places) -> None:
+    def __init__(self, replica_info: Any, table: ReplicaDirectory, places: Places) -> None:
         super().__init__(replica_info)
-        self._table = table
+        self._directory = table
         self._places = places
 
     def try_send_request(self, pr: PendingRequest, with_rejection: bool) -> Any:
         if pr.args:
-            self._table.sent(pr.args[0], self.replica_id.unique_id)
+            self._directory.sent(pr.args[0], self.replica_id.unique_id)
         self._places.sent(pr.metadata.internal_request_id)
         return super().try_send_request(pr, with_rejection)
 

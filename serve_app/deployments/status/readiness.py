@@ -12,7 +12,7 @@ from ray import serve
 from ray.serve.schema import DeploymentStatusOverview
 
 from serve_app.core import LoadStage, ModelCard
-from serve_app.deployments.dispatch.directory import replica_table
+from serve_app.deployments.dispatch.directory import replica_directory
 from serve_app.deployments.status.progress import ProgressBoard
 
 READY_FOR_S = 2.0
@@ -86,7 +86,7 @@ class Readiness:
         self._deployment_name = deployment_name
         self._may_sleep = may_sleep
         self._answer: ModelCard | LoadStage = LoadStage("starting")
-        self._table = replica_table(app_name, deployment_name)
+        self._directory = replica_directory(app_name, deployment_name)
         self._asked_at = float("-inf")
         self._asking: asyncio.Task[ModelCard | LoadStage] | None = None
 
@@ -94,7 +94,7 @@ class Readiness:
         """The card of a model that can serve, or how far it is. Takes milliseconds, whatever the replicas do."""
         age_s = time.monotonic() - self._asked_at
         ready = isinstance(self._answer, ModelCard)
-        known = isinstance(self._answer, ModelCard) and self._answer.fingerprint in self._table.live.values()
+        known = isinstance(self._answer, ModelCard) and self._answer.fingerprint in self._directory.live.values()
         if age_s < (KNOWN_FOR_S if known else READY_FOR_S if ready else LOADING_FOR_S):
             return self._answer
         if self._asking is None or self._asking.done():

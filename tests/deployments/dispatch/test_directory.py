@@ -9,8 +9,8 @@ import pytest
 from fake_model_server import CARD, request
 
 from serve_app.core import Fingerprint
-from serve_app.deployments.dispatch import directory as replica_table
-from serve_app.deployments.dispatch.directory import MOVE_S, MOVING_AT_ONCE, SILENT_FOR_S, Attempt, ReplicaTable
+from serve_app.deployments.dispatch import directory as replica_directory
+from serve_app.deployments.dispatch.directory import MOVE_S, MOVING_AT_ONCE, SILENT_FOR_S, Attempt, ReplicaDirectory
 
 OURS, OTHERS = CARD.fingerprint, Fingerprint("other")
 
@@ -25,7 +25,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(replica_table, "time", clock)
+    monkeypatch.setattr(replica_directory, "time", clock)
     return clock
 
 
@@ -37,13 +37,13 @@ class Call:
 class Changing(dict[str, Fingerprint | None]):
     """What is live, and while somebody looks through it something else is."""
 
-    def __init__(self, table: ReplicaTable, *args: Any) -> None:
+    def __init__(self, table: ReplicaDirectory, *args: Any) -> None:
         super().__init__(*args)
-        self._table = table
+        self._directory = table
 
     def items(self) -> Any:
         for item in list(super().items()):
-            self._table.update({"c": OURS})
+            self._directory.update({"c": OURS})
             yield item
 
     def __iter__(self) -> Iterator[str]:
@@ -52,7 +52,7 @@ class Changing(dict[str, Fingerprint | None]):
 
 
 def test_the_router_may_change_what_is_live_at_any_moment() -> None:
-    table = ReplicaTable()
+    table = ReplicaDirectory()
     table.update(Changing(table, {"b": OURS}))
     assert table.should_leave(at("a"))
 
@@ -78,7 +78,7 @@ def at(replica: str | None, choice: int = 0) -> Attempt:
 def test_it_leaves_a_replica_that_goes_when_another_has_its_weights(
     live: dict[str, Fingerprint | None], leaves: bool
 ) -> None:
-    table = ReplicaTable()
+    table = ReplicaDirectory()
     table.update(live)
     assert table.should_leave(at("a")) is leaves
 
@@ -94,7 +94,7 @@ def test_it_leaves_a_replica_that_goes_when_another_has_its_weights(
     ],
 )
 def test_an_exact_stream_leaves_only_for_one_that_computes_alike(numerics_ids: dict[str, str], leaves: bool) -> None:
-    table = ReplicaTable()
+    table = ReplicaDirectory()
     attempt = at(None)
     with table.track(attempt.request) as tracked:
         table.update(dict.fromkeys(("a", "b"), OURS), numerics_ids)
@@ -108,13 +108,13 @@ def test_an_exact_stream_leaves_only_for_one_that_computes_alike(numerics_ids: d
 
 
 def test_one_that_waits_for_a_place_has_nothing_to_leave() -> None:
-    table = ReplicaTable()
+    table = ReplicaDirectory()
     table.update({"b": OURS})
     assert not table.should_leave(at(None))
 
 
 def test_few_move_at_once_and_each_that_arrives_makes_room(clock: Clock) -> None:
-    table = ReplicaTable()
+    table = ReplicaDirectory()
     table.update({"b": OURS})
     movers = [at("a", choice) for choice in range(MOVING_AT_ONCE + 2)]
     assert [table.should_leave(mover) for mover in movers] == [True] * MOVING_AT_ONCE + [False] * 2
@@ -130,7 +130,7 @@ def test_few_move_at_once_and_each_that_arrives_makes_room(clock: Clock) -> None
 @pytest.mark.parametrize("known_first", [True, False])
 def test_deaths_are_counted_whether_or_not_the_router_looks_for_another_before_it_knows(known_first: bool) -> None:
     """Over gRPC a dead replica is unavailable first, and dead when it is asked again."""
-    table = ReplicaTable()
+    table = ReplicaDirectory()
     wanted = at(None).request
     with table.track(wanted) as attempt:
         for deaths, replica in enumerate(("a", "b"), start=1):
@@ -149,7 +149,7 @@ def test_deaths_are_counted_whether_or_not_the_router_looks_for_another_before_i
 
 
 def test_nobody_moves_to_a_silent_replica_until_it_speaks_or_time_is_over(clock: Clock) -> None:
-    table = ReplicaTable()
+    table = ReplicaDirectory()
     table.update({"b": OURS})
     table.fell_silent("b", 4)
     assert not table.should_leave(at("a"))
@@ -165,7 +165,7 @@ def test_nobody_moves_to_a_silent_replica_until_it_speaks_or_time_is_over(clock:
 
 
 def test_nobody_is_given_to_a_replica_that_is_out_of_order(clock: Clock) -> None:
-    table = ReplicaTable()
+    table = ReplicaDirectory()
     table.update({"b": OURS})
     table.heard(at("b"), tokens=False)
     table.out_of_order(at("b"))
@@ -174,7 +174,7 @@ def test_nobody_is_given_to_a_replica_that_is_out_of_order(clock: Clock) -> None
 
 
 def test_what_a_dead_replica_had_not_taken_waits_for_another() -> None:
-    table = ReplicaTable()
+    table = ReplicaDirectory()
     on_its_way, there, elsewhere = (at(None, choice).request for choice in range(3))
     with table.track(on_its_way) as waits, table.track(there) as lost, table.track(elsewhere) as lives:
         table.sent(on_its_way, "a")
@@ -192,7 +192,7 @@ def test_what_a_dead_replica_had_not_taken_waits_for_another() -> None:
 
 
 def test_an_attempt_is_followed_by_its_very_request_until_it_ends() -> None:
-    table = ReplicaTable()
+    table = ReplicaDirectory()
     wanted, equal = request(), request()
     with table.track(wanted) as attempt:
         table.sent(equal, "x")

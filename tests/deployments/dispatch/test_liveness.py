@@ -6,8 +6,8 @@ import time
 import pytest
 import ray
 
-from serve_app.deployments.dispatch import liveness as callers_module
-from serve_app.deployments.dispatch.liveness import Callers, own_name
+from serve_app.deployments.dispatch import liveness
+from serve_app.deployments.dispatch.liveness import IngressLiveness, own_name
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 
@@ -22,34 +22,39 @@ class Caller:
 
 async def test_a_caller_that_died_is_noticed_and_others_are_not() -> None:
     dying, living = (Caller.options(name=name, namespace="serve").remote() for name in ("dying", "living"))
-    callers = Callers()
+    ingresses = IngressLiveness()
     names = [await dying.name.remote(), await living.name.remote()]
     assert names == ["dying", "living"]
-    with callers.waiting("dying"), callers.waiting("dying"), callers.waiting("living"), callers.waiting("unknown"):
+    with (
+        ingresses.waiting("dying"),
+        ingresses.waiting("dying"),
+        ingresses.waiting("living"),
+        ingresses.waiting("unknown"),
+    ):
         async with asyncio.timeout(20):
-            while callers._found != {"dying", "living"}:  # noqa: ASYNC110 - a look at each, which a kill must follow
+            while ingresses._found != {"dying", "living"}:  # noqa: ASYNC110 - a look at each, which a kill must follow
                 await asyncio.sleep(0.01)
-        assert not callers.gone("dying")
+        assert not ingresses.gone("dying")
         ray.kill(dying)
         killed = time.monotonic()
-        while not callers.gone("dying"):
+        while not ingresses.gone("dying"):
             assert time.monotonic() - killed < 30
             await asyncio.sleep(0.01)
-        assert not callers.gone("living")
-        assert not callers.gone("unknown")
-    assert not callers.gone("dying")  # nobody of that name waits: nothing is remembered
+        assert not ingresses.gone("living")
+        assert not ingresses.gone("unknown")
+    assert not ingresses.gone("dying")  # nobody of that name waits: nothing is remembered
     ray.kill(living)
 
 
 async def test_a_replica_that_died_before_the_first_look_is_noticed() -> None:
     """An ingress may be killed within the half second after it asked for the first time."""
-    callers, name = Callers(), "SERVE_REPLICA::app#Ingress#killed-at-once"
-    with callers.waiting(name):
+    ingresses, name = IngressLiveness(), "SERVE_REPLICA::app#Ingress#killed-at-once"
+    with ingresses.waiting(name):
         async with asyncio.timeout(20):
-            while not callers.gone(name):  # noqa: ASYNC110 - a thread looks
+            while not ingresses.gone(name):  # noqa: ASYNC110 - a thread looks
                 await asyncio.sleep(0.01)
-        assert callers._gone == {name}
-    assert not callers.gone(name)
+        assert ingresses._gone == {name}
+    assert not ingresses.gone(name)
 
 
 async def test_a_look_that_fails_says_nothing_and_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,11 +64,11 @@ async def test_a_look_that_fails_says_nothing_and_is_repeated(monkeypatch: pytes
         looks.append(name)
         raise TimeoutError if len(looks) < 3 else ValueError
 
-    monkeypatch.setattr(callers_module.ray, "get_actor", get_actor)
-    callers, name = Callers(), "SERVE_REPLICA::app#Ingress#cut-off"
-    with callers.waiting(name):
+    monkeypatch.setattr(liveness.ray, "get_actor", get_actor)
+    ingresses, name = IngressLiveness(), "SERVE_REPLICA::app#Ingress#cut-off"
+    with ingresses.waiting(name):
         async with asyncio.timeout(30):
-            while not callers.gone(name):  # noqa: ASYNC110 - a thread looks
+            while not ingresses.gone(name):  # noqa: ASYNC110 - a thread looks
                 await asyncio.sleep(0.01)
     assert len(looks) == 3
 

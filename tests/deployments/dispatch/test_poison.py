@@ -14,8 +14,8 @@ from msgspec.structs import replace
 
 from serve_app.core import GenerationRequest, Reply, TokenBatch
 from serve_app.deployments.dispatch import poison, replica_client
-from serve_app.deployments.dispatch.directory import replica_table
-from serve_app.deployments.dispatch.poison import SuspectNotes
+from serve_app.deployments.dispatch.directory import replica_directory
+from serve_app.deployments.dispatch.poison import PoisonNotes
 from serve_app.deployments.dispatch.replica_client import RayReplicaClient
 from serve_app.generation.replica import ReplicaLost
 
@@ -29,7 +29,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> FakeKeyValueStore:
 
 
 def test_a_note_names_one_attempt_and_goes_with_it(store: FakeKeyValueStore) -> None:
-    notes, another = SuspectNotes(APP), replace(SUSPECT, choice=1)
+    notes, another = PoisonNotes(APP), replace(SUSPECT, choice=1)
     notes.write(REPLICA, SUSPECT)
     assert notes.names(REPLICA, SUSPECT)
     assert not notes.names(REPLICA, another)
@@ -43,7 +43,7 @@ def test_a_note_names_one_attempt_and_goes_with_it(store: FakeKeyValueStore) -> 
 
 
 def test_a_store_that_is_away_blames_nobody(store: FakeKeyValueStore, caplog: pytest.LogCaptureFixture) -> None:
-    notes = SuspectNotes(APP)
+    notes = PoisonNotes(APP)
     notes.write(REPLICA, SUSPECT)
     store.down = True
     notes.write(REPLICA, SUSPECT)
@@ -64,8 +64,8 @@ class ModelServer:
         return self
 
     def remote(self, request: GenerationRequest) -> Any:
-        replica_table(APP, "ModelServer").sent(request, REPLICA)
-        SuspectNotes(APP).write(REPLICA, request)
+        replica_directory(APP, "ModelServer").sent(request, REPLICA)
+        PoisonNotes(APP).write(REPLICA, request)
         return Response(self._then(request))
 
 

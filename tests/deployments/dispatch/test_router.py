@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from ray.serve._private.common import DeploymentID, ReplicaID
 from ray.serve._private.request_router.common import ReplicaQueueLengthCache
 
-from serve_app.deployments.dispatch.directory import ReplicaTable
+from serve_app.deployments.dispatch.directory import ReplicaDirectory
 from serve_app.deployments.dispatch.places import Places
 from serve_app.deployments.dispatch.router import FINGERPRINT_KEY, NUMERICS_KEY, ModelRouter
 
@@ -28,7 +28,7 @@ def replica(name: str, fingerprint: str = OURS, numerics_id: str = "") -> Any:
 def router_of(*replicas: Any) -> ModelRouter:
     """A router without Serve that knows these replicas, of two places each."""
     router = ModelRouter.__new__(ModelRouter)
-    router._table = ReplicaTable()
+    router._table = ReplicaDirectory()
     router._places = Places()
     router._replica_queue_len_cache = ReplicaQueueLengthCache()
     router._replicas = {each.replica_id: each for each in replicas}

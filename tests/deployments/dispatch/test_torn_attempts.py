@@ -14,7 +14,7 @@ from simulated_time import simulated_time
 from serve_app.core import Failure, FinishReason, GenerationRequest, Reply, TokenBatch
 from serve_app.deployments.dispatch import directory as replica_module
 from serve_app.deployments.dispatch import replica_client
-from serve_app.deployments.dispatch.directory import ReplicaTable, replica_table
+from serve_app.deployments.dispatch.directory import ReplicaDirectory, replica_directory
 from serve_app.deployments.dispatch.replica_client import RayReplicaClient
 from serve_app.generation.attempts import Generation
 from serve_app.generation.replica import ReplicaLost
@@ -39,7 +39,7 @@ class Replica:
         return self
 
     def remote(self, request: GenerationRequest) -> Replica:
-        replica_table(APP, "ModelServer").sent(request, "replica-1")
+        replica_directory(APP, "ModelServer").sent(request, "replica-1")
         self.attempt, self.request = request.attempt, request
         self.opened.set()
         return self
@@ -75,7 +75,7 @@ FIRST, SECOND = TokenBatch(0, (100,)), TokenBatch(1, (101,))
 LAST = TokenBatch(2, (102,), finish_reason=FinishReason.LENGTH)
 AT_ONCE_S = 0.5
 """Less than a heartbeat, and than the silence that a generation waits for."""
-Events = Callable[[RayReplicaClient, Replica, ReplicaTable], None]
+Events = Callable[[RayReplicaClient, Replica, ReplicaDirectory], None]
 
 
 async def attempted(replica: Replica, events: Events, within_s: float = AT_ONCE_S) -> list[Reply]:
@@ -88,7 +88,7 @@ async def attempted(replica: Replica, events: Events, within_s: float = AT_ONCE_
     with simulated_time():
         reading = asyncio.create_task(read())
         await replica.opened.wait()
-        events(client, replica, replica_table(APP, "ModelServer"))
+        events(client, replica, replica_directory(APP, "ModelServer"))
         async with asyncio.timeout(within_s):
             return await reading
 
@@ -101,7 +101,7 @@ def _nobody(monkeypatch: pytest.MonkeyPatch) -> None:
 def by_channel(*replies: Reply) -> Events:
     """These come through a channel; then the call goes on."""
 
-    def events(client: RayReplicaClient, replica: Replica, table: ReplicaTable) -> None:
+    def events(client: RayReplicaClient, replica: Replica, table: ReplicaDirectory) -> None:
         client._channels.received("replica-1", [(replica.attempt, reply) for reply in replies])
         replica.goes_on.set()
 
@@ -121,7 +121,7 @@ async def test_all_of_an_attempt_comes_through_a_channel_and_its_call_ends_by_it
 
 
 async def test_the_last_word_may_come_after_the_end_of_the_call() -> None:
-    def events(client: RayReplicaClient, replica: Replica, table: ReplicaTable) -> None:
+    def events(client: RayReplicaClient, replica: Replica, table: ReplicaDirectory) -> None:
         by_channel(FIRST)(client, replica, table)
         loop = asyncio.get_running_loop()
         loop.call_later(
@@ -138,7 +138,7 @@ async def test_an_end_without_a_last_word_is_a_loss(ways: Events) -> None:
 
 
 async def test_what_comes_by_the_call_is_not_lost_with_the_channel() -> None:
-    def events(client: RayReplicaClient, replica: Replica, table: ReplicaTable) -> None:
+    def events(client: RayReplicaClient, replica: Replica, table: ReplicaDirectory) -> None:
         replica.goes_on.set()
         broke = client._channels.broke
         asyncio.get_running_loop().call_later(0.1, broke, "replica-1", object())
@@ -160,7 +160,7 @@ async def test_what_one_began_is_not_joined_to_what_another_makes(at_another: st
     Or its connection broke, and it is sent there again.
     """
 
-    def events(client: RayReplicaClient, replica: Replica, table: ReplicaTable) -> None:
+    def events(client: RayReplicaClient, replica: Replica, table: ReplicaDirectory) -> None:
         client._channels.received("replica-1", [(replica.attempt, FIRST)])
         table.died("replica-1")
         if at_another:
@@ -174,7 +174,7 @@ async def test_what_one_began_is_not_joined_to_what_another_makes(at_another: st
 
 
 async def test_one_that_serve_sent_on_is_not_lost_with_the_first_channel() -> None:
-    def events(client: RayReplicaClient, replica: Replica, table: ReplicaTable) -> None:
+    def events(client: RayReplicaClient, replica: Replica, table: ReplicaDirectory) -> None:
         client._channels.broke("replica-1", object())  # type: ignore[arg-type]
         table.died("replica-1")
         table.sent(replica.request, "replica-2")
@@ -190,7 +190,7 @@ async def test_one_that_serve_sent_on_is_not_lost_with_the_first_channel() -> No
 async def test_each_channel_that_breaks_is_told(breaks: tuple[str, ...]) -> None:
     """Also where several do in one turn, as when the ingress stood still."""
 
-    def events(client: RayReplicaClient, replica: Replica, table: ReplicaTable) -> None:
+    def events(client: RayReplicaClient, replica: Replica, table: ReplicaDirectory) -> None:
         client._channels.received("replica-1", [(replica.attempt, FIRST)])
         for each in breaks:
             client._channels.broke(each, object())  # type: ignore[arg-type]
@@ -202,7 +202,7 @@ async def test_each_channel_that_breaks_is_told(breaks: tuple[str, ...]) -> None
 async def test_one_that_waits_for_the_successor_of_the_last_replica_says_that_it_lives() -> None:
     """Serve looks for no replica while there is none, and names none as waiting."""
 
-    def events(client: RayReplicaClient, replica: Replica, table: ReplicaTable) -> None:
+    def events(client: RayReplicaClient, replica: Replica, table: ReplicaDirectory) -> None:
         table.died("replica-1")
         asyncio.get_running_loop().call_later(60, replica.goes_on.set)
 
@@ -213,7 +213,7 @@ async def test_one_that_waits_for_the_successor_of_the_last_replica_says_that_it
 
 
 async def test_one_whose_replicas_die_before_they_are_known_to_have_it_is_not_sent_on_for_ever() -> None:
-    def events(client: RayReplicaClient, replica: Replica, table: ReplicaTable) -> None:
+    def events(client: RayReplicaClient, replica: Replica, table: ReplicaDirectory) -> None:
         for dies in ("replica-1", "replica-2"):
             table.sent(replica.request, dies)
             table.died(dies)
@@ -226,7 +226,7 @@ async def test_one_whose_replicas_die_before_they_are_known_to_have_it_is_not_se
 
 async def test_a_call_that_is_assigned_while_it_is_given_up_is_cancelled() -> None:
     """Serve's own cancel misses what it has assigned and not looked at yet."""
-    replica, table, calls = Replica(), replica_table(APP, "ModelServer"), [Cancelled(), Cancelled()]
+    replica, table, calls = Replica(), replica_directory(APP, "ModelServer"), [Cancelled(), Cancelled()]
     client = RayReplicaClient(replica, Doubtless())  # type: ignore[arg-type]
     for taken_before in (True, False):
         replies = client.open(generation_request())
@@ -264,7 +264,7 @@ class Silence:
         monkeypatch.setattr(replica_module, "_tables", {})
         self.replica = Replica()
         self.client = RayReplicaClient(self.replica, Doubtless())  # type: ignore[arg-type]
-        self.table = replica_table(APP, "ModelServer")
+        self.table = replica_directory(APP, "ModelServer")
         self.channel = Channel(self.client)
 
     async def begin(self, **changes: Any) -> tuple[Generation, int]:

@@ -15,7 +15,7 @@ from ray.serve.request_router import RunningReplica
 
 from serve_app.config import AppConfig
 from serve_app.core import TokenBatch
-from serve_app.deployments.dispatch.directory import ReplicaTable
+from serve_app.deployments.dispatch.directory import ReplicaDirectory
 from serve_app.deployments.dispatch.replica_client import RayReplicaClient
 from serve_app.deployments.status.progress import ProgressBoard
 from serve_app.deployments.status.readiness import Readiness
@@ -44,8 +44,8 @@ async def test_waiting_for_a_place_sends_nothing_and_is_no_silence(
     deployed: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: Counter[str] = Counter()
-    count_calls(calls, monkeypatch, ReplicaTable, "sent")
-    count_calls(calls, monkeypatch, ReplicaTable, "track")
+    count_calls(calls, monkeypatch, ReplicaDirectory, "sent")
+    count_calls(calls, monkeypatch, ReplicaDirectory, "track")
     count_calls(calls, monkeypatch, RunningReplica, "get_queue_len")
     deployment = serve.deployment(FakeModelServer).options(
         name="ModelServer",

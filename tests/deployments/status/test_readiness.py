@@ -11,7 +11,7 @@ from ray.serve.schema import DeploymentStatusOverview
 
 from serve_app.config import AppConfig
 from serve_app.core import Fingerprint, LoadStage, ModelCard
-from serve_app.deployments.dispatch.directory import replica_table
+from serve_app.deployments.dispatch.directory import replica_directory
 from serve_app.deployments.status.progress import ProgressBoard
 from serve_app.deployments.status.readiness import Readiness, judge
 
@@ -114,7 +114,7 @@ class Looking(Readiness):
 
 
 async def test_while_the_router_knows_replicas_nobody_is_asked() -> None:
-    table = replica_table("an app", "ModelServer")
+    table = replica_directory("an app", "ModelServer")
     readiness = Looking(CARD)
     assert await readiness.model() == CARD
     table.update({"a replica": CARD.fingerprint})
