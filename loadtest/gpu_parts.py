@@ -59,8 +59,8 @@ def kernels(device: str) -> None:
 
     from serve_app.engine.attention.base import Heads
     from serve_app.engine.attention.check import check_attention
-    from serve_app.engine.attention.triton import TritonAttention
     from serve_app.engine.attention.varlen import VarlenAttention
+    from serve_app.engine.cuda.attention import TritonAttention
     from serve_app.engine.kv_cache import LayerShape
 
     on = torch.device(device, 0) if device == "cuda" else torch.device(device)

@@ -120,7 +120,7 @@ def parts_of(device: str, source: str | None, python: str = sys.executable) -> l
 
     tests = ["tests/engine/test_kernels.py", "tests/engine/test_cuda.py", "tests/models/test_load_cuda.py"]
     if device == "cpu":
-        tests = ["tests/engine/attention/test_triton.py"]
+        tests = ["tests/engine/cuda/test_attention.py"]
     kinds = ("bnb-int8", "bnb-nf4")
     quality = (python, "-m", "loadtest.quality", "--source", source or "", "--device", device, "--kinds", *kinds)
     quality += ("--rounds", "1")

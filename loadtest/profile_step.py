@@ -24,9 +24,9 @@ from msgspec.structs import replace
 from serve_app.config import EngineConfig, ModelConfig
 from serve_app.core import Failure, Fingerprint, GenerationRequest, SamplingParams
 from serve_app.engine.cpu.layer import FusedLayer
-from serve_app.engine.cpu.memory import ask_for_huge_pages
 from serve_app.engine.cpu.stack import FusedStack
 from serve_app.engine.engine import Engine
+from serve_app.engine.host_memory import ask_for_huge_pages
 from serve_app.models.cache import cache_directory
 from serve_app.models.loader import LoadedModel, load
 from serve_app.models.source import resolve

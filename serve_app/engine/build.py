@@ -16,24 +16,24 @@ from serve_app.config import GPU_MEMORY_FRACTION, EngineConfig
 from serve_app.core import LoadStage
 from serve_app.engine.attention.base import AttentionBackend, TabledAttention
 from serve_app.engine.attention.check import check_attention
-from serve_app.engine.attention.cpu import CpuAttention
 from serve_app.engine.attention.plain import PlainAttention
 from serve_app.engine.attention.sdpa import SdpaAttention
-from serve_app.engine.attention.triton import TritonAttention
 from serve_app.engine.attention.varlen import VarlenAttention
+from serve_app.engine.cpu.attention import CpuAttention
 from serve_app.engine.cpu.fusion import fuse_modules
 from serve_app.engine.cpu.library import Kernels, load_kernels
 from serve_app.engine.cpu.linear import pack_linears
-from serve_app.engine.cpu.memory import page_out_mapped_weights
 from serve_app.engine.cpu.widen import HALVES, widen
-from serve_app.engine.cuda.build import graph_bytes, record_graphs
+from serve_app.engine.cuda.attention import TritonAttention
 from serve_app.engine.errors import EngineError, UnsupportedModelError
+from serve_app.engine.host_memory import page_out_mapped_weights
 from serve_app.engine.kernel_trial import Trial, try_apart
 from serve_app.engine.kv_cache import KVCache
 from serve_app.engine.load_check import check_exact, check_model, measure_row_cost
 from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.numerics import numerics_id
 from serve_app.engine.prompt_lookup import ROW_COST
+from serve_app.engine.recording import graph_bytes, record_graphs
 from serve_app.engine.sampling import scratch_bytes
 from serve_app.memory import available_memory_bytes
 

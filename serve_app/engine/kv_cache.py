@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from serve_app.engine.cpu.memory import ask_for_huge_pages
+from serve_app.engine.host_memory import ask_for_huge_pages
 
 _FREE_EXTENT = re.compile(rb"\x00+")
 

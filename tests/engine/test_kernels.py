@@ -9,12 +9,12 @@ import pytest
 import torch
 from triton_interpreter import teach_bfloat16
 
-from serve_app.engine.attention import triton
 from serve_app.engine.attention.base import AttentionBackend, Heads, Span, contiguous_runs
 from serve_app.engine.attention.check import LONG_TOKENS, check_attention
 from serve_app.engine.attention.plain import PlainAttention
 from serve_app.engine.attention.sdpa import SdpaAttention
-from serve_app.engine.attention.triton import TritonAttention
+from serve_app.engine.cuda import attention as triton_attention
+from serve_app.engine.cuda.attention import TritonAttention
 from serve_app.engine.kv_cache import LayerShape
 
 ON_GPU = torch.cuda.is_available()
@@ -32,7 +32,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="needs Triton, which is there for Linux")
     if not ON_GPU:
         teach_bfloat16(monkeypatch)
-        monkeypatch.setattr(triton, "_PROGRAMS", 8)
+        monkeypatch.setattr(triton_attention, "_PROGRAMS", 8)
 
 
 def complaint(backend: AttentionBackend, dtype: torch.dtype, shape: Sequence[int], heads: Heads) -> str | None:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from serve_app.engine.attention.base import ATTENTION_NAME, STEP_KEYWORD, Heads, PagedStep, Span, register
-from serve_app.engine.attention.cpu import CpuAttention
+from serve_app.engine.cpu.attention import CpuAttention
 from serve_app.engine.cpu.forwards import FusedAttention, FusedGatedMLP, FusedNorm
 from serve_app.engine.cpu.layer import FusedLayer, StepPlans
 from serve_app.engine.cpu.library import Kernels

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from serve_app.engine.attention.base import STEP_KEYWORD, AttentionStep, PagedStep
-from serve_app.engine.attention.cpu import CpuAttention
+from serve_app.engine.cpu.attention import CpuAttention
 from serve_app.engine.cpu.forwards import FusedAttention, FusedGatedMLP, FusedNorm, paged_step
 from serve_app.engine.cpu.library import Kernels, LayerPlan, NormPlan, StepPlan
 from serve_app.engine.kv_cache import LayerShape

@@ -15,8 +15,8 @@ from serve_app.engine.attention.base import AttentionBackend, Heads, Span, conti
 from serve_app.engine.attention.check import check_attention
 from serve_app.engine.attention.plain import PlainAttention
 from serve_app.engine.attention.sdpa import SdpaAttention
-from serve_app.engine.attention.triton import TritonAttention
 from serve_app.engine.attention.varlen import PAGED, VarlenAttention
+from serve_app.engine.cuda.attention import TritonAttention
 from serve_app.engine.kv_cache import LayerShape
 
 LAYER = LayerShape(2, 16, 16, torch.float32, torch.device("cpu"))

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from serve_app.engine.attention.base import STEP_KEYWORD, Heads, PagedStep, Span
-from serve_app.engine.attention.cpu import CpuAttention
+from serve_app.engine.cpu.attention import CpuAttention
 from serve_app.engine.cpu.forwards import FusedAttention, FusedGatedMLP, FusedNorm, paged_step
 from serve_app.engine.cpu.fusion import fuse_modules
 from serve_app.engine.cpu.layer import FusedLayer

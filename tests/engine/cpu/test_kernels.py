@@ -29,7 +29,7 @@ from serve_app.config import EngineConfig
 from serve_app.core import GenerationRequest, SamplingParams, TokenBatch
 from serve_app.engine.attention.base import Heads
 from serve_app.engine.attention.check import check_attention
-from serve_app.engine.attention.cpu import CpuAttention
+from serve_app.engine.cpu.attention import CpuAttention
 from serve_app.engine.cpu.library import Kernels, load_kernels
 from serve_app.engine.cpu.linear import PackedLinear, pack_linears
 from serve_app.engine.engine import Engine

@@ -26,7 +26,7 @@ MakeEngine = Callable[..., Engine]
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     """Records where an engine would capture CUDA graphs."""
     recorder = Recorder()
-    monkeypatch.setattr("serve_app.engine.cuda.build.CudaCapture", lambda device: recorder)
+    monkeypatch.setattr("serve_app.engine.recording.CudaCapture", lambda device: recorder)
     return recorder
 
 

@@ -16,11 +16,11 @@ from tiny_models import CONTEXT, VOCAB, tiny_model
 
 from serve_app.config import EngineConfig
 from serve_app.engine.attention.base import Heads, Span
-from serve_app.engine.cuda.build import record_graphs
 from serve_app.engine.cuda.graphs import StepShape, step_shapes
 from serve_app.engine.inputs import StepInputs
 from serve_app.engine.kv_cache import KVCache
 from serve_app.engine.model_runner import ModelRunner
+from serve_app.engine.recording import record_graphs
 
 PAGES = 64
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from serve_app.engine.cpu.library import Kernels
 from serve_app.engine.cpu.linear import pack_linears
-from serve_app.engine.cpu.memory import ask_for_huge_pages, page_out_mapped_weights
+from serve_app.engine.host_memory import ask_for_huge_pages, page_out_mapped_weights
 from serve_app.engine.kv_cache import KVCache, LayerShape
 
 

@@ -9,9 +9,9 @@ import torch
 from fake_cuda import FakeCuda, FakeKernel
 from torch._subclasses import FakeTensorMode
 
-from serve_app.engine.attention import triton
 from serve_app.engine.attention.base import Heads, Span
-from serve_app.engine.attention.triton import TritonAttention, TritonStep
+from serve_app.engine.cuda import attention as triton_attention
+from serve_app.engine.cuda.attention import TritonAttention, TritonStep
 from serve_app.engine.kv_cache import LayerShape
 
 
@@ -70,11 +70,11 @@ def test_long_contexts_are_split_until_the_device_is_full() -> None:
 
 def test_it_refuses_what_it_can_not_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    monkeypatch.setattr(triton, "kernels", SimpleNamespace())
+    monkeypatch.setattr(triton_attention, "kernels", SimpleNamespace())
     assert TritonAttention.refusal(LayerShape(2, 96, 80, torch.bfloat16, cuda), Heads(0.1, 64, 5.0)) is None
     assert "CUDA" in (TritonAttention.refusal(LayerShape(2, 64, 64, torch.float32, cpu), Heads(0.1)) or "")
     assert "float64" in (TritonAttention.refusal(LayerShape(2, 64, 64, torch.float64, cuda), Heads(0.1)) or "")
-    monkeypatch.setattr(triton, "kernels", None)
+    monkeypatch.setattr(triton_attention, "kernels", None)
     assert "not installed" in (TritonAttention.refusal(LayerShape(2, 64, 64, torch.float32, cuda), Heads(0.1)) or "")
 
 
@@ -84,7 +84,9 @@ def test_kernels_are_launched_on_the_device_of_the_layer(monkeypatch: pytest.Mon
     cuda = FakeCuda()
     cuda.install(monkeypatch)
     names = ("store", "attend", "combine")
-    monkeypatch.setattr(triton, "kernels", SimpleNamespace(**{name: FakeKernel(cuda, name) for name in names}))
+    monkeypatch.setattr(
+        triton_attention, "kernels", SimpleNamespace(**{name: FakeKernel(cuda, name) for name in names})
+    )
     with FakeTensorMode():
         keys, query, key = (torch.empty(*shape, 64, device=f"cuda:{index}") for shape in ((4, 32, 2), (1, 4), (1, 2)))
         slots, pages, blocks = (torch.empty(size, dtype=torch.int64, device=keys.device) for size in (1, 9, (1, 4)))
