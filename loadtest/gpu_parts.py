@@ -57,7 +57,7 @@ def kernels(device: str) -> None:
     _without_transformers()
     import torch
 
-    from serve_app.engine.attention.base import Heads
+    from serve_app.engine.attention.base import AttentionParams
     from serve_app.engine.attention.check import check_attention
     from serve_app.engine.attention.varlen import VarlenAttention
     from serve_app.engine.cuda.attention import TritonAttention
@@ -77,14 +77,14 @@ def kernels(device: str) -> None:
     for number, backend in enumerate(backends):
         for *kv, query_heads in shapes:
             for dtype in dtypes:
-                for heads in (Heads(0.1), Heads(0.1, 4096), Heads(0.1, None, 50.0)):
+                for params in (AttentionParams(0.1), AttentionParams(0.1, 4096), AttentionParams(0.1, None, 50.0)):
                     layer = LayerShape(*kv, dtype, on)
-                    if device == "cuda" and backend.refusal(layer, heads) is not None:
+                    if device == "cuda" and backend.refusal(layer, params) is not None:
                         continue
                     tried += 1
-                    complaint = check_attention(backend, layer, query_heads, heads, **size)
+                    complaint = check_attention(backend, layer, query_heads, params, **size)
                     if complaint is not None:
-                        name = f"{backend.name} {number}, {kv}, {query_heads} heads, {dtype}, {heads}"
+                        name = f"{backend.name} {number}, {kv}, {query_heads} heads, {dtype}, {params}"
                         wrong[name] = complaint
                         print(f"{name}: {complaint}", flush=True)
     tell(tried=tried, wrong=wrong)

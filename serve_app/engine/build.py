@@ -212,7 +212,7 @@ def _candidates(config: EngineConfig, kernels: Kernels | None) -> Backends:
 
 def _refused(backend: AttentionBackend, runner: ModelRunner) -> str | None:
     for layer in runner.layers.values():
-        if (reason := backend.refusal(layer.shape, layer.heads)) is not None:
+        if (reason := backend.refusal(layer.shape, layer.params)) is not None:
             return reason
     return None
 
@@ -226,7 +226,7 @@ def _fails(backend: AttentionBackend, runner: ModelRunner, page_tokens: int, tri
         if complaint is not None:
             return complaint
     for layer in layers:
-        complaint = check_attention(backend, layer.shape, layer.query_heads, layer.heads, page_tokens)
+        complaint = check_attention(backend, layer.shape, layer.query_heads, layer.params, page_tokens)
         if complaint is not None:
             return complaint
     return None

@@ -120,7 +120,7 @@ def run(trial: Trial) -> str | None:
         torch.empty(_ROOM_BYTES, dtype=torch.uint8, device=device)[:1].zero_().item()
     _tell(_BEGUN)
     for layer in trial.layers:
-        complaint = check_attention(trial.backend, layer.shape, layer.query_heads, layer.heads, trial.page_tokens)
+        complaint = check_attention(trial.backend, layer.shape, layer.query_heads, layer.params, trial.page_tokens)
         if complaint is not None:
             return complaint
     return None

@@ -21,8 +21,8 @@ from serve_app.engine.attention.base import (
     ATTENTION_NAME,
     STEP_KEYWORD,
     AttentionBackend,
+    AttentionParams,
     AttentionStep,
-    Heads,
     PagedStep,
     Span,
     contiguous_runs,
@@ -48,7 +48,7 @@ class AttentionLayer:
 
     shape: LayerShape
     query_heads: int
-    heads: Heads
+    params: AttentionParams
 
 
 @dataclass(slots=True)
@@ -58,18 +58,18 @@ class _Probe:
     layers: dict[int, AttentionLayer] = field(default_factory=dict)
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: Heads
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
     ) -> torch.Tensor:
         if layer in self.layers:
             raise UnsupportedModelError(f"attention layer {layer} is computed twice in one pass")
         shape = LayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device)
-        self.layers[layer] = AttentionLayer(shape, query.shape[1], heads)
+        self.layers[layer] = AttentionLayer(shape, query.shape[1], params)
         queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         blocks = []
         for first in range(0, len(queries), _PROBED_QUERIES):
             end = min(first + _PROBED_QUERIES, len(queries))
-            mask = visible(Span(first, end - first, end, (), ()), heads.sliding_window, query.device)
-            blocks.append(plain_attention(queries[first:end], keys[:end], values[:end], mask, heads))
+            mask = visible(Span(first, end - first, end, (), ()), params.sliding_window, query.device)
+            blocks.append(plain_attention(queries[first:end], keys[:end], values[:end], mask, params))
         return torch.cat(blocks)[None]
 
 
@@ -278,6 +278,6 @@ def _masked_window(config: Any, layers: Mapping[int, AttentionLayer]) -> int | N
     else:
         # A field of its class is one that the model's code knows; others may be left over from another model's config.
         used = window and hasattr(type(config), "sliding_window") and getattr(config, "use_sliding_window", True)
-        handed = any(layer.heads.sliding_window is not None for layer in layers.values())
+        handed = any(layer.params.sliding_window is not None for layer in layers.values())
         windowed = set(layers) if used and not handed else set()
-    return next((i for i in sorted(windowed & set(layers)) if layers[i].heads.sliding_window is None), None)
+    return next((i for i in sorted(windowed & set(layers)) if layers[i].params.sliding_window is None), None)

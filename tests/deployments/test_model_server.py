@@ -18,7 +18,7 @@ from serve_app.deployments import model_server
 from serve_app.deployments.dispatch.channel_writer import TokenChannels
 from serve_app.deployments.dispatch.liveness import IngressLiveness
 from serve_app.deployments.model_server import ModelServer
-from serve_app.engine.attention.base import Heads, Span
+from serve_app.engine.attention.base import AttentionParams, Span
 from serve_app.engine.attention.sdpa import SdpaAttention
 from serve_app.engine.engine import Engine
 from serve_app.observability.metrics import ACCEPTED_TOKENS, DRAFTED_TOKENS, MemoryMetrics
@@ -36,13 +36,13 @@ class Gated(SdpaAttention):
         keys: torch.Tensor,
         values: torch.Tensor,
         spans: Sequence[Span],
-        heads: Heads,
+        params: AttentionParams,
         prepared: Any,
     ) -> torch.Tensor:
         assert Gated.leave.wait(60), "nobody has opened the gate"
         if Gated.broken:
             raise RuntimeError("the device is gone")
-        return super().attend(query, keys, values, spans, heads, prepared)
+        return super().attend(query, keys, values, spans, params, prepared)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 
 from serve_app.config import AppConfig, EngineConfig, ReplicasConfig
 from serve_app.engine import build
-from serve_app.engine.attention.base import Heads
+from serve_app.engine.attention.base import AttentionParams
 from serve_app.engine.attention.plain import PlainAttention
 from serve_app.engine.attention.sdpa import SdpaAttention
 from serve_app.engine.engine import Engine
@@ -75,7 +75,7 @@ def test_no_gpu_is_given_more_of_the_cache_than_its_share(
         for index, device in enumerate([0] * layers[0] + [1] * layers[1])
     ]
     runner: Any = SimpleNamespace(
-        layers={index: AttentionLayer(shape, 32, Heads(0.1)) for index, shape in enumerate(shapes)},
+        layers={index: AttentionLayer(shape, 32, AttentionParams(0.1)) for index, shape in enumerate(shapes)},
         peak_bytes=lambda tokens: 0,
         vocab_size=0,
     )
@@ -96,7 +96,7 @@ def test_replicas_that_share_a_gpu_each_get_their_part(monkeypatch: pytest.Monke
     """Of 80 GiB: each has 10 GiB of weights, and the first one's share is taken when the second one starts."""
     shape = LayerShape(8, 128, 128, torch.bfloat16, torch.device("cuda", 0))
     runner: Any = SimpleNamespace(
-        layers={0: AttentionLayer(shape, 32, Heads(0.1))}, peak_bytes=lambda tokens: 0, vocab_size=0
+        layers={0: AttentionLayer(shape, 32, AttentionParams(0.1))}, peak_bytes=lambda tokens: 0, vocab_size=0
     )
     half = AppConfig(model_server=ReplicasConfig(num_gpus=0.5)).gpu_memory_fraction
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
@@ -120,7 +120,7 @@ def test_the_default_share_of_a_gpu_is_that_of_what_is_taken_of_it() -> None:
 def test_the_fullest_gpu_may_have_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = [LayerShape(8, 128, 128, torch.bfloat16, torch.device("cuda", device)) for device in (0, 1)]
     runner: Any = SimpleNamespace(
-        layers={index: AttentionLayer(shape, 32, Heads(0.1)) for index, shape in enumerate(shapes)},
+        layers={index: AttentionLayer(shape, 32, AttentionParams(0.1)) for index, shape in enumerate(shapes)},
         peak_bytes=lambda tokens: 0,
         vocab_size=0,
     )

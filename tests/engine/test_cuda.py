@@ -13,7 +13,7 @@ import torch
 from tiny_models import prompts_of, request_for, tiny_model, tokens_of
 
 from serve_app.core import SamplingParams
-from serve_app.engine.attention.base import Heads
+from serve_app.engine.attention.base import AttentionParams
 from serve_app.engine.attention.check import check_attention
 from serve_app.engine.attention.varlen import PAGED, VarlenAttention
 from serve_app.engine.engine import Engine
@@ -43,9 +43,9 @@ def graphs_of(engine: Engine) -> list[int]:
 def test_the_varlen_kernel_is_right(dtype: torch.dtype, shape: tuple[int, int, int], window: int | None) -> None:
     kv_heads, dim, query_heads = shape
     layer = LayerShape(kv_heads, dim, dim, dtype, torch.device("cuda", 0))
-    heads = Heads(dim**-0.5, window)
-    assert VarlenAttention.refusal(layer, heads) is None
-    assert check_attention(VarlenAttention(), layer, query_heads, heads) is None
+    params = AttentionParams(dim**-0.5, window)
+    assert VarlenAttention.refusal(layer, params) is None
+    assert check_attention(VarlenAttention(), layer, query_heads, params) is None
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "gemma2", "gemma3", "gpt2"])

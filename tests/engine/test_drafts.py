@@ -35,7 +35,7 @@ from serve_app.core import (
     TokenBatch,
     TokenLogprobs,
 )
-from serve_app.engine.attention.base import Heads, Span
+from serve_app.engine.attention.base import AttentionParams, Span
 from serve_app.engine.attention.sdpa import SdpaAttention
 from serve_app.engine.cpu.library import Kernels
 from serve_app.engine.engine import Engine
@@ -213,10 +213,10 @@ class NotANumber(SdpaAttention):
     guesses_only = False
 
     def attend(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spans: Sequence[Span], heads: Heads,
-        prepared: Any,
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spans: Sequence[Span],
+        params: AttentionParams, prepared: Any,
     ) -> torch.Tensor:  # fmt: skip
-        output = super().attend(query, keys, values, spans, heads, prepared)
+        output = super().attend(query, keys, values, spans, params, prepared)
         for span in spans:
             if 60 <= span.kv_len <= 100 and (span.query_len > 1 or not self.guesses_only):
                 output[span.query_start : span.query_start + span.query_len] = float("nan")

@@ -44,7 +44,7 @@ from serve_app.core import (
     SamplingParams,
     TokenBatch,
 )
-from serve_app.engine.attention.base import Heads, Span
+from serve_app.engine.attention.base import AttentionParams, Span
 from serve_app.engine.attention.plain import PlainAttention
 from serve_app.engine.attention.sdpa import SdpaAttention
 from serve_app.engine.engine import Engine
@@ -162,8 +162,8 @@ class Blocking(SdpaAttention):
         Blocking.last = self
 
     def attend(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spans: Sequence[Span], heads: Heads,
-        prepared: Any,
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spans: Sequence[Span],
+        params: AttentionParams, prepared: Any,
     ) -> torch.Tensor:  # fmt: skip
         assert self.leave.wait(60), "nobody has opened the gate"
         self.spans.append(len(spans))
@@ -171,7 +171,7 @@ class Blocking(SdpaAttention):
             self.stops_at = None
             self.leave.clear()
             self.stopped.set()
-        return super().attend(query, keys, values, spans, heads, prepared)
+        return super().attend(query, keys, values, spans, params, prepared)
 
 
 async def test_closing_a_stream_stops_its_work_within_a_step(make_engine: MakeEngine) -> None:
@@ -358,14 +358,14 @@ class Failing(SdpaAttention):
     calls_left: int | None = None
 
     def attend(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spans: Sequence[Span], heads: Heads,
-        prepared: Any,
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spans: Sequence[Span],
+        params: AttentionParams, prepared: Any,
     ) -> torch.Tensor:  # fmt: skip
         if Failing.calls_left is not None:
             Failing.calls_left -= 1
             if Failing.calls_left < 0:
                 raise RuntimeError("the device is gone")
-        return super().attend(query, keys, values, spans, heads, prepared)
+        return super().attend(query, keys, values, spans, params, prepared)
 
 
 async def test_an_engine_that_breaks_tells_every_stream_and_its_health(
@@ -403,10 +403,10 @@ class NotANumber(SdpaAttention):
     """Gives NaN once a sequence has 60 tokens (the load checks' sequences are shorter, or far longer)."""
 
     def attend(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spans: Sequence[Span], heads: Heads,
-        prepared: Any,
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spans: Sequence[Span],
+        params: AttentionParams, prepared: Any,
     ) -> torch.Tensor:  # fmt: skip
-        output = super().attend(query, keys, values, spans, heads, prepared)
+        output = super().attend(query, keys, values, spans, params, prepared)
         for span in spans:
             if 60 <= span.kv_len <= 70:
                 output[span.query_start : span.query_start + span.query_len] = float("nan")
@@ -429,10 +429,12 @@ class WrongWindow(SdpaAttention):
     name = "wrong-window"
 
     def attend(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spans: Sequence[Span], heads: Heads,
-        prepared: Any,
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spans: Sequence[Span],
+        params: AttentionParams, prepared: Any,
     ) -> torch.Tensor:  # fmt: skip
-        return super().attend(query, keys, values, spans, Heads(heads.scaling, None, heads.softcap), prepared)
+        return super().attend(
+            query, keys, values, spans, AttentionParams(params.scaling, None, params.softcap), prepared
+        )
 
 
 async def test_a_wrong_kernel_is_replaced_by_the_plain_path_and_said(

@@ -18,14 +18,14 @@ from fatal_attention import FatalAttention, Unloadable
 
 from serve_app.engine import build
 from serve_app.engine import kernel_trial as trials
-from serve_app.engine.attention.base import AttentionBackend, Heads
+from serve_app.engine.attention.base import AttentionBackend, AttentionParams
 from serve_app.engine.attention.sdpa import SdpaAttention
 from serve_app.engine.engine import Engine
 from serve_app.engine.kernel_trial import Trial, try_apart
 from serve_app.engine.kv_cache import LayerShape
 from serve_app.engine.model_runner import AttentionLayer
 
-LAYER = AttentionLayer(LayerShape(1, 16, 16, torch.float32, torch.device("cpu")), 2, Heads(0.25))
+LAYER = AttentionLayer(LayerShape(1, 16, 16, torch.float32, torch.device("cpu")), 2, AttentionParams(0.25))
 
 
 def trial(backend: AttentionBackend, page_tokens: int = 16) -> Trial:
@@ -79,7 +79,7 @@ def test_what_has_passed_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_another_kernel_page_or_shape_is_tried_anew() -> None:
-    other = AttentionLayer(LAYER.shape, 2, Heads(0.25, 7))
+    other = AttentionLayer(LAYER.shape, 2, AttentionParams(0.25, 7))
     keys = [
         trial(SdpaAttention()).key(),
         trial(FatalAttention("x")).key(),

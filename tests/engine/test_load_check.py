@@ -91,8 +91,8 @@ def test_long_contexts_wait_for_each_other_in_a_small_cache(
 class ChangingWithLength(TabledPlain):
     """Exact, but for one row alone over more than 400 keys."""
 
-    def attend(self, query: torch.Tensor, keys: Any, values: Any, spans: Any, heads: Any, prepared: Any) -> Any:
-        output = super().attend(query, keys, values, spans, heads, prepared)
+    def attend(self, query: torch.Tensor, keys: Any, values: Any, spans: Any, params: Any, prepared: Any) -> Any:
+        output = super().attend(query, keys, values, spans, params, prepared)
         for span in spans:
             if span.query_len == 1 and span.kv_len > 400:
                 output[span.query_start] *= 1.0001

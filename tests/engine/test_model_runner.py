@@ -7,7 +7,7 @@ import torch
 from tiny_models import tiny_model
 
 from serve_app.engine import model_runner
-from serve_app.engine.attention.base import Heads, Span, visible
+from serve_app.engine.attention.base import AttentionParams, Span, visible
 from serve_app.engine.attention.plain import plain_attention
 from serve_app.engine.errors import EngineError
 from serve_app.engine.model_runner import ModelRunner, _Probe
@@ -31,7 +31,7 @@ def test_a_probe_never_multiplies_all_queries_with_all_keys(monkeypatch: pytest.
     rows = 0
 
     def recorded(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, heads: Heads
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, params: AttentionParams
     ) -> torch.Tensor:
         nonlocal rows
         rows += len(query)
@@ -46,13 +46,15 @@ def test_a_probe_never_multiplies_all_queries_with_all_keys(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 256, 257, 700])
-@pytest.mark.parametrize("heads", [Heads(0.3), Heads(0.3, 5), Heads(0.3, 300), Heads(0.3, 300, 4.0)])
-def test_a_probe_attends_in_blocks_as_it_would_at_once(tokens: int, heads: Heads) -> None:
+@pytest.mark.parametrize(
+    "params", [AttentionParams(0.3), AttentionParams(0.3, 5), AttentionParams(0.3, 300), AttentionParams(0.3, 300, 4.0)]
+)
+def test_a_probe_attends_in_blocks_as_it_would_at_once(tokens: int, params: AttentionParams) -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, n, tokens, d, generator=generator) for n, d in ((4, 16), (2, 16), (2, 24)))
-    found = _Probe().attend(0, query, key, value, heads)
-    mask = visible(Span(0, tokens, tokens, (), ()), heads.sliding_window, query.device)
-    expected = plain_attention(*(tensor[0].transpose(0, 1) for tensor in (query, key, value)), mask, heads)
+    found = _Probe().attend(0, query, key, value, params)
+    mask = visible(Span(0, tokens, tokens, (), ()), params.sliding_window, query.device)
+    expected = plain_attention(*(tensor[0].transpose(0, 1) for tensor in (query, key, value)), mask, params)
     torch.testing.assert_close(found, expected[None])
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from serve_app.engine.attention.base import Heads, Span, TabledAttention
+from serve_app.engine.attention.base import AttentionParams, Span, TabledAttention
 from serve_app.engine.attention.plain import plain_attention
 
 
@@ -49,7 +49,7 @@ class TabledPlain(TabledAttention):
         keys: torch.Tensor,
         values: torch.Tensor,
         spans: Sequence[Span],
-        heads: Heads,
+        params: AttentionParams,
         prepared: Any,
     ) -> torch.Tensor:
         rows, pages = prepared
@@ -60,9 +60,9 @@ class TabledPlain(TabledAttention):
             held = pages[first : first + position // keys.shape[1] + 1]
             key, value = (stored[held].flatten(0, 1)[: position + 1] for stored in (keys, values))
             mask = torch.ones(1, position + 1, dtype=torch.bool)
-            if heads.sliding_window is not None:
-                mask[:, : max(0, position + 1 - heads.sliding_window)] = False
-            output[row] = plain_attention(query[row][None], key, value, mask, heads)[0]
+            if params.sliding_window is not None:
+                mask[:, : max(0, position + 1 - params.sliding_window)] = False
+            output[row] = plain_attention(query[row][None], key, value, mask, params)[0]
         return output
 
 

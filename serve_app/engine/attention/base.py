@@ -46,7 +46,7 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Heads:
+class AttentionParams:
     """How a layer attends: arguments that the model's own code passes."""
 
     scaling: float
@@ -90,7 +90,7 @@ class AttentionBackend(ABC):
     """Whether it looks at `Span.runs`; for one that doesn't they are not made (they cost time with the context)."""
 
     @classmethod
-    def refusal(cls, shape: LayerShape, heads: Heads) -> str | None:
+    def refusal(cls, shape: LayerShape, params: AttentionParams) -> str | None:
         """Why this kernel can't serve such a layer, or None when it can."""
         return None
 
@@ -125,7 +125,7 @@ class AttentionBackend(ABC):
         keys: torch.Tensor,
         values: torch.Tensor,
         spans: SequenceOf[Span],
-        heads: Heads,
+        params: AttentionParams,
         prepared: Any,
     ) -> torch.Tensor:
         """Attention of every span over its own sequence.
@@ -135,7 +135,7 @@ class AttentionBackend(ABC):
             keys: `[pages, page_tokens, kv_heads, key_dim]`, this step's already written.
             values: `[pages, page_tokens, kv_heads, value_dim]`.
             spans: in the order of their rows.
-            heads: scaling, window and softcap.
+            params: scaling, window and softcap.
             prepared: what `prepare` returned for this step and the query's device.
 
         Returns:
@@ -186,14 +186,14 @@ class PagedStep:
         self._on_device: dict[torch.device, tuple[torch.Tensor, Any]] = {}
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: Heads
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
     ) -> torch.Tensor:
         """Query, key, value `[1, heads, tokens, head_dim]` -> `[1, tokens, heads, value_dim]`."""
         keys, values = self._cache.layer(layer)
         slots, prepared = self._place(query.device)
         self._backend.write(keys, values, slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
         output = self._backend.attend(
-            query[0, :, : self._tokens].transpose(0, 1), keys, values, self._spans, heads, prepared
+            query[0, :, : self._tokens].transpose(0, 1), keys, values, self._spans, params, prepared
         )
         padding = query.shape[2] - self._tokens
         return (output if not padding else F.pad(output, (0, 0, 0, 0, 0, padding)))[None]
@@ -218,7 +218,7 @@ class AttentionStep(Protocol):
     """What `paged_attention` hands each layer to."""
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: Heads
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
     ) -> torch.Tensor: ...
 
 
@@ -251,7 +251,7 @@ def paged_attention(
         raise UnsupportedModelError(f"{type(module).__name__} brings its own mask; only causal decoders can be served")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    output = step.attend(module.layer_idx, query, key, value, Heads(scaling, sliding_window, softcap))  # type: ignore[arg-type]
+    output = step.attend(module.layer_idx, query, key, value, AttentionParams(scaling, sliding_window, softcap))  # type: ignore[arg-type]
     return output.contiguous(), None  # some models take a view of it
 
 

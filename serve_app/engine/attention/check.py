@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from serve_app.engine.attention.base import AttentionBackend, Heads, Span, contiguous_runs
+from serve_app.engine.attention.base import AttentionBackend, AttentionParams, Span, contiguous_runs
 from serve_app.engine.attention.plain import PlainAttention
 from serve_app.engine.kv_cache import LayerShape
 
@@ -25,7 +25,7 @@ def check_attention(
     backend: AttentionBackend,
     layer: LayerShape,
     query_heads: int,
-    heads: Heads,
+    params: AttentionParams,
     page_tokens: int | None = None,
     *,
     long_tokens: int = LONG_TOKENS,
@@ -38,8 +38,8 @@ def check_attention(
     """
     page = page_tokens or backend.page_tokens
     spans = _spans(page, long_tokens)
-    if heads.sliding_window is not None:
-        heads = Heads(heads.scaling, min(heads.sliding_window, page + 5), heads.softcap)
+    if params.sliding_window is not None:
+        params = AttentionParams(params.scaling, min(params.sliding_window, page + 5), params.softcap)
     generator = torch.Generator().manual_seed(0)
     plain = _caches(spans, page, layer)
     keys, values = _caches(spans, page, layer)
@@ -56,9 +56,9 @@ def check_attention(
     decodes = [replace(span, query_start=i) for i, span in enumerate(s for s in spans if s.query_len == 1)]
     for step in (spans, decodes):
         rows = query[: sum(span.query_len for span in step)]
-        expected = PlainAttention().attend(rows, *plain, step, heads, None)
+        expected = PlainAttention().attend(rows, *plain, step, params, None)
         try:
-            found = backend.attend(rows, keys, values, step, heads, backend.prepare(step, layer.device))
+            found = backend.attend(rows, keys, values, step, params, backend.prepare(step, layer.device))
             _wait_for(layer.device)
         except Exception as error:  # noqa: BLE001 - likewise
             return _failed(backend, error)

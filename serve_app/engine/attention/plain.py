@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from serve_app.engine.attention.base import AttentionBackend, Heads, Span, visible
+from serve_app.engine.attention.base import AttentionBackend, AttentionParams, Span, visible
 
 MAX_SCORES = 2**24
 """Held at a time, in a few copies of 4 bytes: what a kernel takes beside the weights is not measured at load for each
@@ -31,7 +31,7 @@ def gather(cache: torch.Tensor, span: Span) -> torch.Tensor:
 
 
 def plain_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, heads: Heads
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, params: AttentionParams
 ) -> torch.Tensor:
     """`[q, heads, d]`, `[k, kv_heads, d]`, `[k, kv_heads, dv]`, `[q, k]` -> `[q, heads, dv]`, in float32 throughout."""
     group = query.shape[1] // key.shape[1]
@@ -39,9 +39,9 @@ def plain_attention(
     values = value.float().repeat_interleave(group, dim=1)
     outputs = []
     for block in row_blocks(len(query), query.shape[1], len(key)):
-        scores = torch.einsum("qhd,khd->hqk", query[block].float(), keys) * heads.scaling
-        if heads.softcap is not None:
-            scores = torch.tanh(scores / heads.softcap) * heads.softcap
+        scores = torch.einsum("qhd,khd->hqk", query[block].float(), keys) * params.scaling
+        if params.softcap is not None:
+            scores = torch.tanh(scores / params.softcap) * params.softcap
         weights = scores.masked_fill(~mask[block], float("-inf")).softmax(dim=-1)
         outputs.append(torch.einsum("hqk,khd->qhd", weights, values).to(query.dtype))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -60,12 +60,12 @@ class PlainAttention(AttentionBackend):
         keys: torch.Tensor,
         values: torch.Tensor,
         spans: SequenceOf[Span],
-        heads: Heads,
+        params: AttentionParams,
         prepared: Any,
     ) -> torch.Tensor:
         output = query.new_zeros(*query.shape[:2], values.shape[-1])
         for span in spans:
             rows = slice(span.query_start, span.query_start + span.query_len)
-            mask = visible(span, heads.sliding_window, query.device)
-            output[rows] = plain_attention(query[rows], gather(keys, span), gather(values, span), mask, heads)
+            mask = visible(span, params.sliding_window, query.device)
+            output[rows] = plain_attention(query[rows], gather(keys, span), gather(values, span), mask, params)
         return output

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from serve_app.engine.attention.base import AttentionBackend, Heads, Span, visible
+from serve_app.engine.attention.base import AttentionBackend, AttentionParams, Span, visible
 from serve_app.engine.attention.plain import gather, plain_attention, row_blocks
 
 
@@ -40,53 +40,53 @@ class SdpaAttention(AttentionBackend):
         keys: torch.Tensor,
         values: torch.Tensor,
         spans: SequenceOf[Span],
-        heads: Heads,
+        params: AttentionParams,
         prepared: Any,
     ) -> torch.Tensor:
         outputs = []
         for span in spans:
             rows = query[span.query_start : span.query_start + span.query_len]
-            if heads.softcap is not None:
-                mask = visible(span, heads.sliding_window, query.device)
-                outputs.append(plain_attention(rows, read(keys, span), read(values, span), mask, heads))
+            if params.softcap is not None:
+                mask = visible(span, params.sliding_window, query.device)
+                outputs.append(plain_attention(rows, read(keys, span), read(values, span), mask, params))
             elif span.query_len == 1:
-                outputs.append(self._decode(rows, keys, values, span, heads))
+                outputs.append(self._decode(rows, keys, values, span, params))
             else:
-                outputs.append(self._prefill(rows, keys, values, span, heads))
+                outputs.append(self._prefill(rows, keys, values, span, params))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _decode(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, span: Span, heads: Heads
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, span: Span, params: AttentionParams
     ) -> torch.Tensor:
         key, value = read(keys, span), read(values, span)
-        if heads.sliding_window is not None and span.kv_len > heads.sliding_window:
-            key, value = key[-heads.sliding_window :], value[-heads.sliding_window :]
+        if params.sliding_window is not None and span.kv_len > params.sliding_window:
+            key, value = key[-params.sliding_window :], value[-params.sliding_window :]
         packed = query.view(1, key.shape[1], -1, query.shape[-1])
         output = F.scaled_dot_product_attention(
-            packed, key.transpose(0, 1)[None], value.transpose(0, 1)[None], scale=heads.scaling
+            packed, key.transpose(0, 1)[None], value.transpose(0, 1)[None], scale=params.scaling
         )
         return output.reshape(1, query.shape[1], -1)
 
     def _prefill(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, span: Span, heads: Heads
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, span: Span, params: AttentionParams
     ) -> torch.Tensor:
         key, value = read(keys, span), read(values, span)
         first_key = 0
-        if heads.sliding_window is not None:
-            first_key = max(0, span.kv_len - span.query_len - heads.sliding_window + 1)
+        if params.sliding_window is not None:
+            first_key = max(0, span.kv_len - span.query_len - params.sliding_window + 1)
             key, value = key[first_key:], value[first_key:]
-        windowed = heads.sliding_window is not None and span.kv_len > heads.sliding_window
+        windowed = params.sliding_window is not None and span.kv_len > params.sliding_window
         from_start = span.kv_len == span.query_len and not windowed
-        mask = None if from_start else visible(span, heads.sliding_window, query.device, first_key)
+        mask = None if from_start else visible(span, params.sliding_window, query.device, first_key)
         if mask is None or query.device.type == "cpu":
-            return _sdpa(query, key, value, mask, heads)
+            return _sdpa(query, key, value, mask, params)
         # With a mask and grouped heads torch has no kernel for GPUs that keeps no scores.
         blocks = row_blocks(len(query), query.shape[1], len(key))
-        return torch.cat([_sdpa(query[block], key, value, mask[block], heads) for block in blocks])
+        return torch.cat([_sdpa(query[block], key, value, mask[block], params) for block in blocks])
 
 
 def _sdpa(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, heads: Heads
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, params: AttentionParams
 ) -> torch.Tensor:
     """Shapes as those of `plain_attention`; without a mask each query sees the keys up to its own."""
     output = F.scaled_dot_product_attention(
@@ -95,7 +95,7 @@ def _sdpa(
         value.transpose(0, 1)[None],
         attn_mask=mask,
         is_causal=mask is None,
-        scale=heads.scaling,
+        scale=params.scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return output[0].transpose(0, 1)

@@ -13,7 +13,7 @@ from itertools import accumulate
 
 import torch
 
-from serve_app.engine.attention.base import AttentionBackend, Heads, Span
+from serve_app.engine.attention.base import AttentionBackend, AttentionParams, Span
 from serve_app.engine.kv_cache import LayerShape
 
 try:
@@ -45,14 +45,14 @@ class VarlenAttention(AttentionBackend):
     reads_runs = False
 
     @classmethod
-    def refusal(cls, shape: LayerShape, heads: Heads) -> str | None:
+    def refusal(cls, shape: LayerShape, params: AttentionParams) -> str | None:
         if not PAGED:
             return f"PyTorch {torch.__version__} has no paged varlen_attn (2.13 has)"
         if shape.device.type != "cuda":
             return f"the varlen kernel needs CUDA, not {shape.device.type}"
         if shape.dtype not in (torch.float16, torch.bfloat16):
             return f"the varlen kernel needs float16 or bfloat16, not {shape.dtype}"
-        if heads.softcap is not None:
+        if params.softcap is not None:
             return "the varlen kernel has no softcap"
         return None
 
@@ -80,10 +80,10 @@ class VarlenAttention(AttentionBackend):
         keys: torch.Tensor,
         values: torch.Tensor,
         spans: SequenceOf[Span],
-        heads: Heads,
+        params: AttentionParams,
         prepared: VarlenStep,
     ) -> torch.Tensor:
-        window = -1 if heads.sliding_window is None else heads.sliding_window - 1
+        window = -1 if params.sliding_window is None else params.sliding_window - 1
         output = varlen_attn(
             query.contiguous(),
             keys,
@@ -92,7 +92,7 @@ class VarlenAttention(AttentionBackend):
             None,
             prepared.max_query,
             prepared.max_kv,
-            scale=heads.scaling,
+            scale=params.scaling,
             window_size=(window, 0),
             enable_gqa=query.shape[1] != keys.shape[2],
             seqused_k=prepared.kv_lens,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from serve_app.engine.attention.base import AttentionBackend, Heads, Span
+from serve_app.engine.attention.base import AttentionBackend, AttentionParams, Span
 from serve_app.engine.cpu.library import Kernels
 from serve_app.engine.kv_cache import LayerShape
 
@@ -38,7 +38,7 @@ class CpuAttention(AttentionBackend):
         self._pages_each = page_tokens // kernels.page_tokens
 
     @classmethod
-    def refusal(cls, shape: LayerShape, heads: Heads) -> str | None:
+    def refusal(cls, shape: LayerShape, params: AttentionParams) -> str | None:
         if shape.device.type != "cpu" or shape.dtype != torch.float32:
             return f"the CPU kernel needs float32 on a CPU, not {shape.dtype} on {shape.device.type}"
         if shape.value_dim % _VECTOR:
@@ -69,7 +69,7 @@ class CpuAttention(AttentionBackend):
         keys: torch.Tensor,
         values: torch.Tensor,
         spans: SequenceOf[Span],
-        heads: Heads,
+        params: AttentionParams,
         prepared: CpuStep,
     ) -> torch.Tensor:
         query = query.contiguous()
@@ -78,6 +78,6 @@ class CpuAttention(AttentionBackend):
             query.data_ptr(), keys.data_ptr(), values.data_ptr(), output.data_ptr(),
             prepared.spans.data_ptr(), len(spans), prepared.pages.data_ptr(),
             query.shape[1], keys.shape[2], query.shape[2], values.shape[-1],
-            heads.scaling, heads.softcap or 0.0, heads.sliding_window or 0,
+            params.scaling, params.softcap or 0.0, params.sliding_window or 0,
         )  # fmt: skip
         return output

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from serve_app.engine.attention.base import STEP_KEYWORD, AttentionStep, Heads
+from serve_app.engine.attention.base import STEP_KEYWORD, AttentionParams, AttentionStep
 from serve_app.engine.cpu.library import Kernels
 from serve_app.engine.cpu.linear import PackedLinear, Products
 
@@ -88,11 +88,11 @@ class FusedAttention:
     Where there is no `paged_step`, the module's own forward is called.
     """
 
-    def __init__(self, kernels: Kernels, module: Any, own: Callable[..., Any], heads: Heads) -> None:
-        """`own`: the module's forward. `heads`: what it hands to the attention interface."""
+    def __init__(self, kernels: Kernels, module: Any, own: Callable[..., Any], params: AttentionParams) -> None:
+        """`own`: the module's forward. `params`: what it hands to the attention interface."""
         self._kernels = kernels
         self._own = own
-        self.heads = heads
+        self.params = params
         self.layer: int = module.layer_idx
         self.head_dim: int = module.head_dim
         self.projections: list[PackedLinear] = [module.q_proj, module.k_proj, module.v_proj]
@@ -124,6 +124,6 @@ class FusedAttention:
                 norm.into(x, x)
             self._kernels.rotate(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), *x.shape[1:])
         attended = step.attend(
-            self.layer, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), self.heads
+            self.layer, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), self.params
         )
         return self.output(attended.reshape(*hidden_states.shape[:-1], -1)), None

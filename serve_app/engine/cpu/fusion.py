@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from serve_app.engine.attention.base import ATTENTION_NAME, STEP_KEYWORD, Heads, PagedStep, Span, register
+from serve_app.engine.attention.base import ATTENTION_NAME, STEP_KEYWORD, AttentionParams, PagedStep, Span, register
 from serve_app.engine.cpu.attention import CpuAttention
 from serve_app.engine.cpu.forwards import FusedAttention, FusedGatedMLP, FusedNorm
 from serve_app.engine.cpu.layer import FusedLayer, StepPlans
@@ -45,9 +45,9 @@ class _Recorder:
     """An attention step that keeps what it is handed and answers with noise."""
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: Heads
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
     ) -> torch.Tensor:
-        self.layer, self.heads = layer, heads
+        self.layer, self.params = layer, params
         self.inputs = tuple(tensor.clone() for tensor in (query, key, value))
         return _noise(1, query.shape[2], query.shape[1], value.shape[3], seed=1)
 
@@ -139,7 +139,7 @@ def _attention(module: nn.Module, kernels: Kernels) -> Forward | None:
     _require_one_width("what its heads answer", query.out_features, output.in_features)
     if query.out_features % key.out_features:
         raise _Unsuitable("its heads of queries are no multiple of those of keys")
-    return _if_alike(module, query.in_features, head_dim, lambda heads: FusedAttention(kernels, module, own, heads))
+    return _if_alike(module, query.in_features, head_dim, lambda params: FusedAttention(kernels, module, own, params))
 
 
 def _layer(module: nn.Module, kernels: Kernels, plans: StepPlans) -> Forward | None:
@@ -163,7 +163,7 @@ def _layer(module: nn.Module, kernels: Kernels, plans: StepPlans) -> Forward | N
     )
     fused = FusedLayer(kernels, module, module.forward, plans)
     shape = fused.shape
-    if (refusal := CpuAttention.refusal(shape, attention.heads)) is not None:
+    if (refusal := CpuAttention.refusal(shape, attention.params)) is not None:
         raise _Unsuitable(refusal)
     x, embeddings = _inputs(attention.projections[0].in_features, dim)
 
@@ -236,7 +236,7 @@ def _linears(module: nn.Module, *names: str) -> list[PackedLinear] | None:
     return found if len(found) == len(names) else None
 
 
-def _if_alike(module: nn.Module, inner: int, head_dim: int, make: Callable[[Heads], Forward]) -> Forward:
+def _if_alike(module: nn.Module, inner: int, head_dim: int, make: Callable[[AttentionParams], Forward]) -> Forward:
     """The fused forward, if it asks the same of the attention interface and answers the same as the module's own."""
     x, embeddings = _inputs(inner, head_dim)
 
@@ -248,11 +248,11 @@ def _if_alike(module: nn.Module, inner: int, head_dim: int, make: Callable[[Head
 
     try:
         recorded, expected = outcome(module.forward)
-        fused = make(recorded.heads)
+        fused = make(recorded.params)
         found, result = outcome(fused)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise _Unsuitable(f"{type(module).__name__} is called in another way ({error})") from error
     pairs = [*zip(found.inputs, recorded.inputs, strict=True), (result, expected)]
-    if (found.layer, found.heads) != (recorded.layer, recorded.heads) or not all(_agree(*pair) for pair in pairs):
+    if (found.layer, found.params) != (recorded.layer, recorded.params) or not all(_agree(*pair) for pair in pairs):
         raise _Unsuitable(f"{type(module).__name__} does more than what is fused")
     return fused

@@ -76,14 +76,14 @@ class FusedLayer:
             module.input_layernorm.forward, module.post_attention_layernorm.forward, *attention.norms,
         ]  # fmt: skip
         linears = [*attention.projections, attention.output, mlp.gate, mlp.up, mlp.down]
-        dim, heads = attention.head_dim, attention.heads
+        dim, params = attention.head_dim, attention.params
         queries, keys, values = (linear.out_features for linear in attention.projections)
         hidden = attention.output.out_features
         self._plan = LayerPlan(
             *(NormPlan(None, 0.0) if n is None else NormPlan(n.scale.data_ptr(), n.eps) for n in norms),
             *(linear.part() for linear in linears),
-            hidden, mlp.activation, queries // dim, keys // dim, dim, heads.sliding_window or 0,
-            heads.scaling, heads.softcap or 0.0,
+            hidden, mlp.activation, queries // dim, keys // dim, dim, params.sliding_window or 0,
+            params.scaling, params.softcap or 0.0,
         )  # fmt: skip
         self.address = ctypes.addressof(self._plan)
         """Of its `LayerPlan`, for as long as this object lives."""

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from serve_app.engine.attention.base import Heads, Span, TabledAttention
+from serve_app.engine.attention.base import AttentionParams, Span, TabledAttention
 from serve_app.engine.cuda import device as current_device
 from serve_app.engine.kv_cache import LayerShape
 
@@ -57,7 +57,7 @@ class TritonAttention(TabledAttention):
         self._exact = exact
 
     @classmethod
-    def refusal(cls, shape: LayerShape, heads: Heads) -> str | None:
+    def refusal(cls, shape: LayerShape, params: AttentionParams) -> str | None:
         if kernels is None:
             return "Triton is not installed"
         if shape.device.type != "cuda":
@@ -137,7 +137,7 @@ class TritonAttention(TabledAttention):
         keys: torch.Tensor,
         values: torch.Tensor,
         spans: SequenceOf[Span],
-        heads: Heads,
+        params: AttentionParams,
         prepared: TritonStep,
     ) -> torch.Tensor:
         query = _dense(query)
@@ -153,15 +153,15 @@ class TritonAttention(TabledAttention):
         if splits > 1:
             parts = query.new_empty(tokens, query_heads, splits, value_dim, dtype=torch.float32)
             sums = query.new_empty(tokens, query_heads, splits, 2, dtype=torch.float32)
-        softcap = heads.softcap or 0.0
-        scale = heads.scaling if softcap else heads.scaling * 1.4426950408889634
+        softcap = params.softcap or 0.0
+        scale = params.scaling if softcap else params.scaling * 1.4426950408889634
         large = max(key_dim, value_dim) * keys.element_size() > _LARGE_ROW
         with current_device.on(keys.device):
             kernels.attend[(len(prepared.blocks), programs, splits)](
                 query, keys, values, output, parts, sums, prepared.blocks, prepared.pages, scale, softcap,
                 query.stride(0), query.stride(1),
                 query_heads, kv_heads, key_dim, value_dim, _block(key_dim), _block(value_dim), keys.shape[1],
-                heads.sliding_window or 0, bool(softcap), heads_each, rows, 32 if large else 64, splits,
+                params.sliding_window or 0, bool(softcap), heads_each, rows, 32 if large else 64, splits,
                 num_warps=8 if rows > 64 else 4, num_stages=2,
             )  # fmt: skip
             if splits > 1:

@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from serve_app.engine.attention.base import Heads, TabledAttention
+from serve_app.engine.attention.base import AttentionParams, TabledAttention
 from serve_app.engine.cuda import device as current_device
 from serve_app.engine.cuda.capture import Capture, Replay
 from serve_app.engine.inputs import StepInputs
@@ -53,11 +53,11 @@ class _StaticStep:
         self._slots, self._prepared = slots, prepared
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: Heads
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
     ) -> torch.Tensor:
         keys, values = self._cache.layer(layer)
         self._backend.write(keys, values, self._slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
-        return self._backend.attend(query[0].transpose(0, 1), keys, values, (), heads, self._prepared)[None]
+        return self._backend.attend(query[0].transpose(0, 1), keys, values, (), params, self._prepared)[None]
 
 
 Forward = Callable[[torch.Tensor, torch.Tensor, _StaticStep, torch.Tensor], torch.Tensor]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from serve_app.engine.attention.base import STEP_KEYWORD, Heads, paged_attention
+from serve_app.engine.attention.base import STEP_KEYWORD, AttentionParams, paged_attention
 
 
 class Transposed:
     """A step whose kernel has the heads first."""
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: Heads
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
     ) -> torch.Tensor:
         return query.transpose(1, 2)
 

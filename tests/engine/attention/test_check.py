@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from serve_app.engine.attention import check
-from serve_app.engine.attention.base import AttentionBackend, Heads, Span, contiguous_runs
+from serve_app.engine.attention.base import AttentionBackend, AttentionParams, Span, contiguous_runs
 from serve_app.engine.attention.check import check_attention
 from serve_app.engine.attention.plain import PlainAttention
 from serve_app.engine.attention.sdpa import SdpaAttention
@@ -20,7 +20,12 @@ from serve_app.engine.cuda.attention import TritonAttention
 from serve_app.engine.kv_cache import LayerShape
 
 LAYER = LayerShape(2, 16, 16, torch.float32, torch.device("cpu"))
-HEADS = [Heads(0.25), Heads(0.25, sliding_window=4096), Heads(0.25, softcap=5.0), Heads(0.1, 9, 3.0)]
+PARAMS = [
+    AttentionParams(0.25),
+    AttentionParams(0.25, sliding_window=4096),
+    AttentionParams(0.25, softcap=5.0),
+    AttentionParams(0.1, 9, 3.0),
+]
 
 
 class Wrong(PlainAttention):
@@ -35,18 +40,18 @@ class Wrong(PlainAttention):
         keys: torch.Tensor,
         values: torch.Tensor,
         spans: Sequence[Span],
-        heads: Heads,
+        params: AttentionParams,
         prepared: Any,
     ) -> torch.Tensor:
         match self._fault:
             case "window ignored":
-                heads = replace(heads, sliding_window=None)
+                params = replace(params, sliding_window=None)
             case "window one too long":
-                heads = replace(heads, sliding_window=heads.sliding_window + 1) if heads.sliding_window else heads
+                params = replace(params, sliding_window=params.sliding_window + 1) if params.sliding_window else params
             case "softcap ignored":
-                heads = replace(heads, softcap=None)
+                params = replace(params, softcap=None)
             case "scaling ignored":
-                heads = replace(heads, scaling=1.0)
+                params = replace(params, scaling=1.0)
             case "pages swapped":
                 spans = [replace(s, pages=(*s.pages[1::-1], *s.pages[2:])) for s in spans]
             case "last page of another sequence":
@@ -57,10 +62,10 @@ class Wrong(PlainAttention):
                 values = values.clone()
                 values[spans[0].pages[0], 0] += 1.0
             case "steps of decodes":
-                heads = replace(heads, scaling=1.0) if all(span.query_len == 1 for span in spans) else heads
+                params = replace(params, scaling=1.0) if all(span.query_len == 1 for span in spans) else params
             case "raises":
                 raise RuntimeError("CUDA error: an illegal memory access\nand a long trace")
-        output = super().attend(query, keys, values, spans, heads, prepared)
+        output = super().attend(query, keys, values, spans, params, prepared)
         match self._fault:
             case "one row is NaN":
                 output[-1, 0, 0] = float("nan")
@@ -71,37 +76,37 @@ class Wrong(PlainAttention):
         return output
 
 
-@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("params", PARAMS)
 @pytest.mark.parametrize("backend", [SdpaAttention(), PlainAttention()])
 @pytest.mark.parametrize("shape", [(2, 16, 16), (4, 8, 24), (1, 32, 32)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_right_kernels_pass(
-    heads: Heads, backend: AttentionBackend, shape: tuple[int, int, int], dtype: torch.dtype
+    params: AttentionParams, backend: AttentionBackend, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
     layer = LayerShape(*shape, dtype, torch.device("cpu"))
-    assert check_attention(backend, layer, 4, heads) is None
+    assert check_attention(backend, layer, 4, params) is None
 
 
 @pytest.mark.parametrize(
-    ("fault", "heads"),
+    ("fault", "params"),
     [
-        ("window ignored", Heads(0.25, sliding_window=64)),
-        ("window one too long", Heads(0.25, sliding_window=8)),
-        ("softcap ignored", Heads(0.25, softcap=2.0)),
-        ("scaling ignored", Heads(0.25)),
-        ("pages swapped", Heads(0.25)),
-        ("last page of another sequence", Heads(0.25)),
-        ("sequences swapped", Heads(0.25)),
-        ("a value changed", Heads(0.25)),
-        ("one row is NaN", Heads(0.25)),
-        ("one row unwritten", Heads(0.25)),
-        ("shape", Heads(0.25)),
-        ("steps of decodes", Heads(0.25)),
-        ("raises", Heads(0.25)),
+        ("window ignored", AttentionParams(0.25, sliding_window=64)),
+        ("window one too long", AttentionParams(0.25, sliding_window=8)),
+        ("softcap ignored", AttentionParams(0.25, softcap=2.0)),
+        ("scaling ignored", AttentionParams(0.25)),
+        ("pages swapped", AttentionParams(0.25)),
+        ("last page of another sequence", AttentionParams(0.25)),
+        ("sequences swapped", AttentionParams(0.25)),
+        ("a value changed", AttentionParams(0.25)),
+        ("one row is NaN", AttentionParams(0.25)),
+        ("one row unwritten", AttentionParams(0.25)),
+        ("shape", AttentionParams(0.25)),
+        ("steps of decodes", AttentionParams(0.25)),
+        ("raises", AttentionParams(0.25)),
     ],
 )
-def test_wrong_kernels_are_found(fault: str, heads: Heads) -> None:
-    complaint = check_attention(Wrong(fault), LAYER, 4, heads)
+def test_wrong_kernels_are_found(fault: str, params: AttentionParams) -> None:
+    complaint = check_attention(Wrong(fault), LAYER, 4, params)
     assert complaint is not None
     assert "\n" not in complaint
 
@@ -116,13 +121,13 @@ def test_pages_become_runs_cut_to_the_tokens_there_are() -> None:
 def test_varlen_says_why_it_can_not_serve() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
 
-    def refusal(heads: Heads, dtype: torch.dtype, device: torch.device) -> str:
-        return VarlenAttention.refusal(LayerShape(2, 64, 64, dtype, device), heads) or ""
+    def refusal(params: AttentionParams, dtype: torch.dtype, device: torch.device) -> str:
+        return VarlenAttention.refusal(LayerShape(2, 64, 64, dtype, device), params) or ""
 
-    assert "CUDA" in refusal(HEADS[0], torch.bfloat16, cpu)
-    assert "float16" in refusal(HEADS[0], torch.float32, cuda)
-    assert "softcap" in refusal(HEADS[2], torch.bfloat16, cuda)
-    assert refusal(HEADS[1], torch.bfloat16, cuda) == ""
+    assert "CUDA" in refusal(PARAMS[0], torch.bfloat16, cpu)
+    assert "float16" in refusal(PARAMS[0], torch.float32, cuda)
+    assert "softcap" in refusal(PARAMS[2], torch.bfloat16, cuda)
+    assert refusal(PARAMS[1], torch.bfloat16, cuda) == ""
 
 
 def test_varlen_hands_the_kernel_a_padded_block_table() -> None:
@@ -140,12 +145,12 @@ def test_it_says_what_a_kernel_that_can_not_be_compiled_lacks(monkeypatch: pytes
             raise RuntimeError("Command '['/usr/bin/gcc', '/tmp/tmpj/cuda_utils.c']' returned non-zero exit status 1.")
 
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    found = check_attention(Uncompiled(), LAYER, 4, Heads(0.25), 16)
+    found = check_attention(Uncompiled(), LAYER, 4, AttentionParams(0.25), 16)
     assert found is not None
     assert f"{tmp_path}/Python.h is missing: install them (Debian: apt install python3" in found
     assert "gcc" in found
     (tmp_path / "Python.h").touch()
-    found = check_attention(Uncompiled(), LAYER, 4, Heads(0.25), 16)
+    found = check_attention(Uncompiled(), LAYER, 4, AttentionParams(0.25), 16)
     assert found is not None
     assert found.startswith("it failed: Command")
 
@@ -162,7 +167,7 @@ def test_a_fault_that_only_a_wait_tells_of_is_found_by_the_check(monkeypatch: py
             raise RuntimeError("CUDA error: an illegal memory access was encountered\nand a hint")
 
     monkeypatch.setattr(check, "_wait_for", wait)
-    found = check_attention(SdpaAttention(), LAYER, 4, Heads(0.25))
+    found = check_attention(SdpaAttention(), LAYER, 4, AttentionParams(0.25))
     assert found == "it failed: CUDA error: an illegal memory access was encountered"
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from serve_app.engine.attention import plain
-from serve_app.engine.attention.base import Heads, Span, visible
+from serve_app.engine.attention.base import AttentionParams, Span, visible
 from serve_app.engine.attention.plain import plain_attention, row_blocks
 
 
@@ -24,9 +24,9 @@ def test_blocks_are_all_rows_in_order_and_hold_few_scores(
 def test_in_blocks_it_is_the_same(monkeypatch: pytest.MonkeyPatch, window: int | None, softcap: float | None) -> None:
     torch.manual_seed(0)
     span = Span(0, 20, 50, (), ())
-    heads = Heads(scaling=0.3, sliding_window=window, softcap=softcap)
+    params = AttentionParams(scaling=0.3, sliding_window=window, softcap=softcap)
     query, key, value = torch.randn(20, 4, 8), torch.randn(50, 2, 8), torch.randn(50, 2, 8)
     mask = visible(span, window, query.device)
-    whole = plain_attention(query, key, value, mask, heads)
+    whole = plain_attention(query, key, value, mask, params)
     monkeypatch.setattr(plain, "MAX_SCORES", 4 * 50 * 3)
-    torch.testing.assert_close(plain_attention(query, key, value, mask, heads), whole)
+    torch.testing.assert_close(plain_attention(query, key, value, mask, params), whole)

@@ -12,7 +12,7 @@ from tiny_models import ARCHITECTURES, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from serve_app.engine.attention.base import STEP_KEYWORD, Heads, PagedStep, Span
+from serve_app.engine.attention.base import STEP_KEYWORD, AttentionParams, PagedStep, Span
 from serve_app.engine.cpu.attention import CpuAttention
 from serve_app.engine.cpu.forwards import FusedAttention, FusedGatedMLP, FusedNorm, paged_step
 from serve_app.engine.cpu.fusion import fuse_modules
@@ -90,7 +90,7 @@ class GatedHeads(nn.Module):
             x.unflatten(-1, (-1, 16)).transpose(1, 2)
             for x in (query, self.k_proj(hidden_states), self.v_proj(hidden_states))
         )
-        attended = keywords[STEP_KEYWORD].attend(0, *heads, Heads(0.25))
+        attended = keywords[STEP_KEYWORD].attend(0, *heads, AttentionParams(0.25))
         return self.o_proj(attended.flatten(2) * gate.sigmoid()), None
 
 

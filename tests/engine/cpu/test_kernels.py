@@ -27,7 +27,7 @@ from transformers import HunYuanMoEV1Config, HunYuanMoEV1ForCausalLM
 
 from serve_app.config import EngineConfig
 from serve_app.core import GenerationRequest, SamplingParams, TokenBatch
-from serve_app.engine.attention.base import Heads
+from serve_app.engine.attention.base import AttentionParams
 from serve_app.engine.attention.check import check_attention
 from serve_app.engine.cpu.attention import CpuAttention
 from serve_app.engine.cpu.library import Kernels, load_kernels
@@ -70,17 +70,24 @@ def test_threads_do_not_change_a_bit(kernels: Kernels, threads: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "heads", [Heads(0.25), Heads(0.25, 1), Heads(0.25, 100), Heads(0.25, None, 5.0), Heads(0.1, 9, 3.0)]
+    "params",
+    [
+        AttentionParams(0.25),
+        AttentionParams(0.25, 1),
+        AttentionParams(0.25, 100),
+        AttentionParams(0.25, None, 5.0),
+        AttentionParams(0.1, 9, 3.0),
+    ],
 )
 @pytest.mark.parametrize("shape", [(2, 16, 16), (4, 8, 32), (1, 24, 80), (3, 64, 64), (1, 128, 128)])
 @pytest.mark.parametrize("page_tokens", [16, 64])
 def test_attention_passes_the_check(
-    kernels: Kernels, heads: Heads, shape: tuple[int, int, int], page_tokens: int
+    kernels: Kernels, params: AttentionParams, shape: tuple[int, int, int], page_tokens: int
 ) -> None:
     layer = LayerShape(*shape, torch.float32, CPU)
     backend = CpuAttention(kernels, page_tokens)
-    assert backend.refusal(layer, heads) is None
-    assert check_attention(backend, layer, 12, heads, page_tokens) is None
+    assert backend.refusal(layer, params) is None
+    assert check_attention(backend, layer, 12, params, page_tokens) is None
 
 
 @pytest.mark.usefixtures("kernels")
@@ -95,8 +102,10 @@ def test_any_page_size_that_suits_the_kernel_serves_with_it(make_engine: MakeEng
 
 
 def test_attention_says_what_it_can_not_do() -> None:
-    assert "float32" in (CpuAttention.refusal(LayerShape(2, 16, 16, torch.bfloat16, CPU), Heads(1.0)) or "")
-    assert "multiple of 16" in (CpuAttention.refusal(LayerShape(2, 20, 20, torch.float32, CPU), Heads(1.0)) or "")
+    assert "float32" in (CpuAttention.refusal(LayerShape(2, 16, 16, torch.bfloat16, CPU), AttentionParams(1.0)) or "")
+    assert "multiple of 16" in (
+        CpuAttention.refusal(LayerShape(2, 20, 20, torch.float32, CPU), AttentionParams(1.0)) or ""
+    )
 
 
 def test_the_library_is_compiled_once(kernels: Kernels, kernel_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 from fake_cuda import FakeCuda, FakeKernel
 from torch._subclasses import FakeTensorMode
 
-from serve_app.engine.attention.base import Heads, Span
+from serve_app.engine.attention.base import AttentionParams, Span
 from serve_app.engine.cuda import attention as triton_attention
 from serve_app.engine.cuda.attention import TritonAttention, TritonStep
 from serve_app.engine.kv_cache import LayerShape
@@ -71,11 +71,15 @@ def test_long_contexts_are_split_until_the_device_is_full() -> None:
 def test_it_refuses_what_it_can_not_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     monkeypatch.setattr(triton_attention, "kernels", SimpleNamespace())
-    assert TritonAttention.refusal(LayerShape(2, 96, 80, torch.bfloat16, cuda), Heads(0.1, 64, 5.0)) is None
-    assert "CUDA" in (TritonAttention.refusal(LayerShape(2, 64, 64, torch.float32, cpu), Heads(0.1)) or "")
-    assert "float64" in (TritonAttention.refusal(LayerShape(2, 64, 64, torch.float64, cuda), Heads(0.1)) or "")
+    assert TritonAttention.refusal(LayerShape(2, 96, 80, torch.bfloat16, cuda), AttentionParams(0.1, 64, 5.0)) is None
+    assert "CUDA" in (TritonAttention.refusal(LayerShape(2, 64, 64, torch.float32, cpu), AttentionParams(0.1)) or "")
+    assert "float64" in (
+        TritonAttention.refusal(LayerShape(2, 64, 64, torch.float64, cuda), AttentionParams(0.1)) or ""
+    )
     monkeypatch.setattr(triton_attention, "kernels", None)
-    assert "not installed" in (TritonAttention.refusal(LayerShape(2, 64, 64, torch.float32, cuda), Heads(0.1)) or "")
+    assert "not installed" in (
+        TritonAttention.refusal(LayerShape(2, 64, 64, torch.float32, cuda), AttentionParams(0.1)) or ""
+    )
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -92,6 +96,6 @@ def test_kernels_are_launched_on_the_device_of_the_layer(monkeypatch: pytest.Mon
         slots, pages, blocks = (torch.empty(size, dtype=torch.int64, device=keys.device) for size in (1, 9, (1, 4)))
         backend = TritonAttention()
         backend.write(keys, keys, slots, key, key)
-        backend.attend(query, keys, keys, (), Heads(0.1), TritonStep(blocks, pages, 1, True))
+        backend.attend(query, keys, keys, (), AttentionParams(0.1), TritonStep(blocks, pages, 1, True))
     assert cuda.log == [(name, index) for name in names]
     assert cuda.current == 0

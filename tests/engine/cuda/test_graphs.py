@@ -15,7 +15,7 @@ from tabled_attention import Recorder, TabledPlain
 from tiny_models import CONTEXT, VOCAB, tiny_model
 
 from serve_app.config import EngineConfig
-from serve_app.engine.attention.base import Heads, Span
+from serve_app.engine.attention.base import AttentionParams, Span
 from serve_app.engine.cuda.graphs import StepShape, step_shapes
 from serve_app.engine.inputs import StepInputs
 from serve_app.engine.kv_cache import KVCache
@@ -236,7 +236,7 @@ def test_padding_rows_attend_to_nothing() -> None:
     used = backend.fill(table.numpy(), [Span(0, 1, 20, (), (3, 5))], 4, 4)
     prepared = backend.view(table, 4, 4)
     keys = torch.randn(6, 16, 2, 8)
-    output = backend.attend(torch.randn(4, 4, 8), keys, keys, (), Heads(0.3), prepared)
+    output = backend.attend(torch.randn(4, 4, 8), keys, keys, (), AttentionParams(0.3), prepared)
     assert used == 10
     assert output[0].any()
     assert not output[1:].any()
