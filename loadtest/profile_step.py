@@ -42,7 +42,7 @@ _KERNEL_PARTS = {
 }  # fmt: skip
 PARTS = (
     "decoder layers", "linears", "lm_head", "attention", "norms, rotary", _OTHER,
-    "inputs", "sampling", "planning", "bookkeeping, publishing",
+    "inputs", "sampling", "scheduling", "bookkeeping, publishing",
 )  # fmt: skip
 
 Step = dict[str, float]
@@ -72,7 +72,7 @@ class Profile:
         self._time(runner, "_forward", "forward")
         self._time(runner, "step", "step")
         self._time(engine._sampler, "sample", "sampling")
-        self._time(engine._scheduler, "plan", "planning", self._composition)
+        self._time(engine._scheduler, "schedule", "scheduling", self._composition)
         self._time(engine, "_finish_step", "bookkeeping, publishing")
         self._time(engine, "_step", "total", lambda result: self._finish())
 

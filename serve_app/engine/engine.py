@@ -37,7 +37,7 @@ from serve_app.core import (
 from serve_app.engine.build import Backends, EngineCapacity, prepare, use_cpu_kernels
 from serve_app.engine.kv_cache import PagePool
 from serve_app.engine.model_runner import ModelRunner
-from serve_app.engine.prompt_lookup import agreed
+from serve_app.engine.prompt_lookup import count_accepted
 from serve_app.engine.replies import ReplyStream, deliver
 from serve_app.engine.sampling import Sampled, Sampler
 from serve_app.engine.scheduler import Chunk, Scheduler
@@ -337,7 +337,7 @@ class Engine:
 
     def _step(self) -> None:
         self._expire()
-        chunks = self._scheduler.plan()
+        chunks = self._scheduler.schedule()
         if not self._runner.replays(chunks):
             self._send()
         if not chunks:
@@ -370,9 +370,9 @@ class Engine:
             if chunk.draft and any(choice.token_id < 0 for choice in choices[chunk.sequence]):
                 # A guess that the sequence would never have made may be to blame: compute its token again without.
                 del choices[chunk.sequence]
-                self._scheduler.spoiled(chunk)
+                self._scheduler.discard_draft(chunk)
             else:
-                self._scheduler.computed(chunk)
+                self._scheduler.mark_computed(chunk)
         now = time.monotonic()
         replies = [(c.sequence, self._advance(c, choices[c.sequence], now)) for c in ready if c.sequence in choices]
         self._publish(replies, send=self._runner.graphs is None)
@@ -387,7 +387,7 @@ class Engine:
         sequence, index = chunk.sequence, chunk.sequence.output_len
         if sequence.first_token_at is None:
             sequence.first_token_at = now
-        right = agreed(chunk.draft, [choice.token_id for choice in sampled])
+        right = count_accepted(chunk.draft, [choice.token_id for choice in sampled])
         kept: list[Sampled] = []
         reason: FinishReason | None = None
         while reason is None and len(kept) <= right:
@@ -395,7 +395,7 @@ class Engine:
             reason = sequence.append(kept[-1].token_id)
         if chunk.draft:
             right = min(right, len(kept))
-            self._scheduler.verified(sequence, right)
+            self._scheduler.accept_draft(sequence, right)
             self._drafted_tokens += len(chunk.draft)
             self._accepted_tokens += right
         self._output_tokens += len(kept)

@@ -101,11 +101,11 @@ def _decode_seconds(runner: ModelRunner, pool: PagePool, page_tokens: int, count
     times = []
     for _ in range(1 + _TIMED_STEPS):  # the first is their prompts'
         begin = time.perf_counter()
-        chunks = scheduler.plan()
+        chunks = scheduler.schedule()
         runner.step(chunks)
         times.append(time.perf_counter() - begin)
         for chunk in chunks:
-            scheduler.computed(chunk)
+            scheduler.mark_computed(chunk)
             chunk.sequence.token_ids.append(0)
     return min(times[1:])
 
@@ -138,11 +138,11 @@ def _run(
         sequence.request = replace(sequence.request, prompt_token_ids=tuple(sequence.token_ids))
         scheduler.add(sequence)
     rows: dict[int, torch.Tensor] = {}
-    while chunks := scheduler.plan():
+    while chunks := scheduler.schedule():
         logits = runner.step(chunks)
         finished = [chunk.sequence for chunk in chunks if chunk.completes]
         for chunk in chunks:
-            scheduler.computed(chunk)
+            scheduler.mark_computed(chunk)
         for sequence, row in zip(finished, logits, strict=True):
             if following[sequence.arrival]:
                 sequence.token_ids.append(following[sequence.arrival].pop(0))

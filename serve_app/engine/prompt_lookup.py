@@ -1,7 +1,7 @@
-"""Speculative decoding without a second model: what a request has said before, it may be saying again.
+"""Prompt lookup: speculative decoding that drafts from a sequence's own earlier ids, without a second model.
 
-Guesses next ids from earlier places in a sequence's own ids, and decides how many guesses are worth a row of a step.
-They are verified exactly, so nothing here changes a token, only when it comes. Knows no device and no scheduling.
+Guesses the next ids of a sequence, and decides how many guesses are worth a row of a step. The engine verifies each
+guess exactly, so drafts never change a token, only the step that gives it. Knows no device and no scheduling.
 """
 
 from __future__ import annotations
@@ -10,62 +10,64 @@ from array import array
 from collections.abc import Sequence as SequenceOf
 
 ROW_COST = 1 / 12
-"""What one more row adds to a step, as a share of a step of one row, where it was not measured (on a GPU it is less). A
-guess with a smaller chance to be right is never made."""
+"""What one more row adds to a step, as a share of a step of one row, where it was not measured (on a GPU it is less).
+A guess with a smaller probability to be right is never made."""
 CANDIDATES = 8
-"""Earlier places of the last two ids that are compared, the most recent first."""
-REACH = 16_384
-"""Ids before the first output that are looked at, the last ones of the prompt: the index takes some 150 bytes each."""
-READ_AT_ONCE = 512
-"""Ids that a step reads for all its sequences together: 0.1 ms of a prompt's (8,000 at once took 1.7 ms), 1.5 ms of
-output's, which are behind only while no row is free."""
+"""Earlier occurrences of the last two ids that are compared, the most recent first."""
+MAX_INDEXED_PROMPT_TOKENS = 16_384
+"""Of a longer prompt only its last ids are indexed. The index takes about 150 bytes an id."""
+INDEXED_PER_STEP = 512
+"""Ids that a step indexes, over all its sequences. 512 ids of prompts take 0.1 ms (8,000 took 1.7 ms), 512 ids of
+outputs 1.5 ms; outputs fall behind only while no row is free for guesses."""
 LONGEST_MATCH = 16
-"""More ids that agree say no more about the next one."""
+"""Matches of more ids predict the next id no better."""
 
 _PRIOR = {2: 0.2, 3: 0.3, 4: 0.5, 8: 0.7, LONGEST_MATCH: 0.8}
-"""How often the next id agrees after a match of at least so many ids, until a request has shown its own habit."""
+"""Length of a match, at least -> share of next ids that agree: the estimate before a request has data of its own."""
 _PRIOR_WEIGHT = 3.0
-_MEMORY = 0.9
-"""What an observation counts beside the one after it."""
+"""Observations that the prior counts as."""
+_DECAY = 0.9
+"""Weight of an observation relative to the one after it."""
 _CLASS = tuple(sum(least <= max(2, match) for least in _PRIOR) - 1 for match in range(LONGEST_MATCH + 1))
+"""Length of a match -> its place in `_PRIOR`."""
 
 
 class Lookup:
-    """Where one sequence's ids occurred before, and how well that has foretold its output.
+    """An index of one sequence's pairs of ids, and how well earlier occurrences have predicted its output.
 
-    Every output id is compared with what was foretold, whether it was drafted or not. So a request whose guesses fail
-    costs a look-up a token and no arithmetic, and one that begins to repeat itself is noticed.
+    Every output id is compared with its prediction, whether it was drafted or not. So a request whose guesses fail
+    costs one look-up a token and no rows, and guessing resumes when a request begins to repeat itself.
     """
 
     def __init__(self, token_ids: SequenceOf[int]) -> None:
-        """`token_ids`: prompt and output so far. It may grow; nothing is read before `follow`."""
+        """`token_ids`: prompt and output so far. It may grow; nothing is read before `index`."""
         self._ids = token_ids
         self._given = len(token_ids)
-        """So many are only remembered. Of those after them it learns how well it foretells."""
-        self._known = max(0, len(token_ids) - REACH)
+        """Length of the prefix that is only indexed. The ids after it also update the estimates of `guess`."""
+        self._indexed = max(0, len(token_ids) - MAX_INDEXED_PROMPT_TOKENS)
         self._latest: dict[int, int] = {}
-        """Two ids, as one number -> the place after their latest occurrence."""
-        self._earlier = array("q", bytes(8 * self._known))
-        """For the two ids that end at each index, the place after their occurrence before that; 0: none."""
+        """A pair of ids, as one number -> the index after its latest occurrence."""
+        self._earlier = array("q", bytes(8 * self._indexed))
+        """For the pair that ends at each index: the index after its previous occurrence; 0: none."""
         self._place = 0
-        """Where it goes on as before: the index of the next guess; 0: nowhere."""
+        """Index of the id that is predicted next; 0: there is no prediction."""
         self._match = 0
-        """How many ids before it are the last ones; `LONGEST_MATCH` for more."""
+        """How many ids before `_place` equal the sequence's last ids, `LONGEST_MATCH` at most."""
         self._hits = [chance * _PRIOR_WEIGHT for chance in _PRIOR.values()]
         self._tries = [_PRIOR_WEIGHT] * len(_PRIOR)
 
-    def follow(self, most: int | None = None) -> int:
-        """Read the ids that it doesn't know yet, in order, at most `most` of them; how many it read.
+    def index(self, most: int | None = None) -> int:
+        """Index the next ids, `most` at most; returns how many.
 
-        However they are divided over calls, the guesses are the same once all are known.
+        However they are divided over calls, the guesses are the same once all are indexed.
         """
-        begin = self._known
+        begin = self._indexed
         end = len(self._ids) if most is None else min(len(self._ids), begin + most)
         for _ in range(begin, min(end, self._given)):
-            self._index()
-        if begin < self._known == self._given:
+            self._add_pair()
+        if begin < self._indexed == self._given:
             self._find()
-        for index in range(self._known, end):
+        for index in range(self._indexed, end):
             self._learn(index)
         return end - begin
 
@@ -74,24 +76,24 @@ class Lookup:
         agrees = place > 0 and self._ids[place] == self._ids[index]
         if place:
             kind = _CLASS[self._match]
-            self._hits[kind] = self._hits[kind] * _MEMORY + agrees
-            self._tries[kind] = self._tries[kind] * _MEMORY + 1
-        self._index()
+            self._hits[kind] = self._hits[kind] * _DECAY + agrees
+            self._tries[kind] = self._tries[kind] * _DECAY + 1
+        self._add_pair()
         if agrees:
             self._place, self._match = place + 1, min(self._match + 1, LONGEST_MATCH)
         else:
             self._find()
 
     def guess(self, count: int) -> list[tuple[int, float]]:
-        """Up to `count` next ids, if it goes on as it did before, each with its chance.
+        """Up to `count` guesses of the next ids, each with its probability.
 
-        The chance is the estimated probability that this guess and all before it are right. Guesses end where it is
-        too small for a row in any step. There are none before all ids are read.
+        It is the estimated probability that this guess and all before it are right. Guesses end where it is too small
+        for a row in any step. There are none before all ids are indexed.
         """
-        if not self._place or self._known < len(self._ids):
+        if not self._place or self._indexed < len(self._ids):
             return []
         ids = self._ids[self._place : self._place + count]
-        period = self._known - self._place
+        period = self._indexed - self._place
         guesses: list[tuple[int, float]] = []
         chance = 1.0
         for place in range(count):
@@ -99,13 +101,13 @@ class Lookup:
             chance *= self._hits[kind] / self._tries[kind]
             if chance <= ROW_COST:
                 break
-            # Where its past ends it begins again.
+            # Beyond the last known id the predicted stretch repeats.
             guesses.append((ids[place % period], chance))
         return guesses
 
-    def _index(self) -> None:
-        ids, index = self._ids, self._known
-        self._known += 1
+    def _add_pair(self) -> None:
+        ids, index = self._ids, self._indexed
+        self._indexed += 1
         if index == 0:
             self._earlier.append(0)
             return
@@ -114,9 +116,9 @@ class Lookup:
         self._latest[pair] = index + 1
 
     def _find(self) -> None:
-        """The place whose preceding ids agree longest with the last ones; of equals the latest."""
+        """Predict from the earlier place whose preceding ids match the last ids for longest; of equals the latest."""
         self._place = self._match = 0
-        ids, last = self._ids, self._known - 1
+        ids, last = self._ids, self._indexed - 1
         place = self._earlier[last] if last > 0 else 0
         for _ in range(CANDIDATES):
             if not place:
@@ -134,14 +136,14 @@ def share_rows(
 ) -> list[int]:
     """How many guesses of each sequence to verify, at most `rows` together, in a step that gives `sampled` tokens.
 
-    A guess gets a row while that raises the tokens expected per time: while its chance to be right, over what a row
-    costs, is more than the tokens that the step is expected to give, over what the step costs.
+    A guess gets a row while that raises the expected tokens per second: while its probability to be right, divided by
+    the cost of a row, is more than the step's expected tokens, divided by the step's cost.
 
     Args:
-        guesses: of each sequence (see `Lookup.guess`); their chances never rise.
-        rows: free ones.
+        guesses: of each sequence (see `Lookup.guess`); their probabilities never rise.
+        rows: free rows of the step.
         sampled: tokens that the step gives without guesses.
-        row_cost: of a step of one row.
+        row_cost: of one more row, as a share of a step of one row.
     """
     lengths = [0] * len(guesses)
     tokens, cost = float(sampled), 1 + row_cost * (sampled - 1)
@@ -155,8 +157,8 @@ def share_rows(
     return lengths
 
 
-def agreed(draft: SequenceOf[int], sampled: SequenceOf[int]) -> int:
-    """How many guesses are the ids that were sampled in their places, up to the first that isn't."""
+def count_accepted(draft: SequenceOf[int], sampled: SequenceOf[int]) -> int:
+    """How many ids of the draft equal the ids sampled in their places, up to the first that differs."""
     for place, guessed in enumerate(draft):
         if sampled[place] != guessed:
             return place

@@ -17,7 +17,7 @@ import torch
 
 from serve_app.core import SamplingParams, TokenLogprobs
 from serve_app.engine.cpu.library import Kernels
-from serve_app.engine.sequence import Sequence, Supposed
+from serve_app.engine.sequence import DraftPosition, Sequence
 
 TOP_P_CANDIDATES = 512
 """Largest probabilities looked at before a row is sorted whole: a sort of 49,152 costs some 3 ms a row on a CPU."""
@@ -77,7 +77,7 @@ class Sampler:
         """`kernels`: choose with these for logits on a CPU: 8 to 30 times faster, and the same function."""
         self._kernels = kernels
 
-    def sample(self, logits: torch.Tensor, sequences: SequenceOf[Sequence | Supposed]) -> list[Sampled]:
+    def sample(self, logits: torch.Tensor, sequences: SequenceOf[Sequence | DraftPosition]) -> list[Sampled]:
         """Logits `[n, vocab]` in float32 (changed in place), one row per sequence -> one token each."""
         params = [s.request.sampling for s in sequences]
         logprobs = self._logprobs_before(logits, params)
@@ -88,7 +88,7 @@ class Sampler:
             Sampled(token_id, logprobs(row, token_id) if token_id >= 0 else None) for row, token_id in enumerate(chosen)
         ]
 
-    def _choose(self, logits: torch.Tensor, sequences: SequenceOf[Sequence | Supposed]) -> list[int]:
+    def _choose(self, logits: torch.Tensor, sequences: SequenceOf[Sequence | DraftPosition]) -> list[int]:
         """A token id a row; -1 for a row whose logits are not finite numbers."""
         best, token_ids = logits.max(dim=-1)
         drawn = [row for row, s in enumerate(sequences) if s.request.sampling.temperature > 0]
@@ -99,7 +99,7 @@ class Sampler:
         chosen: list[int] = token_ids.masked_fill(~torch.isfinite(best), -1).tolist()
         return chosen
 
-    def _choose_by_kernel(self, logits: torch.Tensor, sequences: SequenceOf[Sequence | Supposed]) -> list[int]:
+    def _choose_by_kernel(self, logits: torch.Tensor, sequences: SequenceOf[Sequence | DraftPosition]) -> list[int]:
         """The same, by `kernels/sampling.cpp`."""
         assert self._kernels is not None
         choices = np.zeros((len(sequences), 5))
@@ -114,7 +114,7 @@ class Sampler:
         chosen: list[int] = ids.tolist()
         return chosen
 
-    def _adjust(self, logits: torch.Tensor, sequences: SequenceOf[Sequence | Supposed]) -> None:
+    def _adjust(self, logits: torch.Tensor, sequences: SequenceOf[Sequence | DraftPosition]) -> None:
         """Bias, penalties and forbidden stop ids. Each is a function of the output ids so far."""
         for row, sequence in enumerate(sequences):
             params, request = sequence.request.sampling, sequence.request
@@ -139,7 +139,7 @@ class Sampler:
     def _ids(ids: SequenceOf[int], device: torch.device) -> torch.Tensor:
         return torch.from_numpy(np.array(ids, dtype=np.int64)).to(device)
 
-    def _draw(self, logits: torch.Tensor, sequences: SequenceOf[Sequence | Supposed]) -> torch.Tensor:
+    def _draw(self, logits: torch.Tensor, sequences: SequenceOf[Sequence | DraftPosition]) -> torch.Tensor:
         """Temperature, filters and the inverse CDF, `[n, vocab]` -> `[n]` ids."""
         params = [s.request.sampling for s in sequences]
 
@@ -203,7 +203,7 @@ class Sampler:
         return of
 
 
-def _draws(sequences: SequenceOf[Sequence | Supposed]) -> npt.NDArray[np.float64]:
+def _draws(sequences: SequenceOf[Sequence | DraftPosition]) -> npt.NDArray[np.float64]:
     """Each sequence's draw for its next output position, `[n]`."""
     return uniforms(
         [s.request.sampling.seed for s in sequences],

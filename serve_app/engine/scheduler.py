@@ -1,7 +1,7 @@
-"""Which tokens of which sequences are computed in the next step.
+"""Chooses the tokens of each step: which sequences compute how many of their tokens, and in which pages.
 
-A function of its own state only: no device, no clock. Every accepted sequence finishes: one alone always fits (larger
-requests are refused before they get here), and when pages run out the youngest gives its pages back and is recomputed.
+Uses no device and no clock. Every accepted sequence finishes: one alone always fits (larger requests are refused before
+they get here), and when pages run out the youngest sequence gives its pages back and is recomputed later.
 """
 
 from __future__ import annotations
@@ -11,34 +11,34 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from serve_app.engine.kv_cache import PagePool, page_hash, root_hash
-from serve_app.engine.prompt_lookup import READ_AT_ONCE, ROW_COST, share_rows
-from serve_app.engine.sequence import Sequence, Supposed
+from serve_app.engine.prompt_lookup import INDEXED_PER_STEP, ROW_COST, share_rows
+from serve_app.engine.sequence import DraftPosition, Sequence
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The next `tokens` tokens of a sequence, to be computed in one step, and perhaps guesses of what follows them."""
+    """The next `tokens` tokens of a sequence, to be computed in one step, and possibly a draft of what follows them."""
 
     sequence: Sequence
     tokens: int
     draft: tuple[int, ...] = ()
-    """Guessed next ids, only where the chunk completes: computed behind its tokens, to be checked against the sampled
-    ones."""
+    """Guessed next ids, only where the chunk completes. They are computed behind its tokens and then compared with the
+    sampled ids."""
 
     @property
     def completes(self) -> bool:
-        """After it every token is cached, so that the next one can be sampled."""
+        """Whether every token is cached after it, so that the next one can be sampled."""
         return self.tokens == self.sequence.remaining
 
-    def rows(self) -> list[Sequence | Supposed]:
-        """What the rows of logits of a chunk that completes are sampled for: its end, and after each guess."""
-        guesses = self.draft
-        return [self.sequence, *(Supposed(self.sequence, guesses[: n + 1]) for n in range(len(guesses)))]
+    def rows(self) -> list[Sequence | DraftPosition]:
+        """The positions that a chunk that completes has rows of logits for: its end, and the end of each guess."""
+        draft = self.draft
+        return [self.sequence, *(DraftPosition(self.sequence, draft[: n + 1]) for n in range(len(draft)))]
 
 
 @dataclass(slots=True)
 class _Step:
-    """A step being put together."""
+    """The chunks chosen so far for a step, and the tokens that are left for others."""
 
     budget: int
     chunks: list[Chunk] = field(default_factory=list)
@@ -59,7 +59,7 @@ class _Step:
 
 
 class Scheduler:
-    """Waiting and running sequences, and the pages they hold."""
+    """The waiting and the running sequences, and the pages that they hold."""
 
     def __init__(
         self,
@@ -85,30 +85,30 @@ class Scheduler:
         bisect.insort(self.waiting, sequence, key=_order)
 
     def remove(self, sequence: Sequence) -> None:
-        """Forget a finished or cancelled sequence and give its pages back."""
+        """Drop a finished or cancelled sequence and give its pages back."""
         self._release(sequence)
         (self.running if sequence in self.running else self.waiting).remove(sequence)
 
-    def plan(self) -> list[Chunk]:
-        """The next step: decodes first, then prompts under what the token budget leaves.
+    def schedule(self) -> list[Chunk]:
+        """The chunks of the next step: decodes first, then prompts as far as the token budget goes.
 
-        A sequence that must be alone gets steps of its own first.
+        An isolated sequence gets steps of its own, before the others.
         """
         step = _Step(self._max_step_tokens)
-        if (suspect := next((s for s in self.running if s.isolated), None)) is not None:
-            self._schedule(suspect, min(suspect.remaining, step.budget), step)
-            return step.chunks or self.plan()
+        if (isolated := next((s for s in self.running if s.isolated), None)) is not None:
+            self._add_chunk(isolated, min(isolated.remaining, step.budget), step)
+            return step.chunks or self.schedule()
         preempted = self.preemptions
         for sequence in sorted((s for s in self.running if s.remaining == 1), key=_order):
             if sequence in self.running and step.budget > 0:
-                self._schedule(sequence, 1, step)
+                self._add_chunk(sequence, 1, step)
         self._prefill(step, admitting=self.preemptions == preempted)
         if self.prompt_lookup and self.preemptions == preempted:
             self._add_drafts(step)
         return step.chunks
 
     def _prefill(self, step: _Step, *, admitting: bool) -> None:
-        """Prompts under what the budget leaves, in order, be they under way or yet to be admitted."""
+        """Add prompts within the rest of the budget, in order, both those under way and those to be admitted."""
         under_way = deque(sorted((s for s in self.running if s.remaining > 1), key=_order))
         while step.budget > 0 and (under_way or (admitting and self.waiting)):
             if admitting and self.waiting and not (under_way and under_way[0].order < self.waiting[0].order):
@@ -117,10 +117,11 @@ class Scheduler:
             sequence = under_way.popleft()
             if sequence in self.running and not step.holds(sequence):
                 preempted = self.preemptions
-                self._schedule(sequence, min(sequence.remaining, step.budget), step)
+                self._add_chunk(sequence, min(sequence.remaining, step.budget), step)
                 admitting = admitting and self.preemptions == preempted
 
-    def _schedule(self, sequence: Sequence, tokens: int, step: _Step) -> None:
+    def _add_chunk(self, sequence: Sequence, tokens: int, step: _Step) -> None:
+        """Add the sequence's next tokens. While pages are missing the last sequence in order is preempted."""
         while not self._reserve(sequence, tokens):
             victim = max(self.running, key=_order)
             step.drop(victim)
@@ -130,7 +131,7 @@ class Scheduler:
         step.add(sequence, tokens)
 
     def _admit(self, sequence: Sequence, step: _Step) -> bool:
-        """Let the first in the queue run, if it can; whether another may be tried."""
+        """Admit the first in the queue if it fits; returns whether the next one may be tried."""
         while (prefix := self._fitting_prefix(sequence)) is None:
             if not self._make_way(sequence, step):
                 return False
@@ -140,21 +141,22 @@ class Scheduler:
         self.waiting.remove(sequence)
         self.running.append(sequence)
         if not (sequence.isolated and step.chunks):
-            self._schedule(sequence, min(sequence.remaining, step.budget), step)
+            self._add_chunk(sequence, min(sequence.remaining, step.budget), step)
         if sequence.isolated and step.chunks:
-            # Either the step is its own now, or the next one will be: nothing more goes into this one.
+            # Nothing more may join: this step is the isolated sequence's own, or the next one will be.
             step.budget = 0
         return not sequence.isolated
 
     def _fitting_prefix(self, newcomer: Sequence) -> list[int] | None:
-        """The cached pages of its longest known prefix, if with them it may run beside those that do; else None.
+        """The cached pages of the newcomer's longest known prefix, or None when it can't run beside the others yet.
 
-        A page of slack for each keeps it from being preempted at once. The pages are only looked at: held and given
-        back each step while it waits, they would outlive those that others used meanwhile.
+        One free page for each running sequence keeps the newcomer from being preempted at once. The pages are not held
+        while it waits: holding and releasing them in each step would keep them in the cache at the expense of pages
+        that others have used since.
         """
         running = len(self.running)
         room = self.pool.available - running
-        # One page at least is its own, whatever it shares: a full house costs no look-up.
+        # The newcomer needs at least one page of its own: without room for it the look-up is skipped.
         if running and (running >= self._max_running or room < 1):
             return None
         prefix = self._known_prefix(newcomer)
@@ -162,7 +164,7 @@ class Scheduler:
         return prefix if not running or room - self.pool.idle(prefix) >= own else None
 
     def _make_way(self, newcomer: Sequence, step: _Step) -> bool:
-        """Send one back to the queue that has not begun and comes after the newcomer, if there is one."""
+        """Preempt a sequence without output that comes after the newcomer; returns whether there was one."""
         last = max(self.running, key=_order)
         if last.output_len > 0 or last.order < newcomer.order:
             return False
@@ -171,14 +173,14 @@ class Scheduler:
         return True
 
     def _add_drafts(self, step: _Step) -> None:
-        """Let sequences that decode guess ahead, in rows, tokens and pages that nobody else needs.
+        """Add drafts to the sequences that decode, in rows, tokens and pages that nobody else needs.
 
-        A step never has more rows of logits than requests may run: guesses take the places that are empty.
+        A step never has more rows of logits than sequences may run: guesses take the rows that are empty.
         """
         sampled = sum(chunk.completes for chunk in step.chunks)
         empty = self._max_running - sampled
         if empty > 0:
-            self._read(step)
+            self._index(step)
         rows = min(empty, step.budget)
         decoding = [place for place, chunk in enumerate(step.chunks) if chunk.tokens == 1 and chunk.completes]
         if rows <= 0 or not decoding:
@@ -191,22 +193,22 @@ class Scheduler:
                 step.chunks[place] = Chunk(sequence, 1, tuple(token_id for token_id, _ in guessed[:fitting]))
                 step.budget -= fitting
 
-    def _read(self, step: _Step) -> None:
-        """Let the step's sequences get to know their ids: those that decode first, then prompts while computed."""
-        left = READ_AT_ONCE
+    def _index(self, step: _Step) -> None:
+        """Index ids of the step's sequences for guessing: those that decode come first, then prompts."""
+        left = INDEXED_PER_STEP
         for chunk in step.chunks:
-            left -= chunk.sequence.read(left)
+            left -= chunk.sequence.index(left)
 
     def _room(self, sequence: Sequence, length: int) -> int:
-        """Take pages for a draft as long as each running sequence could still have one; how much of it fits."""
+        """Reserve pages for a draft while one is left for each running sequence; returns how many of its ids fit."""
         missing = self._pages_for(sequence.computed + 1 + length) - len(sequence.pages)
         if self.pool.available - missing >= len(self.running):
             self._reserve(sequence, 1 + length)
         return min(length, len(sequence.pages) * self._page_tokens - sequence.computed - 1)
 
     def _known_prefix(self, sequence: Sequence) -> list[int]:
-        """The cached pages of its longest known prefix; one token at least is left to compute."""
-        self._name_pages(sequence, len(sequence.token_ids) - 1)
+        """The cached pages of its longest known prefix. At least one token is left to compute."""
+        self._hash_pages(sequence, len(sequence.token_ids) - 1)
         return self.pool.lookup(sequence.page_hashes)
 
     def _take_prefix(self, sequence: Sequence, pages: list[int]) -> None:
@@ -214,30 +216,31 @@ class Scheduler:
         sequence.pages = pages
         sequence.computed = len(pages) * self._page_tokens
 
-    def _name_pages(self, sequence: Sequence, tokens: int) -> None:
-        names, size = sequence.page_hashes, self._page_tokens
-        for page in range(len(names), tokens // size):
-            parent = names[-1] if names else root_hash(sequence.request.cache_salt)
-            names.append(page_hash(parent, sequence.token_ids[page * size : (page + 1) * size]))
+    def _hash_pages(self, sequence: Sequence, tokens: int) -> None:
+        hashes, size = sequence.page_hashes, self._page_tokens
+        for page in range(len(hashes), tokens // size):
+            parent = hashes[-1] if hashes else root_hash(sequence.request.cache_salt)
+            hashes.append(page_hash(parent, sequence.token_ids[page * size : (page + 1) * size]))
 
-    def computed(self, chunk: Chunk) -> None:
-        """The step is done: these tokens are in the cache, and full pages may be shared from now on."""
+    def mark_computed(self, chunk: Chunk) -> None:
+        """Count a chunk's tokens as cached after its step. Pages that are full now may be shared."""
         self._advance(chunk.sequence, chunk.tokens)
 
-    def verified(self, sequence: Sequence, agreed: int) -> None:
-        """So many guesses behind a computed chunk were right, and are tokens of the sequence by now.
+    def accept_draft(self, sequence: Sequence, accepted: int) -> None:
+        """Count the first `accepted` ids of the draft, which are tokens of the sequence by now, as cached too.
 
-        What was computed for the others is forgotten, and pages that held nothing else are given back.
+        Pages that hold only rejected guesses are given back.
         """
-        self._advance(sequence, agreed)
+        self._advance(sequence, accepted)
         self._trim(sequence)
 
-    def spoiled(self, chunk: Chunk) -> None:
-        """Nothing that was computed for this chunk may be used; its sequence gets no guesses any more."""
+    def discard_draft(self, chunk: Chunk) -> None:
+        """Use nothing that was computed for this chunk, and draft nothing for its sequence from now on."""
         chunk.sequence.may_guess = False
         self._trim(chunk.sequence)
 
     def _trim(self, sequence: Sequence) -> None:
+        """Give back pages beyond the computed tokens."""
         needed = self._pages_for(sequence.computed)
         self.pool.release(sequence.pages[needed:])
         del sequence.pages[needed:]
@@ -245,7 +248,7 @@ class Scheduler:
     def _advance(self, sequence: Sequence, tokens: int) -> None:
         first_page = sequence.computed // self._page_tokens
         sequence.computed += tokens
-        self._name_pages(sequence, sequence.computed)
+        self._hash_pages(sequence, sequence.computed)
         for page in range(first_page, sequence.computed // self._page_tokens):
             self.pool.publish(sequence.pages[page], sequence.page_hashes[page])
 

@@ -15,11 +15,11 @@ from serve_app.engine.prompt_lookup import Lookup
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """The state of one attempt. `token_ids` is prompt plus output; `computed` of them have keys and values cached."""
+    """The state of one attempt. `token_ids` is prompt plus output; the first `computed` of them are in the KV cache."""
 
     request: GenerationRequest
     arrival: int
-    """Number of its arrival, rising."""
+    """Rises with each request."""
     deadline: float | None = None
     """On this process's monotonic clock."""
     token_ids: list[int] = field(default_factory=list)
@@ -33,18 +33,19 @@ class Sequence:
     cached_prompt_tokens: int = 0
     preemptions: int = 0
     lookup: Lookup | None = None
-    """Made when a step first has a row for guesses."""
+    """Made when a step first has a free row for guesses."""
     may_guess: bool = True
+    """False once a draft has been discarded."""
 
     def __post_init__(self) -> None:
         self.token_ids = [*self.request.prompt_token_ids, *self.request.output_token_ids]
 
     @property
     def order(self) -> tuple[bool, int]:
-        """Sorts those that somebody reads before those that have not begun, then by arrival.
+        """Sort key: sequences with output come before those without, then by arrival.
 
-        So a stream whose replica died goes on before new ones begin, and a page that is wanted comes from the latter.
-        It changes with the first token.
+        So a stream that a failover brought here continues before new ones begin, and preemption takes pages from new
+        ones first. The key changes with the first token.
         """
         return (self.output_len == 0, self.arrival)
 
@@ -58,7 +59,7 @@ class Sequence:
 
     @property
     def isolated(self) -> bool:
-        """It may not share a step yet."""
+        """Its steps may hold no other sequence, until its first new token."""
         return self.request.isolated and self.output_len == len(self.request.output_token_ids)
 
     @property
@@ -67,23 +68,23 @@ class Sequence:
         return len(self.token_ids) - self.computed
 
     def append(self, token_id: int) -> FinishReason | None:
-        """Add a sampled token; returns why the sequence ends with it, if it does."""
+        """Add a sampled token; returns why the sequence ends with it, None if it goes on."""
         self.token_ids.append(token_id)
         return self.request.finish_reason(self.output_len, token_id)
 
-    def read(self, most: int) -> int:
-        """Get to know at most `most` more of its ids, to guess by; how many it read."""
+    def index(self, most: int) -> int:
+        """Index up to `most` more of its ids for guessing; returns how many."""
         if not self.may_guess:
             return 0
         if self.lookup is None:
             self.lookup = Lookup(self.token_ids)
-        return self.lookup.follow(most)
+        return self.lookup.index(most)
 
     def guesses(self, count: int) -> list[tuple[int, float]]:
-        """Up to `count` ids that may come next, none of which would end it, and how likely: see `Lookup.guess`."""
+        """Up to `count` guessed next ids with their probabilities (`Lookup.guess`). None would end the output."""
         if not self.may_guess or self.lookup is None:
             return []
-        # The id after the last guess is sampled too: with it the output may be complete.
+        # The step also samples the id after the last guess, which must still belong to the output.
         guesses = self.lookup.guess(min(count, self.request.max_new_tokens - self.output_len - 1))
         stops = self.request.stop_token_ids
         return guesses[: next((place for place, (token_id, _) in enumerate(guesses) if token_id in stops), None)]
@@ -101,11 +102,14 @@ class Sequence:
 
 
 @dataclass(frozen=True, slots=True)
-class Supposed:
-    """A sequence as it will be if it goes on with `guesses`: what the next row of a draft is sampled for."""
+class DraftPosition:
+    """A position behind a sequence's last token: the sequence extended by the first ids of its draft.
+
+    The row of logits that is computed there is sampled as if those ids were its output.
+    """
 
     sequence: Sequence
-    guesses: SequenceOf[int]
+    draft: SequenceOf[int]
 
     @property
     def request(self) -> GenerationRequest:
@@ -113,7 +117,7 @@ class Supposed:
 
     @property
     def token_ids(self) -> list[int]:
-        return [*self.sequence.token_ids, *self.guesses]
+        return [*self.sequence.token_ids, *self.draft]
 
     @property
     def prompt_len(self) -> int:
@@ -121,4 +125,4 @@ class Supposed:
 
     @property
     def output_len(self) -> int:
-        return self.sequence.output_len + len(self.guesses)
+        return self.sequence.output_len + len(self.draft)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from serve_app.core import Fingerprint, GenerationRequest, SamplingParams
 from serve_app.engine import prompt_lookup
-from serve_app.engine.prompt_lookup import CANDIDATES, LONGEST_MATCH, ROW_COST, Lookup, agreed, share_rows
+from serve_app.engine.prompt_lookup import CANDIDATES, LONGEST_MATCH, ROW_COST, Lookup, count_accepted, share_rows
 from serve_app.engine.sequence import Sequence
 
 
@@ -19,9 +19,9 @@ def ids_of(guesses: list[tuple[int, float]]) -> list[int]:
 
 
 def lookup_of(ids: list[int]) -> Lookup:
-    """One that has read them all."""
+    """One that has indexed them all."""
     lookup = Lookup(ids)
-    lookup.follow()
+    lookup.index()
     return lookup
 
 
@@ -63,10 +63,10 @@ def test_every_guess_has_a_precedent(ids: list[int], known: int, bulk: bool) -> 
     lookup = lookup_of(given_ids)
     if bulk:
         given_ids.extend(ids[known:])
-        lookup.follow()
+        lookup.index()
     for token_id in ids[len(given_ids) :]:
         given_ids.append(token_id)
-        lookup.follow()
+        lookup.index()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prompt_lookup, "ROW_COST", 0.0)
         guesses = ids_of(lookup.guess(6))
@@ -85,26 +85,26 @@ def test_every_guess_has_a_precedent(ids: list[int], known: int, bulk: bool) -> 
     reach=st.integers(1, 100),
     slices=st.lists(st.integers(0, 20)),
 )
-def test_ids_read_in_slices_give_the_same_guesses(
+def test_ids_indexed_in_slices_give_the_same_guesses(
     ids: list[int], given_ids: int, reach: int, slices: list[int]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prompt_lookup, "REACH", reach)
+        patch.setattr(prompt_lookup, "MAX_INDEXED_PROMPT_TOKENS", reach)
         patch.setattr(prompt_lookup, "ROW_COST", 0.0)
         known, growing = ids[:given_ids], ids[:given_ids]
         at_once, sliced = lookup_of(known), Lookup(growing)
         unread = min(len(known), reach)
         for token_id in ids[given_ids:]:
             known.append(token_id)
-            at_once.follow()
+            at_once.index()
             growing.append(token_id)
             unread += 1
             if slices:
                 most = slices.pop()
-                assert sliced.follow(most) == min(most, unread)
+                assert sliced.index(most) == min(most, unread)
                 unread -= min(most, unread)
             assert unread == 0 or sliced.guess(31) == []
-        assert sliced.follow() == unread
+        assert sliced.index() == unread
         assert sliced.guess(31) == at_once.guess(31)
         assert (sliced._latest, sliced._earlier) == (at_once._latest, at_once._earlier)
         assert (sliced._hits, sliced._tries) == (at_once._hits, at_once._tries)
@@ -118,13 +118,13 @@ def test_only_the_latest_places_of_a_frequent_pair_are_compared() -> None:
 
 
 def test_what_is_too_far_back_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompt_lookup, "REACH", 8)
+    monkeypatch.setattr(prompt_lookup, "MAX_INDEXED_PROMPT_TOKENS", 8)
     far, near = [1, 2, 3, *range(50, 58), 1, 2], [1, 2, 3, *range(50, 53), 1, 2]
     assert lookup_of(far).guess(1) == []
     assert ids_of(lookup_of([*far, *near]).guess(1)) == [3]
     lookup = lookup_of(far)
     far.extend([7, 50, 51, 1, 2])
-    lookup.follow()
+    lookup.index()
     assert ids_of(lookup.guess(1)) == [7]
 
 
@@ -136,15 +136,15 @@ def test_habits_are_learned_from_guesses_that_were_never_drafted() -> None:
     assert before == sorted(before, reverse=True)
     for token_id in ids[:20]:
         ids.append(token_id)
-        lookup.follow()
+        lookup.index()
     right = chances(lookup, 8)
     assert right[7] > 0.6
     assert all(now > then for now, then in zip(right, before, strict=True))
     for new in range(100, 130):  # each time the past seems to repeat itself, it doesn't
         ids.extend((1, 2, new))
-        lookup.follow()
+        lookup.index()
     ids.extend((1, 2))
-    lookup.follow()
+    lookup.index()
     assert chances(lookup, 1)[0] < 0.1
 
 
@@ -155,13 +155,13 @@ def test_a_request_that_repeats_itself_gets_longer_drafts_and_one_that_does_not_
     for token_id in [3, 4, 5, 6, 7, 8, 1, 2] * 4:
         lengths.append(share_rows([lookup.guess(31)], 31, 1)[0])
         ids.append(token_id)
-        lookup.follow()
+        lookup.index()
     assert lengths[0] < lengths[8] < lengths[31]
     for new in range(100, 160):
         ids.extend((1, 2, new))
-        lookup.follow()
+        lookup.index()
     ids.extend((1, 2))
-    lookup.follow()
+    lookup.index()
     assert lookup.guess(31) == []
 
 
@@ -218,7 +218,7 @@ def test_the_fuller_the_step_the_surer_a_guess_must_be() -> None:
     [((), [4], 0), ((4, 5), [4, 5, 6], 2), ((4, 5), [4, 6, 7], 1), ((4, 5), [3, 5, 6], 0), ((4,), [-1, 4], 0)],
 )
 def test_guesses_count_up_to_the_first_that_was_wrong(draft: tuple[int, ...], sampled: list[int], right: int) -> None:
-    assert agreed(draft, sampled) == right
+    assert count_accepted(draft, sampled) == right
 
 
 def request(new: int, stop: tuple[int, ...] = (), output: tuple[int, ...] = ()) -> GenerationRequest:
@@ -232,8 +232,8 @@ def request(new: int, stop: tuple[int, ...] = (), output: tuple[int, ...] = ()) 
 def test_a_sequence_guesses_no_further_than_it_may_go() -> None:
     def guesses(request: GenerationRequest) -> list[int]:
         one = Sequence(request, 1)
-        assert one.guesses(5) == [], "nothing is read yet"
-        one.read(100)
+        assert one.guesses(5) == [], "nothing is indexed yet"
+        one.index(100)
         return ids_of(one.guesses(5))
 
     assert guesses(request(20)) == [3, 4, 5, 6, 1]

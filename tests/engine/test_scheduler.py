@@ -47,12 +47,14 @@ def scheduler(
 
 
 def step(scheduler: Scheduler) -> list[tuple[int, int]]:
-    """Plan and pretend to compute: (arrival, tokens) of each chunk. Complete sequences get one token more."""
-    chunks = scheduler.plan()
-    assert len(chunks) == 1 or not any(chunk.sequence.isolated for chunk in chunks), "a suspect shares its step"
+    """Schedule and pretend to compute: (arrival, tokens) of each chunk. Complete sequences get one token more."""
+    chunks = scheduler.schedule()
+    assert len(chunks) == 1 or not any(chunk.sequence.isolated for chunk in chunks), (
+        "an isolated sequence shares its step"
+    )
     for chunk in chunks:
         completes = chunk.completes
-        scheduler.computed(chunk)
+        scheduler.mark_computed(chunk)
         if completes and chunk.sequence.append(100_000) is not None:
             scheduler.remove(chunk.sequence)
     return [(chunk.sequence.arrival, chunk.tokens) for chunk in chunks]
@@ -301,15 +303,15 @@ def repeating(arrival: int, prompt: int = 9) -> Sequence:
 
 def repeat(s: Scheduler, wrong: bool = False) -> dict[int, tuple[int, ...]]:
     """A step in which each complete sequence goes round: the drafts by arrival. `wrong`: no guess is called right."""
-    chunks = s.plan()
+    chunks = s.schedule()
     complete = [chunk for chunk in chunks if chunk.completes]
     for chunk in chunks:
-        s.computed(chunk)
+        s.mark_computed(chunk)
     for chunk in complete:
         one, right = chunk.sequence, 0 if wrong else len(chunk.draft)
         known = len(one.token_ids)
         one.token_ids.extend(100 * one.arrival + place % 3 for place in range(known, known + right + 1))
-        s.verified(one, right)
+        s.accept_draft(one, right)
     return {chunk.sequence.arrival: chunk.draft for chunk in chunks}
 
 
@@ -324,17 +326,17 @@ def test_guesses_take_the_rows_that_are_empty() -> None:
     assert sum(len(draft) for draft in repeat(s).values()) == 3
 
 
-def test_a_step_reads_few_ids_to_guess_by_and_prompts_while_they_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduling, "READ_AT_ONCE", 8)
+def test_a_step_indexes_few_ids_and_prompts_while_they_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduling, "INDEXED_PER_STEP", 8)
     s = scheduler(running=12, budget=12, lookup=True)
     both = [repeating(1, prompt=30), repeating(2, prompt=20)]
     for one in both:
         s.add(one)
-    read, drafts = [], []
+    indexed, drafts = [], []
     for _ in range(7):
         drafts.append({arrival for arrival, draft in repeat(s, wrong=True).items() if draft})
-        read.append(sum(one.lookup._known for one in both if one.lookup))
-    assert read == [8, 16, 24, 32, 40, 48, 56], "five steps computed the prompts"
+        indexed.append(sum(one.lookup._indexed for one in both if one.lookup))
+    assert indexed == [8, 16, 24, 32, 40, 48, 56], "five steps computed the prompts"
     assert drafts == [set(), set(), set(), set(), {1}, {1}, {1, 2}]
 
 
@@ -434,7 +436,7 @@ def test_the_cache_holds_the_tokens_of_its_sequences_however_guesses_turn_out(
                     s.remove(one)
         if not (s.running or s.waiting):
             break
-        chunks = s.plan()
+        chunks = s.schedule()
         assert chunks, "work is left and nothing is planned"
         assert sum(chunk.tokens + len(chunk.draft) for chunk in chunks) <= max(budget, running)
         assert sum(1 + len(chunk.draft) for chunk in chunks if chunk.completes) <= running
@@ -442,7 +444,7 @@ def test_the_cache_holds_the_tokens_of_its_sequences_however_guesses_turn_out(
         for chunk in chunks:
             contents.write(chunk)
         for chunk in chunks:
-            s.computed(chunk)
+            s.mark_computed(chunk)
         for chunk in chunks:
             one = chunk.sequence
             if one.arrival not in complete:
@@ -453,7 +455,7 @@ def test_the_cache_holds_the_tokens_of_its_sequences_however_guesses_turn_out(
                 kept += 1
                 if (reason := one.append(token_id)) is not None:
                     break
-            s.verified(one, min(right, kept))
+            s.accept_draft(one, min(right, kept))
             assert len(one.pages) == -(-one.computed // PAGE)
             assert reason is not None or one.remaining == 1
             if reason is not None:
