@@ -63,7 +63,8 @@ class Profile:
         self.weight_bytes = sum(getattr(m, "bytes", 4 * m.in_features * m.out_features) for m in linears)  # type: ignore[operator]
         self.steps: list[Step] = []
         self._now: Step = {}
-        runner, kernels = engine._runner, engine._sampler._kernels
+        core = engine._core
+        runner, kernels = core.runner, core.sampler._kernels
         if kernels is not None:
             for name, part in _KERNEL_PARTS.items():
                 self._time(kernels, name, part)
@@ -71,9 +72,10 @@ class Profile:
             self._time(head, "forward", "lm_head")
         self._time(runner, "_forward", "forward")
         self._time(runner, "step", "step")
-        self._time(engine._sampler, "sample", "sampling")
-        self._time(engine._scheduler, "schedule", "scheduling", self._composition)
-        self._time(engine, "_finish_step", "bookkeeping, publishing")
+        self._time(core.sampler, "sample", "sampling")
+        self._time(core.scheduler, "schedule", "scheduling", self._composition)
+        for owner, name in ((core, "_collect"), (core, "_finish"), (engine, "_publish")):
+            self._time(owner, name, "bookkeeping, publishing")
         self._time(engine, "_step", "total", lambda result: self._finish())
 
     def _time(self, owner: Any, name: str, part: str, then: Callable[[Any], None] = lambda result: None) -> None:

@@ -84,7 +84,7 @@ def prompts_for(work: str, folder: Path, count: int) -> list[list[int]]:
 
 async def run(engine: Engine, fingerprint: Fingerprint, work: dict[str, Any], prompt_lookup: bool) -> dict[str, Any]:
     """Have an idle engine do this work, with guesses or without."""
-    engine._scheduler.prompt_lookup = prompt_lookup
+    engine._core.scheduler.prompt_lookup = prompt_lookup
     before, start = engine.stats(), time.perf_counter()
 
     async def stream(number: int, prompt: list[int]) -> list[int]:

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from loadtest.prompts import chats
 from loadtest.worker import engine_contender
 from serve_app.config import ModelConfig
-from serve_app.engine.build import CPU_KV_CACHE_BYTES
+from serve_app.engine.kv_budget import CPU_KV_CACHE_BYTES
 from serve_app.models.cache import cache_directory
 from serve_app.models.loader import LoadedModel, load
 from serve_app.models.sizes import stored_weights_bytes

@@ -67,7 +67,7 @@ def look_up(app: ServedApp) -> tuple[list[str], MemoryPlan | None]:
     that can't be served.
     """
     # Seconds of imports, which a config with mistakes should not wait for.
-    from serve_app.engine.build import CPU_KV_CACHE_BYTES
+    from serve_app.engine.kv_budget import CPU_KV_CACHE_BYTES
     from serve_app.models.cache import cache_directory
     from serve_app.models.errors import ModelError
     from serve_app.models.planning import fetch_settings, plan_replica

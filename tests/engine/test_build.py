@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from serve_app.config import AppConfig, EngineConfig, ReplicasConfig
-from serve_app.engine import build
+from serve_app.engine import build, kv_budget
 from serve_app.engine.attention.base import AttentionParams
 from serve_app.engine.attention.plain import PlainAttention
 from serve_app.engine.attention.sdpa import SdpaAttention
@@ -31,22 +31,22 @@ def test_pages_are_neighbours_only_for_a_kernel_that_reads_runs(
     engine = make_engine(attention=attention)
     assert engine.capacity.attention_backend == attention
     assert engine.capacity.reads_runs == in_runs
-    assert type(engine._pool._free) is type(PagePool(1, in_runs=in_runs)._free)
+    assert type(engine._core.scheduler.pool._free) is type(PagePool(1, in_runs=in_runs)._free)
 
 
-@pytest.mark.parametrize("free_bytes", [None, 17 * 2**20 + build.CPU_STEP_BYTES])
+@pytest.mark.parametrize("free_bytes", [None, 17 * 2**20 + kv_budget.CPU_STEP_BYTES])
 def test_a_cache_for_which_there_is_memory(
     make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, free_bytes: int | None
 ) -> None:
-    monkeypatch.setattr(build, "available_memory_bytes", lambda: free_bytes)
+    monkeypatch.setattr(kv_budget, "available_memory_bytes", lambda: free_bytes)
     assert make_engine(kv_cache_memory="16MiB", context=4096).capacity.kv_cache_bytes > 15 * 2**20
 
 
 def test_a_cache_for_which_there_is_none_is_refused_before_it_is_touched(
     make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "available_memory_bytes", lambda: 2**33)
-    monkeypatch.setattr(build, "KVCache", None)
+    monkeypatch.setattr(kv_budget, "available_memory_bytes", lambda: 2**33)
+    monkeypatch.setattr(kv_budget, "KVCache", None)
     with pytest.raises(EngineError) as refused:
         make_engine(kv_cache_memory="12GiB", context=2**20)
     assert str(refused.value).startswith("12.0 GiB of KV cache and 0.2 GiB for the computation don't fit into the 8.0")
@@ -82,7 +82,7 @@ def test_no_gpu_is_given_more_of_the_cache_than_its_share(
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((80 - 2 * layers[device.index]) * GIB, 80 * GIB))
     config = EngineConfig(gpu_memory_fraction=0.9, cuda_graphs=False)
-    budget = build._gpu_budget(runner, config)
+    budget = kv_budget._gpu_budget(runner, config)
     total = sum(shape.bytes_per_token for shape in shapes)
     filled = []
     for index, share in enumerate((share_of_first, share_of_second)):
@@ -102,7 +102,7 @@ def test_replicas_that_share_a_gpu_each_get_their_part(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10 * GIB)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((70 - 36 * number) * GIB, 80 * GIB))
-    budget = build._gpu_budget(runner, EngineConfig(gpu_memory_fraction=half, cuda_graphs=False))
+    budget = kv_budget._gpu_budget(runner, EngineConfig(gpu_memory_fraction=half, cuda_graphs=False))
     assert budget == pytest.approx((36 - 10) * GIB, rel=0.1)
     assert budget + 10 * GIB <= 36 * GIB
 
@@ -127,7 +127,7 @@ def test_the_fullest_gpu_may_have_no_room(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((7 + 60 * device.index) * GIB, 80 * GIB))
     with pytest.raises(EngineError, match="the weights leave no room"):
-        build._gpu_budget(runner, EngineConfig(gpu_memory_fraction=0.9, cuda_graphs=False))
+        kv_budget._gpu_budget(runner, EngineConfig(gpu_memory_fraction=0.9, cuda_graphs=False))
 
 
 @pytest.fixture
@@ -141,10 +141,10 @@ def ten_mib(monkeypatch: pytest.MonkeyPatch) -> None:
             caches.add(self)
 
     def free() -> int:
-        return build.CPU_STEP_BYTES + 10 * 2**20 - sum(cache.bytes for cache in caches)
+        return kv_budget.CPU_STEP_BYTES + 10 * 2**20 - sum(cache.bytes for cache in caches)
 
-    monkeypatch.setattr(build, "KVCache", Counted)
-    monkeypatch.setattr(build, "available_memory_bytes", free)
+    monkeypatch.setattr(kv_budget, "KVCache", Counted)
+    monkeypatch.setattr(kv_budget, "available_memory_bytes", free)
 
 
 def _complain(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
@@ -188,9 +188,10 @@ def test_the_model_is_checked_in_a_small_cache_and_served_from_the_large_one(
     monkeypatch.setattr(build, "check_model", spy)
     engine = make_engine(backends=[pages_like], context=4096)
     assert checked == [12]
-    assert engine._runner._cache is not None
-    assert engine._runner._cache.bytes == engine.capacity.kv_cache_bytes > 15 * 2**20
-    assert (engine._runner._cache.num_pages - 1) * engine.capacity.page_tokens == engine.capacity.kv_capacity_tokens
+    cache = engine._core.runner._cache
+    assert cache is not None
+    assert cache.bytes == engine.capacity.kv_cache_bytes > 15 * 2**20
+    assert (cache.num_pages - 1) * engine.capacity.page_tokens == engine.capacity.kv_capacity_tokens
 
 
 @pytest.mark.parametrize("kv_cache_memory", ["64KiB", "100KiB"])
@@ -204,7 +205,7 @@ def test_the_check_takes_no_more_than_the_engine_may(
             super().__init__(*arguments)
             taken.append(self.bytes)
 
-    monkeypatch.setattr(build, "KVCache", Noted)
+    monkeypatch.setattr(kv_budget, "KVCache", Noted)
     engine = make_engine(kv_cache_memory=kv_cache_memory)
     assert taken == [engine.capacity.kv_cache_bytes] * 2
 
@@ -220,6 +221,7 @@ def test_nothing_waits_for_pages_when_the_model_is_checked(page_tokens: int) -> 
 
         runner: Any = SimpleNamespace(
             step=step,
+            replays=lambda chunks: False,
             reference_logits=lambda ids: torch.ones(1, 2),
             layers={0: SimpleNamespace(shape=SimpleNamespace(dtype=torch.float32))},
             vocab_size=100,

@@ -32,7 +32,7 @@ def on_gpu(kind: str, dtype: torch.dtype) -> Any:
 
 def graphs_of(engine: Engine) -> list[int]:
     """Tokens of the steps that are served from graphs."""
-    graphs = engine._runner.graphs
+    graphs = engine._core.runner.graphs
     return [] if graphs is None else [shape.rows for shape in graphs.shapes]
 
 

@@ -80,7 +80,7 @@ def engines(request: pytest.FixtureRequest, kernels: Kernels, kernel_folder: Pat
     memory: str | int = "16MiB"
     for lookup, step in ((False, 512), (True, 512), (True, 13)):
         if step == 13:
-            layers = found[0]._runner.layers.values()
+            layers = found[0]._core.runner.layers.values()
             memory = 9 * 16 * sum(layer.shape.bytes_per_token for layer in layers)
         config = EngineConfig(
             kv_cache_memory=memory,  # type: ignore[arg-type]

@@ -68,7 +68,7 @@ async def test_greedy_is_generate_token_for_token(kind: str, make_engine: MakeEn
 async def test_greedy_survives_preemption(kind: str, make_engine: MakeEngine) -> None:
     prompts = prompts_of((30, 31, 33, 47, 20, 25), seed=3)
     expected = [greedy_reference(kind, prompt, 40) for prompt in prompts]
-    page_bytes = 16 * sum(layer.shape.bytes_per_token for layer in make_engine(kind)._runner.layers.values())
+    page_bytes = 16 * sum(layer.shape.bytes_per_token for layer in make_engine(kind)._core.runner.layers.values())
     # Without guesses, by which some would be done before the pages run out (test_drafts has both).
     engine = make_engine(kind, kv_cache_memory=13 * page_bytes, context=200, max_step_tokens=32, prompt_lookup=False)
     assert await all_tokens(engine, [request_for(prompt, 40) for prompt in prompts]) == expected
@@ -236,7 +236,7 @@ async def test_requests_that_can_not_be_served_are_refused(
 
 
 async def test_the_cache_bounds_a_request_as_the_context_does(make_engine: MakeEngine) -> None:
-    page_bytes = 16 * sum(layer.shape.bytes_per_token for layer in make_engine()._runner.layers.values())
+    page_bytes = 16 * sum(layer.shape.bytes_per_token for layer in make_engine()._core.runner.layers.values())
     engine = make_engine(kv_cache_memory=6 * page_bytes)
     assert engine.capacity.context_tokens == 96
     (failure,) = await collect(engine, request_for([1] * 90, 7))
@@ -282,7 +282,7 @@ async def test_a_request_on_its_way_to_a_step_is_counted_once(
             super().remove(value)
             count()
 
-    scheduler, add = engine._scheduler, engine._scheduler.add
+    scheduler, add = engine._core.scheduler, engine._core.scheduler.add
 
     def watched_add(sequence: Any) -> None:
         count()
@@ -327,7 +327,7 @@ async def test_heartbeats_stand_where_the_reader_is_however_quick_the_engine(
     """Of a heartbeat that is ahead of its tokens the ingress would think that it had overtaken some."""
     monkeypatch.setattr("serve_app.engine.engine.HEARTBEAT_S", 0.01)
     engine = make_engine()
-    step, command = engine._runner.step, engine._command
+    step, command = engine._core.runner.step, engine._command
     second_step, leave = threading.Event(), threading.Event()
 
     def one_step_and_then_pause(chunks: Any) -> Any:
@@ -341,7 +341,7 @@ async def test_heartbeats_stand_where_the_reader_is_however_quick_the_engine(
         assert not pending or second_step.wait(60), "the engine has made no token"
         return done
 
-    monkeypatch.setattr(engine._runner, "step", one_step_and_then_pause)
+    monkeypatch.setattr(engine._core.runner, "step", one_step_and_then_pause)
     monkeypatch.setattr(engine, "_command", after_the_first_token)
     stream = engine.generate(request_for([1, 2, 3], 5, output_token_ids=(4, 5)))
     first, *heartbeats = [await anext(stream) for _ in range(3)]

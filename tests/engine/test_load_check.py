@@ -25,7 +25,7 @@ def runner(make_engine: Callable[..., Engine], kernel_folder: Path, kernels: obj
     """Of an engine that is exact and has nothing to do."""
     engine = make_engine(kernel_cache=kernel_folder)
     assert engine.capacity.exact
-    return engine._runner
+    return engine._core.runner
 
 
 def _spoil(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch, when: Callable[[Sequence[Chunk]], bool]) -> None:

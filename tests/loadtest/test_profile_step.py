@@ -35,7 +35,7 @@ def test_steps_are_told_apart_and_parts_add_up(profile: Profile) -> None:
 
 
 def test_layers_can_be_taken_apart(profile: Profile) -> None:
-    fused = profile.engine._sampler._kernels is not None
+    fused = profile.engine._core.sampler._kernels is not None
     assert (decode(profile, 2, 6)["decoder layers"] > 0) is fused
     profile.take_layers_apart()
     apart = decode(profile, 2, 6)

@@ -24,7 +24,7 @@ class UnrulyModelServer(ModelServer):
 
     async def __init__(self, config: AppConfig) -> None:  # type: ignore[misc]
         await super().__init__(config)
-        runner = self._engine._runner
+        runner = self._engine._core.runner
         step = runner.step
         self._broken = self._hides_illness = False
         self._continued: set[str] = set()

@@ -73,7 +73,7 @@ async def test_the_same_bits(
 async def test_without_kernels_it_computes_in_float32_too(make_engine: MakeEngine) -> None:
     model = held("llama", torch.bfloat16)
     engine = make_engine(model=model, dtype=torch.float32, cpu_kernels=False)
-    assert {layer.shape.dtype for layer in engine._runner.layers.values()} == {torch.float32}
+    assert {layer.shape.dtype for layer in engine._core.runner.layers.values()} == {torch.float32}
     assert model.config.dtype == torch.float32
     assert len(await logprobs(engine)) == 12
 
@@ -81,7 +81,7 @@ async def test_without_kernels_it_computes_in_float32_too(make_engine: MakeEngin
 async def test_a_model_of_16_bits_stays_so_unless_it_is_told(make_engine: MakeEngine, kernel_folder: Path) -> None:
     model = tiny_model("llama").to(torch.bfloat16)
     engine = make_engine(model=model, kernel_cache=kernel_folder)
-    assert {layer.shape.dtype for layer in engine._runner.layers.values()} == {torch.bfloat16}
+    assert {layer.shape.dtype for layer in engine._core.runner.layers.values()} == {torch.bfloat16}
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
 
 

@@ -54,7 +54,7 @@ def test_no_graphs_where_none_are_wanted_or_possible(recorder: Recorder, make_en
     stages: list[str] = []
     for settings in ({"backends": [TabledPlain], "cuda_graphs": False}, {"backends": [PlainAttention]}):
         engine = make_engine(**settings, on_stage=lambda stage: stages.append(stage.stage))
-        assert engine._runner.graphs is None
+        assert engine._core.runner.graphs is None
     assert recorder.recorded == 0
     assert not any("CUDA" in stage for stage in stages)
 
@@ -85,8 +85,8 @@ async def test_what_came_before_a_failure_is_delivered_before_it(
         return run(inputs)
 
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + (1000 if steps >= 6 else 0))
-    monkeypatch.setattr(engine._runner.graphs, "run", counting)
-    monkeypatch.setattr("serve_app.engine.engine.time", clock)
+    monkeypatch.setattr(engine._core.runner.graphs, "run", counting)
+    monkeypatch.setattr("serve_app.engine.core.time", clock)
     replies = await collect(engine, request_for(prompts_of((3,))[0], 250, remaining_s=500))
     failure, batches = replies[-1], replies[:-1]
     assert isinstance(failure, Failure)
@@ -121,7 +121,7 @@ async def test_a_failing_step_ends_streams_after_their_tokens(
             raise RuntimeError("CUDA error: unspecified launch failure")
         return run(inputs)
 
-    monkeypatch.setattr(engine._runner.graphs, "run", breaks)
+    monkeypatch.setattr(engine._core.runner.graphs, "run", breaks)
     replies = await collect(engine, request_for([1, 2, 3], 50))
     assert isinstance(replies[-1], Failure)
     assert replies[-1].code == FailureCode.REPLICA_LOST
@@ -131,6 +131,6 @@ async def test_a_failing_step_ends_streams_after_their_tokens(
 
 
 def recorder_run(engine: Engine) -> Callable[[Any], Any]:
-    graphs = engine._runner.graphs
+    graphs = engine._core.runner.graphs
     assert graphs is not None
     return graphs.run

@@ -1,0 +1,183 @@
+"""The engine's step: schedule, run, sample, and what each sequence gained.
+
+Promises that a step is a function of what was added before it. Knows no threads, no event loops and no callers: whoever
+drives it calls one method at a time. The serving engine and the checks at load drive the same steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol
+
+import torch
+from msgspec.structs import replace
+
+from serve_app.core import Failure, FailureCode, FinishReason, GenerationRequest, Reply, TokenBatch
+from serve_app.engine.model_runner import ModelRunner
+from serve_app.engine.prompt_lookup import count_accepted
+from serve_app.engine.sampling import Sampled
+from serve_app.engine.scheduler import Chunk, Scheduler
+from serve_app.engine.sequence import DraftPosition, Sequence
+
+Gain = tuple[Sequence, Reply]
+"""New tokens of a sequence, or the failure that ends it."""
+
+
+class RowSampler(Protocol):
+    """Chooses a token for each row of logits."""
+
+    def sample(self, logits: torch.Tensor, positions: SequenceOf[Sequence | DraftPosition]) -> list[Sampled]:
+        """Logits `[n, vocab]` in float32, which it may change in place: a token for each row's position."""
+        ...
+
+
+@dataclass(slots=True)
+class StepCounters:
+    """Totals since the start. A prompt counts when its first step begins."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    output_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+
+
+class EngineCore:
+    """Continuous batching over one model: the runner, the scheduler with its pages, the sampler and the counters."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        sampler: RowSampler,
+        *,
+        numerics_id: str = "",
+        before_isolated: Callable[[GenerationRequest], None] = lambda request: None,
+    ) -> None:
+        """Drive `runner` with the steps that `scheduler` chooses.
+
+        Args:
+            numerics_id: goes into the stats of each sequence.
+            before_isolated: called with the request before each step that holds an isolated sequence.
+        """
+        self.runner = runner
+        self.scheduler = scheduler
+        self.sampler = sampler
+        self.counters = StepCounters()
+        self.step_started: float | None = None
+        """When the step that is being computed began, on the monotonic clock; None between steps."""
+        self._numerics_id = numerics_id
+        self._before_isolated = before_isolated
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        self.scheduler.add(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Drop an unfinished sequence."""
+        self.scheduler.remove(sequence)
+
+    def expire(self) -> list[Gain]:
+        """Drop the sequences whose deadline has passed; the failure of each."""
+        now = time.monotonic()
+        unfinished = (*self.scheduler.running, *self.scheduler.waiting)
+        late = [sequence for sequence in unfinished if sequence.deadline is not None and sequence.deadline <= now]
+        for sequence in late:
+            self.scheduler.remove(sequence)
+        return [(s, Failure(FailureCode.DEADLINE_EXCEEDED, "the request's time is over")) for s in late]
+
+    def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[Gain]:
+        """Compute the next step: what its sequences gained. Those that ended with it are dropped.
+
+        Args:
+            meanwhile: work of the caller that the device need not wait for. It is called while the device computes,
+                and before the step too where the runner would keep this thread busy until then.
+        """
+        chunks = self.scheduler.schedule()
+        if not self.runner.replays(chunks):
+            meanwhile()
+        if not chunks:
+            return []
+        self._begin(chunks)
+        logits = self.runner.step(chunks)
+        meanwhile()
+        gains = self._collect(chunks, self._sample(chunks, logits))
+        self._finish(gains)
+        return gains
+
+    def _begin(self, chunks: list[Chunk]) -> None:
+        if chunks[0].sequence.isolated:
+            self._before_isolated(chunks[0].sequence.request)
+        self.step_started = now = time.monotonic()
+        for sequence in (chunk.sequence for chunk in chunks):
+            if sequence.started_at is None:
+                sequence.started_at = now
+                self.counters.prompt_tokens += sequence.prompt_len
+                self.counters.cached_prompt_tokens += sequence.cached_prompt_tokens
+
+    def _sample(self, chunks: list[Chunk], logits: torch.Tensor) -> dict[Sequence, list[Sampled]]:
+        """For each chunk that completes: the token after its end, and the one after each id of its draft."""
+        ready = [chunk for chunk in chunks if chunk.completes]
+        if not ready:
+            return {}
+        sampled = iter(self.sampler.sample(logits, [row for chunk in ready for row in chunk.rows()]))
+        return {chunk.sequence: list(islice(sampled, 1 + len(chunk.draft))) for chunk in ready}
+
+    def _collect(self, chunks: list[Chunk], sampled: dict[Sequence, list[Sampled]]) -> list[Gain]:
+        """Append what was sampled to the sequences."""
+        ready = [chunk for chunk in chunks if chunk.sequence in sampled]
+        for chunk in chunks:
+            if chunk.draft and any(choice.token_id < 0 for choice in sampled[chunk.sequence]):
+                # A wrong guess may be the cause: the sequence computes its token again, without a draft.
+                ready.remove(chunk)
+                self.scheduler.discard_draft(chunk)
+            else:
+                self.scheduler.mark_computed(chunk)
+        now = time.monotonic()
+        return [(chunk.sequence, self._advance(chunk, sampled[chunk.sequence], now)) for chunk in ready]
+
+    def _advance(self, chunk: Chunk, sampled: list[Sampled], now: float) -> Reply:
+        """Append a chunk's sampled tokens, as far as its draft was right and nothing ends the output."""
+        if sampled[0].token_id < 0:
+            return Failure(FailureCode.ENGINE_FAILED, "the model's output is not a number; the request can't be served")
+        sequence, index = chunk.sequence, chunk.sequence.output_len
+        if sequence.first_token_at is None:
+            sequence.first_token_at = now
+        accepted = count_accepted(chunk.draft, [choice.token_id for choice in sampled])
+        kept: list[Sampled] = []
+        reason: FinishReason | None = None
+        while reason is None and len(kept) <= accepted:
+            kept.append(sampled[len(kept)])
+            reason = sequence.append(kept[-1].token_id)
+        if chunk.draft:
+            accepted = min(accepted, len(kept))
+            self.scheduler.accept_draft(sequence, accepted)
+            self.counters.drafted_tokens += len(chunk.draft)
+            self.counters.accepted_tokens += accepted
+        self.counters.output_tokens += len(kept)
+        ids = tuple(choice.token_id for choice in kept)
+        logprobs = tuple(choice.logprobs for choice in kept if choice.logprobs is not None) or None
+        stats = None
+        if reason is not None or index == len(sequence.request.output_token_ids):
+            stats = replace(sequence.stats(now), numerics_id=self._numerics_id)
+        return TokenBatch(index, ids, logprobs, reason, stats)
+
+    def _finish(self, gains: list[Gain]) -> None:
+        for sequence, reply in gains:
+            if ends(reply):
+                self.scheduler.remove(sequence)
+        self.counters.steps += 1
+        self.step_started = None
+
+
+def ends(reply: Reply) -> bool:
+    """Whether it is the last of its request."""
+    return isinstance(reply, Failure) or reply.finish_reason is not None
