@@ -15,11 +15,13 @@ import torch
 from msgspec.structs import replace
 
 from serve_app.core import Fingerprint, GenerationRequest, SamplingParams
+from serve_app.engine.core import EngineCore
 from serve_app.engine.kv_cache import PagePool
 from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.prompt_lookup import ROW_COST
+from serve_app.engine.sampling import Sampled
 from serve_app.engine.scheduler import Scheduler
-from serve_app.engine.sequence import Sequence
+from serve_app.engine.sequence import DraftPosition, Sequence
 
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 """Largest |a - b| / |b| of a row of logits. A wrong mask or page gives 0.3 and more."""
@@ -41,10 +43,10 @@ end on either side of them, and decoded from there on: 22 steps."""
 
 def check_model(runner: ModelRunner, *, num_pages: int, page_tokens: int) -> str | None:
     """Run three sequences in chunks through the paged path, side by side; what is wrong, or None."""
-    sequences = [_sequence(runner, arrival, length) for arrival, length in enumerate(_LENGTHS)]
-    rows = _run(runner, sequences, PagePool(num_pages), page_tokens, _STEP_TOKENS)
-    for sequence in sequences:
-        if (complaint := _compare(runner, sequence, rows[sequence.arrival])) is not None:
+    forced = _ForcedTokens(runner.vocab_size, dict(enumerate(_LENGTHS)))
+    _run(forced, runner, num_pages, page_tokens, _STEP_TOKENS)
+    for number, token_ids in forced.tokens.items():
+        if (complaint := _compare(runner, token_ids, forced.rows[number])) is not None:
             return complaint
     return None
 
@@ -58,8 +60,9 @@ def check_exact(runner: ModelRunner, *, num_pages: int, page_tokens: int, longes
     """
 
     def rows(lengths: Mapping[int, int], step_tokens: int, decoded: int = 0) -> dict[int, torch.Tensor]:
-        sequences = [_sequence(runner, arrival, length) for arrival, length in lengths.items()]
-        return _run(runner, sequences, PagePool(num_pages), page_tokens, step_tokens, decoded)
+        forced = _ForcedTokens(runner.vocab_size, lengths, decoded)
+        _run(forced, runner, num_pages, page_tokens, step_tokens)
+        return forced.rows
 
     def rows_alone(lengths: Mapping[int, int]) -> dict[int, torch.Tensor]:
         return {arrival: rows({arrival: length}, 512)[arrival] for arrival, length in lengths.items()}
@@ -94,66 +97,69 @@ def measure_row_cost(runner: ModelRunner, *, num_pages: int, page_tokens: int) -
 
 def _decode_seconds(runner: ModelRunner, pool: PagePool, page_tokens: int, count: int) -> float:
     """Of a step in which `count` sequences decode: the best of a few, which nothing else on the machine slowed down."""
-    scheduler = Scheduler(pool, page_tokens=page_tokens, max_running=count, max_step_tokens=count)
-    sequences = [_sequence(runner, arrival, 1) for arrival in range(count)]
-    for sequence in sequences:
-        scheduler.add(sequence)
+    forced = _ForcedTokens(runner.vocab_size, dict.fromkeys(range(count), 1 + _TIMED_STEPS), decoded=_TIMED_STEPS)
+    core = forced.core(runner, pool, page_tokens, step_tokens=count)
     times = []
-    for _ in range(1 + _TIMED_STEPS):  # the first is their prompts'
+    for _ in range(1 + _TIMED_STEPS):  # the first computes the prompts
         begin = time.perf_counter()
-        chunks = scheduler.schedule()
-        runner.step(chunks)
+        core.step()
         times.append(time.perf_counter() - begin)
-        for chunk in chunks:
-            scheduler.mark_computed(chunk)
-            chunk.sequence.token_ids.append(0)
     return min(times[1:])
 
 
-def _sequence(runner: ModelRunner, arrival: int, length: int) -> Sequence:
-    ids = tuple((17 * arrival + 7 * i * i + 3) % runner.vocab_size for i in range(length))
-    return Sequence(GenerationRequest(str(arrival), Fingerprint(""), ids, SamplingParams(seed=0), 1), arrival)
+class _ForcedTokens:
+    """A sampler that ignores the logits and continues each sequence with known tokens, for comparisons of the logits.
 
-
-def _run(
-    runner: ModelRunner,
-    sequences: SequenceOf[Sequence],
-    pool: PagePool,
-    page_tokens: int,
-    step_tokens: int,
-    decoded: int = 0,
-) -> dict[int, torch.Tensor]:
-    """Prefill all of them together, but for their last `decoded` tokens, which follow one a step.
-
-    The logits that follow the last token, by arrival.
+    Each sequence computes its first tokens as a prompt and its last `decoded` ones one a step. The logits that follow
+    its last token are kept.
     """
-    step_tokens = min(step_tokens, runner.most_tokens or step_tokens)
-    scheduler = Scheduler(pool, page_tokens=page_tokens, max_running=len(sequences), max_step_tokens=step_tokens)
-    following: dict[int, list[int]] = {}
-    for sequence in sequences:
-        split = len(sequence.token_ids) - decoded
-        following[sequence.arrival] = sequence.token_ids[split:]
-        del sequence.token_ids[split:]
-        # What follows is output: one that decodes then keeps its pages, also in a cache too small for all of them.
-        sequence.request = replace(sequence.request, prompt_token_ids=tuple(sequence.token_ids))
-        scheduler.add(sequence)
-    rows: dict[int, torch.Tensor] = {}
-    while chunks := scheduler.schedule():
-        logits = runner.step(chunks)
-        finished = [chunk.sequence for chunk in chunks if chunk.completes]
-        for chunk in chunks:
-            scheduler.mark_computed(chunk)
-        for sequence, row in zip(finished, logits, strict=True):
-            if following[sequence.arrival]:
-                sequence.token_ids.append(following[sequence.arrival].pop(0))
-                continue
-            rows[sequence.arrival] = row
-            scheduler.remove(sequence)
-    return rows
+
+    def __init__(self, vocab_size: int, lengths: Mapping[int, int], decoded: int = 0) -> None:
+        """`lengths`: number of the sequence -> its tokens."""
+        self.tokens = {number: _token_ids(vocab_size, number, length) for number, length in lengths.items()}
+        self.rows: dict[int, torch.Tensor] = {}
+        """The logits `[vocab]` after the last token of each sequence that has ended."""
+        self._decoded = decoded
+
+    def core(self, runner: ModelRunner, pool: PagePool, page_tokens: int, step_tokens: int) -> EngineCore:
+        """An engine's core that has all the sequences in its queue, and samples with this."""
+        step_tokens = min(step_tokens, runner.most_tokens or step_tokens)
+        running = len(self.tokens)
+        scheduler = Scheduler(pool, page_tokens=page_tokens, max_running=running, max_step_tokens=step_tokens)
+        core = EngineCore(runner, scheduler, self)
+        for number, token_ids in self.tokens.items():
+            prompt = token_ids[: len(token_ids) - self._decoded]
+            request = GenerationRequest(str(number), Fingerprint(""), prompt, _GREEDY, self._decoded + 1)
+            core.add(Sequence(request, number))
+        return core
+
+    def sample(self, logits: torch.Tensor, positions: SequenceOf[Sequence | DraftPosition]) -> list[Sampled]:
+        return [self._next(position, row) for position, row in zip(positions, logits, strict=True)]
+
+    def _next(self, position: Sequence | DraftPosition, row: torch.Tensor) -> Sampled:
+        number, known = int(position.request.request_id), len(position.token_ids)
+        if known < len(self.tokens[number]):
+            return Sampled(self.tokens[number][known])
+        self.rows[number] = row
+        return Sampled(0)  # it ends the sequence
 
 
-def _compare(runner: ModelRunner, sequence: Sequence, row: torch.Tensor) -> str | None:
-    expected = runner.reference_logits(sequence.token_ids)[-1]
+_GREEDY = SamplingParams(seed=0, temperature=0)
+
+
+def _token_ids(vocab_size: int, number: int, length: int) -> tuple[int, ...]:
+    return tuple((17 * number + 7 * i * i + 3) % vocab_size for i in range(length))
+
+
+def _run(forced: _ForcedTokens, runner: ModelRunner, num_pages: int, page_tokens: int, step_tokens: int) -> None:
+    """Compute all sequences to their ends, in an empty cache."""
+    core = forced.core(runner, PagePool(num_pages), page_tokens, step_tokens)
+    while core.has_work:
+        core.step()
+
+
+def _compare(runner: ModelRunner, token_ids: SequenceOf[int], row: torch.Tensor) -> str | None:
+    expected = runner.reference_logits(list(token_ids))[-1]
     difference = ((row - expected).norm() / expected.norm()).item()
     dtypes = {layer.shape.dtype for layer in runner.layers.values()}
     tolerance = max(TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16]) for dtype in dtypes)
