@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 
 import torch
-from msgspec.structs import replace
 
 from serve_app.core import Fingerprint, GenerationRequest, SamplingParams
 from serve_app.engine.core import EngineCore

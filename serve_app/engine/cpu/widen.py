@@ -26,7 +26,7 @@ class WideEmbedding(nn.Module):
         """`table` `[tokens, width]`; it is not copied."""
         super().__init__()
         self.num_embeddings = len(table)
-        self._directory: torch.Tensor
+        self._table: torch.Tensor
         self.register_buffer("_table", table, persistent=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> WideEmbedding:
@@ -36,11 +36,11 @@ class WideEmbedding(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """A copy of the whole table in float32."""
-        return self._directory.float()
+        return self._table.float()
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """`[...]` -> `[..., width]`."""
-        return F.embedding(ids, self._directory).float()
+        return F.embedding(ids, self._table).float()
 
 
 def widen(model: PreTrainedModel) -> None:
