@@ -69,7 +69,7 @@ class Plan:
     faults: int
     seconds: float
     seed: int
-    exact: bool
+    batch_invariant: bool
 
 
 async def run(service: ChaosService, wanted: Plan) -> dict[str, Any]:
@@ -90,9 +90,12 @@ async def run(service: ChaosService, wanted: Plan) -> dict[str, Any]:
         outcomes, injector = await disturbed(http, service, asked, schedule, wanted)
     after, wrong = await idle.until_idle(service, before)
     moves = moved_requests(service.logs)
-    judged = [judged_against(outcome, asked, references, moves, exact=wanted.exact) for outcome in outcomes]
+    judged = [
+        judged_against(outcome, asked, references, moves, batch_invariant=wanted.batch_invariant)
+        for outcome in outcomes
+    ]
     asked_for = [scheduled.fault for scheduled in schedule]
-    figures = chaos_report.summary(judged, injector.done, asked_for, exact=wanted.exact)
+    figures = chaos_report.summary(judged, injector.done, asked_for, batch_invariant=wanted.batch_invariant)
     figures["skipped_faults"] = [f"{fault}: {why}" for fault, why in injector.skipped]
     figures["proxy_outages_s"] = injector.proxy_outages_s
     figures["untested"] = chaos_report.untested(figures)
@@ -181,7 +184,7 @@ def moved_requests(logs: Path) -> Moves:
 
 
 def judged_against(
-    outcome: Outcome, asked: list[Question], references: list[Answer], moves: Moves, *, exact: bool
+    outcome: Outcome, asked: list[Question], references: list[Answer], moves: Moves, *, batch_invariant: bool
 ) -> Judged:
     """One outcome against the undisturbed answer to its question."""
     number = outcome.visit.question
@@ -191,18 +194,22 @@ def judged_against(
         outcome,
         asked[number],
         references[number],
-        exact=exact,
+        batch_invariant=batch_invariant,
         moved=not ids.isdisjoint(moves.moved),
         again_s=again[0] if len(again) == 1 else None,
     )
 
 
-def service_config(path: Path | None, port: int, *, exact: bool, expiry_s: float = EXPIRY_S) -> dict[str, Any]:
+def service_config(
+    path: Path | None, port: int, *, batch_invariant: bool, expiry_s: float = EXPIRY_S
+) -> dict[str, Any]:
     """The config to serve: `path` as it is, or the base config made small; on loopback, exact or fast as asked."""
     config: dict[str, Any] = yaml.safe_load((path or BASE_CONFIG).read_text())
     application = config["applications"][0]
     arguments = application["args"] if path else derive_config(application["args"], OVERRIDES)
-    arguments = derive_config(arguments, {"engine": {"batch_invariant": exact}, "streams": {"expiry_s": expiry_s}})
+    arguments = derive_config(
+        arguments, {"engine": {"batch_invariant": batch_invariant}, "streams": {"expiry_s": expiry_s}}
+    )
     models = arguments.setdefault("model_server", {}).setdefault("num_replicas", 1)
     application |= {"name": "serve_app", "args": arguments, "route_prefix": "/"}
     # From the first, since a deployment that has no override is not the same to Serve as one that has.
@@ -226,11 +233,15 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.streams < 1 or arguments.faults < 0 or not arguments.minutes > 0:
         parser.error("--streams and --minutes must be positive, --faults must not be negative")
-    wanted = Plan(arguments.streams, arguments.faults, 60 * arguments.minutes, arguments.seed, exact=not arguments.fast)
+    wanted = Plan(
+        arguments.streams, arguments.faults, 60 * arguments.minutes, arguments.seed, batch_invariant=not arguments.fast
+    )
     port = free_port()
     signal.signal(signal.SIGTERM, _interrupt)  # the service is stopped then too
     log = arguments.output.with_suffix(".log")
-    config = service_config(arguments.config, port, exact=wanted.exact, expiry_s=min(EXPIRY_S, wanted.seconds))
+    config = service_config(
+        arguments.config, port, batch_invariant=wanted.batch_invariant, expiry_s=min(EXPIRY_S, wanted.seconds)
+    )
     with ChaosService(config, port, log) as service:
         figures = asyncio.run(run(service, wanted))
     text = chaos_report.table(figures)

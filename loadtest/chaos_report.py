@@ -51,21 +51,27 @@ class Judged:
 
 
 def judge_outcome(
-    outcome: Outcome, question: Question, reference: Answer, *, exact: bool, moved: bool, again_s: float | None = None
+    outcome: Outcome,
+    question: Question,
+    reference: Answer,
+    *,
+    batch_invariant: bool,
+    moved: bool,
+    again_s: float | None = None,
 ) -> Judged:
     """The worst of what the wire, the ending and the answer say."""
-    verdict, reason = _verdict(outcome, question, reference, exact=exact)
+    verdict, reason = _verdict(outcome, question, reference, batch_invariant=batch_invariant)
     return Judged(outcome, verdict, reason, moved, again_s)
 
 
-def _verdict(outcome: Outcome, question: Question, reference: Answer, *, exact: bool) -> tuple[Verdict, str]:
+def _verdict(outcome: Outcome, question: Question, reference: Answer, *, batch_invariant: bool) -> tuple[Verdict, str]:
     if outcome.repeated_events:
         return Verdict.DUPLICATED, "; ".join(outcome.faults)
     if outcome.faults:
         return Verdict.LOST, "; ".join(outcome.faults)
     if outcome.answer is None:
         return Verdict.LOST, outcome.failure or "no answer"
-    verdict = judge(outcome.answer, reference, question.max_tokens * question.choices, exact=exact)
+    verdict = judge(outcome.answer, reference, question.max_tokens * question.choices, batch_invariant=batch_invariant)
     return verdict, "" if verdict is Verdict.IDENTICAL else f"got {outcome.answer}, want {reference}"
 
 
@@ -129,7 +135,7 @@ def pauses_of_resumes(judged: Iterable[Judged], *, own: bool) -> list[float]:
 
 
 def summary(
-    judged: Sequence[Judged], injected: Sequence[Injected], asked_for: Sequence[Fault], *, exact: bool
+    judged: Sequence[Judged], injected: Sequence[Injected], asked_for: Sequence[Fault], *, batch_invariant: bool
 ) -> dict[str, Any]:
     """All figures of the run, ready for JSON. `asked_for`: the faults of the schedule, carried out or skipped."""
     verdicts = Counter(one.verdict for one in judged)
@@ -139,7 +145,7 @@ def summary(
     unclean = [what for outcome in plain for _, what in outcome.broken if UNCLEAN in what]
     moved = [one for one in judged if one.moved]
     return {
-        "exact": exact,
+        "batch_invariant": batch_invariant,
         "streams": len(judged),
         "modes": Counter(str(one.outcome.visit.mode) for one in judged),
         "faults_asked_for": Counter(str(fault) for fault in asked_for),
@@ -221,7 +227,7 @@ def kept(figures: dict[str, Any]) -> bool:
     """Whether the run shows that no promise was broken: none was, and the service was put to the test."""
     bad = figures["lost"] + figures["duplicated"] + figures["corrupted"]
     bad += len(figures["cut_without_cause"]) + len(figures["ended_as_if_whole"])
-    sound = not bad and not (figures["exact"] and figures["diverged"])
+    sound = not bad and not (figures["batch_invariant"] and figures["diverged"])
     return sound and figures["idle"]["ok"] and not untested(figures)
 
 

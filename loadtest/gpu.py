@@ -74,16 +74,16 @@ async def measure(
     }
 
 
-def contenders(model: PreTrainedModel, exact: bool, memory: str) -> dict[str, Engine]:
+def contenders(model: PreTrainedModel, batch_invariant: bool, memory: str) -> dict[str, Engine]:
     engines = {}
     for name, graphs in (("graphs", True), ("no graphs", False)):
-        config = EngineConfig(kv_cache_memory=memory, cuda_graphs=graphs, batch_invariant=exact)
+        config = EngineConfig(kv_cache_memory=memory, cuda_graphs=graphs, batch_invariant=batch_invariant)
         started = time.perf_counter()
         context = model.config.get_text_config().max_position_embeddings
         engines[name] = Engine(model, config, context_tokens=context, fingerprint=FINGERPRINT)
         capacity, seconds = engines[name].capacity, time.perf_counter() - started
         print(
-            f"{name}: {capacity.attention_backend}, exact {capacity.exact}, up in {seconds:.1f} s",
+            f"{name}: {capacity.attention_backend}, batch-invariant {capacity.batch_invariant}, up in {seconds:.1f} s",
             *capacity.notes, sep="\n  ", flush=True,
         )  # fmt: skip
     return engines
@@ -136,19 +136,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS)
-    parser.add_argument("--exact", action="store_true", help="engine.batch_invariant for both")
+    parser.add_argument("--batch-invariant", action="store_true", help="engine.batch_invariant for both")
     parser.add_argument("--kv-cache-memory", default="4GiB")
     parser.add_argument("--output", type=Path, default=Path("loadtest/results/gpu.json"))
     arguments = parser.parse_args()
     model = load(arguments.model)
-    engines = contenders(model, arguments.exact, arguments.kv_cache_memory)
+    engines = contenders(model, arguments.batch_invariant, arguments.kv_cache_memory)
     print(HEADER, flush=True)
     rows = compare(engines, model.config.get_text_config().vocab_size, arguments)
     for engine in engines.values():
         engine.stop()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-    arguments.output.write_text(json.dumps({"machine": machine, "exact": arguments.exact, "rows": rows}, indent=1))
+    arguments.output.write_text(
+        json.dumps({"machine": machine, "batch_invariant": arguments.batch_invariant, "rows": rows}, indent=1)
+    )
     print(f"written to {arguments.output}")
 
 

@@ -71,7 +71,11 @@ def kernels(device: str) -> None:
     )
     dtypes = (torch.bfloat16, torch.float16, torch.float32) if device == "cuda" else (torch.float32,)
     size: dict[str, Any] = {} if device == "cuda" else {"page_tokens": 16, "long_tokens": 80}
-    backends = (TritonAttention(), TritonAttention(exact=True), *((VarlenAttention(),) if device == "cuda" else ()))
+    backends = (
+        TritonAttention(),
+        TritonAttention(batch_invariant=True),
+        *((VarlenAttention(),) if device == "cuda" else ()),
+    )
     wrong: dict[str, str] = {}
     tried = 0
     for number, backend in enumerate(backends):
@@ -143,7 +147,11 @@ def speed(device: str, mode: str) -> None:
         asyncio.run(measure(engine, vocab, count, prompt, 8, 1.0))  # the first round is slower
         found = asyncio.run(measure(engine, vocab, count, prompt, new, 1.0))
         row = {key: found[key] for key in ("step_ms", "tok_s", "ttft_ms")}
-        row |= {"streams": count, "kernel": engine.capacity.attention_backend, "exact": engine.capacity.exact}
+        row |= {
+            "streams": count,
+            "kernel": engine.capacity.attention_backend,
+            "batch_invariant": engine.capacity.batch_invariant,
+        }
         tell(**{f"streams {count:4d}": row})
         print(f"{count} streams: {row['tok_s']:.0f} tok/s", flush=True)
     engine.stop()
@@ -166,12 +174,12 @@ def exactness(device: str) -> None:
     company = [found["ids"] for found in asyncio.run(together())]
     alone = [asyncio.run(stream(engine, p, seed, 1.0, new))["ids"] for seed, p in enumerate(prompts)]
     same = {f"{i}: {len(p)} tokens": company[i] == alone[i] for i, p in enumerate(prompts)}
-    tell(exact=engine.capacity.exact, same=same)
+    tell(batch_invariant=engine.capacity.batch_invariant, same=same)
     engine.stop()
-    said = f"the engine says exact: {engine.capacity.exact}"
+    said = f"the engine says batch-invariant: {engine.capacity.batch_invariant}"
     print(f"{sum(same.values())} of {len(same)} are the same alone and in company; {said}")
     # torch's own attention on a CPU, which serves the trial of the suite, promises nothing.
-    if not all(same.values()) or (device == "cuda" and not engine.capacity.exact):
+    if not all(same.values()) or (device == "cuda" and not engine.capacity.batch_invariant):
         raise SystemExit(1)
 
 

@@ -134,7 +134,7 @@ def pids(service: ChaosService, deployment: str) -> set[int]:
 def main() -> int:
     log = Path("loadtest/results/redeploy.log")
     port = free_port()
-    config = service_config(None, port, exact=True)
+    config = service_config(None, port, batch_invariant=True)
     config["applications"][0]["args"]["engine"]["kv_cache_memory"] = "256MiB"  # room for all: no pause by preemption
     with ChaosService(config, port, log) as service:
         return 0 if asyncio.run(run(service, log.parent)) else 1

@@ -38,8 +38,8 @@ class Verdict(StrEnum):
     CORRUPTED = "corrupted"
 
 
-def judge(answer: Answer, reference: Answer, max_tokens: int, *, exact: bool) -> Verdict:
-    """Compare to the bit. Without `exact` a sound answer may diverge; `max_tokens` is of all choices."""
+def judge(answer: Answer, reference: Answer, max_tokens: int, *, batch_invariant: bool) -> Verdict:
+    """Compare to the bit. Without `batch_invariant` a sound answer may diverge; `max_tokens` is of all choices."""
     if answer == reference:
         return Verdict.IDENTICAL
     if len(answer.texts) != len(reference.texts):
@@ -48,9 +48,9 @@ def judge(answer: Answer, reference: Answer, max_tokens: int, *, exact: bool) ->
     for got, wanted in _sequences(answer, reference):
         if repeats(got, wanted):
             return Verdict.DUPLICATED
-        if omits(got, wanted) and (exact or not ended_earlier):
+        if omits(got, wanted) and (batch_invariant or not ended_earlier):
             return Verdict.LOST
-    return Verdict.DIVERGED if not exact and _sound(answer, reference, max_tokens) else Verdict.CORRUPTED
+    return Verdict.DIVERGED if not batch_invariant and _sound(answer, reference, max_tokens) else Verdict.CORRUPTED
 
 
 def _sequences(answer: Answer, reference: Answer) -> list[tuple[Sequence[Any], Sequence[Any]]]:

@@ -144,10 +144,11 @@ class EngineConfig(_Config):
     batch_invariant: bool = False
     """Make a request's tokens independent, bit for bit, of what is computed beside it, of the replica and of a
     continuation after a failover: steps are padded to a fixed number of rows where a kernel would otherwise change with
-    it. Checked at load; the model card's `exact` says whether it holds (with `cpu_kernels` it does at no cost)."""
+    it. Checked at load; the model card's `batch_invariant` says whether it holds (with `cpu_kernels` it does at no
+    cost)."""
     cpu_kernels: bool = True
-    """Compile (once, needs a C++ compiler) and use our own float32 kernels on a CPU: faster at few rows, and exact:
-    a request's tokens don't depend on what is computed beside it."""
+    """Compile (once, needs a C++ compiler) and use our own float32 kernels on a CPU: faster at few rows, and
+    batch-invariant: a request's tokens don't depend on what is computed beside it."""
     prompt_lookup: bool = True
     """Guess next tokens from earlier places in the same request's prompt and output, and verify several in one step:
     exact, sampled or not, and faster where text repeats (quotes, edited code, lists). Only as many are guessed as the

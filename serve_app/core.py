@@ -106,8 +106,9 @@ class GenerationRequest(Struct, frozen=True):
     output_token_ids: tuple[int, ...] = ()
     """Already delivered by an earlier attempt; empty on the first."""
     numerics_id: str = ""
-    """How the replica that made `output_token_ids` computes, where that is exact: one that computes alike continues
-    them to the bit, another of the same weights only where there is none. Empty: any will do."""
+    """Names how the replica that made `output_token_ids` computes, if it is batch-invariant. A replica of the same name
+    continues them bit for bit; another one of the same weights continues them only where there is none. Empty: any
+    replica may."""
     choice: int = 0
     isolated: bool = False
     """Until its first new token it is computed in steps of its own: a suspect of having killed replicas must not take
@@ -148,7 +149,7 @@ class GenerationStats(Struct, frozen=True, array_like=True):
     decode_s: float = 0.0
     preemptions: int = 0
     numerics_id: str = ""
-    """How the replica computes, where that is exact; see `GenerationRequest`."""
+    """Names how the replica computes, if it is batch-invariant; see `GenerationRequest`."""
 
 
 class TokenBatch(Struct, frozen=True, array_like=True, tag=0):
@@ -244,7 +245,7 @@ class ModelCard(Struct, frozen=True):
     device: str
     dtype: str
     attention_backend: str
-    exact: bool = False
+    batch_invariant: bool = False
     """Checked at load: a request's tokens are the same bits alone, in a batch, in chunks and continued (P3)."""
     notes: tuple[str, ...] = ()
     """What a user should know: fallbacks taken, checks that failed."""

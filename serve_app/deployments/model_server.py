@@ -191,6 +191,6 @@ def _card(loaded: LoadedModel, engine: Engine) -> ModelCard:
         device=str(loaded.device),
         dtype=str(loaded.dtype).removeprefix("torch."),
         attention_backend=capacity.attention_backend,
-        exact=capacity.exact,
+        batch_invariant=capacity.batch_invariant,
         notes=(*loaded.notes, *capacity.notes),
     )

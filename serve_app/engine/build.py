@@ -31,7 +31,7 @@ from serve_app.engine.host_memory import page_out_mapped_weights
 from serve_app.engine.kernel_trial import Trial, try_apart
 from serve_app.engine.kv_budget import allocate, count_pages
 from serve_app.engine.kv_cache import KVCache, PagePool
-from serve_app.engine.load_check import check_exact, check_model, measure_row_cost
+from serve_app.engine.load_check import check_batch_invariance, check_model, measure_row_cost
 from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.numerics import numerics_id
 from serve_app.engine.prompt_lookup import ROW_COST
@@ -55,10 +55,10 @@ class EngineCapacity:
     attention_backend: str
     reads_runs: bool
     """The attention kernel reads neighbouring pages in place."""
-    exact: bool
-    """A request's logits are the same bits in any company, as far as `load_check.check_exact` tries it."""
+    batch_invariant: bool
+    """A request's logits are the same bits whatever is computed beside it (checked by `check_batch_invariance`)."""
     numerics_id: str = ""
-    """How it computes, where that is exact (`numerics.numerics_id`); empty where it is not."""
+    """Names how it computes (`numerics.numerics_id`); empty where it is not batch-invariant."""
     notes: tuple[str, ...] = ()
     """Fallbacks taken, one sentence each."""
     row_cost: float = ROW_COST
@@ -169,8 +169,8 @@ def prepare(
         on_stage(LoadStage("recording CUDA graphs"))
         notes += record_graphs(runner, backend, cache, config, context_tokens)
     context_tokens = min(context_tokens, num_pages * page_tokens)
-    exact = _is_exact(runner, backend, cache, context_tokens)
-    if config.batch_invariant and not exact:
+    batch_invariant = _is_batch_invariant(runner, backend, cache, context_tokens)
+    if config.batch_invariant and not batch_invariant:
         notes.append("engine.batch_invariant does not hold on this device: a request's tokens may depend on others")
     for note in notes:
         logger.warning(note)
@@ -182,8 +182,8 @@ def prepare(
         page_tokens=page_tokens,
         attention_backend=backend.name,
         reads_runs=backend.reads_runs,
-        exact=exact,
-        numerics_id=numerics if exact else "",
+        batch_invariant=batch_invariant,
+        numerics_id=numerics if batch_invariant else "",
         notes=tuple(notes),
         row_cost=_row_cost(runner, config, num_pages, page_tokens),
     )
@@ -236,11 +236,13 @@ class _Selection:
         return _differs(backend, self.runner, num_pages, page_tokens) or (page_tokens, num_pages)
 
 
-def _is_exact(runner: ModelRunner, backend: AttentionBackend, cache: KVCache, context_tokens: int) -> bool:
+def _is_batch_invariant(runner: ModelRunner, backend: AttentionBackend, cache: KVCache, context_tokens: int) -> bool:
     # Our own kernel for CPUs adds up blocks of 64 keys from the first on, for any number of keys; checking long
     # contexts with the demo model would take 6 s of every start (2 cores).
     longest = 0 if isinstance(backend, CpuAttention) else context_tokens
-    return check_exact(runner, num_pages=cache.num_pages - 1, page_tokens=cache.page_tokens, longest_tokens=longest)
+    return check_batch_invariance(
+        runner, num_pages=cache.num_pages - 1, page_tokens=cache.page_tokens, longest_tokens=longest
+    )
 
 
 def _row_cost(runner: ModelRunner, config: EngineConfig, num_pages: int, page_tokens: int) -> float:
@@ -253,7 +255,7 @@ def _row_cost(runner: ModelRunner, config: EngineConfig, num_pages: int, page_to
 def _candidates(config: EngineConfig, kernels: Kernels | None) -> Backends:
     """What to try for `engine.attention`, in order. The plain path comes last, whatever was asked for."""
     known: dict[str, Callable[[], AttentionBackend]] = {
-        "triton": partial(TritonAttention, exact=config.batch_invariant),
+        "triton": partial(TritonAttention, batch_invariant=config.batch_invariant),
         "varlen": VarlenAttention,
     }
     if kernels is not None:

@@ -50,7 +50,7 @@ def check_model(runner: ModelRunner, *, num_pages: int, page_tokens: int) -> str
     return None
 
 
-def check_exact(runner: ModelRunner, *, num_pages: int, page_tokens: int, longest_tokens: int) -> bool:
+def check_batch_invariance(runner: ModelRunner, *, num_pages: int, page_tokens: int, longest_tokens: int) -> bool:
     """Whether the logits are the same bits alone, in a shuffled batch, in chunks, and decoded token by token.
 
     Args:

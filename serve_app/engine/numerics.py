@@ -1,7 +1,7 @@
-"""Names how an exact engine computes: two of the same name and the same weights give the same bits.
+"""Names how a batch-invariant engine computes: two of the same name and the same weights give the same bits.
 
-Promises that whatever may change a bit of a logit is in the name: kernels, processor, libraries, fixed shapes. Says
-nothing where an engine is not exact, since nothing could be promised then.
+Everything that may change a bit of a logit is in the name: kernels, processor, libraries, fixed shapes. An engine that
+is not batch-invariant has no name, since its bits also depend on its other requests.
 """
 
 from __future__ import annotations

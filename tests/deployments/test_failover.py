@@ -225,7 +225,7 @@ def service(
 ) -> Service:
     url = deployed(application(), APP)
     card = until(f"{url}/ready", lambda response: response.status_code == 200).json()["model"]
-    assert card["exact"], card
+    assert card["batch_invariant"], card
     service = Service(url)
 
     async def undisturbed() -> None:

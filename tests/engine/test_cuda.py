@@ -82,24 +82,24 @@ async def test_16_bit_models_are_served_by_varlen(kind: str, make_engine: MakeEn
     assert [len(tokens) for tokens in found] == [60] * 5
 
 
-@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-async def test_graphs_change_no_token(dtype: torch.dtype, exact: bool, make_engine: MakeEngine) -> None:
+async def test_graphs_change_no_token(dtype: torch.dtype, batch_invariant: bool, make_engine: MakeEngine) -> None:
     model = on_gpu("llama", dtype)
     sampling = SamplingParams(seed=3, temperature=0.9)
     requests = [request_for(prompt, 60, sampling=sampling) for prompt in prompts_of((3, 17, 40, 90, 180))]
     found = []
     for graphs in (True, False):
         engine = make_engine(
-            model=model, cuda_graphs=graphs, batch_invariant=exact, max_step_tokens=64, attention="triton"
+            model=model, cuda_graphs=graphs, batch_invariant=batch_invariant, max_step_tokens=64, attention="triton"
         )
         assert engine.capacity.notes == ()
-        assert engine.capacity.exact or not exact
-        assert graphs_of(engine) == ([] if not graphs else [64] if exact else [1, 2, 4, 8, 16, 32, 64])
+        assert engine.capacity.batch_invariant or not batch_invariant
+        assert graphs_of(engine) == ([] if not graphs else [64] if batch_invariant else [1, 2, 4, 8, 16, 32, 64])
         found.append(await asyncio.gather(*(tokens_of(engine, request) for request in requests)))
-        if exact:
+        if batch_invariant:
             found.append([await tokens_of(engine, request) for request in requests])
-    if exact or dtype == torch.float32:
+    if batch_invariant or dtype == torch.float32:
         assert all(other == found[0] for other in found[1:])
 
 

@@ -49,14 +49,14 @@ def complaint(
     return check_attention(backend, layer, query_heads, params, **({"long_tokens": LONG_TOKENS} | small))
 
 
-@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", LARGE if ON_GPU else SMALL)
 @pytest.mark.parametrize("params", PARAMS)
 def test_the_triton_kernels_are_right(
-    exact: bool, dtype: torch.dtype, shape: Sequence[int], params: AttentionParams
+    batch_invariant: bool, dtype: torch.dtype, shape: Sequence[int], params: AttentionParams
 ) -> None:
-    assert complaint(TritonAttention(exact), dtype, shape, params) is None
+    assert complaint(TritonAttention(batch_invariant), dtype, shape, params) is None
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 16, 2), (1, 16, 16, 71)])
@@ -80,8 +80,8 @@ def test_parts_without_a_key_leave_no_trace(monkeypatch: pytest.MonkeyPatch, spl
 
 
 def test_padding_rows_of_a_recorded_step_come_out_as_zeros() -> None:
-    for exact in (False, True):
-        backend = TritonAttention(exact)
+    for batch_invariant in (False, True):
+        backend = TritonAttention(batch_invariant)
         table = torch.full((backend.table_size(4, 4, 8),), 77, dtype=torch.int64)
         backend.fill(table.numpy(), [Span(0, 1, 20, (), (3, 5))], 4, 4)
         keys = torch.randn(6, 16, 2, 16, device=DEVICE)

@@ -1,4 +1,4 @@
-"""The check of exactness finds what it is for, in a number of steps that a start can bear."""
+"""The check of batch invariance finds what it is for, in a number of steps that a start can bear."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tabled_attention import TabledPlain
 
 from serve_app.engine import load_check
 from serve_app.engine.engine import Engine
-from serve_app.engine.load_check import check_exact, check_model, measure_row_cost
+from serve_app.engine.load_check import check_batch_invariance, check_model, measure_row_cost
 from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.prompt_lookup import ROW_COST
 from serve_app.engine.scheduler import Chunk
@@ -22,9 +22,9 @@ PAGE = 16
 
 @pytest.fixture
 def runner(make_engine: Callable[..., Engine], kernel_folder: Path, kernels: object) -> ModelRunner:
-    """Of an engine that is exact and has nothing to do."""
+    """Of an engine that is batch-invariant and has nothing to do."""
     engine = make_engine(kernel_cache=kernel_folder)
-    assert engine.capacity.exact
+    assert engine.capacity.batch_invariant
     return engine._core.runner
 
 
@@ -39,9 +39,9 @@ def _spoil(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch, when: Callable[
     monkeypatch.setattr(runner, "step", spoiled)
 
 
-def _exact(runner: ModelRunner, longest_tokens: int = 0, num_pages: int = 80) -> bool:
+def _batch_invariant(runner: ModelRunner, longest_tokens: int = 0, num_pages: int = 80) -> bool:
     with torch.inference_mode():
-        return check_exact(runner, num_pages=num_pages, page_tokens=PAGE, longest_tokens=longest_tokens)
+        return check_batch_invariance(runner, num_pages=num_pages, page_tokens=PAGE, longest_tokens=longest_tokens)
 
 
 @pytest.mark.parametrize(
@@ -56,9 +56,9 @@ def _exact(runner: ModelRunner, longest_tokens: int = 0, num_pages: int = 80) ->
 def test_one_bit_of_difference_is_found(
     runner: ModelRunner, monkeypatch: pytest.MonkeyPatch, what: str, when: Callable[[Sequence[Chunk]], bool]
 ) -> None:
-    assert _exact(runner)
+    assert _batch_invariant(runner)
     _spoil(runner, monkeypatch, when)
-    assert not _exact(runner), what
+    assert not _batch_invariant(runner), what
 
 
 @pytest.mark.parametrize(
@@ -74,22 +74,22 @@ def test_one_bit_of_difference_is_found(
 def test_a_kernel_that_changes_with_long_contexts_is_found_where_they_are_served(
     runner: ModelRunner, monkeypatch: pytest.MonkeyPatch, served: int, when: Callable[[Chunk], bool]
 ) -> None:
-    assert _exact(runner, served)
+    assert _batch_invariant(runner, served)
     _spoil(runner, monkeypatch, lambda chunks: any(when(chunk) for chunk in chunks))
-    assert _exact(runner), "short contexts don't show it"
-    assert not _exact(runner, served)
+    assert _batch_invariant(runner), "short contexts don't show it"
+    assert not _batch_invariant(runner, served)
 
 
 def test_long_contexts_wait_for_each_other_in_a_small_cache(
     runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert _exact(runner, 520, num_pages=33)
+    assert _batch_invariant(runner, 520, num_pages=33)
     _spoil(runner, monkeypatch, lambda chunks: any(c.tokens == 1 and c.sequence.computed > 512 for c in chunks))
-    assert not _exact(runner, 520, num_pages=33)
+    assert not _batch_invariant(runner, 520, num_pages=33)
 
 
 class ChangingWithLength(TabledPlain):
-    """Exact, but for one row alone over more than 400 keys."""
+    """Batch-invariant, but for one row alone over more than 400 keys."""
 
     def attend(self, query: torch.Tensor, keys: Any, values: Any, spans: Any, params: Any, prepared: Any) -> Any:
         output = super().attend(query, keys, values, spans, params, prepared)
@@ -99,13 +99,13 @@ class ChangingWithLength(TabledPlain):
         return output
 
 
-@pytest.mark.parametrize(("context", "exact"), [(1024, False), (300, True)])
-def test_an_engine_claims_to_be_exact_up_to_the_contexts_that_it_serves(
-    make_engine: Callable[..., Engine], kernel_folder: Path, kernels: object, context: int, exact: bool
+@pytest.mark.parametrize(("context", "batch_invariant"), [(1024, False), (300, True)])
+def test_an_engine_claims_batch_invariance_up_to_the_contexts_that_it_serves(
+    make_engine: Callable[..., Engine], kernel_folder: Path, kernels: object, context: int, batch_invariant: bool
 ) -> None:
     engine = make_engine(kernel_cache=kernel_folder, context=context, backends=[ChangingWithLength], cuda_graphs=False)
     assert engine.capacity.attention_backend == "tabled"
-    assert engine.capacity.exact == exact
+    assert engine.capacity.batch_invariant == batch_invariant
 
 
 @pytest.mark.parametrize(("longest", "most"), [(0, 55), (4096, 55 + 25)])
@@ -118,7 +118,7 @@ def test_it_takes_few_steps(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
         return False
 
     _spoil(runner, monkeypatch, count)
-    assert _exact(runner, longest)
+    assert _batch_invariant(runner, longest)
     assert steps < most
 
 

@@ -31,11 +31,11 @@ def test_whatever_may_change_a_bit_changes_the_name(monkeypatch: pytest.MonkeyPa
     assert len(names) == 7
 
 
-async def test_an_exact_engine_tells_its_name_with_the_first_tokens(
+async def test_a_batch_invariant_engine_tells_its_name_with_the_first_tokens(
     make_engine: MakeEngine, kernels: Kernels, kernel_folder: Path
 ) -> None:
     one, other = (make_engine(kernel_cache=kernel_folder, max_running=running) for running in (4, 8))
-    assert one.capacity.exact
+    assert one.capacity.batch_invariant
     assert one.capacity.numerics_id == other.capacity.numerics_id != ""
     padded = make_engine(batch_invariant=True, max_step_tokens=64)
     assert padded.capacity.numerics_id != one.capacity.numerics_id
@@ -45,6 +45,8 @@ async def test_an_exact_engine_tells_its_name_with_the_first_tokens(
     assert told == [one.capacity.numerics_id] * 2  # one batch has it all, where the reader was slower than the engine
 
 
-def test_an_engine_that_is_not_exact_promises_nothing(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve_app.engine.build.check_exact", lambda *_, **__: False)
+def test_an_engine_that_is_not_batch_invariant_promises_nothing(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve_app.engine.build.check_batch_invariance", lambda *_, **__: False)
     assert make_engine().capacity.numerics_id == ""

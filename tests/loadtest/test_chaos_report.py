@@ -33,7 +33,7 @@ def outcome(mode: Mode = Mode.PLAIN, answer: Answer | None = ANSWER, **seen: Any
 
 
 def judged(one: Outcome, *, moved: bool = False) -> Judged:
-    return judge_outcome(one, QUESTION, ANSWER, exact=True, moved=moved)
+    return judge_outcome(one, QUESTION, ANSWER, batch_invariant=True, moved=moved)
 
 
 def figures(
@@ -41,7 +41,7 @@ def figures(
 ) -> dict[str, Any]:
     """Of a run whose faults were all carried out, unless `asked_for` has more of them."""
     asked_for = [fault.fault for fault in injected] if asked_for is None else asked_for
-    found = summary([judged(one, moved=moved) for one in outcomes], injected, asked_for, exact=True)
+    found = summary([judged(one, moved=moved) for one in outcomes], injected, asked_for, batch_invariant=True)
     return {**found, "idle": IDLE, "proxy_outages_s": [5.0] * found["faults_by_kind"][Fault.KILL_PROXY]}
 
 

@@ -73,17 +73,17 @@ def test_only_clients_that_resume_drop_and_only_chats_come_whole() -> None:
     assert all(asked[visit.question].wire is Wire.CHAT for visit in coming if visit.mode is Mode.WHOLE)
 
 
-@pytest.mark.parametrize("exact", [True, False])
-def test_the_config_is_one_that_the_service_takes(exact: bool) -> None:
-    config = service_config(None, 8123, exact=exact)
+@pytest.mark.parametrize("batch_invariant", [True, False])
+def test_the_config_is_one_that_the_service_takes(batch_invariant: bool) -> None:
+    config = service_config(None, 8123, batch_invariant=batch_invariant)
     served = AppConfig.model_validate(config["applications"][0]["args"])
-    assert served.engine.batch_invariant is exact
+    assert served.engine.batch_invariant is batch_invariant
     assert served.model_server.num_replicas == served.ingress.num_replicas == 2
     assert config["http_options"]["host"] == "127.0.0.1"
 
 
 def test_scaling_leaves_the_arguments_alone_and_a_redeploy_changes_them() -> None:
-    config = service_config(None, 8123, exact=True)
+    config = service_config(None, 8123, batch_invariant=True)
     before = config["applications"][0]["args"]
     scaled = changed(config, redeploy=False, extra_models=1)["applications"][0]
     assert scaled["args"] == before

@@ -14,15 +14,15 @@ REFERENCE = Answer(("one two three four",), ("length",), 10, 4, token_ids=(5, 6,
 MAX_TOKENS = 4
 
 
-def verdict(answer: Answer, *, exact: bool = True) -> Verdict:
-    return judge(answer, REFERENCE, MAX_TOKENS, exact=exact)
+def verdict(answer: Answer, *, batch_invariant: bool = True) -> Verdict:
+    return judge(answer, REFERENCE, MAX_TOKENS, batch_invariant=batch_invariant)
 
 
 def test_the_same_is_identical() -> None:
     assert verdict(replace(REFERENCE)) is Verdict.IDENTICAL
 
 
-@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("batch_invariant", [True, False])
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -37,30 +37,32 @@ def test_the_same_is_identical() -> None:
         ({"texts": ()}, Verdict.LOST),
     ],
 )
-def test_broken_answers_are_found_in_either_mode(changes: dict[str, object], expected: Verdict, exact: bool) -> None:
-    assert verdict(replace(REFERENCE, **changes), exact=exact) is expected  # type: ignore[arg-type]
+def test_broken_answers_are_found_in_either_mode(
+    changes: dict[str, object], expected: Verdict, batch_invariant: bool
+) -> None:
+    assert verdict(replace(REFERENCE, **changes), batch_invariant=batch_invariant) is expected  # type: ignore[arg-type]
 
 
 def test_other_words_are_corruption_only_where_bits_are_promised() -> None:
     other = replace(REFERENCE, texts=("one two five six",), token_ids=(5, 6, 9, 4))
     assert verdict(other) is Verdict.CORRUPTED
-    assert verdict(other, exact=False) is Verdict.DIVERGED
+    assert verdict(other, batch_invariant=False) is Verdict.DIVERGED
 
 
 def test_an_earlier_end_is_a_divergence_in_the_fast_mode_when_its_counts_say_so() -> None:
     ended = replace(REFERENCE, texts=("one two",), token_ids=(5, 6, 2), completion_tokens=3, finish_reasons=("stop",))
-    assert verdict(ended, exact=False) is Verdict.DIVERGED
-    assert verdict(replace(ended, completion_tokens=4), exact=False) is not Verdict.DIVERGED
+    assert verdict(ended, batch_invariant=False) is Verdict.DIVERGED
+    assert verdict(replace(ended, completion_tokens=4), batch_invariant=False) is not Verdict.DIVERGED
 
 
 def test_a_logprob_that_differs_in_its_last_bit_is_not_identical() -> None:
     entries = (("one", -0.1, ()), ("two", -0.2, (("two", -0.2),)))
     reference = Answer(("onetwo",), ("length",), 3, 2, logprobs=(entries,))
     other = replace(reference, logprobs=((entries[0], ("two", -0.20000000000000004, entries[1][2])),))
-    assert judge(other, reference, 2, exact=True) is Verdict.CORRUPTED
-    assert judge(other, reference, 2, exact=False) is Verdict.DIVERGED
+    assert judge(other, reference, 2, batch_invariant=True) is Verdict.CORRUPTED
+    assert judge(other, reference, 2, batch_invariant=False) is Verdict.DIVERGED
     missing = replace(reference, logprobs=(entries[:1],))
-    assert judge(missing, reference, 2, exact=False) is Verdict.LOST
+    assert judge(missing, reference, 2, batch_invariant=False) is Verdict.LOST
 
 
 @given(text=st.text(min_size=1), place=st.integers(0), size=st.integers(1))

@@ -80,7 +80,14 @@ def test_a_model_is_asked_for_where_one_is_needed() -> None:
 
 
 def test_the_table_has_all_parts_and_what_was_measured() -> None:
-    row = {"streams": 8, "step_ms": 3.456, "tok_s": 2315.2, "ttft_ms": 9.87, "kernel": "triton", "exact": False}
+    row = {
+        "streams": 8,
+        "step_ms": 3.456,
+        "tok_s": 2315.2,
+        "ttft_ms": 9.87,
+        "kernel": "triton",
+        "batch_invariant": False,
+    }
     outcomes = [
         Outcome("kernels", "failed", 3.2, "status -6: a | b"),
         Outcome("speed graphs", "ok", 20, "done", json.loads(json.dumps({"streams    8": row, "up_s": 3}))),

@@ -66,7 +66,7 @@ _MIXTURE_CONFIGS = {
     "ernie4_5_moe": lambda: Ernie4_5_MoeConfig(**SIZES, moe_num_experts=4, moe_k=2, moe_intermediate_size=48),
 }
 MIXTURES = tuple(_MIXTURE_CONFIGS)
-"""Of experts: how many rows an expert gets depends on the company, so they are not exact."""
+"""Of experts: how many rows an expert gets depends on the company, so they are not batch-invariant."""
 
 
 def tiny_model(kind: str) -> PreTrainedModel:

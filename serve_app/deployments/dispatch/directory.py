@@ -88,8 +88,8 @@ class ReplicaDirectory:
         numerics_ids: Mapping[str, str] | None = None,
         channels: Mapping[str, str] | None = None,
     ) -> None:
-        """What the router knows now: the weights of each, how it computes, where that is exact, and where its token
-        channels are had."""
+        """What the router knows now of each replica: its weights, how it computes if it is batch-invariant, and where
+        its token channels are had."""
         left = {attempt.replica for attempt in list(self._attempts.values())} - live.keys()
         known = {replica: how for replica, how in self._numerics_ids.items() if replica in left}
         self._numerics_ids = {**known, **(numerics_ids or {})}

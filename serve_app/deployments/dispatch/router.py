@@ -23,7 +23,7 @@ from serve_app.deployments.dispatch.places import Places
 FINGERPRINT_KEY = "fingerprint"
 """In what a replica says of itself to the routers (`record_replica_metadata`)."""
 NUMERICS_KEY = "numerics_id"
-"""Likewise: how it computes, where that is exact."""
+"""Likewise: how it computes, where it is batch-invariant."""
 CHANNEL_KEY = "channel"
 """Likewise: where its token channels are had (`channel_wire.ChannelAddress`)."""
 

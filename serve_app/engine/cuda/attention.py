@@ -52,9 +52,9 @@ class TritonAttention(TabledAttention):
     page_tokens = 32
     reads_runs = False
 
-    def __init__(self, exact: bool = False) -> None:
-        """`exact`: every step the same way, so that a token's bits don't depend on how many others there are."""
-        self._exact = exact
+    def __init__(self, batch_invariant: bool = False) -> None:
+        """`batch_invariant`: compute every step in one way, so that a token's bits don't depend on other tokens."""
+        self._batch_invariant = batch_invariant
 
     @classmethod
     def refusal(cls, shape: LayerShape, params: AttentionParams) -> str | None:
@@ -78,7 +78,7 @@ class TritonAttention(TabledAttention):
         )
 
     def _queries(self, rows: int) -> int:
-        return _QUERIES if self._exact or rows > _FEW_ROWS else 1
+        return _QUERIES if self._batch_invariant or rows > _FEW_ROWS else 1
 
     def _most_blocks(self, rows: int, spans: int) -> int:
         return min(rows, -(-rows // self._queries(rows)) + spans)
@@ -109,7 +109,10 @@ class TritonAttention(TabledAttention):
     def view(self, table: torch.Tensor, rows: int, most_spans: int) -> TritonStep:
         start = 4 * self._most_blocks(rows, most_spans + 1)
         return TritonStep(
-            table[:start].view(-1, 4), table[start:], self._queries(rows), not self._exact and rows <= _FEW_ROWS
+            table[:start].view(-1, 4),
+            table[start:],
+            self._queries(rows),
+            not self._batch_invariant and rows <= _FEW_ROWS,
         )
 
     def prepare(self, spans: SequenceOf[Span], device: torch.device) -> TritonStep:

@@ -35,7 +35,7 @@ class RecordingCheck:
     layers: tuple[int, ...]
     vocab_size: int
     context_tokens: int
-    exact: bool
+    batch_invariant: bool
     """The same bits are asked for."""
 
     def __call__(self, shape: StepShape, recorded: Compute) -> str | None:
@@ -103,7 +103,7 @@ class RecordingCheck:
             return "it writes to pages of others"
         written = self._take(slots)
         expected = self.ordinary(inputs)
-        if self.exact:
+        if self.batch_invariant:
             same = torch.equal(found, expected) and all(map(torch.equal, written, self._take(slots)))
             return None if same else "its bits differ from the ordinary step's"
         worst = max(_difference(a, b) for a, b in zip((found, *written), (expected, *self._take(slots)), strict=True))

@@ -96,7 +96,7 @@ def test_any_page_size_that_suits_the_kernel_serves_with_it(make_engine: MakeEng
         engine = make_engine(kernel_cache=kernel_folder, page_tokens=page_tokens)
         assert engine.capacity.attention_backend == "cpu"
         assert engine.capacity.page_tokens == page_tokens
-        assert engine.capacity.exact
+        assert engine.capacity.batch_invariant
     with pytest.raises(EngineError, match="page_tokens 8 must be a multiple of 16 for the cpu attention kernel"):
         make_engine(kernel_cache=kernel_folder, page_tokens=8)
 
@@ -143,7 +143,7 @@ def test_narrower_vectors_are_exact_too(
     for kind in ("llama", "mistral"):
         engine = make_engine(model=tiny_model(kind), kernel_cache=tmp_path)
         assert engine.capacity.attention_backend == "cpu"
-        assert engine.capacity.exact, kind
+        assert engine.capacity.batch_invariant, kind
 
 
 def test_a_wrong_kernel_is_not_used(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +165,7 @@ async def test_greedy_is_generate_token_for_token(
     expected = [greedy_reference(kind, prompt, 20) for prompt in prompts]
     engine = make_engine(model=tiny_model(kind), kernel_cache=kernel_folder, max_step_tokens=48)
     assert engine.capacity.attention_backend == "cpu"
-    assert engine.capacity.exact
+    assert engine.capacity.batch_invariant
     assert await all_tokens(engine, [request_for(prompt) for prompt in prompts]) == expected
 
 
@@ -255,5 +255,5 @@ async def test_padding_steps_to_a_fixed_shape_changes_no_token(make_engine: Make
     engine = make_engine("qwen3", batch_invariant=True, max_step_tokens=24, max_running=4)
     assert await all_tokens(engine, [request_for(prompt) for prompt in prompts]) == expected
     assert await tokens_of(engine, request_for(prompts[0])) == expected[0]
-    if not engine.capacity.exact:
+    if not engine.capacity.batch_invariant:
         assert any("batch_invariant does not hold" in note for note in engine.capacity.notes)

@@ -34,10 +34,10 @@ def test_a_small_step_has_a_block_a_token_and_zeros_for_padding() -> None:
     assert used == 4 * 4 + 4
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_a_large_step_shares_blocks_between_the_tokens_of_a_sequence(exact: bool) -> None:
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_a_large_step_shares_blocks_between_the_tokens_of_a_sequence(batch_invariant: bool) -> None:
     spans = [Span(0, 70, 100, (), (5, 6, 7, 8)), Span(70, 1, 40, (), (1, 2))]
-    step, _ = told(TritonAttention(exact), spans, 128, 8)
+    step, _ = told(TritonAttention(batch_invariant), spans, 128, 8)
     assert not step.split
     blocks = step.blocks.tolist()
     assert blocks[:4] == [[0, 32, 30, 0], [32, 32, 62, 0], [64, 6, 94, 0], [70, 1, 39, 4]]
@@ -47,14 +47,14 @@ def test_a_large_step_shares_blocks_between_the_tokens_of_a_sequence(exact: bool
 
 def test_an_exact_step_is_computed_the_same_way_whatever_its_size() -> None:
     spans = [Span(0, 1, 40, (), (1, 2))]
-    small, _ = told(TritonAttention(exact=True), spans, 1, 1)
-    large, _ = told(TritonAttention(exact=True), spans, 512, 32)
+    small, _ = told(TritonAttention(batch_invariant=True), spans, 1, 1)
+    large, _ = told(TritonAttention(batch_invariant=True), spans, 512, 32)
     assert (small.queries, small.split) == (large.queries, large.split) == (32, False)
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_every_step_within_its_sizes_fits_its_table(exact: bool) -> None:
-    backend = TritonAttention(exact)
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_every_step_within_its_sizes_fits_its_table(batch_invariant: bool) -> None:
+    backend = TritonAttention(batch_invariant)
     for rows, most in ((1, 1), (33, 33), (64, 7), (65, 32), (128, 32), (512, 1)):
         for sequences in (1, most):
             spans = [Span(i, 1, 9, (), (i,)) for i in range(sequences - 1)]
