@@ -1,7 +1,7 @@
 """The engine's step: schedule, run, sample, and what each sequence gained.
 
-Promises that a step is a function of what was added before it. Knows no threads, no event loops and no callers: whoever
-drives it calls one method at a time. The serving engine and the checks at load drive the same steps.
+Knows no threads, no event loops and no callers; its methods are called one at a time. The serving engine and the checks
+at load drive the same steps.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What can go wrong while an engine is built or runs, told in one sentence to whoever operates the replica."""
+"""The errors of building and running an engine. Each message is one sentence for the operator of the replica."""
 
 from __future__ import annotations
 

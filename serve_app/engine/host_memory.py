@@ -1,4 +1,4 @@
-"""What the engine asks of the system's memory: large pages for weights, and an end to mapped files nobody reads."""
+"""Asks the system for large pages for weights, and to drop mapped files that are no longer read."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ written to stays, unlike with MADV_DONTNEED, which would lose it."""
 
 
 def ask_for_huge_pages(tensor: torch.Tensor) -> None:
-    """Have memory that was not written to yet mapped in pages of 2 MiB, where the system does so for who asks (Linux).
+    """Have memory that was not written to yet mapped in pages of 2 MiB, where the system does so on request (Linux).
 
-    Two cores of a virtual machine read 400 MB at 30 GB/s so, and at 20 GB/s in pages of 4 KiB.
+    Two cores of a virtual machine read 400 MB at 30 GB/s in pages of 2 MiB, and at 20 GB/s in pages of 4 KiB.
     """
     if sys.platform != "linux":
         return
@@ -39,10 +39,10 @@ def _libc() -> ctypes.CDLL:
 
 
 def page_out_mapped_weights(maps: Path = Path("/proc/self/maps")) -> int:
-    """Let the system take back the pages of mapped .safetensors files; how many bytes of mappings were named.
+    """Let the system take back the pages of mapped .safetensors files; returns the bytes of those mappings.
 
     A checkpoint stays mapped while one tensor of it is alive (the embedding), and its pages would go on counting as
-    this process's memory until something else needs them. Elsewhere than on Linux nothing happens.
+    this process's memory until something else needs them. Does nothing on systems other than Linux.
     """
     if not maps.exists():
         return 0

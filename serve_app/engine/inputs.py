@@ -1,4 +1,4 @@
-"""A step as numbers on the host: what the scheduler's chunks become before they go to the device."""
+"""The inputs of a step as numbers on the host, made from the scheduler's chunks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from serve_app.engine.attention.base import Span
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """The tokens of a step, one row each, the spans' rows one after the other."""
+    """The tokens of a step, one row each, in the order of the spans."""
 
     ids: list[int]
     positions: list[int]

@@ -1,8 +1,8 @@
-"""Tries an attention kernel in a process of its own before this one may launch it.
+"""Tries an attention kernel in a child process before this process may launch it.
 
-A fault on a GPU (an access to memory that is not there) ends the process's use of the GPU for good, and a kernel can
-hang. In a child it costs the child, and the next kernel serves. Seconds for the child's own PyTorch and CUDA: what has
-passed is remembered in the cache folder, by all that it depends on.
+A kernel that reads outside the GPU's memory ends its process's use of the GPU, and a kernel can hang. In a child only
+the child is lost, and the next kernel serves. Starting PyTorch and CUDA takes the child seconds, so kernels that passed
+are remembered in the cache folder, under a key of everything that the outcome depends on.
 """
 
 from __future__ import annotations
@@ -29,37 +29,37 @@ logger = logging.getLogger(__name__)
 TRIAL_LIMIT_S = 180.0
 """Imports take a child some 10 s, and Triton's compiling of a new kernel some seconds a shape."""
 _ROOM_BYTES = 2**28
-"""What the check takes of a GPU's memory, with room to spare; PyTorch keeps it for the check."""
+"""More than the check takes of a GPU's memory; PyTorch keeps it for the check."""
 _BEGUN, _VERDICT = "kernels begin", "verdict: "
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A kernel, and all that it is to be tried on."""
+    """A kernel, and the layers and page size to try it with."""
 
     backend: AttentionBackend
     layers: tuple[AttentionLayer, ...]
     page_tokens: int
 
     def key(self) -> str:
-        """Of everything that the outcome depends on: kernel and shapes, source, libraries, processor."""
+        """A digest of everything that the outcome depends on: kernel and shapes, source, libraries, processor."""
         folders = (Path(__file__).with_name("attention"), Path(__file__).with_name("cuda"))
         sources = [path.read_bytes() for folder in folders for path in sorted(folder.glob("*.py"))]
         devices = sorted({str(layer.shape.device) for layer in self.layers if layer.shape.device.type == "cuda"})
         names = [torch.cuda.get_device_name(device) for device in devices]
         versions = (torch.__version__, torch.version.cuda, sys.version)
         kernel = (type(self.backend).__qualname__, sorted(vars(self.backend).items()))
-        told = repr((kernel, self.layers, self.page_tokens, names, versions)).encode()
-        return hashlib.sha256(b"\0".join((told, *sources))).hexdigest()[:24]
+        facts = repr((kernel, self.layers, self.page_tokens, names, versions)).encode()
+        return hashlib.sha256(b"\0".join((facts, *sources))).hexdigest()[:24]
 
 
 def try_apart(trial: Trial, passed: Path | None, limit_s: float = TRIAL_LIMIT_S) -> str | None:
-    """What is wrong with the kernel, or None: it passed, now or before, or no child could get as far as launching it.
+    """What is wrong with the kernel; None when it passed, now or before, or when no child came as far as launching it.
 
     Args:
-        trial: of a kernel whose class a new process can import.
-        passed: folder in which what has passed is remembered; without one it is tried each time.
-        limit_s: for the child to take.
+        trial: its kernel's class must be one that a new process can import.
+        passed: folder that remembers which trials have passed; without one every trial runs.
+        limit_s: time for the child.
     """
     remembered = passed / trial.key() if passed is not None else None
     if remembered is not None and remembered.exists():
@@ -71,7 +71,7 @@ def try_apart(trial: Trial, passed: Path | None, limit_s: float = TRIAL_LIMIT_S)
         return None
     if begun:
         return complaint
-    # Its faults are none of the kernel's: a GPU that lets one process in, memory that is short.
+    # The child failed before the kernel ran: the GPU may admit one process only, or memory may be short.
     logger.warning(
         "attention kernel %s could not be tried in a process of its own (%s): it is tried in this one",
         trial.backend.name, complaint,
@@ -80,8 +80,8 @@ def try_apart(trial: Trial, passed: Path | None, limit_s: float = TRIAL_LIMIT_S)
 
 
 def _in_child(trial: Trial, limit_s: float) -> tuple[str | None, bool]:
-    """What is wrong, and whether the kernel had begun by then."""
-    # A replica may have got its code by a search path that no variable holds.
+    """What is wrong, and whether the kernel had begun before that."""
+    # A replica's code may lie on a search path that no environment variable holds.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     with tempfile.TemporaryFile() as output:
         child = subprocess.Popen(
@@ -116,7 +116,7 @@ def _remember(place: Path) -> None:
 def run(trial: Trial) -> str | None:
     """Try the kernel here; what is wrong, or None."""
     for device in {layer.shape.device for layer in trial.layers}:
-        # The device can be used, and has room: what fails from here on is the kernel.
+        # This shows that the device can be used and has room: whatever fails after it is the kernel's fault.
         torch.empty(_ROOM_BYTES, dtype=torch.uint8, device=device)[:1].zero_().item()
     _tell(_BEGUN)
     for layer in trial.layers:
@@ -127,7 +127,7 @@ def run(trial: Trial) -> str | None:
 
 
 def main() -> None:
-    """The child. It ends by itself when its time is up: a parent that was killed can't end it."""
+    """The child process. A timer ends it, since a parent that was killed can't."""
     signal.setitimer(signal.ITIMER_REAL, float(sys.argv[1]))
     with torch.inference_mode():
         complaint = run(pickle.load(sys.stdin.buffer))

@@ -1,7 +1,7 @@
-"""Pages of KV cache: who holds which, which may be shared, and the tensors behind them.
+"""Pages of KV cache: which sequences hold them, which may be shared, and the tensors behind them.
 
 `PagePool` is plain bookkeeping, tested without a device. Full pages are named by a chained hash of the tokens up to
-their end, so an equal prefix is computed once. A page that nobody holds keeps its contents until it is needed.
+their end, so an equal prefix is computed once. A page without a holder keeps its contents until it is needed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def root_hash(salt: str) -> bytes:
 
 
 class _FreePages:
-    """Free pages in no order: the one given back last goes out first. For kernels that read pages wherever they lie."""
+    """Free pages as a stack: the one released last is taken first. For kernels that read pages in any order."""
 
     def __init__(self, num_pages: int) -> None:
         self._pages = list(reversed(range(num_pages)))
@@ -40,7 +40,7 @@ class _FreePages:
         return len(self._pages)
 
     def take(self, last: int | None, count: int) -> int:
-        """One of them, the first of `count` that will follow the holder's page `last`."""
+        """Take the first of `count` pages that will follow the holder's page `last`."""
         return self._pages.pop()
 
     def give(self, page: int) -> None:
@@ -48,9 +48,9 @@ class _FreePages:
 
 
 class _FreeRuns:
-    """Free pages by where they lie, so that those of one holder are neighbours. For kernels that read runs in place.
+    """Free pages by address, so that those of one holder are neighbours. For kernels that read runs in place.
 
-    A page whose neighbour is taken costs a search: with 10,000 pages, nearly all taken, 0.2 ms instead of 1 us.
+    Where the neighbour is taken a search is needed: with 10,000 pages, nearly all taken, 0.2 ms instead of 1 us.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -61,7 +61,7 @@ class _FreeRuns:
         return self._free
 
     def take(self, last: int | None, count: int) -> int:
-        """The page after `last` if it is free, else one with room to grow."""
+        """Take the page after `last` if it is free, else one with free pages after it."""
         continues = last is not None and last + 1 < len(self._taken) and not self._taken[last + 1]
         page = last + 1 if last is not None and continues else self._roomy_start(count)
         self._taken[page] = 1
@@ -73,7 +73,7 @@ class _FreeRuns:
         self._free += 1
 
     def _roomy_start(self, count: int) -> int:
-        # The middle of the largest free extent leaves its left neighbour and this run room to grow in place.
+        # Starting in the middle of the largest free extent lets both this run and the one before it grow in place.
         extent = max(_FREE_EXTENT.finditer(self._taken), key=lambda m: m.end() - m.start())
         start, size = extent.start(), extent.end() - extent.start()
         return start if start == 0 else start + max(0, min(size // 2, size - count))
@@ -82,13 +82,13 @@ class _FreeRuns:
 class PagePool:
     """Hands out pages 0 to `num_pages - 1`, counts who holds each, and remembers the contents of full ones.
 
-    A page is free (contents meaningless), used (held at least once) or cached (held by nobody, contents still valid;
-    the least recently used is given away first).
+    A page is free (contents meaningless), used (held at least once) or cached (not held, contents still valid; the
+    least recently used one is reused first).
     """
 
     def __init__(self, num_pages: int, *, in_runs: bool = True) -> None:
         """`in_runs`: whether a holder's pages should be neighbours, for a kernel that reads contiguous runs in place
-        (`AttentionBackend.reads_runs`). Without it a page costs the same however many there are."""
+        (`AttentionBackend.reads_runs`). Without it taking a page costs the same for any number of pages."""
         self.num_pages = num_pages
         self._free: _FreeRuns | _FreePages = _FreeRuns(num_pages) if in_runs else _FreePages(num_pages)
         self._holders = [0] * num_pages
@@ -122,11 +122,11 @@ class PagePool:
         return page
 
     def idle(self, pages: SequenceOf[int]) -> int:
-        """How many of these nobody holds: holding them would take so many of those that can be handed out."""
+        """How many of these are not held: holding them lowers `available` by so many."""
         return sum(1 for page in pages if not self._holders[page])
 
     def hold(self, pages: SequenceOf[int]) -> None:
-        """One more holder for each of these (used or cached) pages."""
+        """Add a holder to each of these (used or cached) pages."""
         for page in pages:
             if self._holders[page] == 0:
                 if page not in self._evictable:
@@ -135,10 +135,10 @@ class PagePool:
             self._holders[page] += 1
 
     def release(self, pages: SequenceOf[int]) -> None:
-        """One holder less for each. Later pages of a prefix are given away before earlier ones."""
+        """Remove a holder from each. Later pages of a prefix are reused before earlier ones."""
         for page in reversed(pages):
             if self._holders[page] == 0:
-                raise ValueError(f"page {page} is held by nobody and can't be released")
+                raise ValueError(f"page {page} has no holder and can't be released")
             self._holders[page] -= 1
             if self._holders[page] == 0:
                 if page in self._hash_of:
@@ -147,13 +147,13 @@ class PagePool:
                     self._free.give(page)
 
     def publish(self, page: int, name: bytes) -> None:
-        """Let others share this full page under its hash. The first page of a name keeps it."""
+        """Share this full page under its hash `name`, unless another page has that name already."""
         if page not in self._hash_of and name not in self._page_of:
             self._hash_of[page] = name
             self._page_of[name] = page
 
     def lookup(self, names: SequenceOf[bytes]) -> list[int]:
-        """The pages of the longest known prefix of a hash chain. They are not held yet."""
+        """The pages of the longest known prefix of a hash chain. The call does not hold them."""
         pages: list[int] = []
         for name in names:
             page = self._page_of.get(name)
@@ -197,7 +197,7 @@ class KVCache:
 
 
 def _zeros(shape: tuple[int, ...], layer: LayerShape) -> torch.Tensor:
-    """`torch.zeros` writes at once, after which the system gives large pages to nobody."""
+    """Zeros in large pages, which must be asked for before the first write (`torch.zeros` writes at once)."""
     tensor = torch.empty(shape, dtype=layer.dtype, device=layer.device)
     if layer.device.type == "cpu":
         ask_for_huge_pages(tensor)

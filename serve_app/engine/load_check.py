@@ -1,8 +1,7 @@
-"""What is checked before an engine may serve: its paged path gives the logits that the model's own code gives, and
-whether it gives them bit for bit the same in any company.
+"""Checks of the paged path before an engine may serve: against the model's own code, and for batch invariance.
 
-A mismatch of a kernel falls back to the plain path; a mismatch of the plain path means that the model does something
-unknown to us, and it is refused. Inexactness is only said.
+After a mismatch of one kernel the next one is tried. A mismatch of the plain path means that the model computes
+something unknown, and the model is refused. Where logits depend on the batch, that is only reported.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from serve_app.engine.sequence import DraftPosition, Sequence
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 """Largest |a - b| / |b| of a row of logits. A wrong mask or page gives 0.3 and more."""
 ROUNDED_TOLERANCE = 1e-1
-"""The same for quantised weights. A last bit of the input can move what a layer rounds by a whole step: paging alone
-gave 0.012 with int8 activations and 0.003 with 4-bit weights, which some CPUs compute in bfloat16."""
+"""The tolerance for quantised weights. A last bit of the input can change what a layer rounds by a whole step: paging
+alone gave 0.012 with int8 activations and 0.003 with 4-bit weights, which some CPUs compute in bfloat16."""
 _LENGTHS = (41, 23, 7)
 _STEP_TOKENS = 16
 _DECODED = {0: 12, 2: 6}
-"""How many of which sequence's last tokens the check of exactness decodes: contexts of 1 to 7 and of 30 to 41 tokens,
-all remainders by 8. Decoding all 71 tokens took 1.5 s more of every start and met no other kernel."""
+"""Number of a sequence -> its last tokens that the check of batch invariance decodes: contexts of 1 to 7 and of 30 to
+41 tokens, all remainders modulo 8. Decoding all 71 tokens took 1.5 s more of every start and met no other kernel."""
 _TIMED_ROWS, _TIMED_STEPS = 8, 3
 _LONG_LENGTHS = (200, 391, 520)
 _LONG_STEP_TOKENS = 160
@@ -41,7 +40,7 @@ end on either side of them, and decoded from there on: 22 steps."""
 
 
 def check_model(runner: ModelRunner, *, num_pages: int, page_tokens: int) -> str | None:
-    """Run three sequences in chunks through the paged path, side by side; what is wrong, or None."""
+    """Compute three sequences in chunks, side by side, through the paged path; returns what is wrong, or None."""
     forced = _ForcedTokens(runner.vocab_size, dict(enumerate(_LENGTHS)))
     _run(forced, runner, num_pages, page_tokens, _STEP_TOKENS)
     for number, token_ids in forced.tokens.items():
@@ -55,7 +54,7 @@ def check_batch_invariance(runner: ModelRunner, *, num_pages: int, page_tokens: 
 
     Args:
         longest_tokens: the longest context to check. Pass what will be served, or 0 for a kernel that is known to
-            compute with few keys as it does with many. Beyond 520 tokens nothing is tried.
+            compute with few keys as it does with many. Contexts beyond 520 tokens are not checked.
     """
 
     def rows(lengths: Mapping[int, int], step_tokens: int, decoded: int = 0) -> dict[int, torch.Tensor]:
@@ -83,9 +82,9 @@ def check_batch_invariance(runner: ModelRunner, *, num_pages: int, page_tokens: 
 
 
 def measure_row_cost(runner: ModelRunner, *, num_pages: int, page_tokens: int) -> float:
-    """What one more row adds to a step that decodes, as a share of a step of one row: eight steps.
+    """What one more row adds to a step that decodes, as a share of a step of one row, measured in eight steps.
 
-    For a device whose steps are over when they return. `ROW_COST` where the cache has room for hardly one sequence.
+    It needs a device whose steps have ended when they return. `ROW_COST` where the cache has no room for two sequences.
     """
     rows = min(_TIMED_ROWS, num_pages // 2, runner.most_tokens or _TIMED_ROWS)  # all are admitted at once
     if rows < 2:
@@ -95,7 +94,7 @@ def measure_row_cost(runner: ModelRunner, *, num_pages: int, page_tokens: int) -
 
 
 def _decode_seconds(runner: ModelRunner, pool: PagePool, page_tokens: int, count: int) -> float:
-    """Of a step in which `count` sequences decode: the best of a few, which nothing else on the machine slowed down."""
+    """Seconds of a step in which `count` sequences decode: the fastest of a few, which others disturbed least."""
     forced = _ForcedTokens(runner.vocab_size, dict.fromkeys(range(count), 1 + _TIMED_STEPS), decoded=_TIMED_STEPS)
     core = forced.core(runner, pool, page_tokens, step_tokens=count)
     times = []
@@ -140,7 +139,7 @@ class _ForcedTokens:
         if known < len(self.tokens[number]):
             return Sampled(self.tokens[number][known])
         self.rows[number] = row
-        return Sampled(0)  # it ends the sequence
+        return Sampled(0)  # any id: with it the sequence ends
 
 
 _GREEDY = SamplingParams(seed=0, temperature=0)

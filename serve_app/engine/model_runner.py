@@ -1,7 +1,7 @@
-"""One forward pass over the unmodified transformers model: a step's chunks in, logits of the last rows out.
+"""Runs a step through the unmodified transformers model: chunks in, logits of their last rows out.
 
-Finds out by running it what the model's attention layers store and how they attend, and refuses a model that the
-paged path can't reproduce. Knows no scheduling and no sampling.
+A trial run finds out what the model's attention layers store and how they attend. A model that the paged path can't
+reproduce is refused. Knows no scheduling and no sampling.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from serve_app.engine.kv_cache import KVCache, LayerShape
 from serve_app.engine.scheduler import Chunk
 
 _PROBED_QUERIES = 256
-"""Queries that a probe computes at once. The kernels for GPUs keep no scores: those of a whole step of 8,192 tokens and
-32 heads would look as if it took 28 GB."""
+"""Queries that a probe computes at once. The probe also measures a step's memory; without blocks its scores of 8,192
+tokens and 32 heads would add 28 GB, which the serving kernels for GPUs never hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class AttentionLayer:
 
 @dataclass(slots=True)
 class _Probe:
-    """An attention step that computes one sequence from its start, plainly, and writes down what it is handed."""
+    """An attention step that computes one sequence from its start, plainly, and records the arguments of each layer."""
 
     layers: dict[int, AttentionLayer] = field(default_factory=dict)
 
@@ -96,7 +96,7 @@ class ModelRunner:
         self._cache: KVCache | None = None
         self._backend: AttentionBackend | None = None
         self.graphs: StepGraphs | None = None
-        """Steps that fit them are served from these recordings."""
+        """Recordings that serve the steps that fit them."""
         model.set_attn_implementation(ATTENTION_NAME)
         self.vocab_size = 0
         self.layers = self._probe_layers()
@@ -147,10 +147,10 @@ class ModelRunner:
         return probe.layers
 
     def peak_bytes(self, tokens: int) -> int:
-        """Memory that a step of `tokens` tokens takes on the busiest CUDA device beyond what is held now.
+        """Bytes that a step of `tokens` tokens takes on the busiest CUDA device beyond what is held now.
 
         Raises:
-            EngineError: there is not as much.
+            EngineError: the device has less memory free.
         """
         devices = {layer.shape.device for layer in self.layers.values()}
         before = {}
@@ -172,7 +172,7 @@ class ModelRunner:
         self._backend, self._cache = backend, cache
 
     def release(self) -> None:
-        """Hold no cache any more, so that its memory is free for another."""
+        """Drop the cache, so that its memory is free for another."""
         self._backend = self._cache = None
         torch.cuda.empty_cache()
 
@@ -206,7 +206,7 @@ class ModelRunner:
         return self.compute(inputs)
 
     def replays(self, chunks: SequenceOf[Chunk]) -> bool:
-        """Whether such a step is launched at once, from a recording, and computed while the caller goes on."""
+        """Whether `step` replays these chunks from a recording, and so returns while the device still computes."""
         return (
             bool(chunks)
             and self.graphs is not None
@@ -229,7 +229,7 @@ class ModelRunner:
         return self._forward(ids, positions, step, rows)[: len(inputs.kept)]
 
     def _host(self, numbers: list[int]) -> torch.Tensor:
-        """`[n]` of int64, in memory from which a copy to a GPU doesn't wait."""
+        """`[n]` of int64, in pinned memory for a GPU, from which copies are asynchronous."""
         return torch.tensor(numbers, pin_memory=self._device.type == "cuda")
 
     def _forward(self, ids: list[int], positions: list[int], step: AttentionStep, rows: list[int]) -> torch.Tensor:
@@ -265,9 +265,9 @@ class ModelRunner:
 
 
 def _masked_window(config: Any, layers: Mapping[int, AttentionLayer]) -> int | None:
-    """A layer whose window only the model's masks know: none are made for the paged path, so it would be left out.
+    """The first layer whose sliding window is only in the model's masks, which the paged path never builds; else None.
 
-    A window as wide as the context hides nothing.
+    A window as wide as the context masks nothing and is no obstacle.
     """
     window, context = getattr(config, "sliding_window", None), getattr(config, "max_position_embeddings", None)
     if window and context and window >= context:
@@ -276,7 +276,7 @@ def _masked_window(config: Any, layers: Mapping[int, AttentionLayer]) -> int | N
     if types is not None:
         windowed = {layer for layer, kind in enumerate(types) if kind == "sliding_attention"}
     else:
-        # A field of its class is one that the model's code knows; others may be left over from another model's config.
+        # Only a field that the config's class declares is used by the model's code; others may be left-overs.
         used = window and hasattr(type(config), "sliding_window") and getattr(config, "use_sliding_window", True)
         handed = any(layer.params.sliding_window is not None for layer in layers.values())
         windowed = set(layers) if used and not handed else set()

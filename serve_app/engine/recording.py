@@ -1,4 +1,4 @@
-"""CUDA graphs for a runner whose model, device and attention kernel allow them."""
+"""Records CUDA graphs for a runner, where its model, device and attention kernel allow them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from serve_app.engine.model_runner import ModelRunner
 logger = logging.getLogger(__name__)
 
 _LIBRARIES_BYTES = 256 * 2**20
-"""What the recordings themselves and cuBLAS's second workspace take, rounded up."""
+"""Memory of the recordings themselves and of cuBLAS's second workspace, rounded up."""
 
 
 def _shapes(runner: ModelRunner, config: EngineConfig) -> list[StepShape]:
@@ -39,8 +39,9 @@ def record_graphs(
     context_tokens: int,
     capture: Capture | None = None,
 ) -> list[str]:
-    """Record and check the steps that graphs can serve, and have the runner use them. A model on several devices is
-    left as it is.
+    """Record and check the steps that graphs can serve, and have the runner use them.
+
+    A model on several devices gets none.
 
     Args:
         runner: serving from `cache` with `backend`, nothing in the cache yet.
@@ -48,7 +49,7 @@ def record_graphs(
         cache: of the engine.
         config: the engine's settings.
         context_tokens: longest sequence.
-        capture: records instead of CUDA graphs.
+        capture: makes the recordings, instead of `CudaCapture`.
 
     Returns:
         A sentence for each size of step that is not served from a graph although it was asked for.

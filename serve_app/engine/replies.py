@@ -1,6 +1,6 @@
-"""The way of replies from the engine's thread to the event loops of its callers.
+"""Carries replies from the engine's thread to the event loops of its callers.
 
-One wake-up per loop and step, whatever the number of streams; a slow caller finds what has come as one batch.
+A step wakes each loop once, whatever the number of streams. A slow caller gets all that has come as one batch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from serve_app.idle_timeout import IdleTimeout
 
 
 class ReplyStream:
-    """What one caller waits for. Filled on its loop, by callbacks from the engine's thread."""
+    """The replies for one caller, put in on its event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -64,7 +64,7 @@ def _join(first: TokenBatch, second: TokenBatch) -> TokenBatch:
 
 
 def deliver(replies: SequenceOf[tuple[ReplyStream, Reply]]) -> list[asyncio.AbstractEventLoop]:
-    """Put each reply into its stream, on the stream's loop; the loops that are closed, whose callers are gone."""
+    """Put each reply into its stream, on the stream's loop. Returns the loops that are closed and take no replies."""
     by_loop: dict[asyncio.AbstractEventLoop, list[tuple[ReplyStream, Reply]]] = {}
     for stream, reply in replies:
         by_loop.setdefault(stream.loop, []).append((stream, reply))

@@ -20,12 +20,12 @@ from serve_app.engine.cpu.library import Kernels
 from serve_app.engine.sequence import DraftPosition, Sequence
 
 TOP_P_CANDIDATES = 512
-"""Largest probabilities looked at before a row is sorted whole: a sort of 49,152 costs some 3 ms a row on a CPU."""
+"""Only so many largest probabilities are sorted at first. Sorting a whole row of 49,152 takes 3 ms on a CPU."""
 
 _SORTED_ROWS = 8
-"""Rows that are sorted whole at a time, a rare thing: a sort on a GPU holds about 18 copies of what it sorts."""
+"""Rows that are sorted whole at a time, which is rarely needed: a sort on a GPU holds about 18 copies of its input."""
 _SORTED_IDS = 4096
-"""Ids of a row above which `topk` on a GPU sorts."""
+"""`topk` of more ids than this sorts the whole row on a GPU."""
 _COPIES, _COPIES_SORTED = 9, 18
 """Float32 copies `[rows, vocab]` at the peak, the logits among them: the model's log-probabilities, scaled logits,
 probabilities, those in float64 and their sums; and of `_SORTED_ROWS` rows while they are sorted."""
@@ -100,7 +100,7 @@ class Sampler:
         return chosen
 
     def _choose_by_kernel(self, logits: torch.Tensor, sequences: SequenceOf[Sequence | DraftPosition]) -> list[int]:
-        """The same, by `kernels/sampling.cpp`."""
+        """`_choose`, computed by `kernels/sampling.cpp`."""
         assert self._kernels is not None
         choices = np.zeros((len(sequences), 5))
         drawn = [row for row, s in enumerate(sequences) if s.request.sampling.temperature > 0]
@@ -119,7 +119,7 @@ class Sampler:
         for row, sequence in enumerate(sequences):
             params, request = sequence.request.sampling, sequence.request
             if params.repetition_penalty != 1.0:
-                # An id that was seen twice gets the same score twice: sorting them out would take longer.
+                # Repeated ids get the same score repeatedly: removing duplicates would take longer.
                 seen = self._ids(sequence.token_ids, logits.device)
                 scores = logits[row, seen]
                 penalty = params.repetition_penalty
@@ -189,7 +189,11 @@ class Sampler:
     def _logprobs_before(
         logits: torch.Tensor, params: SequenceOf[SamplingParams]
     ) -> Callable[[int, int], TokenLogprobs | None]:
-        """Take the model's own distribution of the rows that want it, before anything changes the logits."""
+        """Take the log-probabilities of the rows that want them, before anything changes the logits.
+
+        Returns:
+            A function of row and chosen id.
+        """
         wanted = {row: p.logprobs for row, p in enumerate(params) if p.logprobs is not None}
         logs = {row: logits[row].log_softmax(dim=-1) for row in wanted}
 
@@ -213,7 +217,7 @@ def _draws(sequences: SequenceOf[Sequence | DraftPosition]) -> npt.NDArray[np.fl
 
 
 def _to(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy that doesn't wait for what the device is computing."""
+    """A copy on the device that doesn't wait for its running work."""
     return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers
 
 

@@ -1,6 +1,6 @@
 """One request inside the engine: its tokens, how many of them are in the KV cache, and its pages.
 
-Owned by the engine's thread. Knows nothing of devices or of who waits for it.
+Owned by the engine's thread. Knows no device and no caller.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Sequence:
         return len(self.token_ids) - self.computed
 
     def append(self, token_id: int) -> FinishReason | None:
-        """Add a sampled token; returns why the sequence ends with it, None if it goes on."""
+        """Add a sampled token; returns why the sequence ends with it, or None."""
         self.token_ids.append(token_id)
         return self.request.finish_reason(self.output_len, token_id)
 

@@ -1,7 +1,8 @@
 """The seam between an unmodified transformers model and the paged KV cache.
 
-`AttentionInterface` calls `paged_attention` in every layer; what a step looks like travels as one opaque keyword,
-which accelerate's hooks leave alone (they move tensors). A backend is a kernel with its own page size.
+transformers' `AttentionInterface` calls `paged_attention` in every layer. The description of a step travels as one
+opaque keyword argument, because accelerate's hooks move tensors between devices but leave other objects alone. A
+backend is an attention kernel with its own page size.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class AttentionParams:
-    """How a layer attends: arguments that the model's own code passes."""
+    """The arguments of attention that the model's code passes, the same in each step."""
 
     scaling: float
     sliding_window: int | None = None
@@ -87,7 +88,7 @@ class AttentionBackend(ABC):
     """The page size that suits the kernel; a multiple of `page_multiple`."""
     page_multiple: ClassVar[int] = 1
     reads_runs: ClassVar[bool] = True
-    """Whether it looks at `Span.runs`; for one that doesn't they are not made (they cost time with the context)."""
+    """Whether it reads `Span.runs`. They are not made for other kernels, since their cost rises with the context."""
 
     @classmethod
     def refusal(cls, shape: LayerShape, params: AttentionParams) -> str | None:
@@ -96,11 +97,11 @@ class AttentionBackend(ABC):
 
     @classmethod
     def missing(cls) -> str | None:
-        """What this machine lacks, and where to get it, for a kernel that is compiled when it is first used."""
+        """What this machine lacks to compile the kernel, and where to get it; None when it lacks nothing."""
         return None
 
     def prepare(self, spans: SequenceOf[Span], device: torch.device) -> Any:
-        """What the kernel wants to build once a step and a device instead of once a layer."""
+        """What `attend` takes as `prepared`: built once for a step and a device instead of once a layer."""
         return None
 
     def write(
@@ -144,8 +145,10 @@ class AttentionBackend(ABC):
 
 
 class TabledAttention(AttentionBackend):
-    """A kernel that is told of a step by one table of integers on the device and by fixed sizes, so that a captured
-    launch of it serves every step within those sizes."""
+    """A kernel whose description of a step is one table of integers on the device, besides fixed sizes.
+
+    A captured launch of it so serves every step within those sizes.
+    """
 
     @abstractmethod
     def table_size(self, rows: int, most_spans: int, most_pages: int) -> int:
@@ -199,7 +202,7 @@ class PagedStep:
         return (output if not padding else F.pad(output, (0, 0, 0, 0, 0, padding)))[None]
 
     def prepared_by(self, kind: type[AttentionBackend], device: torch.device) -> tuple[torch.Tensor, Any] | None:
-        """The slots and what the kernel prepared, if it is of this kind: for who computes more than attention."""
+        """The slots and what `prepare` returned, if the backend is of this kind, for kernels of whole layers."""
         return self._place(device) if isinstance(self._backend, kind) else None
 
     @property
@@ -215,7 +218,7 @@ class PagedStep:
 
 
 class AttentionStep(Protocol):
-    """What `paged_attention` hands each layer to."""
+    """What `paged_attention` calls in each layer."""
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
@@ -236,7 +239,11 @@ def paged_attention(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function that transformers calls. Refuses whatever argument it would have to ignore."""
+    """The attention function that transformers calls.
+
+    Raises:
+        UnsupportedModelError: it is called with an argument that it would have to ignore.
+    """
     step: AttentionStep | None = others.pop(STEP_KEYWORD, None)
     if step is None:
         raise UnsupportedModelError(
@@ -256,5 +263,5 @@ def paged_attention(
 
 
 def register() -> None:
-    """Make `paged_attention` known to transformers. Calling it again changes nothing."""
+    """Register `paged_attention` with transformers. Calling it again changes nothing."""
     AttentionInterface.register(ATTENTION_NAME, paged_attention)

@@ -1,7 +1,8 @@
-"""Is a kernel right on this device? Compared with the plain path before it may serve.
+"""Compares an attention kernel with the plain path on this device, before it may serve.
 
-The spans cover what serving meets: several sequences, scattered and contiguous pages, decodes beside prefill chunks,
-contexts of many pages, and a window that cuts. Unused slots hold large numbers, so that a stray read shows.
+The spans cover the cases of serving: several sequences, scattered and contiguous pages, decodes beside prefill chunks,
+contexts of many pages, and a window shorter than the context. Unused slots hold large numbers, so that reading one
+changes the output visibly.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from serve_app.engine.kv_cache import LayerShape
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest absolute difference on unit-normal values. Wrong pages or masks differ by 0.3 and more."""
 LONG_TOKENS = 1500
-"""Of a long context: some passes of every kernel's loop over the keys, and enough to be split."""
+"""Length of a long context: several passes of every kernel's loop over the keys, and enough for it to be split."""
 _STRAY = 30.0
 
 
@@ -32,9 +33,11 @@ def check_attention(
 ) -> str | None:
     """Compare `backend` with the plain path on random values; returns what is wrong, or None.
 
-    A kernel that raises is wrong too: the caller falls back to the plain path either way. `page_tokens`: of the pages
-    that it is to serve with; by default the kernel's own. `long_tokens`: of the long contexts, or five pages if that is
-    more; fewer for a device that computes for show.
+    A kernel that raises is wrong too: the caller falls back to the plain path either way.
+
+    Args:
+        page_tokens: size of the pages to serve with; by default the kernel's own.
+        long_tokens: length of the long contexts, or five pages if that is more. Interpreters of kernels take fewer.
     """
     page = page_tokens or backend.page_tokens
     spans = _spans(page, long_tokens)
@@ -50,9 +53,9 @@ def check_attention(
     try:
         backend.write(keys, values, slots, key, value)
         _wait_for(layer.device)
-    except Exception as error:  # noqa: BLE001 - compilers raise what they like; the caller says that it isn't used
+    except Exception as error:  # noqa: BLE001 - compilers raise any type; the caller reports it
         return _failed(backend, error)
-    # Kernels may compute a step of decodes in a way of its own.
+    # Kernels may compute a step that has only decodes in another way.
     decodes = [replace(span, query_start=i) for i, span in enumerate(s for s in spans if s.query_len == 1)]
     for step in (spans, decodes):
         rows = query[: sum(span.query_len for span in step)]
@@ -60,7 +63,7 @@ def check_attention(
         try:
             found = backend.attend(rows, keys, values, step, params, backend.prepare(step, layer.device))
             _wait_for(layer.device)
-        except Exception as error:  # noqa: BLE001 - likewise
+        except Exception as error:  # noqa: BLE001 - compilers raise any type; the caller reports it
             return _failed(backend, error)
         if (complaint := _compare(found, expected, layer.dtype)) is not None:
             return complaint
@@ -68,7 +71,7 @@ def check_attention(
 
 
 def _wait_for(device: torch.device) -> None:
-    """A launch returns at once; its fault is told to whoever waits for the device next."""
+    """Raise the errors of earlier launches: a launch returns at once, and its error comes with a later call."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -114,7 +117,7 @@ def _spans(page: int, long_tokens: int) -> list[Span]:
 
 
 def _caches(spans: list[Span], page: int, layer: LayerShape) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values full of strays, with a page to spare before and after those of the spans."""
+    """Keys and values filled with `_STRAY`, with an unused page before and after those of the spans."""
     pages = max(max(span.pages) for span in spans) + 2
     shapes = ((pages, page, layer.kv_heads, dim) for dim in (layer.key_dim, layer.value_dim))
     keys, values = (torch.full(shape, _STRAY, dtype=layer.dtype, device=layer.device) for shape in shapes)

@@ -1,6 +1,6 @@
-"""The reference: gathers each sequence's pages and multiplies matrices in float32. Slow, and hard to get wrong.
+"""The reference: gathers each sequence's pages and multiplies matrices in float32. Slow and simple.
 
-Every other backend is checked against it at load, and it serves when one of them fails.
+Every other backend is compared with it at load, and it serves where they fail.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 from serve_app.engine.attention.base import AttentionBackend, AttentionParams, Span, visible
 
 MAX_SCORES = 2**24
-"""Held at a time, in a few copies of 4 bytes: what a kernel takes beside the weights is not measured at load for each
-length of context that it may meet."""
+"""Attention scores that are in memory at a time, in a few copies of 4 bytes. The limit is fixed because the memory of
+a step is not measured at load for each length of context."""
 
 
 def row_blocks(rows: int, heads: int, keys: int) -> Iterator[slice]:
-    """Of queries, so that the scores of each block are `MAX_SCORES` at most."""
+    """Split `rows` queries into blocks of at most `MAX_SCORES` scores each."""
     size = max(1, MAX_SCORES // (heads * keys))
     return (slice(first, min(first + size, rows)) for first in range(0, rows, size))
 

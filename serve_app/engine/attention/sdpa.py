@@ -1,7 +1,7 @@
 """PyTorch's scaled dot product attention, one sequence at a time, reading contiguous runs of pages in place.
 
-No mask over several sequences and no copy of the cache: the cost of a sequence depends on its own tokens only.
-The query heads that share a key head are packed as rows of one product, so keys are read once.
+There is no mask over several sequences and no copy of the cache, so the cost of a sequence depends on its own tokens
+only. Query heads that share a key head are packed as rows of one product, so keys are read once.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class SdpaAttention(AttentionBackend):
         mask = None if from_start else visible(span, params.sliding_window, query.device, first_key)
         if mask is None or query.device.type == "cpu":
             return _sdpa(query, key, value, mask, params)
-        # With a mask and grouped heads torch has no kernel for GPUs that keeps no scores.
+        # With a mask and grouped heads, torch's kernels for GPUs keep all scores in memory: compute few rows at a time.
         blocks = row_blocks(len(query), query.shape[1], len(key))
         return torch.cat([_sdpa(query[block], key, value, mask[block], params) for block in blocks])
 
@@ -88,7 +88,7 @@ class SdpaAttention(AttentionBackend):
 def _sdpa(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, params: AttentionParams
 ) -> torch.Tensor:
-    """Shapes as those of `plain_attention`; without a mask each query sees the keys up to its own."""
+    """Takes and returns the shapes of `plain_attention`; without a mask each query sees the keys up to its own."""
     output = F.scaled_dot_product_attention(
         query.transpose(0, 1)[None],
         key.transpose(0, 1)[None],

@@ -26,7 +26,7 @@ PAGED = varlen_attn is not None and "block_table" in inspect.signature(varlen_at
 
 @dataclass(frozen=True, slots=True)
 class VarlenStep:
-    """The step as the kernel wants it, on the device."""
+    """A step as the kernel's arguments, on the device."""
 
     query_starts: torch.Tensor
     kv_starts: torch.Tensor

@@ -1,5 +1,6 @@
-"""Our own float32 attention for CPUs: all sequences of a step in one call a layer, pages read in place wherever they
-lie, and each query's arithmetic a function of its own sequence only (`engine/cpu/kernels/attention.cpp`).
+"""Our own float32 attention for CPUs (`engine/cpu/kernels/attention.cpp`): one call a layer for all sequences.
+
+Pages are read in place, in any order. The arithmetic of each query is a function of its own sequence only.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _VECTOR = 16
 
 @dataclass(frozen=True, slots=True)
 class CpuStep:
-    """The step as the kernel wants it: `spans` `[n, 4]` and `pages`, both int32."""
+    """A step as the kernel's arguments: `spans` `[n, 4]` and `pages`, both int32."""
 
     spans: torch.Tensor
     pages: torch.Tensor

@@ -1,7 +1,7 @@
-"""The C++ compiler of this machine: which it is, what it makes of `-march=native`, and one library out of the kernels.
+"""Finds this machine's C++ compiler and compiles the kernels into one library.
 
-Promises that two libraries of the same name were made of the same source by the same compiler for processors with the
-same instructions.
+Promises that two libraries of the same name come from the same source and compiler, for processors with the same
+instructions.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Compiler:
     def __init__(self, command: Sequence[str]) -> None:
         """Asks the compiler for its version and its macros. Raises EngineError when it can't be run or refuses."""
         self._command = tuple(command)
-        # What the flags make of `-march=native`, in the words of GCC and of Clang alike.
+        # The predefined macros name the instructions that `-march=native` stands for, with GCC and with Clang.
         macros = self._output(*FLAGS, "-dM", "-E", "-x", "c++", os.devnull)
         code = (path.read_text() for path in (*SOURCES, *HEADERS))
         self.key = _digest(*code, *FLAGS, *self._command, self._output("--version"), macros, platform.machine())
@@ -85,7 +85,7 @@ def compiler_command(system: str | None = None) -> list[str]:
 
 
 def processor_key(cpuinfo: Path = _CPUINFO) -> str:
-    """Changes with what this machine's processors can do, whatever a compiler makes of it."""
+    """A key that changes with the features of this machine's processors, whether or not the compiler uses them."""
     try:
         with cpuinfo.open("rb", buffering=0) as file:
             first = file.read(_CPUINFO_BYTES).decode(errors="replace").partition("\n\n")[0]

@@ -1,7 +1,7 @@
 """Forwards of norms, gated MLPs and attention modules in few kernels instead of many tensor operations.
 
 They compute what the modules' own forwards compute, each row on its own, over the weights that `linear.py` packed.
-Whether one suits a module is not decided here but in `fusion.py`.
+`fusion.py` decides which modules they suit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from serve_app.engine.cpu.linear import PackedLinear, Products
 
 
 def _rows(x: torch.Tensor, width: int) -> int:
-    """Of a kernel's input. Raises ValueError where they aren't of the width that it was made for: it can't tell."""
+    """Rows of a kernel's input. Raises ValueError when their width is not `width`, which the kernel can't check."""
     if x.shape[-1] != width:
         raise ValueError(f"rows of {x.shape[-1]} numbers where {width} are computed")
     return x.numel() // width
@@ -39,14 +39,14 @@ class FusedNorm:
         return y
 
     def into(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """The same between contiguous tensors of one shape, which may be one. Raises ValueError for another width."""
+        """From `x` into `y`, contiguous, of one shape, possibly one tensor. Raises ValueError for another width."""
         dim = self.scale.numel()
         rows = _rows(x, dim)
         self._kernels.rms_norm(x.data_ptr(), self.scale.data_ptr(), self.eps, y.data_ptr(), rows, dim)
 
 
 class FusedGatedMLP:
-    """`down(act(gate(x)) * up(x))`: gate and up in one pass, the activation while their results are at hand."""
+    """`down(act(gate(x)) * up(x))`: gate, up and the activation in one pass."""
 
     def __init__(
         self, kernels: Kernels, gate: PackedLinear, up: PackedLinear, down: PackedLinear, activation: int
@@ -74,7 +74,7 @@ def paged_step(
     head_dim: int,
     keywords: Mapping[str, Any],
 ) -> AttentionStep | None:
-    """The step that a module is called in, if it is one of the paged path, and its heads are rotated as a whole."""
+    """The step that a module is called in, if it is one of the paged path and whole heads are rotated; else None."""
     step: AttentionStep | None = keywords.get(STEP_KEYWORD)
     if step is None or attention_mask is not None or position_embeddings is None:
         return None

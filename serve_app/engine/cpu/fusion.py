@@ -1,7 +1,7 @@
 """Gives modules the fused forwards of `forwards.py`, `layer.py` and `stack.py` where those are right.
 
-A module is known by what it is made of, not by its model's name, and keeps its own forward unless the fused one
-gives the same numbers for random inputs.
+A module is recognised by its parts, not by its model's name. It keeps its own forward unless the fused one gives the
+same numbers for random inputs.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ logger = logging.getLogger(__name__)
 
 _CHECKED_TOKENS = 7
 _CHECKED_STRIDE = 97
-"""Between the positions of a whole model's check, so that the angles of far ones are compared too."""
+"""Distance between the positions in the check of a whole model, so that distant angles are compared too."""
 _TOLERANCE = 1e-5
 """Largest |a - b| / |b| against the module's own forward. Float32 rounding gives about 1e-7, another formula 1e-3."""
 _ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
-"""In the order of the kernel's numbers; which of them a module's own is, is found out by trying."""
+"""In the order of the kernel's numbers. Trying each shows which one a module has."""
 
 Forward = Callable[..., Any]
 
@@ -42,7 +42,7 @@ class _Unsuitable(Exception):
 
 
 class _Recorder:
-    """An attention step that keeps what it is handed and answers with noise."""
+    """An attention step that records its arguments and returns noise."""
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
@@ -54,7 +54,7 @@ class _Recorder:
 
 @torch.inference_mode()
 def fuse_modules(model: PreTrainedModel, kernels: Kernels) -> dict[str, int]:
-    """Give the model's modules fused forwards where those are right; how many of each kind.
+    """Give the model's modules fused forwards where those are right; returns how many of each kind.
 
     The linear layers must be packed already. The model's attention implementation becomes the paged one.
     """
@@ -98,7 +98,7 @@ def _norm(module: nn.Module, kernels: Kernels) -> Forward | None:
     if not isinstance(eps, float) or list(weights) != ["weight"] or weights["weight"].dim() != 1:
         return None
     weight = weights["weight"].detach()
-    # With a mean, and small enough in one row for eps to matter.
+    # The rows have a mean, and in one of them eps matters.
     x = (_noise(3, len(weight)) + 0.5) * torch.tensor([[1.0], [30.0], [eps**0.5]])
     expected = module(x)
     for scale in (weight, 1 + weight):  # Gemma's weights are differences from 1
@@ -213,7 +213,7 @@ def _stack(module: nn.Module, kernels: Kernels, plans: StepPlans) -> Forward | N
 
 
 def _require_one_width(what: str, *widths: int) -> None:
-    """The kernels take a width from one part of a module for all, and would leave the memory of a narrower one."""
+    """Raise _Unsuitable unless all are equal: the kernels take one part's width for all, and would overrun others."""
     if len(set(widths)) > 1:
         raise _Unsuitable(f"{what} is of several widths ({', '.join(map(str, widths))})")
 
@@ -226,7 +226,7 @@ def _checked_step(kernels: Kernels, layers: dict[int, LayerShape]) -> PagedStep:
 
 
 def _inputs(inner: int, head_dim: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Hidden states `[1, tokens, inner]`, and a cosine and a sine that are none, for any positions."""
+    """Hidden states `[1, tokens, inner]`, and noise in place of cosines and sines."""
     embeddings = tuple(_noise(1, _CHECKED_TOKENS, head_dim, seed=seed) for seed in (2, 3))
     return _noise(1, _CHECKED_TOKENS, inner), embeddings
 
@@ -237,7 +237,7 @@ def _linears(module: nn.Module, *names: str) -> list[PackedLinear] | None:
 
 
 def _if_alike(module: nn.Module, inner: int, head_dim: int, make: Callable[[AttentionParams], Forward]) -> Forward:
-    """The fused forward, if it asks the same of the attention interface and answers the same as the module's own."""
+    """The fused forward, if it calls attention with the same arguments and returns the same as the module's own."""
     x, embeddings = _inputs(inner, head_dim)
 
     def outcome(forward: Forward) -> tuple[_Recorder, torch.Tensor]:

@@ -1,7 +1,7 @@
 """A decoder layer in one call of `kernels/layer.cpp`, for the usual order of its parts and our own attention kernel.
 
-It computes what the layer's own forward computes over its fused parts, bit for bit. Whether it suits a layer is not
-decided here but in `fusion.py`.
+It computes what the layer's own forward computes over its fused parts, bit for bit. `fusion.py` decides which layers it
+suits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from serve_app.engine.kv_cache import LayerShape
 
 
 class StepPlans:
-    """The plan of the step that is being computed; layers of one shape share it and its memory."""
+    """The `StepPlan` of the step that is being computed. Layers of one shape share it and its memory."""
 
     def __init__(self) -> None:
         self._step: AttentionStep | None = None
@@ -32,14 +32,14 @@ class StepPlans:
         self._plan = StepPlan()
 
     def known(self, step: AttentionStep | None, position_embeddings: Any, sizes: tuple[int, ...]) -> int | None:
-        """Address of the plan, when it was made for just these."""
+        """Address of the plan if it was made for these arguments, else None."""
         same = step is self._step and position_embeddings is self._rotary and sizes == self._sizes
         return ctypes.addressof(self._plan) if same and step is not None else None
 
     def make(self, step: PagedStep, position_embeddings: Any, sizes: tuple[int, ...]) -> int | None:
-        """Address of the plan of a step in which `sizes` floats a token lie between the kernels.
+        """Address of the plan of a step whose intermediate results take `sizes` floats a token.
 
-        None where another kernel than ours attends.
+        None where another attention kernel than ours serves.
         """
         found = step.prepared_by(CpuAttention, torch.device("cpu"))
         if found is None:
@@ -90,7 +90,7 @@ class FusedLayer:
         self.layer, self.head_dim = attention.layer, dim
         self.shape = LayerShape(keys // dim, dim, dim, torch.float32, torch.device("cpu"))
         self.sizes = (hidden, mlp.gate.out_features, hidden, queries, keys, values, queries)
-        """Floats a token that lie between its kernels; layers of the same share the memory for them."""
+        """Floats a token of each intermediate result. Layers of the same sizes share the memory for them."""
 
     def __call__(
         self,

@@ -1,8 +1,8 @@
 """Linear layers with packed float32 weights: each row's result is the same whatever rows are computed beside it.
 
-Weights that were 16 bit numbers or codes of 4 or 8 bits before somebody made float32 of them (a checkpoint in
-bfloat16, a GGUF file) are kept in that form, if every value comes back from it bit for bit. What is computed is the
-same to the bit, and a step reads a half or a fifth of the memory. It is found out from the values alone.
+Weights that came from 16 bit numbers or from codes of 4 or 8 bits (a checkpoint in bfloat16, a GGUF file) are kept in
+that form, if every value comes back from it bit for bit. The results are the same bits as with float32 weights, and a
+step reads a half or a fifth of the memory. The form is found from the values alone.
 
 Measured on 2 cores with AVX-512, weights [1536, 576] streamed from memory, against torch's `F.linear` (MKL): 135 and
 128 us at 1 row, 137 and 192 at 8, 240 and 318 at 32, 383 and 501 at 64, 3,580 and 3,270 at 512.
@@ -36,7 +36,10 @@ _TOLERANCE = 1e-4
 
 
 class Form(IntEnum):
-    """How weights are kept: `Form` of `kernels/weights.h`. Of codes, so many share a scale and an offset."""
+    """How weights are kept: `Form` of `kernels/weights.h`.
+
+    In `CODES4_BY_32`, each 32 codes of 4 bits share a scale and an offset.
+    """
 
     FLOAT32 = 0
     BFLOAT16 = 1
@@ -76,7 +79,7 @@ class PackedLinear(nn.Module):
 
     @property
     def bytes(self) -> int:
-        """Of memory that the weights take."""
+        """Bytes that the packed weights take."""
         return self._packed.numel()
 
     def part(self) -> LinearPart:
@@ -111,14 +114,14 @@ class Products:
         return results
 
     def into(self, x: int, results: SequenceOf[int], rows: int, addend: int | None = None) -> None:
-        """The same between addresses: contiguous `[rows, in]` -> `[rows, out]` each, plus `addend` `[rows, out]`."""
+        """Compute between addresses: contiguous `[rows, in]` -> `[rows, out]` each, plus `addend` `[rows, out]`."""
         for part, result in zip(self._parts, results, strict=True):
             part.result, part.addend = result, addend
         self._kernels.linear(x, self.inner, self._address, len(self.sizes), rows, self.inner)
 
 
 def smallest_form(kernels: Kernels, weight: torch.Tensor) -> Form:
-    """That holds a weight `[out, in]` of float32 without a loss."""
+    """The smallest form that holds a weight `[out, in]` of float32 without a loss."""
     return Form(kernels.form(*_matrix(weight)))
 
 
@@ -129,15 +132,15 @@ def packed_bytes(kernels: Kernels, weight: torch.Tensor, form: Form) -> int:
 
 
 def _matrix(weight: torch.Tensor) -> tuple[int, int, int, int, int]:
-    """As the kernels take it: where it is, its strides, its shape."""
+    """A weight as the kernels' arguments: address, strides, shape."""
     return weight.data_ptr(), weight.stride(0), weight.stride(1), *weight.shape
 
 
 def pack_linears(model: PreTrainedModel, kernels: Kernels) -> tuple[int, int]:
-    """Replace the model's CPU linear layers; (replaced, left as they are because they are something else).
+    """Replace the model's CPU linear layers with packed ones; returns the numbers of replaced and of other layers.
 
-    They compute in float32, whatever the weights come in. The original weights go as each is packed, so at no time are
-    there two copies of the whole.
+    Packed layers compute in float32, whatever the dtype of the weights. Each original weight is freed when it is
+    packed, so there are never two copies of all weights.
 
     Raises:
         EngineError: a packed product differs from torch's: nothing may be served with these kernels.
@@ -151,7 +154,7 @@ def pack_linears(model: PreTrainedModel, kernels: Kernels) -> tuple[int, int]:
         else:
             form = smallest_form(kernels, weight.float())
             found.append((name, module, form, packed_bytes(kernels, weight, form)))
-    # One stretch of memory, which the system can map in large pages; it is taken as it is written to.
+    # One block of memory, which the system can map in large pages. It becomes resident as it is written to.
     memory = torch.empty(sum(size for *_, size in found), dtype=torch.uint8)
     ask_for_huge_pages(memory)
     checked: set[tuple[int, int, Form]] = set()
@@ -175,7 +178,7 @@ def pack_linears(model: PreTrainedModel, kernels: Kernels) -> tuple[int, int]:
 
 
 def _weight(module: nn.Module) -> torch.Tensor | None:
-    """The `[out, in]` weight of a layer that can be packed, in the dtype that it comes in."""
+    """The weight `[out, in]` of a layer that can be packed, in its own dtype; None for any other module."""
     if type(module) not in (nn.Linear, Conv1D) or hasattr(module, "_hf_hook"):
         return None
     weight: Any = module.weight
@@ -201,7 +204,7 @@ def _check(packed: PackedLinear, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 def _check_form(kernels: Kernels, weight: torch.Tensor, form: Form, name: str) -> None:
-    """A form is as good as float32 when the products are the same bits."""
+    """Raises EngineError when products of this form are other bits than those of float32 weights."""
     x = torch.randn(max(CHECKED_ROWS), weight.shape[1], generator=torch.Generator().manual_seed(1))
     kept, plain = (PackedLinear(kernels, weight, None, form=each) for each in (form, Form.FLOAT32))
     if any(not torch.equal(kept(x[:rows]), plain(x[:rows])) for rows in CHECKED_ROWS):

@@ -1,7 +1,6 @@
 """All decoder layers of a model in one call of `kernels/layer.cpp`, between its embedding and its last norm.
 
-It computes what the model's own forward computes over its fused layers. Whether it suits a model is not decided here
-but in `fusion.py`.
+It computes what the model's own forward computes over its fused layers. `fusion.py` decides which models it suits.
 """
 
 from __future__ import annotations
@@ -20,22 +19,22 @@ from serve_app.engine.cpu.layer import FusedLayer, StepPlans
 from serve_app.engine.cpu.library import Kernels
 
 FEWEST_ROWS = 1024
-"""Of a table of rotary angles; it grows to twice the highest position."""
+"""Least rows of the table of rotary angles, which grows to twice the highest position."""
 
 
 class RotaryTable:
-    """Cosines and sines of all positions so far, computed once by the model's own module."""
+    """Cosines and sines of the positions so far, computed once by the model's own module."""
 
     def __init__(self, module: Any) -> None:
         """`module`: `(hidden_states, position_ids) -> (cos, sin)`, each `[1, tokens, head_dim]`."""
         self._module = module
-        # These two change their angles with the longest position that they have met.
+        # The angles of these two types depend on the longest position so far.
         kind = getattr(module, "rope_type", None)
         self._fixed = isinstance(kind, str) and "dynamic" not in kind and kind != "longrope"
         self._rows = torch.empty(2, 0, 0)
 
     def at(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of these positions `[1, tokens]`: cosine and sine, `[1, tokens, head_dim]` each."""
+        """Cosines and sines of positions `[1, tokens]`: `[1, tokens, head_dim]` each."""
         if not self._fixed:
             cos, sin = self._module(hidden_states, position_ids)
             return cos, sin
@@ -50,8 +49,7 @@ class RotaryTable:
 class FusedStack:
     """`norm(layers(embedding(ids)))`.
 
-    Called in any other way than a paged step calls it, or where another kernel attends, it hands over to the model's
-    own forward.
+    For any call that a paged step doesn't make, and with another attention kernel, it calls the model's own forward.
     """
 
     def __init__(self, kernels: Kernels, module: Any, own: Callable[..., Any], plans: StepPlans) -> None:

@@ -1,4 +1,4 @@
-"""How many compute threads a CPU replica takes when its config doesn't say."""
+"""The default number of compute threads of a CPU replica."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ _TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
 def usable_cores(topology: Path = _TOPOLOGY) -> int:
-    """Physical cores that this process may use: two threads of one core only get in each other's way.
+    """Physical cores that this process may use, since two compute threads on one core slow each other down.
 
-    A container's share of CPU time is rounded down: with a thread more, all wait while the share is used up.
+    A container's share of CPU time is rounded down: with one thread more, all threads stop when the share is used up.
     """
     cores = set()
     for cpu in allowed_cpus():
         try:
             cores.add((topology / f"cpu{cpu}/topology/thread_siblings_list").read_text().strip())
-        except OSError:  # not told here (some containers): count it as a core of its own
+        except OSError:  # some containers hide the topology: count the CPU as a core of its own
             cores.add(str(cpu))
     return max(1, min(len(cores), int(usable_cpus())))
 

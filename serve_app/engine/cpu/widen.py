@@ -1,7 +1,7 @@
-"""Weights that came in 16 bits under a model that computes in float32: exact, and a half of the memory of float32.
+"""Makes a model whose weights are held in 16 bits compute in float32, in half of the memory of float32 weights.
 
-Linear layers keep theirs packed (`linear.py`) and embeddings as they are, so a checkpoint stays mapped; the rest is
-small. Knows nothing of files.
+Every weight keeps its value. Linear layers are packed already (`linear.py`) and embeddings stay in 16 bits, so a
+checkpoint stays mapped; the other weights are small and become float32. Knows nothing of files.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class WideEmbedding(nn.Module):
         self.register_buffer("_table", table, persistent=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> WideEmbedding:
-        """What widens the model leaves the table as it is."""
+        """Leave the table in 16 bits when `model.float()` converts the model."""
         return self
 
     @property

@@ -1,5 +1,6 @@
-"""CUDA: our own attention kernels (`engine/cuda/kernels.py`), all sequences of a step in one call a layer, pages read
-in place. Told of a step by integers on the device alone, so that a captured graph of it serves any step that fits.
+"""Our own attention for CUDA (`engine/cuda/kernels.py`): one call a layer for all sequences, pages read in place.
+
+Integers on the device alone describe a step, so a captured graph serves any step that fits its sizes.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ _PROGRAMS = 512
 """A small step is split until it has about this many programs, four for each of an H100's multiprocessors."""
 _MOST_SPLITS = 32
 _LARGE_ROW = 256
-"""Bytes of a key above which a program takes fewer of them at a time, to stay within the shared memory."""
+"""Bytes of a key above which a program takes fewer keys at a time, to stay within the shared memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class TritonStep:
-    """A step as the kernels want it: `blocks` `[n, 4]` and `pages`, of int64 on the device."""
+    """A step as the kernels' arguments: `blocks` `[n, 4]` and `pages`, int64 on the device."""
 
     blocks: torch.Tensor
     pages: torch.Tensor
@@ -99,7 +100,7 @@ class TritonAttention(TabledAttention):
             end += len(span.pages)
         used = sum(span.query_len for span in spans)
         for first in range(used, rows, queries):
-            # Padding: no context, zeros come out.
+            # A padding block has no context: its output is zeros.
             size = min(queries, rows - first)
             blocks.append((first, size, -size, 0))
         table[: 4 * len(blocks)] = np.array(blocks, dtype=np.int64).ravel()
@@ -179,15 +180,15 @@ class TritonAttention(TabledAttention):
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
-    """The kernels step through a head's numbers one by one."""
+    """The kernels need the numbers of a head side by side."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _power_of_two(number: int) -> int:
-    """The least one that is not below `number`."""
+    """The smallest power of two that is not below `number`."""
     return 1 << (number - 1).bit_length()
 
 
 def _block(size: int) -> int:
-    """What a matrix product in Triton needs for a dimension of this size."""
+    """The block size that a matrix product in Triton needs for a dimension of `size`."""
     return max(16, _power_of_two(size))

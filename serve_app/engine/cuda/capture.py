@@ -1,6 +1,6 @@
-"""Recording a computation on a CUDA device once, to repeat it with one launch.
+"""Records a computation on a CUDA device once, to repeat it with one launch.
 
-What it computes is a function of the memory it reads: whoever replays writes the inputs there first. Knows no model.
+A replay computes from the memory that the recording read: write the inputs there first. Knows no model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Replay(Protocol):
 
 
 Capture = Callable[[Callable[[], torch.Tensor]], Replay]
-"""Records a computation. Raises RuntimeError when that can't be."""
+"""Records a computation. Raises RuntimeError when it can't be recorded."""
 
 _WARM_UPS = 2
 """Runs before the recording: they compile kernels and allocate what libraries keep."""
@@ -55,7 +55,7 @@ class CudaCapture:
         torch.cuda.current_stream().wait_stream(self._stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        # Other threads' work on the device, if any, is no part of the recording and does not end it.
+        # With `thread_local`, work of other threads on the device is no part of the recording and does not abort it.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             output = run()
         return graph, output

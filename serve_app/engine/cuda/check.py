@@ -1,8 +1,7 @@
-"""Does a recorded step compute what the ordinary one computes? Asked before it may serve.
+"""Compares a recorded step with the ordinary one, before it may serve.
 
-The steps differ from the one that was recorded in everything: ids, positions, pages, sequences, how many rows are
-padding. Compared are the logits, the tokens they name and what was written to the KV cache, and nothing else may
-have been written.
+The compared steps have other ids, positions, pages, sequences and padding than the recorded one. Their logits, the most
+likely tokens and the writes to the KV cache must agree, and nothing else may be written.
 """
 
 from __future__ import annotations
@@ -18,17 +17,17 @@ from serve_app.engine.inputs import StepInputs
 from serve_app.engine.kv_cache import KVCache
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""Largest |a - b| / |b| of a row: with padding, another matrix product may be chosen. Wrong pages give 0.3 and more."""
+"""Largest |a - b| / |b| of a row. With padding, libraries may choose other kernels; wrong pages give 0.3 and more."""
 _MOST_CONTEXT = 4096
 _MOST_PAGES = 1024
-"""Of the KV cache's, that steps are checked on."""
+"""At most so many pages of the KV cache are used by the check."""
 
 Compute = Callable[[StepInputs], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class RecordingCheck:
-    """Compares recordings with `ordinary`, on a KV cache that nobody uses yet and that is left as zeros."""
+    """Compares recordings with `ordinary`, in a KV cache that holds nothing yet. It is left filled with zeros."""
 
     ordinary: Compute
     cache: KVCache
@@ -36,7 +35,7 @@ class RecordingCheck:
     vocab_size: int
     context_tokens: int
     batch_invariant: bool
-    """The same bits are asked for."""
+    """Whether the same bits are required, instead of numbers within `TOLERANCE`."""
 
     def __call__(self, shape: StepShape, recorded: Compute) -> str | None:
         """What is wrong with the recording of this shape, or None."""
@@ -54,7 +53,7 @@ class RecordingCheck:
         return min(self.cache.num_pages - 1, _MOST_PAGES)
 
     def _steps(self, shape: StepShape) -> Iterator[StepInputs]:
-        """Full and partly empty, of decodes where that many fit, of one long chunk, of both."""
+        """Steps that are full or partly padding, with decodes, with one long chunk, or with both."""
         rows, most = shape.rows, min(shape.kept, shape.rows, self._pages)
         cases = {(rows, most), (rows - rows // 3, max(1, most // 2)), (rows, 1), (min(rows, most), min(rows, most))}
         for number, (tokens, sequences) in enumerate(sorted(cases)):
@@ -115,7 +114,7 @@ class RecordingCheck:
         return None if gap <= tolerance else "it names other tokens than the ordinary step"
 
     def _take(self, slots: torch.Tensor) -> list[torch.Tensor]:
-        """What lies at these slots, a copy for each layer's keys and values; the slots are zeroed."""
+        """Copies of each layer's keys and values at these slots, which are then set to zero."""
         taken = []
         for stored in self._stored():
             flat = stored.view(-1, *stored.shape[2:])

@@ -1,8 +1,8 @@
 """Steps of fixed sizes, recorded at load and replayed with one launch instead of a thousand.
 
-Promises never to give other logits than the ordinary step: each recording is compared with it on steps it has not
-seen before it may serve, and one that can't be made, or differs, is dropped with a sentence that says so. Steps that
-fit no recording take the ordinary path. Knows no scheduling and no sampling.
+Promises to give the logits of the ordinary step. Each recording is compared with it, on other steps than the recorded
+one, before it may serve. A recording that fails or differs is dropped with a note. Steps that fit no recording take the
+ordinary path. Knows no scheduling and no sampling.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from serve_app.engine.inputs import StepInputs
 from serve_app.engine.kv_cache import KVCache
 
 _MOST_ROWS = 1024
-"""Tokens of the largest recorded step. Beyond it the device computes for longer than the launches take."""
+"""Tokens of the largest recorded step. Larger steps compute for longer than their launches take."""
 _LARGE_STEP = 128
-"""Sizes are powers of two up to here, where the weights' way to the device decides, and multiples of it beyond."""
+"""Sizes are powers of two up to this one and multiples of it beyond. A step of fewer tokens takes about as long as one
+of this many, since reading the weights decides."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -46,7 +47,7 @@ def step_shapes(max_running: int, max_step_tokens: int, fixed_rows: tuple[int, i
 
 
 class _StaticStep:
-    """An attention step whose table and slots stay where they are."""
+    """An attention step whose table and slots stay at the same addresses."""
 
     def __init__(self, backend: TabledAttention, cache: KVCache, slots: torch.Tensor, prepared: object) -> None:
         self._backend, self._cache = backend, cache
@@ -88,7 +89,7 @@ class _Views:
 
 
 Check = Callable[[StepShape, Callable[[StepInputs], torch.Tensor]], str | None]
-"""Handed a size and a function that computes a step by its recording: what is wrong with it, or None."""
+"""Takes a size and a function that computes a step by its recording; returns what is wrong with it, or None."""
 
 
 class StepGraphs:
@@ -132,7 +133,7 @@ class StepGraphs:
             A sentence for each size that is not served from a recording.
         """
         notes = []
-        # From the largest down: the smaller ones find the memory that they need in its pool.
+        # The largest is recorded first: the smaller ones then reuse the memory of its pool.
         for shape in reversed(self._shapes):
             try:
                 self._put(shape, StepInputs([], [], [], [], []))
@@ -175,13 +176,13 @@ class StepGraphs:
 
     def _replay(self, shape: StepShape, replay: Replay, inputs: StepInputs) -> torch.Tensor:
         self._put(shape, inputs)
-        # The next replay writes to the same memory.
+        # Copied, since the next replay writes to the same memory.
         return replay()[: len(inputs.kept)].clone()
 
     def _put(self, shape: StepShape, inputs: StepInputs) -> None:
-        """Send the inputs to where the recordings read them; padding rows write to a page that nobody reads."""
+        """Send the inputs to where the recordings read them. Padding rows write to the cache's last, unused page."""
         if self._copied is not None:
-            # What was put before may still be on its way.
+            # The copy of the last step's inputs may not have ended yet.
             self._copied.synchronize()
         views = _Views.of(self._host, shape)
         scratch = (self._cache.num_pages - 1) * self._cache.page_tokens
