@@ -24,7 +24,7 @@ INSTALL = $(VENV)/bin/python constraints/install.py --constraint $(CONSTRAINTS) 
 # Two processes: one for the tests of the Ray cluster, which mostly wait, one for all others.
 PYTEST = $(VENV)/bin/pytest -n 2
 
-.PHONY: help serve stop test check bench compare chaos clean
+.PHONY: help serve stop test check client bench compare chaos clean
 .DEFAULT_GOAL := help
 
 help:
@@ -32,6 +32,7 @@ help:
 	@echo 'make stop    stop what make serve started (PORT=N when several run)'
 	@echo 'make test    set up, and run the tests'
 	@echo 'make check   ruff, mypy, import-linter and the tests'
+	@echo 'make client  write the blocking client from the asynchronous one'
 	@echo 'make bench   measure the engine and the service (loadtest/README.md)'
 	@echo 'make compare install llama.cpp, transformers serve, vLLM and ray.serve.llm, and measure them beside it'
 	@echo 'make chaos   five minutes of load while replicas die: is any answer lost or changed?'
@@ -54,6 +55,9 @@ check: $(DEVELOPMENT)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	$(PYTEST)
+
+client: $(DEVELOPMENT)
+	$(VENV)/bin/python scripts/unasync.py
 
 bench: $(DEVELOPMENT)
 	$(VENV)/bin/python -m loadtest.bench $(ARGS)

@@ -9,15 +9,15 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Iterable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+from httpx_sse import EventSource, ServerSentEvent
 
 from loadtest.verdicts import Answer
 from loadtest.workload import Mode, Question, Visit, Wire
-from serve_app.client.sse import Event, EventParser
 
 DEADLINE_S = 150.0
 """Of one request, with all its resumes: the service's own deadline is longer, and a run must end."""
@@ -83,7 +83,7 @@ class Reply:
         self.last_event_id = ""
         self.over = False
 
-    def take(self, event: Event, outcome: Outcome) -> None:
+    def take(self, event: ServerSentEvent, outcome: Outcome) -> None:
         """One event. Raises `ValueError` when it is an error, or none that this wire has."""
         document = None if event.data == "[DONE]" else json.loads(event.data)
         if document is not None and "error" in document:
@@ -263,24 +263,21 @@ class ChaosClient:
                 return
             if self._mode is Mode.RESUME and not self.outcome.stream_id:
                 raise ValueError("asked for resume, and the response has no x-stream-id")
-            await self._read_events(response.aiter_bytes())
+            await self._read_events(response)
         finally:
             await response.aclose()
 
-    async def _read_events(self, chunks: AsyncIterator[bytes]) -> None:
-        parser = EventParser()
-        async for chunk in chunks:
-            self._take(parser.feed(chunk))
-            if self._drops and self._reply.next_index > self._drops[0] and not self._reply.over:
-                self._drops.pop(0)
-                raise Cut
+    async def _read_events(self, response: httpx.Response) -> None:
+        async with aclosing(EventSource(response).aiter_sse()) as events:
+            async for event in events:
+                if event.data:  # else a heartbeat
+                    self._reply.take(event, self.outcome)
+                    self.outcome.arrivals_s.append(time.monotonic())
+                if self._drops and self._reply.next_index > self._drops[0] and not self._reply.over:
+                    self._drops.pop(0)
+                    raise Cut
         if not self._reply.over:
             raise Broken("the body ended, as if it were whole, before the last event")
-
-    def _take(self, events: Iterable[Event]) -> None:
-        for event in events:
-            self._reply.take(event, self.outcome)
-            self.outcome.arrivals_s.append(time.monotonic())
 
     async def _refusal(self, response: httpx.Response) -> None:
         """Raises `Refused` after the time it names, `Broken` where trying again may help, else `ValueError`."""

@@ -13,19 +13,19 @@ from types import TracebackType
 from typing import Any, Self, Unpack
 
 import httpx
+from httpx_sse import EventSource
 
 from serve_app.client import protocol
 from serve_app.client.documents import Completion, Done, Message, Model, ModelOutputDocument, Options, Readiness
 from serve_app.client.errors import ConnectionLost, NotReady, Overloaded, ServeAppError, ServerError, StreamError
 from serve_app.client.resume import SILENCE_S, Position
-from serve_app.client.sse import EventParser
 
 
 class AsyncStream(AsyncIterator[ModelOutputDocument]):
     """One answer, document by document. The request is sent when the first is asked for.
 
-    Raises the errors of `serve_app.client.errors` while it is iterated. Leave a loop early only inside
-    `async with client.stream(...) as stream`, or call `aclose()`: that is what ends the work on the server at once.
+    Raises the errors of `serve_app.client.errors` while it is iterated. To leave the loop early, iterate
+    inside `async with client.stream(...) as stream` or call `aclose()`: that ends the work on the server at once.
     """
 
     def __init__(self, items: AsyncGenerator[ModelOutputDocument | Done, None]) -> None:
@@ -196,18 +196,18 @@ class AsyncClient:
     ) -> AsyncGenerator[ModelOutputDocument | Done, None]:
         """What comes over one connection. Raises ConnectionLost when that ends before the stream does."""
         request_id = response.headers.get("x-request-id")
-        parser, done = EventParser(), False
+        done = False
+        source: Any = EventSource(response)  # says of only one of its two methods that it returns a generator
         if position is not None:
             position.began(response.headers)
-        async with aclosing(response):
+        async with aclosing(response), aclosing(source.aiter_sse()) as events:
             try:
-                async for chunk in response.aiter_bytes():
+                async for event in events:
                     # Read to the end even after the last event, so that the connection can be used again.
-                    for event in parser.feed(chunk):
-                        item = None if done else protocol.read_event(event, request_id)
-                        if item is not None and (position is None or position.take(event.id)):
-                            done = isinstance(item, Done)
-                            yield item
+                    item = None if done else protocol.read_event(event, request_id)
+                    if item is not None and (position is None or position.take(event.id)):
+                        done = isinstance(item, Done)
+                        yield item
             except httpx.TransportError as reason:
                 if not done:
                     raise protocol.lost(reason, self._http.base_url) from reason

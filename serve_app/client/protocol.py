@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
+from httpx_sse import ServerSentEvent, SSEError
 
 from serve_app.client.documents import Completion, Done, Message, Model, ModelOutputDocument, Options, Readiness
 from serve_app.client.errors import (
@@ -27,7 +28,6 @@ from serve_app.client.errors import (
     ServerError,
     StreamError,
 )
-from serve_app.client.sse import Event
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 CONNECT_TIMEOUT_S = 5.0
@@ -87,9 +87,13 @@ def request_headers(request_id: str | None, *, resume: bool) -> dict[str, str]:
     return headers | {"X-Stream-Resume": "1"} if resume else headers
 
 
-def read_event(event: Event, request_id: str | None) -> ModelOutputDocument | Done | None:
-    """What an event of /stream means; None for one that this client does not know. Raises StreamError on an error."""
-    if event.event not in ("message", "done", "error"):
+def read_event(event: ServerSentEvent, request_id: str | None) -> ModelOutputDocument | Done | None:
+    """What an event of /stream means; None for one that this client does not know. Raises StreamError on an error.
+
+    httpx-sse also yields an event without data for each comment that follows an id, as a heartbeat does: it means
+    nothing.
+    """
+    if not event.data or event.event not in ("message", "done", "error"):
         return None
     try:
         body = json.loads(event.data)
@@ -156,8 +160,10 @@ def error_of(status: int, headers: Mapping[str, str], content: bytes) -> APIErro
     return ServerError(message, status=status, code=code, request_id=request_id)
 
 
-def lost(reason: httpx.TransportError, base_url: httpx.URL) -> ConnectionLost:
-    """The typed error for a connection that failed."""
+def lost(reason: httpx.TransportError, base_url: httpx.URL) -> ConnectionLost | ServerError:
+    """The typed error for a connection that failed, or that carries no event stream."""
+    if isinstance(reason, SSEError):
+        return ServerError(f"the server at {base_url} did not answer with a stream; is this a serve_app? ({reason})")
     if isinstance(reason, httpx.ConnectError | httpx.ConnectTimeout):
         return ConnectionLost(f"no server answers at {base_url} ({reason})")
     if isinstance(reason, httpx.TimeoutException):

@@ -1,6 +1,7 @@
+# Made from asynchronous.py by scripts/unasync.py: change that file, then run `make client`.
 """The blocking client: `for document in Client().stream(prompt=...)`.
 
-Closing a stream, or dropping it, closes its connection, and with it the work on the server.
+Closing or dropping a stream closes its connection, and with it the work on the server.
 """
 
 from __future__ import annotations
@@ -12,21 +13,22 @@ from types import TracebackType
 from typing import Any, Self, Unpack
 
 import httpx
+from httpx_sse import EventSource
 
 from serve_app.client import protocol
 from serve_app.client.documents import Completion, Done, Message, Model, ModelOutputDocument, Options, Readiness
 from serve_app.client.errors import ConnectionLost, NotReady, Overloaded, ServeAppError, ServerError, StreamError
 from serve_app.client.resume import SILENCE_S, Position
-from serve_app.client.sse import EventParser
 
 
 class Stream(Iterator[ModelOutputDocument]):
     """One answer, document by document. The request is sent when the first is asked for.
 
-    Raises the errors of `serve_app.client.errors` while it is iterated.
+    Raises the errors of `serve_app.client.errors` while it is iterated. To leave the loop early, iterate
+    inside `with client.stream(...) as stream` or call `close()`: that ends the work on the server at once.
     """
 
-    def __init__(self, items: Generator[ModelOutputDocument | Done, None, None]) -> None:
+    def __init__(self, items: Generator[ModelOutputDocument | Done, None]) -> None:
         self._items = items
         self.done: Done | None = None
         """Finish reason, usage and seed: set once the stream has ended well."""
@@ -50,7 +52,7 @@ class Stream(Iterator[ModelOutputDocument]):
 
 
 class Client:
-    """A connection pool to one server. Threads may share it; each stream belongs to one."""
+    """A connection pool to one server, which threads may share; each stream belongs to one thread."""
 
     def __init__(
         self,
@@ -155,13 +157,14 @@ class Client:
 
     def _items(
         self, body: dict[str, Any], headers: dict[str, str], position: Position | None
-    ) -> Generator[ModelOutputDocument | Done, None, None]:
+    ) -> Generator[ModelOutputDocument | Done, None]:
         """The documents of one stream, over as many connections as it takes where there is a `position`."""
         silence_s = SILENCE_S if position is not None else None
         response = self._send("POST", "/stream", body, headers, silence_s)
         while True:
             try:
-                yield from self._documents(response, position)
+                with closing(self._documents(response, position)) as documents:
+                    yield from documents
                 return
             except (ConnectionLost, StreamError) as error:
                 pause_s = position.pause_s(error) if position is not None else None
@@ -183,21 +186,21 @@ class Client:
 
     def _documents(
         self, response: httpx.Response, position: Position | None
-    ) -> Generator[ModelOutputDocument | Done, None, None]:
+    ) -> Generator[ModelOutputDocument | Done, None]:
         """What comes over one connection. Raises ConnectionLost when that ends before the stream does."""
         request_id = response.headers.get("x-request-id")
-        parser, done = EventParser(), False
+        done = False
+        source: Any = EventSource(response)  # says of only one of its two methods that it returns a generator
         if position is not None:
             position.began(response.headers)
-        with closing(response):
+        with closing(response), closing(source.iter_sse()) as events:
             try:
-                for chunk in response.iter_bytes():
+                for event in events:
                     # Read to the end even after the last event, so that the connection can be used again.
-                    for event in parser.feed(chunk):
-                        item = None if done else protocol.read_event(event, request_id)
-                        if item is not None and (position is None or position.take(event.id)):
-                            done = isinstance(item, Done)
-                            yield item
+                    item = None if done else protocol.read_event(event, request_id)
+                    if item is not None and (position is None or position.take(event.id)):
+                        done = isinstance(item, Done)
+                        yield item
             except httpx.TransportError as reason:
                 if not done:
                     raise protocol.lost(reason, self._http.base_url) from reason

@@ -240,6 +240,15 @@ def start_then(end: Callable[[Exchange], None]) -> Callable[[Exchange], None]:
     return route
 
 
+def test_an_answer_that_is_no_stream(api: FakeApi, call: Call) -> None:
+    page = b"<html>Welcome!</html>"
+    api.routes["/stream"] = lambda exchange: exchange.answer(200, page, {"Content-Type": "text/html"})
+    for resume in (False, True):
+        with pytest.raises(ServerError, match="did not answer with a stream; is this a serve_app"):
+            call("complete", prompt="p", resume=resume)
+    assert len(api.asked("/stream")) == 2
+
+
 @pytest.mark.parametrize("end", [Exchange.drop, Exchange.end_stream], ids=["dropped", "ended without its last event"])
 def test_a_stream_cut_short_is_an_error_and_not_an_answer(
     api: FakeApi, call: Call, end: Callable[[Exchange], None]

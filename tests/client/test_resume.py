@@ -100,6 +100,17 @@ def test_what_may_pass_is_waited_for(
     assert [exchange.headers["last-event-id"] for exchange in api.asked(REST)] == [event_id(0)] * 3
 
 
+def test_a_heartbeat_after_an_id_is_no_event(api: FakeApi, complete: Callable[[], str]) -> None:
+    def begin_and_wait(exchange: Exchange) -> None:
+        exchange.start_stream({"X-Stream-Id": STREAM_ID})
+        token(exchange, 0)
+        exchange.write(b": ping\n\n")
+        exchange.drop()
+
+    api.routes |= {"/stream": begin_and_wait, REST: finish}
+    assert complete() == "0 1 "
+
+
 def test_an_event_that_comes_twice_is_taken_once(api: FakeApi, complete: Callable[[], str]) -> None:
     def repeat(exchange: Exchange) -> None:
         exchange.start_stream({"X-Stream-Id": STREAM_ID})

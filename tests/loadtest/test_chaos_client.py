@@ -60,7 +60,7 @@ class Server:
 
 
 def body(*parts: bytes | Exception, **headers: str) -> httpx.Response:
-    return httpx.Response(200, headers=headers, stream=Script(*parts))
+    return httpx.Response(200, headers={"content-type": "text/event-stream", **headers}, stream=Script(*parts))
 
 
 def resumable(*parts: bytes | Exception) -> httpx.Response:
