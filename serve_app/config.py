@@ -8,30 +8,33 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    field_validator,
+    model_validator,
+)
 
-_UNITS = {
-    "": 1,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-}
+_SIZE = re.compile(r"\s*\d*\.?\d+\s*[A-Za-z]*\s*")
+_BYTE_SIZE = TypeAdapter(ByteSize)
 _HOST_NAME = re.compile(r"\*|(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")
 
 
-def parse_bytes(value: Any) -> Any:
-    """'2GiB', '500 MB' or a number of bytes -> bytes. Anything else is left for pydantic to refuse."""
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
-    if match is None or match[2].upper() not in _UNITS:
-        raise ValueError(f"{value!r} is not a size; write a number of bytes or e.g. 2GiB, 500MB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+def parse_bytes(value: Any) -> int:
+    """'2GiB', '500 MB' or a number of bytes -> bytes. Raises ValueError, which says what to write.
+
+    `ByteSize` alone reads the beginning of what is no size: of "1,5GiB" one byte.
+    """
+    try:
+        if isinstance(value, str) and not _SIZE.fullmatch(value):
+            raise ValueError
+        return int(_BYTE_SIZE.validate_python(value))
+    except ValueError:
+        raise ValueError(f"{value!r} is not a size; write a number of bytes or e.g. 2GiB, 500MB") from None
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
