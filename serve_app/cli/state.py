@@ -2,6 +2,9 @@
 
 A file counts only while its lock is held, by the process that it names or by the one that watches it. So a crash
 leaves nothing that `stop` would believe, and a process id that was given to someone else is never signalled.
+
+The locks are the system's own and not filelock's, which has none that a child process goes on holding after its parent
+has died, and none on a file whose text others read under a shared lock.
 """
 
 from __future__ import annotations

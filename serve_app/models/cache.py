@@ -7,15 +7,15 @@ processes never build the same one twice, and that a crash leaves nothing a late
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from serve_app.core import LoadStage
 from serve_app.home import expanded, home
@@ -24,7 +24,7 @@ from serve_app.models.errors import ModelError
 Progress = Callable[[LoadStage], None]
 
 _MANIFEST = "serve_app.json"
-_LOCK_POLL_S = 0.2
+_WAIT_NOTE_PERIOD_S = 0.2
 
 
 def cache_directory(configured: str | None = None) -> Path:
@@ -142,12 +142,13 @@ def _flush(path: Path) -> None:
 @contextmanager
 def _exclusive(lock: Path, name: str, progress: Progress) -> Iterator[None]:
     """Hold the lock file; it is freed when the process ends, however it ends."""
-    with lock.open("a") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                progress(LoadStage(f"waiting for another process to prepare {name}"))
-                time.sleep(_LOCK_POLL_S)
+    held = FileLock(lock, timeout=_WAIT_NOTE_PERIOD_S, fallback_to_soft=False)  # a soft lock would outlive a crash
+    while not held.is_locked:
+        try:
+            held.acquire()
+        except Timeout:
+            progress(LoadStage(f"waiting for another process to prepare {name}"))
+    try:
         yield
+    finally:
+        held.release()
