@@ -31,7 +31,7 @@ help:
 	@echo 'make serve   set up, fetch the demo model, and serve it (Ctrl-C stops)'
 	@echo 'make stop    stop what make serve started (PORT=N when several run)'
 	@echo 'make test    set up, and run the tests'
-	@echo 'make check   ruff, mypy, import-linter and the tests'
+	@echo 'make check   ruff, mypy, import-linter, deptry and the tests'
 	@echo 'make client  write the blocking client from the asynchronous one'
 	@echo 'make bench   measure the engine and the service (loadtest/README.md)'
 	@echo 'make compare install llama.cpp, transformers serve, vLLM and ray.serve.llm, and measure them beside it'
@@ -54,6 +54,8 @@ check: $(DEVELOPMENT)
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/deptry serve_app
+	$(VENV)/bin/deptry loadtest scripts constraints tests tests/support tests/models --exclude nothing --ignore DEP002,DEP004
 	$(PYTEST)
 
 client: $(DEVELOPMENT)
