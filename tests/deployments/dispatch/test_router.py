@@ -28,7 +28,7 @@ def replica(name: str, fingerprint: str = OURS, numerics_id: str = "") -> Any:
 def router_of(*replicas: Any) -> ModelRouter:
     """A router without Serve that knows these replicas, of two places each."""
     router = ModelRouter.__new__(ModelRouter)
-    router._table = ReplicaDirectory()
+    router._directory = ReplicaDirectory()
     router._places = Places()
     router._replica_queue_len_cache = ReplicaQueueLengthCache()
     router._replicas = {each.replica_id: each for each in replicas}
@@ -50,7 +50,7 @@ async def chosen(asked: Any, *replicas: Any, silent: str = "") -> set[str]:
     """All that may be chosen, over many draws."""
     router = router_of(*replicas)
     if silent:
-        assert router._table.fell_silent(silent, 4)
+        assert router._directory.fell_silent(silent, 4)
     names: set[str] = set()
     for _ in range(50):
         ((replica,),) = await router.choose_replicas(list(replicas), pending(asked))
@@ -87,8 +87,8 @@ async def test_what_replicas_are_full_for_waits_at_none_and_what_has_begun_goes_
     filling = [pending(request(), f"filling {number}") for number in range(2)]
     for each in filling:
         await router.choose_replicas([A], each)
-    with router._table.track(new) as attempt:
-        router._table.sent(new, "a")  # which rejected it
+    with router._directory.track(new) as attempt:
+        router._directory.sent(new, "a")  # which rejected it
         came: list[str] = []
         tasks = []
         for created_at, (name, asked) in enumerate([("new", new), ("newer", newer), ("begun", begun)]):
