@@ -11,7 +11,6 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray._private import state as ray_state
 from ray.serve.config import AutoscalingConfig
 
 from serve_app.config import AppConfig, ReplicasConfig
@@ -19,6 +18,7 @@ from serve_app.demo_config import demo_arguments
 from serve_app.deployments.dispatch.router import ModelRouter
 from serve_app.deployments.ingress import Ingress
 from serve_app.deployments.model_server import ModelServer
+from serve_app.deployments.ray_internals import free_resources
 
 HEALTH_CHECK_PERIOD_S = 2.0
 """Three failed checks replace a replica; one of a dead process does. A check costs a millisecond."""
@@ -68,7 +68,7 @@ def _room_for_one_more(args: AppConfig) -> bool:
     """
     if not ray.is_initialized():
         return True
-    return room_for_both(_needs(args.model_server), _needs(args.ingress), _free_by_node())
+    return room_for_both(_needs(args.model_server), _needs(args.ingress), free_resources())
 
 
 def room_for_both(one: Resources, other: Resources, free_by_node: Sequence[Resources]) -> bool:
@@ -95,13 +95,6 @@ def _needs(replicas: ReplicasConfig) -> Resources:
 
 def _fits(needs: Resources, free: Resources) -> bool:
     return all(free.get(resource, 0.0) >= need for resource, need in needs.items() if need > 0)
-
-
-def _free_by_node() -> list[Resources]:
-    """What each node has free that takes new replicas: one that is being drained does not."""
-    draining = ray_state.state.get_draining_nodes()
-    free = ray_state.available_resources_per_node()  # type: ignore[no-untyped-call]
-    return [resources for node, resources in free.items() if node not in draining]
 
 
 def replica_options(replicas: ReplicasConfig, surge_percent: int = 0) -> dict[str, Any]:

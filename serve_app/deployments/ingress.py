@@ -26,6 +26,7 @@ from serve_app.deployments.garbage import freeze
 from serve_app.deployments.journal_actor import open_streams
 from serve_app.deployments.logs import use_serve_log
 from serve_app.deployments.metrics import RayMetrics
+from serve_app.deployments.ray_internals import AsgiDeployment
 from serve_app.deployments.revisions import settled
 from serve_app.deployments.serve_settings import missing
 from serve_app.deployments.status.banner import banner, listens_on, log_folder, say, service_url
@@ -51,7 +52,7 @@ RETRY_S = 30.0
 
 
 @serve.ingress()
-class Ingress:
+class Ingress(AsgiDeployment):
     """One replica, on a CPU. Holds no state that outlives a request."""
 
     async def __init__(self, config: AppConfig, model_server: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
@@ -102,8 +103,8 @@ class Ingress:
                 raise RuntimeError(state.error)
             await asyncio.sleep(POLL_S)
 
-    def __serve_build_asgi_app__(self) -> ASGIApp:
-        """Serve's hook for an application that is made in the replica."""
+    def asgi_app(self) -> ASGIApp:
+        """See `AsgiDeployment`."""
         return self._front
 
     async def _state(self) -> ModelCard | LoadStage:

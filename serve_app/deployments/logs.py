@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import os
 
+from serve_app.deployments.ray_internals import is_access_line
+
 QUIET = {"transformers": logging.ERROR, "huggingface_hub": logging.ERROR, "httpx": logging.WARNING}
 """Libraries whose advice is for people who write programs with them, and the level from which they are heard."""
 
@@ -19,7 +21,7 @@ def use_serve_log() -> None:
     Serve's own access line of each call is left out: the ingress writes one per request that says more.
     """
     serve = logging.getLogger("ray.serve")
-    serve.addFilter(lambda record: not getattr(record, "serve_access_log", False))
+    serve.addFilter(lambda record: not is_access_line(record))
     ours = logging.getLogger("serve_app")
     ours.handlers = serve.handlers
     ours.setLevel(serve.getEffectiveLevel())

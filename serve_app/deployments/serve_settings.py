@@ -17,10 +17,10 @@ RAY_SERVE_THROUGHPUT_OPTIMIZED would set them too, and would silence the log and
 
 def missing() -> list[str]:
     """`NAME=value` of each that this process's Serve runs without."""
-    from ray.serve._private import constants  # seconds, which the command line does not have
+    from serve_app.deployments.ray_internals import serve_setting  # seconds, which the command line does not have
 
     def has(name: str, value: str) -> bool:
         wanted = value == "1"
-        return bool(getattr(constants, name, wanted)) == wanted  # one that a later Serve no longer knows is not missing
+        return serve_setting(name, otherwise=wanted) == wanted  # one that a later Serve no longer knows is not missing
 
     return [f"{name}={value}" for name, value in CHEAP_STREAMS.items() if not has(name, value)]

@@ -20,9 +20,9 @@ from ray import serve
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from running_streams import Service, flowing, going_on, moves
 
-from serve_app.app import _free_by_node
 from serve_app.cli.ray_address import address_file
 from serve_app.config import AppConfig
+from serve_app.deployments.ray_internals import free_resources
 from serve_app.generation.attempt_history import FailoverSettings
 
 pytestmark = pytest.mark.ray
@@ -117,7 +117,7 @@ async def test_streams_leave_a_node_that_is_drained(
     start_first, stop_first = services = [Service(name) for name in GRACES_S]
     assert [await service.each("node") for service in services] == [{node}] * 2
     ray.kill(occupant)
-    places = len(_free_by_node())
+    places = len(free_resources())
     streams = [stream for service in services for stream in service.start(4, TOKENS)]
     await flowing(streams)
     with caplog.at_level(logging.WARNING, "serve_app.generation.attempts"):
@@ -140,5 +140,5 @@ async def test_streams_leave_a_node_that_is_drained(
     assert max(stream.longest_pause_s for stream in streams) < FailoverSettings().silence_s, "it did not have to die"
     here = ray.get_runtime_context().get_node_id()
     assert [await service.each("node") for service in services] == [{here}] * 2
-    assert len(_free_by_node()) == places - 1, "an update must not count on room that is going"
+    assert len(free_resources()) == places - 1, "an update must not count on room that is going"
     assert await stop_first.client.model() == CARD

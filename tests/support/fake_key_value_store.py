@@ -14,28 +14,28 @@ class FakeKeyValueStore:
         self.notes: dict[str, bytes] = {}
         self.down = False
 
-    def put(self, key: str, value: bytes | str, namespace: str, *, overwrite: bool = True) -> None:
+    def put(self, key: str, value: bytes | str, *, overwrite: bool = True) -> None:
         """Ray's own takes text too and gives bytes."""
         self._check()
         if not overwrite and key in self.notes:
             return
         self.notes[key] = value.encode() if isinstance(value, str) else value
 
-    def get(self, key: str, namespace: str) -> bytes | None:
+    def get(self, key: str) -> bytes | None:
         """None for a key that is not there."""
         self._check()
         return self.notes.get(key)
 
-    def delete(self, key: str, namespace: str) -> None:
+    def delete(self, key: str) -> None:
         """A key that is not there is no error."""
         self._check()
         self.notes.pop(key, None)
 
     def used_by(self, module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> FakeKeyValueStore:
         """In place of the functions that `module` has imported."""
-        monkeypatch.setattr(module, "_internal_kv_put", self.put)
-        monkeypatch.setattr(module, "_internal_kv_get", self.get)
-        monkeypatch.setattr(module, "_internal_kv_del", self.delete)
+        monkeypatch.setattr(module, "put_note", self.put)
+        monkeypatch.setattr(module, "get_note", self.get)
+        monkeypatch.setattr(module, "delete_note", self.delete)
         return self
 
     def _check(self) -> None:

@@ -16,12 +16,10 @@ from contextvars import Context
 
 import ray
 
+from serve_app.deployments.ray_internals import SERVE_NAMESPACE, SERVE_REPLICA_PREFIX
+
 logger = logging.getLogger(__name__)
 
-SERVE_NAMESPACE = "serve"
-"""Where Serve's replicas have their names, whatever the namespace of the code in them."""
-SERVE_REPLICA_PREFIX = "SERVE_REPLICA::"
-"""A process with such a name is of this cluster: dead if it isn't found. Any other only if it was found before."""
 PERIOD_S = 0.5
 """Between two looks at the processes that wait for something: one short call to the GCS for each of them."""
 
@@ -73,6 +71,7 @@ class IngressLiveness:
                     self._found.add(name)
                 elif lives is None:
                     continue
+                # A Serve replica is of this cluster: it has died if it isn't found. Any other, if it was found before.
                 elif name in self._waiting and (name in self._found or name.startswith(SERVE_REPLICA_PREFIX)):
                     logger.warning("%s has died; what it waited for is given up", name)
                     self._gone.add(name)

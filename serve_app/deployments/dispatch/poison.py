@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import logging
 
-from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
-
 from serve_app.core import GenerationRequest
+from serve_app.deployments.ray_internals import delete_note, get_note, put_note
 
 logger = logging.getLogger(__name__)
-
-_NAMESPACE = "serve_app"
 
 
 class PoisonNotes:
@@ -29,14 +26,14 @@ class PoisonNotes:
     def write(self, replica: str, request: GenerationRequest) -> None:
         """Note that this replica is about to compute `request` alone."""
         try:
-            _internal_kv_put(self._key(replica), _name(request), namespace=_NAMESPACE)
+            put_note(self._key(replica), _name(request))
         except Exception:
             logger.exception("request %s: it can't be noted as a suspect", request.request_id)
 
     def names(self, replica: str, request: GenerationRequest) -> bool:
         """Whether the lost `replica` was computing this attempt, alone."""
         try:
-            return bool(_internal_kv_get(self._key(replica), namespace=_NAMESPACE) == _name(request))
+            return bool(get_note(self._key(replica)) == _name(request))
         except Exception:
             logger.exception("request %s: it can't be asked whether it is a suspect", request.request_id)
             return False
@@ -45,7 +42,7 @@ class PoisonNotes:
         """This attempt is over: take its note away, unless another suspect's has taken its place."""
         if self.names(replica, request):
             try:
-                _internal_kv_del(self._key(replica), namespace=_NAMESPACE)
+                delete_note(self._key(replica))
             except Exception:
                 logger.exception("request %s: its note as a suspect can't be taken away", request.request_id)
 

@@ -20,13 +20,13 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from serve_app.core import Failure, FailureCode, GenerationRequest, LoadStage, ModelCard, Reply, TokenBatch
-from serve_app.deployments.dispatch.calls import cancel, in_its_own_right
 from serve_app.deployments.dispatch.channel_reader import ChannelReader
 from serve_app.deployments.dispatch.channel_wire import ChannelAddress
 from serve_app.deployments.dispatch.directory import Attempt, replica_directory
 from serve_app.deployments.dispatch.inbox import Inbox
 from serve_app.deployments.dispatch.liveness import own_name
 from serve_app.deployments.dispatch.poison import PoisonNotes
+from serve_app.deployments.ray_internals import call_detached, cancel
 from serve_app.deployments.status.readiness import Readiness
 from serve_app.generation.replica import ReplicaLost
 
@@ -73,7 +73,7 @@ class RayReplicaClient:
         self._connect()
         request = replace(request, ingress_id=self._ingress_id, attempt=self._channels.next_number())
         with self._directory.track(request) as attempt, self._channels.inbox(attempt) as inbox:
-            response = in_its_own_right(lambda: self._generate.remote(request))
+            response = call_detached(lambda: self._generate.remote(request))
             reading = asyncio.create_task(_read(response, inbox), name=f"attempt {request.attempt}")
             self._reading.add(reading)
             reading.add_done_callback(partial(self._read_to_the_end, inbox))

@@ -16,9 +16,9 @@ from typing import Any
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from serve_app.core import Fingerprint, GenerationRequest
-from serve_app.deployments.dispatch.calls import cancel
 from serve_app.deployments.dispatch.directory import ReplicaDirectory, replica_directory
 from serve_app.deployments.dispatch.places import Places
+from serve_app.deployments.ray_internals import cancel, deployment_name
 
 FINGERPRINT_KEY = "fingerprint"
 """In what a replica says of itself to the routers (`record_replica_metadata`)."""
@@ -33,7 +33,7 @@ class ModelRouter(RequestRouter):
 
     def initialize_state(self, *, shared: bool = False, **kwargs: Any) -> None:
         """Called by Serve once, before it names any replica. `shared`: other processes may have routers too."""
-        self._directory = replica_directory(self.app_name, self._deployment_id.name)
+        self._directory = replica_directory(self.app_name, deployment_name(self))
         self._places = Places(shared=shared)
 
     @property

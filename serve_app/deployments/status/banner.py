@@ -10,11 +10,9 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any, cast
-
-from ray.serve.context import _get_global_client
 
 from serve_app.core import ModelCard
+from serve_app.deployments.ray_internals import http_host, serve_details
 
 SILENCE = "SERVE_APP_BANNER"
 """Environment variable: 0 leaves the banner out, for whoever started `serve run` and says it itself."""
@@ -58,11 +56,8 @@ def say(text: str) -> None:
 
 
 def service_url(app_name: str) -> str:
-    """Where this application answers, for a program on the machine of the proxy. Blocks for a round trip.
-
-    Serve has no public call for its own address from inside a replica; its dashboard's REST API needs the dashboard.
-    """
-    details: dict[str, Any] = cast("Any", _get_global_client()).get_serve_details()
+    """Where this application answers, for a program on the machine of the proxy. Blocks for a round trip."""
+    details = serve_details()
     options = details["http_options"] or {}
     host = _WILDCARDS.get(options.get("host") or "127.0.0.1", options.get("host") or "127.0.0.1")
     prefix = (details["applications"][app_name]["route_prefix"] or "/").rstrip("/")
@@ -72,8 +67,7 @@ def service_url(app_name: str) -> str:
 
 def listens_on() -> str:
     """The host that Serve's proxies listen on, which a config's `args` do not know. Blocks for a round trip."""
-    host = cast("Any", _get_global_client()).http_config.host
-    return str(host or "127.0.0.1")
+    return http_host() or "127.0.0.1"
 
 
 def log_folder() -> Path:

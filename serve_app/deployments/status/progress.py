@@ -6,7 +6,7 @@ what was last said, not who is alive now: `replica_client` joins it with Serve's
 The board lives in Ray's key-value store (GCS) and not in a named actor: an actor would cost every node-less laptop
 another process (80 to 130 MB resident, a second of start-up), would need an owner that outlives failed constructors
 and redeploys, and would be left behind by `serve shutdown`. The store's functions carry an underscore, but Ray's own
-libraries have depended on them for years; only this module and `suspects` do.
+libraries have depended on them for years.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from collections.abc import Callable
 
 import msgspec
 from ray import serve
-from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
 from serve_app.config import AppConfig
 from serve_app.core import LoadStage, ModelCard
+from serve_app.deployments.ray_internals import delete_note, get_note, put_note
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,6 @@ LOG_PERIOD_S = 5.0
 """Between two log lines of one stage."""
 REFUSED_FOR_S = 120.0
 """How long a refusal answers for the next try at most: Serve does not tell deploys from a program apart."""
-_NAMESPACE = "serve_app"
 
 
 class ProgressBoard:
@@ -54,13 +53,13 @@ class ProgressBoard:
 
     def report(self, stage: LoadStage) -> None:
         """Note how far a replica is, or why it failed for good."""
-        _internal_kv_put(self._stage_key, msgspec.json.encode(stage), namespace=_NAMESPACE)
+        put_note(self._stage_key, msgspec.json.encode(stage))
 
     def publish(self, card: ModelCard) -> None:
         """Note that a replica has loaded this model; takes the note of its stages away."""
-        _internal_kv_put(self._card_key, msgspec.json.encode(card), namespace=_NAMESPACE)
-        _internal_kv_put(self._served_key, self._digest, namespace=_NAMESPACE)
-        _internal_kv_del(self._stage_key, namespace=_NAMESPACE)
+        put_note(self._card_key, msgspec.json.encode(card))
+        put_note(self._served_key, self._digest)
+        delete_note(self._stage_key)
 
     def refuse(self, error: str, deployed_at: float | None) -> None:
         """Note that this model can't be served, and why: found out, not suffered, so that it would be found again.
@@ -69,7 +68,7 @@ class ProgressBoard:
         """
         self.report(LoadStage("failed", error=error))
         note = json.dumps({"error": error, "deployed": deployed_at, "at": time.time()})
-        _internal_kv_put(self._refused_key, note, namespace=_NAMESPACE)
+        put_note(self._refused_key, note)
 
     def refusal(self) -> str | None:
         """Why a replica of this very deploy has refused a model that was never served; None when none has.
@@ -77,7 +76,7 @@ class ProgressBoard:
         Serve starts a replica several times before it gives up, and has no way to be told that a model file that is
         not there will not be there in a second. Who deploys again has mended it.
         """
-        note = _internal_kv_get(self._refused_key, namespace=_NAMESPACE)
+        note = get_note(self._refused_key)
         if not note or self.card() is not None:
             return None
         refused = json.loads(note)
@@ -95,16 +94,16 @@ class ProgressBoard:
         """
         latest_key = f"{self._commit_key}/{name}"
         deployed = self.deployed_at()
-        note = _internal_kv_get(latest_key, namespace=_NAMESPACE)
+        note = get_note(latest_key)
         latest = json.loads(note) if note else None
         if latest and (deployed in (None, latest["deployed"]) or (not self.is_update() and serves())):
             return str(latest["commit"])
         first_key = f"{latest_key}/{deployed}"
-        _internal_kv_put(first_key, found, overwrite=False, namespace=_NAMESPACE)
-        commit = (_internal_kv_get(first_key, namespace=_NAMESPACE) or found.encode()).decode()
-        _internal_kv_put(latest_key, json.dumps({"commit": commit, "deployed": deployed}), namespace=_NAMESPACE)
+        put_note(first_key, found, overwrite=False)
+        commit = (get_note(first_key) or found.encode()).decode()
+        put_note(latest_key, json.dumps({"commit": commit, "deployed": deployed}))
         if latest:
-            _internal_kv_del(f"{latest_key}/{latest['deployed']}", namespace=_NAMESPACE)
+            delete_note(f"{latest_key}/{latest['deployed']}")
         return commit
 
     def deployed_at(self) -> float | None:
@@ -118,17 +117,17 @@ class ProgressBoard:
 
     def is_update(self) -> bool:
         """Whether the application was last served with another configuration, which this one is to replace."""
-        served = _internal_kv_get(self._served_key, namespace=_NAMESPACE)
+        served = get_note(self._served_key)
         return served is not None and served != self._digest
 
     def stage(self) -> LoadStage | None:
         """The latest stage of a replica that has not finished loading; None when none has said anything since."""
-        note = _internal_kv_get(self._stage_key, namespace=_NAMESPACE)
+        note = get_note(self._stage_key)
         return msgspec.json.decode(note, type=LoadStage) if note else None
 
     def card(self) -> ModelCard | None:
         """The card of the model as last loaded; None before the first replica has."""
-        note = _internal_kv_get(self._card_key, namespace=_NAMESPACE)
+        note = get_note(self._card_key)
         return msgspec.json.decode(note, type=ModelCard) if note else None
 
 

@@ -107,5 +107,5 @@ def test_what_was_found_out_before_the_latest_deploy_says_nothing_of_it(fake_ser
 @pytest.mark.parametrize("note", ['{"error": "x"}', '{"error": "x", "at": 1.0}', '{"error": "x", "deployed": 1000.5}'])
 def test_a_note_of_an_older_version_is_no_refusal(store: FakeKeyValueStore, note: str) -> None:
     board = ProgressBoard(APP, AppConfig())
-    store.put(board._refused_key, note, "serve_app")
+    store.put(board._refused_key, note)
     assert board.refusal() is None

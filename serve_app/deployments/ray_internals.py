@@ -1,0 +1,133 @@
+"""Every private name of Ray that this project uses, each behind one small function.
+
+A release of Ray may change any of them without notice. tests/deployments/test_ray_internals.py checks each name on the
+installed version, and that no other module of serve_app uses one. For each there is no public name that does the same.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import Any, cast
+
+from ray._private import state
+from ray.exceptions import RayError
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
+from ray.serve._private import constants
+from ray.serve._private.common import REPLICA_ID_FULL_ID_STR_PREFIX
+from ray.serve.context import (
+    _get_global_client,
+    _get_serve_request_context,
+    _RequestContext,
+    _serve_request_context,
+)
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentResponseGenerator
+from ray.serve.request_router import RequestRouter
+from starlette.types import ASGIApp
+
+logger = logging.getLogger(__name__)
+
+NOTES = "serve_app"
+"""The namespace of this project's notes in Ray's key-value store."""
+SERVE_NAMESPACE: str = constants.SERVE_NAMESPACE
+"""Where Serve's replicas have their names as actors, whatever the namespace of the code in them."""
+SERVE_REPLICA_PREFIX: str = REPLICA_ID_FULL_ID_STR_PREFIX
+"""How the name of every Serve replica's actor begins."""
+
+
+def put_note(key: str, note: bytes | str, *, overwrite: bool = True) -> None:
+    """Write to Ray's key-value store, in the GCS. Blocks for a round trip, as reading and deleting do.
+
+    `overwrite=False`: a note that is there already stays.
+    """
+    _internal_kv_put(key, note, overwrite=overwrite, namespace=NOTES)
+
+
+def get_note(key: str) -> bytes | None:
+    """Read from Ray's key-value store; None when nothing is noted there."""
+    note: bytes | None = _internal_kv_get(key, namespace=NOTES)
+    return note
+
+
+def delete_note(key: str) -> None:
+    """Delete from Ray's key-value store; nothing happens when nothing is noted there."""
+    _internal_kv_del(key, namespace=NOTES)
+
+
+def free_resources() -> list[Mapping[str, float]]:
+    """What each node has free that takes new actors: a node that is being drained does not. Blocks for a round trip."""
+    draining = state.state.get_draining_nodes()
+    free = state.available_resources_per_node()  # type: ignore[no-untyped-call]
+    return [resources for node, resources in free.items() if node not in draining]
+
+
+def serve_details() -> dict[str, Any]:
+    """Serve's `http_options` and `applications`, as its REST API has them. Blocks for a round trip.
+
+    Serve has no public call for its own address from inside a replica; the REST API needs the dashboard.
+    """
+    details: dict[str, Any] = cast("Any", _get_global_client()).get_serve_details()
+    return details
+
+
+def http_host() -> str | None:
+    """The host that Serve's proxies listen on. Blocks for a round trip."""
+    host: str | None = cast("Any", _get_global_client()).http_config.host
+    return host
+
+
+def serve_setting(name: str, otherwise: bool) -> bool:
+    """Whether this process's Serve runs with the setting of this environment variable; `otherwise` if it knows none."""
+    return bool(getattr(constants, name, otherwise))
+
+
+def is_access_line(record: logging.LogRecord) -> bool:
+    """Whether this line of the log is Serve's own of a call, as opposed to what the code in the replica says."""
+    return bool(getattr(record, "serve_access_log", False))
+
+
+def call_detached(call: Callable[[], Any]) -> DeploymentResponseGenerator[Any]:
+    """Make a call that does not count as part of the HTTP request in whose context it is made.
+
+    Serve gives all calls of one request the same internal id, by which our router would take two waiting choices for
+    one, and cancels them all when the client goes, though a resumable stream is to go on. We cancel what is to end.
+    """
+
+    def detached() -> DeploymentResponseGenerator[Any]:
+        context: ContextVar[_RequestContext] = _serve_request_context  # type: ignore[assignment]
+        context.set(replace(_get_serve_request_context(), _internal_request_id=""))
+        return cast("DeploymentResponseGenerator[Any]", call())
+
+    return contextvars.copy_context().run(detached)
+
+
+def cancel(call: Any) -> None:
+    """Cancel a call on its replica, or before it gets to one. Cancelling twice is the same as once.
+
+    `call`: Serve's response, or what a router is given of it, whose type is private.
+    """
+    try:
+        call.cancel()
+    except (RayError, RayServeException) as error:  # it was refused in this moment: nothing runs
+        logger.debug("a call could not be cancelled: %s", error)
+
+
+def deployment_name(router: RequestRouter) -> str:
+    """Of the deployment whose replicas this router chooses from."""
+    return str(router._deployment_id.name)
+
+
+class AsgiDeployment:
+    """Base of a deployment that makes its ASGI application in the replica; decorate it with `serve.ingress()`."""
+
+    def asgi_app(self) -> ASGIApp:
+        """The application. Called once, after the constructor."""
+        raise NotImplementedError
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        """Serve's hook."""
+        return self.asgi_app()
