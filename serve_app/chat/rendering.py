@@ -6,7 +6,6 @@ Promises that whatever the template says against the messages reaches the caller
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from jinja2.defaults import DEFAULT_NAMESPACE
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
@@ -15,10 +14,10 @@ from jinja2.meta import find_undeclared_variables
 from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from serve_app.chat.errors import PromptError, TokenizerError
 from serve_app.chat.options import DEFAULT_OPTIONS, ChatOptions
+from serve_app.transformers_internals import render_template
 
 TemplateMessage = Mapping[str, object]
 """What a template sees of one message: `role`, `content` and, when given, `name`."""
@@ -68,14 +67,13 @@ def render(
     changed by every call and so can't be shared between threads. Raises `PromptError` with the template's own words
     when it refuses the messages, `TokenizerError` when it is no template at all.
     """
-    arguments: dict[str, Any] = {
+    variables: dict[str, object] = {
         **options.variables,
-        "chat_template": template,
         "add_generation_prompt": options.add_generation_prompt,
         **special_tokens,
     }
     try:
-        texts: Any = render_jinja_template([[dict(message) for message in messages]], **arguments)[0]
+        return render_template(template, messages, variables)
     except TemplateSyntaxError as error:
         raise _no_template(error) from error
     except TemplateError as error:
@@ -83,7 +81,6 @@ def render(
         raise PromptError(f"The model's chat template refuses these messages: {reason}", param="messages") from error
     except (TypeError, ValueError, LookupError, ArithmeticError) as error:  # Python's own, from the template's code
         raise PromptError(f"The model's chat template fails on these messages: {error}", param="messages") from error
-    return str(texts[0])
 
 
 def try_render(template: str, messages: Sequence[TemplateMessage], special_tokens: Mapping[str, str]) -> str:

@@ -22,6 +22,7 @@ from serve_app.models.cache import Progress, disk_error, require_space
 from serve_app.models.completeness import require_complete
 from serve_app.models.errors import ModelError
 from serve_app.models.gguf_files import GGUFContents, gguf_parts, read_gguf, write_whole
+from serve_app.transformers_internals import gguf_tensor_names, reports_gguf_tensors
 
 CONVERSION_VERSION = "3"
 """Part of the version of every converted folder: raise it when the result changes."""
@@ -165,22 +166,18 @@ def _require_every_tensor(name: str, contents: GGUFContents, config: Any) -> Non
     another model of it. Raises `ModelError`."""
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.integrations.gguf.utils import is_gguf_arch_supported
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
     from serve_app.models.gguf_settings import ROPE_TENSORS
     from serve_app.models.support import built_in_class, check_architecture
 
     if (built_in := built_in_class(config)) is not None:
         check_architecture(config, built_in)
-    if is_gguf_arch_supported(contents.architecture):  # by transformers' other reader, whose report names all of it
+    if reports_gguf_tensors(contents.architecture):
         return
     factory: Any = AutoModelForCausalLM
     with torch.device("meta"):
         model = factory.from_config(config)
-    # The table by which transformers gives each tensor its place.
-    processor: Any = TENSOR_PROCESSORS.get(contents.architecture, TensorProcessor)
-    places = get_gguf_hf_weights_map(model, processor(config={}))
+    places = gguf_tensor_names(model, contents.architecture)
     tied = set(model.all_tied_weights_keys)
     names = {key if key.endswith((".weight", ".bias")) else f"{key}.weight": place for key, place in places.items()}
     present = {tensor.name for tensor in contents.tensors}

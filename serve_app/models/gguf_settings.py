@@ -17,6 +17,7 @@ import numpy as np
 
 from serve_app.models.errors import ModelError
 from serve_app.models.gguf_files import GGUFContents
+from serve_app.transformers_internals import gguf_settings_read
 
 ROPE_TENSORS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
 """Tensors that hold no weights: what each rotary frequency is divided by."""
@@ -71,17 +72,13 @@ def gguf_config(gguf: Path, contents: GGUFContents) -> Any:
 
 def carry_settings(name: str, contents: GGUFContents, config: Any) -> None:
     """Complete the transformers `config` of the GGUF file `name`. Raises `ModelError` for what it has no place for."""
-    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
-
     architecture = contents.architecture
     own = {
         key.removeprefix(f"{architecture}."): value
         for key, value in contents.fields.items()
         if key.startswith(f"{architecture}.")
     }
-    tables: Any = GGUF_CONFIG_MAPPING
-    mapped = tables.get(config.model_type) or tables.get(architecture) or {}
-    taken = {key for key, attribute in mapped.items() if attribute is not None}
+    taken = gguf_settings_read(config.model_type, architecture)
     taken |= (
         _carry_attributes(own, config) | _carry_attention(name, own, config) | _carry_rope(name, own, contents, config)
     )
@@ -221,7 +218,7 @@ def _scaling(name: str, own: Mapping[str, Any], contents: GGUFContents, config: 
 def _divided(divisors: np.ndarray[Any, Any], config: Any) -> dict[str, Any]:
     """Rotary parameters that divide each frequency by these: Llama 3's, where they come to just that, else the numbers
     themselves, which is what LongRoPE with one set is."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers import ROPE_INIT_FUNCTIONS
 
     llama3 = {"rope_type": "llama3", "factor": shortest_decimal(divisors.max()), **_LLAMA3}
     usual, tried = copy.deepcopy(config), copy.deepcopy(config)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils.import_utils import is_peft_available
+from transformers.utils import is_peft_available
 
 from serve_app.config import ModelConfig
 from serve_app.core import Fingerprint, LoadStage
@@ -29,6 +29,7 @@ from serve_app.models.rotary import choose_angles, settle_angles
 from serve_app.models.sizes import DTYPE_BYTES, own_context_tokens, stored_weights_bytes
 from serve_app.models.source import ModelFiles
 from serve_app.models.support import LOAD_ERRORS, built_in_class, check_architecture, explain, read_config
+from serve_app.transformers_internals import attention_name, has_sdpa
 
 logger = logging.getLogger(__name__)
 
@@ -220,7 +221,7 @@ def _compute_constants(loaded: PreTrainedModel, model: ModelConfig, dtype: torch
         other = factory.from_config(
             loaded.config,
             dtype=dtype,
-            attn_implementation=loaded.config._attn_implementation,
+            attn_implementation=attention_name(loaded.config),
             trust_remote_code=model.trust_remote_code,
         )
     for name, module in other.named_modules():
@@ -234,7 +235,7 @@ def _compute_constants(loaded: PreTrainedModel, model: ModelConfig, dtype: torch
 
 def _attention_name(config: Any) -> str:
     """The engine sets its own later. Some classes (Gemma 2, for its softcap) have no SDPA and refuse the name."""
-    return "sdpa" if getattr(built_in_class(config), "_supports_sdpa", False) else "eager"
+    return "sdpa" if has_sdpa(built_in_class(config)) else "eager"
 
 
 def _require_no_offload(files: ModelFiles, model: ModelConfig, loaded: Any) -> None:

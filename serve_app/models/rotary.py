@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedModel
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers import ROPE_INIT_FUNCTIONS, PreTrainedModel
 
 from serve_app.models.errors import ModelError
 

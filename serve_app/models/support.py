@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
 
 from serve_app.models.errors import ModelError
+from serve_app.transformers_internals import is_recurrent, uses_attention_interface
 
 LOAD_ERRORS = (
     ValueError,
@@ -86,8 +87,7 @@ def _reasons(config: Any, model_class: type[Any]) -> Iterator[tuple[str, Any]]:
     yield "it is an encoder-decoder model, and only text decoders are served", config.is_encoder_decoder
     yield "it reads images or sound; only text models are served", _is_multimodal(config)
     text = config.get_text_config()
-    stateful = getattr(model_class, "_is_stateful", False)
-    yield "it keeps a recurrent state, which has no place in a paged cache", stateful
+    yield "it keeps a recurrent state, which has no place in a paged cache", is_recurrent(model_class)
     other_layers = sorted(set(getattr(text, "layer_types", None) or ()) - _SERVED_LAYER_TYPES)
     yield f"it has layers of type {', '.join(other_layers)}", other_layers
     chunked = getattr(text, "attention_chunk_size", None) and not hasattr(text, "layer_types")
@@ -96,7 +96,7 @@ def _reasons(config: Any, model_class: type[Any]) -> Iterator[tuple[str, Any]]:
     yield "its keys and values have different widths (latent attention)", _field(text, "kv_lora_rank")
     yield "its layers share keys and values", getattr(text, "num_kv_shared_layers", 0)
     yield "its heads differ in width between layers", _differs(text, "global_head_dim", "head_dim")
-    supported = getattr(model_class, "_supports_attention_backend", False)
+    supported = uses_attention_interface(model_class)
     yield "it doesn't compute attention through transformers' AttentionInterface", not supported
 
 
