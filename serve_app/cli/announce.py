@@ -14,18 +14,15 @@ import msgspec
 from serve_app.cli.config_file import ConfigFile
 from serve_app.client import Readiness
 from serve_app.core import ModelCard
-from serve_app.deployments.status.banner import banner
+from serve_app.deployments.status import banner
 from serve_app.models.cache import cache_directory
 
-_WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 _STOP = "Ctrl-C here, or serve-app stop in another terminal"
 
 
 def address(file: ConfigFile, host: str, port: int) -> str:
     """The URL of the first application, as reached from this machine."""
-    host = _WILDCARDS.get(host, host)
-    prefix = (file.apps[0].route_prefix or "/").rstrip("/")
-    return f"http{'s' if file.https else ''}://{f'[{host}]' if ':' in host else host}:{port}{prefix}"
+    return banner.address(host, port, file.apps[0].route_prefix, https=file.https)
 
 
 def ready(file: ConfigFile, url: str, serve_pid: int, state: Readiness) -> None:
@@ -36,7 +33,7 @@ def ready(file: ConfigFile, url: str, serve_pid: int, state: Readiness) -> None:
         print(f"\nserve_app is ready at {url}\n", flush=True)
         return
     cache = cache_directory(file.apps[0].config.cache_dir)
-    print(banner(card, url, _log_folder(serve_pid), cache, stop=_STOP), flush=True)
+    print(banner.banner(card, url, _log_folder(serve_pid), cache, stop=_STOP), flush=True)
 
 
 def _log_folder(serve_pid: int) -> Path:
@@ -45,4 +42,4 @@ def _log_folder(serve_pid: int) -> Path:
     for place in filter(None, places):
         for session in Path(place, "ray").glob(f"session_*_{serve_pid}"):
             return session / "logs" / "serve"
-    return Path("/tmp/ray/session_latest/logs/serve")
+    return banner.LATEST_LOGS

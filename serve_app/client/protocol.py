@@ -188,8 +188,13 @@ def retry_delay_s(error: ServeAppError, attempt: int, retries: int) -> float | N
         return error.retry_after_s if error.retry_after_s <= LONGEST_RETRY_AFTER_S else None
     timed_out = isinstance(error.__cause__, httpx.TimeoutException)
     if isinstance(error, Overloaded) or (isinstance(error, ConnectionLost) and not timed_out):
-        return float(FIRST_BACKOFF_S * 2**attempt * random.uniform(0.5, 1.5))
+        return backoff_s(attempt + 1, FIRST_BACKOFF_S, LONGEST_RETRY_AFTER_S)
     return None
+
+
+def backoff_s(failures: int, first_s: float, longest_s: float) -> float:
+    """Seconds to wait after so many failures in a row (from 1): doubling, capped, jittered by half each way."""
+    return random.uniform(0.5, 1.5) * min(longest_s, first_s * 2.0 ** min(failures - 1, 30))
 
 
 def _message_and_code(body: Mapping[str, Any]) -> tuple[str | None, str | None]:

@@ -5,11 +5,10 @@ Promises that every event is taken once, and that attempts without progress are 
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 
 from serve_app.client.errors import BadRequest, ConnectionLost, Overloaded, ServeAppError, ServerError, StreamError
-from serve_app.client.protocol import LONGEST_RETRY_AFTER_S
+from serve_app.client.protocol import LONGEST_RETRY_AFTER_S, backoff_s
 
 SILENCE_S = 30.0
 """A connection without a byte for this long is dead: the server sends a heartbeat each 10 s."""
@@ -61,8 +60,7 @@ class Position:
             return None
         if isinstance(error, Overloaded) and error.retry_after_s is not None:
             return error.retry_after_s if error.retry_after_s <= LONGEST_RETRY_AFTER_S else None
-        pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** (self._failures - 1))
-        return pause_s * random.uniform(0.5, 1.5)
+        return backoff_s(self._failures, FIRST_PAUSE_S, LONGEST_PAUSE_S)
 
 
 def _may_pass(error: ServeAppError) -> bool:

@@ -5,9 +5,9 @@ Pure: counts losses and refusals, and decides when one was one too many. Knows n
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 
+from serve_app.backoff import backoff_s
 from serve_app.core import Failure, FailureCode
 
 _NO_PLACE_NOW = frozenset({FailureCode.OVERLOADED, FailureCode.NOT_READY})
@@ -36,8 +36,8 @@ class FailoverSettings:
     max_backoff_s: float = 2.0
 
     def backoff_s(self, attempt: int) -> float:
-        """Pause after the `attempt`-th attempt in a row (from 1): doubling, capped, jittered by half each way."""
-        return random.uniform(0.5, 1.5) * min(self.max_backoff_s, self.first_backoff_s * 2.0 ** min(attempt - 1, 30))
+        """Pause after the `attempt`-th attempt in a row (from 1)."""
+        return backoff_s(attempt, self.first_backoff_s, self.max_backoff_s)
 
 
 class AttemptHistory:

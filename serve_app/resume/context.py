@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+from serve_app.backoff import backoff_s
 from serve_app.generation.attempt_history import FailoverSettings
 from serve_app.generation.replica import ReplicaClient
 from serve_app.resume.event_log import EventMemory
@@ -74,7 +74,7 @@ class StreamContext:
         A store that fails over, or an actor that starts again, is there a moment later: no stream should end for that.
         """
         loop = asyncio.get_running_loop()
-        deadline, pause_s = loop.time() + self.settings.settle_s, _FIRST_PAUSE_S
+        deadline, failures = loop.time() + self.settings.settle_s, 0
         while True:
             try:
                 return await call()
@@ -82,5 +82,5 @@ class StreamContext:
                 left_s = deadline - loop.time()
                 if left_s <= 0:
                     raise
-            await asyncio.sleep(min(left_s, pause_s * random.uniform(0.5, 1.5)))
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            failures += 1
+            await asyncio.sleep(min(left_s, backoff_s(failures, _FIRST_PAUSE_S, _LONGEST_PAUSE_S)))

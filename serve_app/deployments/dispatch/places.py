@@ -7,10 +7,11 @@ unless other routers hold its places. Knows no Ray and no request.
 from __future__ import annotations
 
 import asyncio
-import random
 from bisect import insort
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+
+from serve_app.backoff import backoff_s
 
 FIRST_PAUSE_S = 0.05
 """Before a replica is tried again whose places are held by others: of what they give back nobody tells us. A place that
@@ -59,7 +60,7 @@ class Places:
         self._places: dict[str, _Place] = {}
         self._waiters: list[_Waiter] = []
         self._arrivals = 0
-        self._pause_s = FIRST_PAUSE_S
+        self._failures = 0
         self._timer: asyncio.Handle | None = None
 
     def update(self, limits: Mapping[str, int]) -> None:
@@ -116,7 +117,7 @@ class Places:
             place.accepted = True
             place.replica.accepted += 1
             place.replica.others = max(0, place.replica.others - 1)
-            self._pause_s = FIRST_PAUSE_S
+            self._failures = 0
 
     def completed(self, key: str) -> None:
         """The request has left its replica, or never came to it."""
@@ -156,14 +157,13 @@ class Places:
             self._timer.cancel()
             self._timer = None
         elif self._timer is None and self._waiters:
-            # Jittered: routers that were refused together must not come back together.
-            pause_s = self._pause_s * random.uniform(0.5, 1.5)
+            pause_s = backoff_s(self._failures + 1, FIRST_PAUSE_S, MAX_PAUSE_S)
             self._timer = asyncio.get_running_loop().call_later(pause_s, self._try_again)
 
     def _try_again(self) -> None:
         """Let one request try each replica whose places others seem to hold."""
         self._timer = None
-        self._pause_s = min(2 * self._pause_s, MAX_PAUSE_S)
+        self._failures += 1
         for replica in self._replicas.values():
             one_free = replica.limit - replica.ours - self._left_to_others(replica) - 1
             replica.others = min(replica.others, max(0, one_free))

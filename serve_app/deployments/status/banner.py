@@ -16,7 +16,9 @@ from serve_app.deployments.ray_internals import http_host, serve_details
 
 SILENCE = "SERVE_APP_BANNER"
 """Environment variable: 0 leaves the banner out, for whoever started `serve run` and says it itself."""
-_WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
+LATEST_LOGS = Path("/tmp/ray/session_latest/logs/serve")
+"""Of the Ray that was started last on this machine, where nothing better is known."""
+_WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 def banner(card: ModelCard, url: str, logs: Path, cache: Path, *, stop: str = "Ctrl-C, or serve shutdown") -> str:
@@ -55,14 +57,20 @@ def say(text: str) -> None:
         stdout.flush()
 
 
+def address(host: str, port: int, route_prefix: str | None, *, https: bool) -> str:
+    """The URL of an application whose service listens there, for a program on the same machine."""
+    host = _WILDCARDS.get(host, host)
+    authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return f"http{'s' if https else ''}://{authority}{(route_prefix or '/').rstrip('/')}"
+
+
 def service_url(app_name: str) -> str:
     """Where this application answers, for a program on the machine of the proxy. Blocks for a round trip."""
     details = serve_details()
     options = details["http_options"] or {}
-    host = _WILDCARDS.get(options.get("host") or "127.0.0.1", options.get("host") or "127.0.0.1")
-    prefix = (details["applications"][app_name]["route_prefix"] or "/").rstrip("/")
-    scheme = "https" if options.get("ssl_certfile") else "http"
-    return f"{scheme}://{host}:{options.get('port', 8000)}{prefix}"
+    host, port = options.get("host") or "127.0.0.1", options.get("port", 8000)
+    route_prefix = details["applications"][app_name]["route_prefix"]
+    return address(host, port, route_prefix, https=bool(options.get("ssl_certfile")))
 
 
 def listens_on() -> str:
@@ -76,4 +84,4 @@ def log_folder() -> Path:
         target = getattr(handler, "target", handler)
         if isinstance(target, logging.FileHandler):
             return Path(target.baseFilename).parent
-    return Path("/tmp/ray/session_latest/logs/serve")
+    return LATEST_LOGS

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from fake_model_server import CARD
 
-from serve_app.deployments.status.banner import SILENCE, banner, log_folder, say
+from serve_app.deployments.status.banner import SILENCE, address, banner, log_folder, say
 
 URL = "http://127.0.0.1:8000"
 
@@ -58,3 +58,19 @@ def test_the_log_folder_is_where_serve_writes(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(logging.getLogger("ray.serve"), "handlers", [MemoryHandler(1, target=file)])
     assert log_folder() == tmp_path
     file.close()
+
+
+@pytest.mark.parametrize(
+    ("host", "route_prefix", "https", "url"),
+    [
+        ("127.0.0.1", "/", False, "http://127.0.0.1:8000"),
+        ("0.0.0.0", None, False, "http://127.0.0.1:8000"),
+        ("::", "/chat/", True, "https://[::1]:8000/chat"),
+        ("fd00::7", "/chat", False, "http://[fd00::7]:8000/chat"),
+        ("chat.example.org", "/", False, "http://chat.example.org:8000"),
+    ],
+)
+def test_the_address_is_one_that_this_machine_reaches(
+    host: str, route_prefix: str | None, https: bool, url: str
+) -> None:
+    assert address(host, 8000, route_prefix, https=https) == url
