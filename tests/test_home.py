@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.cli.errors import CommandError
+from serve_app.cli.command_error import CommandError
 from serve_app.cli.state import state_directory
 from serve_app.home import ensure_home, expanded, home
 from serve_app.models.cache import cache_directory
-from serve_app.models.errors import ModelError
+from serve_app.models.model_error import ModelError
 
 VARIABLES = ("SERVE_APP_CACHE", "SERVE_APP_STATE", "XDG_CACHE_HOME", "XDG_STATE_HOME")
 

@@ -37,7 +37,7 @@ from loadtest.compare.servers import ServerFailed
 from loadtest.compare.workload import Set, cells, fingerprint, selection
 from serve_app.models.cache import cache_directory
 from serve_app.models.demo import ensure_demo_model
-from serve_app.models.errors import ModelError
+from serve_app.models.model_error import ModelError
 
 # Of its own: neither the service nor its tests need it.
 PLOT_ENVIRONMENT = Environment("plot", ("matplotlib==3.10.8",))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
-from serve_app.chat.errors import PromptError
+from serve_app.chat.prompt_error import PromptError
 
 Role = Literal["system", "developer", "user", "assistant"]
 _ROLES: tuple[str, ...] = get_args(Role)

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Protocol
 
-from serve_app.chat.errors import TokenizerError
 from serve_app.chat.tokenizer import ChatTokenizer, decoder_kinds
+from serve_app.chat.tokenizer_error import TokenizerError
 
 _REPLACEMENT = "\ufffd"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")

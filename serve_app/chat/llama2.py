@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 from serve_app.chat.conversation import ChatMessage
-from serve_app.chat.errors import PromptError, TokenizerError
 from serve_app.chat.options import DEFAULT_OPTIONS, ChatOptions
+from serve_app.chat.prompt_error import PromptError
 from serve_app.chat.tokenizer import ChatTokenizer
+from serve_app.chat.tokenizer_error import TokenizerError
 from serve_app.chat.turn_markers import TurnMarkers
 
 _BEGIN_INST, _END_INST = "[INST]", "[/INST]"

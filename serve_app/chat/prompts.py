@@ -10,9 +10,9 @@ from typing import Protocol
 
 from serve_app.chat.conversation import ChatMessage, Unknown, parse_messages, refuse_unknown
 from serve_app.chat.detokenizer import Detokenizer
-from serve_app.chat.errors import PromptError, context_exceeded
 from serve_app.chat.llama2 import Llama2Format
 from serve_app.chat.options import DEFAULT_OPTIONS, ChatOptions
+from serve_app.chat.prompt_error import PromptError, context_exceeded
 from serve_app.chat.templates import ChatTemplate
 from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.config import ChatConfig

@@ -15,8 +15,9 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from serve_app.chat.errors import PromptError, TokenizerError
 from serve_app.chat.options import DEFAULT_OPTIONS, ChatOptions
+from serve_app.chat.prompt_error import PromptError
+from serve_app.chat.tokenizer_error import TokenizerError
 from serve_app.transformers_internals import render_template
 
 TemplateMessage = Mapping[str, object]

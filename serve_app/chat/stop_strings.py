@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-from serve_app.chat.errors import PromptError
+from serve_app.chat.prompt_error import PromptError
 
 
 class StopStrings:

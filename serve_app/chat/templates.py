@@ -13,10 +13,11 @@ from dataclasses import replace
 from typing import Literal
 
 from serve_app.chat.conversation import ChatMessage
-from serve_app.chat.errors import PromptError, TokenizerError
 from serve_app.chat.options import DEFAULT_OPTIONS, ChatOptions
+from serve_app.chat.prompt_error import PromptError
 from serve_app.chat.rendering import TemplateMessage, own_variables, render, try_render
 from serve_app.chat.tokenizer import ChatTokenizer, Piece
+from serve_app.chat.tokenizer_error import TokenizerError
 from serve_app.chat.turn_markers import TurnMarkers, find_turn_markers
 
 logger = logging.getLogger(__name__)

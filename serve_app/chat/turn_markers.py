@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Literal
 
 from serve_app.chat.conversation import ChatMessage, Role
-from serve_app.chat.errors import PromptError
+from serve_app.chat.prompt_error import PromptError
 from serve_app.chat.tokenizer import ChatTokenizer
 
 _ZERO_WIDTH_JOINER = "\u200d"

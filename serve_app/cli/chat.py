@@ -12,7 +12,7 @@ import signal
 import sys
 import unicodedata
 
-from serve_app.cli.errors import CommandError
+from serve_app.cli.command_error import CommandError
 from serve_app.cli.progress import ProgressLine
 from serve_app.client import APIError, Client, ConnectionLost, Done, Message, Options, Readiness, ServeAppError
 from serve_app.client.protocol import DEFAULT_URL

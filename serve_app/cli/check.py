@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from serve_app.cli.announce import address
 from serve_app.cli.capacity import size, streams
+from serve_app.cli.command_error import CommandError
 from serve_app.cli.config_file import ConfigFile, ServedApp, load
-from serve_app.cli.errors import CommandError
 from serve_app.cli.progress import ProgressLine
 from serve_app.cli.ray_address import stale_address
 from serve_app.cli.ray_token import ALLOW_OPEN, refuse_open_cluster
@@ -69,7 +69,7 @@ def look_up(app: ServedApp) -> tuple[list[str], MemoryPlan | None]:
     # Seconds of imports, which a config with mistakes should not wait for.
     from serve_app.engine.kv_budget import CPU_KV_CACHE_BYTES
     from serve_app.models.cache import cache_directory
-    from serve_app.models.errors import ModelError
+    from serve_app.models.model_error import ModelError
     from serve_app.models.planning import fetch_settings, plan_replica
     from serve_app.models.source import SourceKind, find, source_kind
 

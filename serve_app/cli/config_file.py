@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from serve_app.cli.errors import CommandError
+from serve_app.cli.command_error import CommandError
 from serve_app.cli.yaml_lines import Document, Path, YamlError, parse
 from serve_app.config import AppConfig
 from serve_app.demo_config import DEMO_CONFIG

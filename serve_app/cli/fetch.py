@@ -7,12 +7,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from serve_app.cli.command_error import CommandError
 from serve_app.cli.config_file import load
-from serve_app.cli.errors import CommandError
 from serve_app.cli.progress import ProgressLine
 from serve_app.config import AppConfig, ModelConfig
 from serve_app.models.cache import cache_directory
-from serve_app.models.errors import ModelError
+from serve_app.models.model_error import ModelError
 from serve_app.models.source import ModelFiles, resolve
 
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
-from serve_app.cli.errors import CommandError
+from serve_app.cli.command_error import CommandError
 from serve_app.cli.haproxy_config import BUFFER_BYTES, REWRITTEN, rewriting, unknown_path
 from serve_app.deployments.client_address import SECRET
 

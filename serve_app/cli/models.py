@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from serve_app.cli.errors import CommandError
+from serve_app.cli.command_error import CommandError
 from serve_app.client import Client, ServeAppError
 from serve_app.client.protocol import DEFAULT_URL
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from serve_app.cli.errors import CommandError
+from serve_app.cli.command_error import CommandError
 
 _PLACE_BYTES = 16
 """Longest path of the folder around it: Ray adds the 56 letters of a node's id, HAProxy the end of a temporary name."""

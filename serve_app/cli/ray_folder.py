@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from serve_app.cli.errors import CommandError
+from serve_app.cli.command_error import CommandError
 from serve_app.private_files import make_private_folder
 
 PLACE = "RAY_TMPDIR"

@@ -14,8 +14,8 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
+from serve_app.cli.command_error import CommandError
 from serve_app.cli.environment import own_cluster
-from serve_app.cli.errors import CommandError
 from serve_app.cli.ray_address import address_file
 
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"

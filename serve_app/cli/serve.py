@@ -22,9 +22,9 @@ import yaml
 
 from serve_app.cli import announce
 from serve_app.cli.check import shortages
+from serve_app.cli.command_error import CommandError
 from serve_app.cli.config_file import LAST_PORT, ConfigFile, load
 from serve_app.cli.environment import own_cluster, ray_cpus, server_environment
-from serve_app.cli.errors import CommandError
 from serve_app.cli.haproxy import ENABLE as HA_PROXY
 from serve_app.cli.haproxy import haproxy_environment, wants_haproxy
 from serve_app.cli.private_folder import private_folder

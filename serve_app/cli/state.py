@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
-from serve_app.cli.errors import CommandError
+from serve_app.cli.command_error import CommandError
 from serve_app.cli.private_folder import remove_noted
 from serve_app.home import expanded, home
 

@@ -9,7 +9,7 @@ import os
 import signal
 import time
 
-from serve_app.cli.errors import CommandError
+from serve_app.cli.command_error import CommandError
 from serve_app.cli.state import RunningServer, remove_what_crashes_left, running_servers
 
 _POLL_S = 0.1

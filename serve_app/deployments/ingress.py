@@ -33,7 +33,7 @@ from serve_app.deployments.status.banner import banner, listens_on, log_folder, 
 from serve_app.deployments.status.progress import ProgressBoard, Reporter
 from serve_app.deployments.status.readiness import Readiness, answers
 from serve_app.models.cache import cache_directory
-from serve_app.models.errors import ModelError
+from serve_app.models.model_error import ModelError
 from serve_app.observability.metrics import JOURNAL_BYTES, JOURNALS, REQUESTS_IN_PROGRESS
 from serve_app.resume.journal_store import StoreUnavailable
 from serve_app.resume.registry import ResumableStreams
@@ -207,9 +207,9 @@ class _Front:
 def _load_tokenizer(config: AppConfig, report: Reporter) -> tuple[PromptFormatter, GenerationDefaults]:
     """What turns text into ids, and what requests leave out. Raises `ModelError`."""
     # Here and not above: transformers takes seconds, and the replica should answer before.
-    from serve_app.chat.errors import TokenizerError
     from serve_app.chat.prompts import PromptFormatter
     from serve_app.chat.tokenizer import ChatTokenizer
+    from serve_app.chat.tokenizer_error import TokenizerError
     from serve_app.models.defaults import read_generation_defaults
     from serve_app.models.source import resolve
 

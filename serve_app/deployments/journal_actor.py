@@ -16,7 +16,7 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from serve_app.config import AppConfig
 from serve_app.generation.replica import ReplicaClient
-from serve_app.models.errors import ModelError
+from serve_app.models.model_error import ModelError
 from serve_app.resume.context import ResumeSettings
 from serve_app.resume.journal_store import (
     Append,

@@ -29,7 +29,7 @@ from serve_app.deployments.metrics import RayMetrics
 from serve_app.deployments.revisions import settled
 from serve_app.deployments.status.progress import ProgressBoard, Reporter
 from serve_app.engine.errors import EngineError
-from serve_app.models.errors import ModelError
+from serve_app.models.model_error import ModelError
 from serve_app.observability.metrics import ACCEPTED_TOKENS, CACHE_USE, DRAFTED_TOKENS, RUNNING, WAITING, MetricsSink
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from msgspec import Struct
 
-from serve_app.chat.errors import context_exceeded
+from serve_app.chat.prompt_error import context_exceeded
 from serve_app.core import Fingerprint, GenerationDefaults, GenerationRequest, ModelCard, RequestError, SamplingParams
 
 MAX_CHOICES = 32

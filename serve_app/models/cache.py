@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from serve_app.core import LoadStage
 from serve_app.home import expanded, home
-from serve_app.models.errors import ModelError
+from serve_app.models.model_error import ModelError
 
 Progress = Callable[[LoadStage], None]
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 from typing import Any
 
-from serve_app.models.errors import ModelError
+from serve_app.models.model_error import ModelError
 
 _NO_WEIGHTS = frozenset({"bias", "masked_bias", "inv_freq", "k_scale", "v_scale"})
 """Entries of an attention itself, not of its layers, that some checkpoints hold and that compute nothing here: masks,

@@ -20,8 +20,8 @@ from typing import Any
 from serve_app.core import LoadStage
 from serve_app.models.cache import Progress, disk_error, require_space
 from serve_app.models.completeness import require_complete
-from serve_app.models.errors import ModelError
 from serve_app.models.gguf_files import GGUFContents, gguf_parts, read_gguf, write_whole
+from serve_app.models.model_error import ModelError
 from serve_app.transformers_internals import gguf_tensor_names, reports_gguf_tensors
 
 CONVERSION_VERSION = "3"

@@ -14,7 +14,7 @@ from typing import Any
 
 from serve_app.config import GenerationConfig
 from serve_app.core import SAMPLING_BOUNDS, GenerationDefaults
-from serve_app.models.errors import ModelError
+from serve_app.models.model_error import ModelError
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from serve_app.core import LoadStage
 from serve_app.models.cache import Progress, build_once, find_built, require_space
 from serve_app.models.conversion import convert
-from serve_app.models.errors import ModelError
+from serve_app.models.model_error import ModelError
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
 DEMO_HUB_ID = f"HuggingFaceTB/{DEMO_NAME}"

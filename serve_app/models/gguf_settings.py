@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from serve_app.models.errors import ModelError
 from serve_app.models.gguf_files import GGUFContents
+from serve_app.models.model_error import ModelError
 from serve_app.transformers_internals import gguf_settings_read
 
 ROPE_TENSORS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})

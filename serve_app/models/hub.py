@@ -33,7 +33,7 @@ from serve_app.models.checkpoint import (
     weight_files,
     weights_entry,
 )
-from serve_app.models.errors import ModelError
+from serve_app.models.model_error import ModelError
 
 _TIMEOUT_S = 10.0
 """For the hub to answer one question; downloads go on as long as bytes come."""

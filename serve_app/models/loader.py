@@ -22,8 +22,8 @@ from serve_app.memory import available_memory_bytes
 from serve_app.models.cache import Progress
 from serve_app.models.checkpoint import is_pickle, is_safetensors, tensors, weight_files
 from serve_app.models.completeness import require_complete
-from serve_app.models.errors import ModelError
 from serve_app.models.fingerprint import fingerprint
+from serve_app.models.model_error import ModelError
 from serve_app.models.quantization import held_bytes, quantization_config, settle
 from serve_app.models.rotary import choose_angles, settle_angles
 from serve_app.models.sizes import DTYPE_BYTES, own_context_tokens, stored_weights_bytes

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import ROPE_INIT_FUNCTIONS, PreTrainedModel
 
-from serve_app.models.errors import ModelError
+from serve_app.models.model_error import ModelError
 
 
 def choose_angles(config: Any, context_tokens: int, name: str) -> str:

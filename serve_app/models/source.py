@@ -18,9 +18,9 @@ from serve_app.models.cache import Progress, build_once, find_built
 from serve_app.models.checkpoint import check_model_folder, check_tokenizer_folder
 from serve_app.models.conversion import CONVERSION_VERSION, convert
 from serve_app.models.demo import DEMO_NAME, ensure_demo_model, find_demo_model
-from serve_app.models.errors import ModelError
 from serve_app.models.fingerprint import sampled_digest
 from serve_app.models.gguf_files import gguf_name, gguf_parts
+from serve_app.models.model_error import ModelError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 

@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
 
-from serve_app.models.errors import ModelError
+from serve_app.models.model_error import ModelError
 from serve_app.transformers_internals import is_recurrent, uses_attention_interface
 
 LOAD_ERRORS = (

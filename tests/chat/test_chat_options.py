@@ -10,13 +10,14 @@ from small_tokenizers import CHATML, byte_level_backend
 from transformers import AutoTokenizer
 
 from serve_app.chat.conversation import ChatMessage
-from serve_app.chat.errors import PromptError, TokenizerError
 from serve_app.chat.llama2 import Llama2Format
 from serve_app.chat.options import ChatOptions
+from serve_app.chat.prompt_error import PromptError
 from serve_app.chat.prompts import PromptFormatter
 from serve_app.chat.rendering import own_variables
 from serve_app.chat.templates import ChatTemplate
 from serve_app.chat.tokenizer import ChatTokenizer
+from serve_app.chat.tokenizer_error import TokenizerError
 from serve_app.config import ChatConfig
 
 SaveTokenizer = Callable[..., Path]

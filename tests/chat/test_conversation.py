@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.chat.conversation import ChatMessage, parse_messages
-from serve_app.chat.errors import PromptError
+from serve_app.chat.prompt_error import PromptError
 
 
 def test_the_usual_messages() -> None:

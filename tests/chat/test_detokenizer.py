@@ -11,9 +11,9 @@ from small_tokenizers import byte_level_backend, metaspace_backend
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from serve_app.chat.detokenizer import Detokenizer
-from serve_app.chat.errors import TokenizerError
 from serve_app.chat.token_texts import TokenTexts
 from serve_app.chat.tokenizer import ChatTokenizer
+from serve_app.chat.tokenizer_error import TokenizerError
 
 TEXTS = ["Hello, world!", "  leading", "I am here", "naïve café 你好", "👩‍👩‍👧 🙂", "é\n\n1. x", "\ufffd", "ﷺ\x00"]
 FAMILIES = ["demo_tokenizer", "byte_level", "metaspace"]

@@ -10,9 +10,10 @@ from small_tokenizers import llama_like
 from tokenizers import normalizers
 
 from serve_app.chat.conversation import ChatMessage
-from serve_app.chat.errors import PromptError, TokenizerError
 from serve_app.chat.llama2 import Llama2Format, check_golden_ids
+from serve_app.chat.prompt_error import PromptError
 from serve_app.chat.tokenizer import ChatTokenizer
+from serve_app.chat.tokenizer_error import TokenizerError
 
 BOS, EOS = 1, 2
 GOLDEN = [1, 518, 25580, 29962, 6324, 518, 29914, 25580, 29962]

@@ -7,9 +7,10 @@ import pytest
 from small_tokenizers import metaspace_backend
 from tokenizers import decoders
 
-from serve_app.chat.errors import PromptError, TokenizerError
+from serve_app.chat.prompt_error import PromptError
 from serve_app.chat.prompts import PromptFormatter
 from serve_app.chat.tokenizer import ChatTokenizer
+from serve_app.chat.tokenizer_error import TokenizerError
 from serve_app.config import ChatConfig
 
 HI = [{"role": "user", "content": "Hi"}]

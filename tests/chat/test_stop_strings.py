@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_app.chat.errors import PromptError
+from serve_app.chat.prompt_error import PromptError
 from serve_app.chat.stop_strings import StopStrings, _failure_table
 
 stop_lists = st.lists(st.text(alphabet="ab", min_size=1, max_size=8), max_size=4)

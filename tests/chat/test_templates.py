@@ -12,9 +12,10 @@ from small_tokenizers import CHATML, byte_level_backend, metaspace_backend
 from transformers import AutoTokenizer
 
 from serve_app.chat.conversation import ChatMessage
-from serve_app.chat.errors import PromptError, TokenizerError
+from serve_app.chat.prompt_error import PromptError
 from serve_app.chat.templates import ChatTemplate
 from serve_app.chat.tokenizer import ChatTokenizer
+from serve_app.chat.tokenizer_error import TokenizerError
 
 HEADERS = (  # Llama-3's way: header tokens, trimmed contents
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}<|im_start|>\n\n{{ m['content'] | trim }}"

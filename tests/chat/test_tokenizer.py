@@ -14,8 +14,9 @@ from small_tokenizers import CHATML, byte_level_backend
 from tokenizers import Tokenizer, models, processors
 from transformers import AutoTokenizer
 
-from serve_app.chat.errors import PromptError, TokenizerError
+from serve_app.chat.prompt_error import PromptError
 from serve_app.chat.tokenizer import ChatTokenizer, Piece
+from serve_app.chat.tokenizer_error import TokenizerError
 
 
 @pytest.fixture(scope="module")

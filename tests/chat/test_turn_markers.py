@@ -12,7 +12,7 @@ from small_tokenizers import CHATML, byte_level_backend
 from tokenizers import normalizers
 
 from serve_app.chat.conversation import ChatMessage
-from serve_app.chat.errors import PromptError
+from serve_app.chat.prompt_error import PromptError
 from serve_app.chat.prompts import PromptFormatter
 from serve_app.chat.templates import ChatTemplate
 from serve_app.chat.tokenizer import ChatTokenizer

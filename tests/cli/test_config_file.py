@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from serve_app.cli.command_error import CommandError
 from serve_app.cli.config_file import ConfigFile, load, read, render_path
-from serve_app.cli.errors import CommandError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 

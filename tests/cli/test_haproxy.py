@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from serve_app.cli import haproxy
-from serve_app.cli.errors import CommandError
+from serve_app.cli.command_error import CommandError
 from serve_app.cli.haproxy import ENABLE, bundled_haproxy, haproxy_environment
 from serve_app.cli.haproxy_config import REWRITTEN
 

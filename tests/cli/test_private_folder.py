@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.cli.errors import CommandError
+from serve_app.cli.command_error import CommandError
 from serve_app.cli.private_folder import private_folder, remove_noted
 from serve_app.cli.state import claim, remove_what_crashes_left
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from serve_app.cli import ray_folder as module
-from serve_app.cli.errors import CommandError
+from serve_app.cli.command_error import CommandError
 from serve_app.cli.ray_folder import ray_folder
 
 NAME = f"serve_app-{os.geteuid()}"

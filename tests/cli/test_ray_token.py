@@ -16,7 +16,7 @@ import grpc
 import pytest
 import yaml
 
-from serve_app.cli.errors import CommandError
+from serve_app.cli.command_error import CommandError
 from serve_app.cli.main import main
 from serve_app.cli.ray_token import asks_for_token, cluster_token, own_token
 

@@ -21,8 +21,8 @@ import pytest
 import yaml
 
 from serve_app.cli import serve
+from serve_app.cli.command_error import CommandError
 from serve_app.cli.environment import own_cluster, ray_cpus, server_environment
-from serve_app.cli.errors import CommandError
 from serve_app.cli.haproxy import bundled_haproxy
 from serve_app.cli.main import main
 from serve_app.cli.state import RunningServer, claim, remove_what_crashes_left, running_servers

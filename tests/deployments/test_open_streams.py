@@ -7,7 +7,7 @@ from fake_replica import FakeReplica
 
 from serve_app.config import AppConfig
 from serve_app.deployments.journal_actor import open_streams
-from serve_app.models.errors import ModelError
+from serve_app.models.model_error import ModelError
 
 
 @pytest.mark.parametrize("url", ["redis://:sesame#x@host:6379/0", "redis://host:sesame/0", "redis://[::1/0"])

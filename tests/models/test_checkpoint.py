@@ -18,7 +18,7 @@ from serve_app.models.checkpoint import (
     tensors,
     weight_files,
 )
-from serve_app.models.errors import ModelError
+from serve_app.models.model_error import ModelError
 
 
 def _shard(folder: Path) -> Path:

@@ -12,7 +12,7 @@ from serve_app.config import ModelConfig
 from serve_app.core import LoadStage
 from serve_app.models.conversion import CONVERSION_VERSION, convert
 from serve_app.models.defaults import read_generation_defaults
-from serve_app.models.errors import ModelError
+from serve_app.models.model_error import ModelError
 from serve_app.models.source import SourceKind, resolve
 
 

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from serve_app.config import AppConfig, GenerationConfig
 from serve_app.core import SamplingParams
 from serve_app.models.defaults import GenerationDefaults, read_generation_defaults
-from serve_app.models.errors import ModelError
+from serve_app.models.model_error import ModelError
 
 
 def _read(folder: Path, **files: object) -> GenerationDefaults:

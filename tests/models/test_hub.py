@@ -14,9 +14,9 @@ from transformers import AutoTokenizer, GPTJConfig, GPTJForCausalLM
 from serve_app.config import ModelConfig
 from serve_app.core import LoadStage
 from serve_app.models.checkpoint import weight_files
-from serve_app.models.errors import ModelError
 from serve_app.models.hub import fetch
 from serve_app.models.loader import load
+from serve_app.models.model_error import ModelError
 from serve_app.models.source import SourceKind, resolve
 
 MODEL = ModelConfig(source="team/model")

@@ -8,8 +8,8 @@ import torch
 from model_builders import ignore_progress, tiny_config
 
 from serve_app.config import ModelConfig
-from serve_app.models.errors import ModelError
 from serve_app.models.loader import LoadedModel, load
+from serve_app.models.model_error import ModelError
 from serve_app.models.source import resolve
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

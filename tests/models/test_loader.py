@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from serve_app.config import ModelConfig
 from serve_app.core import LoadStage
 from serve_app.models import loader
-from serve_app.models.errors import ModelError
 from serve_app.models.loader import LoadedModel, choose_device, choose_dtype, load
+from serve_app.models.model_error import ModelError
 from serve_app.models.source import resolve
 
 

@@ -11,7 +11,7 @@ from model_builders import ignore_progress
 
 from serve_app.core import LoadStage
 from serve_app.models.cache import build_once, cache_directory, find_built, require_space
-from serve_app.models.errors import ModelError
+from serve_app.models.model_error import ModelError
 
 
 def _write_weights(folder: Path) -> list[str]:

@@ -15,8 +15,8 @@ from tiny_models import FINGERPRINT, request_for
 from serve_app.config import EngineConfig, ModelConfig
 from serve_app.core import TokenBatch
 from serve_app.engine.engine import Engine
-from serve_app.models.errors import ModelError
 from serve_app.models.loader import LoadedModel, load
+from serve_app.models.model_error import ModelError
 from serve_app.models.rotary import choose_angles
 from serve_app.models.source import resolve
 

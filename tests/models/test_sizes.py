@@ -9,8 +9,8 @@ from transformers import LlamaForCausalLM
 
 from serve_app.config import ModelConfig
 from serve_app.models.cache import cache_directory
-from serve_app.models.errors import ModelError
 from serve_app.models.loader import choose_context
+from serve_app.models.model_error import ModelError
 from serve_app.models.planning import plan_replica
 from serve_app.models.sizes import config_weights_bytes, kv_bytes_per_token, own_context_tokens, stored_weights_bytes
 from serve_app.models.source import resolve

@@ -5,7 +5,7 @@ import pytest
 from model_builders import ignore_progress
 
 from serve_app.config import ModelConfig
-from serve_app.models.errors import ModelError
+from serve_app.models.model_error import ModelError
 from serve_app.models.source import SourceKind, resolve, source_kind
 
 

@@ -7,7 +7,7 @@ from model_builders import tiny_config
 
 from serve_app.config import ModelConfig
 from serve_app.models import hub
-from serve_app.models.errors import ModelError
+from serve_app.models.model_error import ModelError
 from serve_app.models.planning import plan_replica
 from serve_app.models.source import ModelFiles, SourceKind
 from serve_app.models.support import built_in_class, check_architecture

@@ -1,6 +1,6 @@
-"""What can go wrong between text and ids: a prompt the caller must change, or a tokenizer nobody can serve with.
+"""What the caller has to change before messages or a prompt become ids.
 
-Promises that every message is one a user may see. Knows no HTTP.
+Promises that every message is one a client may see. Knows no HTTP.
 """
 
 from __future__ import annotations
@@ -26,7 +26,3 @@ def context_exceeded(context_tokens: int, prompt_tokens: int, param: str, *, cou
         f"{prompt_tokens} tokens, which leaves no room for an answer. Please reduce the length of the {param}."
     )
     return PromptError(message, param=param, code=FailureCode.CONTEXT_LENGTH_EXCEEDED)
-
-
-class TokenizerError(Exception):
-    """The model's tokenizer or chat template can't be used: said once, at start-up, to whoever runs the service."""
