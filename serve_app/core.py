@@ -111,10 +111,11 @@ class GenerationRequest(Struct, frozen=True):
     replica may."""
     choice: int = 0
     isolated: bool = False
-    """Until its first new token it is computed in steps of its own: a suspect of having killed replicas must not take
-    others with it."""
+    """Compute it in engine steps of its own until its first new token: it may have killed replicas, and must not take
+    other requests with it."""
     ingress_id: str = ""
-    """The process that waits for it, so that its replica stops when that dies; empty: nobody knows."""
+    """Name of the ingress process that waits for the reply: the replica stops when that process dies. Empty:
+    unknown."""
     attempt: int = 0
     """Which of that process's attempts this is."""
     cache_salt: str = ""
@@ -138,9 +139,10 @@ class TokenLogprobs(Struct, frozen=True, array_like=True):
 
 
 class GenerationStats(Struct, frozen=True, array_like=True):
-    """What the engine has counted for one attempt so far; comes with its first tokens and with its last batch.
+    """The engine's counters for one attempt, sent with its first tokens and with its last batch.
 
-    With the first ones, since an answer that a stop string ends never gets to the last: the engine knows no text.
+    They come with the first tokens too, because an answer that a stop string ends has no last batch: the engine does
+    not know stop strings.
     """
 
     cached_prompt_tokens: int = 0
@@ -248,7 +250,7 @@ class ModelCard(Struct, frozen=True):
     batch_invariant: bool = False
     """Checked at load: a request's tokens are the same bits alone, in a batch, in chunks and continued (P3)."""
     notes: tuple[str, ...] = ()
-    """What a user should know: fallbacks taken, checks that failed."""
+    """Sentences for the user: fallbacks that were taken, checks that failed."""
 
 
 class LoadStage(Struct, frozen=True):

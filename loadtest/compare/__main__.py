@@ -175,7 +175,7 @@ def markdown(results: Results) -> str:
         *(f"- {line}" for line in report.agreement(results.records, FAST.name)),
         f"- {report.disturbance(results.records)}",
         "",
-        "The figures to reach (issue 3), of those that this comparison measures; *: disturbed, no evidence:",
+        "The targets, of those that this comparison measures; *: disturbed, no evidence:",
         "",
         report.figures_to_reach(results.records, ours, peers),
         "",

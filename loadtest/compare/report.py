@@ -23,7 +23,7 @@ Metric = Callable[[Record], float]
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """A multiple of the best peer's tokens per second that issue 3 asks for."""
+    """A target: a multiple of the best peer's tokens per second."""
 
     cell: Cell
     at_least: float
@@ -36,7 +36,7 @@ GOALS = (
     Goal(Cell(Set.SHARED, 8), 1.5),
 )
 WARM_SHARE = 0.15
-"""Of the cold time to first token, with a prefix of 600 tokens in the cache: issue 3 asks for no more."""
+"""Target: the largest share of the cold time to first token, with a prefix of 600 tokens in the cache."""
 
 
 def tokens_per_second(record: Record) -> float:
@@ -127,7 +127,7 @@ def _mark(measured: dict[str, list[Record]], *contenders: str) -> str:
 
 
 def figures_to_reach(records: Sequence[Record], ours: Sequence[str], peers: Sequence[str]) -> str:
-    """Markdown: what issue 3 asks of this comparison, and what each of ours did. A figure that was measured only while
+    """Markdown: the targets of this comparison, and what each of ours did. A figure that was measured only while
     other programs disturbed it has a star, and is no evidence."""
     head = ["figure", "asked", *ours]
     lines = [_row(head), _row(["---"] * len(head))]

@@ -115,7 +115,7 @@ def not_found(path: str) -> ApiError:
 
 def internal_error(request_id: str) -> ApiError:
     """500; what happened stands in the log under the request's id."""
-    message = f"The server made a mistake. Its log has the details of request {request_id}."
+    message = f"Internal error. The server's log has the details of request {request_id}."
     return ApiError(500, message, type=SERVER_ERROR, code="internal_error")
 
 

@@ -1,6 +1,6 @@
 """POST /stream and GET /stream: a prompt document in, one server-sent event a token out.
 
-Promises the documents of DESIGN.md. Knows no replica: the service does the work.
+Promises the documents of docs/api.md. Knows no replica: the service does the work.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class Resume:
             asked[RESUME_QUERY] = call.query.get(RESUME_QUERY)
         for name, value in asked.items():
             if value not in (None, "", "0", "1"):
-                raise bad_request(f"{name} is 1 or 0.", param=name, code="invalid_value")
+                raise bad_request(f"{name} must be 1 or 0.", param=name, code="invalid_value")
         return "1" in asked.values()
 
     async def continued(self, call: Call) -> Response | EventStream | None:
@@ -91,7 +91,7 @@ class Resume:
         if last_event_id:
             of_stream, mark = _parse_event_id(last_event_id)
             if of_stream != stream_id:
-                raise bad_request("Last-Event-ID is of another stream.", code="invalid_event_id")
+                raise bad_request("Last-Event-ID belongs to another stream.", code="invalid_event_id")
         return await self._rest(call, stream_id, mark)
 
     async def open(self, call: Call, parsed: ParsedRequest, wire: WireFormat) -> EventStream:
@@ -108,7 +108,7 @@ class Resume:
         fingerprint = await self._model()
         stream = await self._streams.find(stream_id, lambda document: self._found(document, fingerprint))
         if not hmac.compare_digest(stream.document.caller, _caller(stream_id, call)):
-            message = "This stream was opened with other credentials; send the Authorization header it was opened with."
+            message = "This stream belongs to other credentials; send the Authorization header that opened it."
             raise ApiError(404, message, code="stream_not_found")
         if stream.finished and mark.position >= len(stream.events):
             await stream.feed.check(mark, 0)
@@ -140,7 +140,7 @@ class Resume:
     def _found(self, document: StreamDocument, fingerprint: Fingerprint) -> Transcript:
         """Of a stream that began elsewhere. Raises `ApiError` and `StreamGone`."""
         if document.request.fingerprint != fingerprint:
-            message = "The model has been replaced since this stream began, so it can't be continued; send it again."
+            message = "The model was replaced after this stream began, and it can't be continued. Send it again."
             raise ApiError(410, message, type=SERVER_ERROR, code=str(FailureCode.WRONG_WEIGHTS))
         return self._transcript(document, self._wire_format(document))
 

@@ -73,7 +73,7 @@ def _ensure_home() -> None:
     try:
         ensure_home()
     except OSError as error:
-        raise CommandError(f"this user has no home, and nothing can stand for it ({error}); set HOME") from error
+        raise CommandError(f"this user has no home folder, and none can be made ({error}); set HOME") from error
 
 
 def _usage() -> str:

@@ -1,7 +1,7 @@
 """A folder that only this user can enter, for sockets and configurations of a running service.
 
-Promises that nobody else made the folder, and that it is gone when the service has ended: removed by whoever made it,
-or, after a crash, by the next command that looks. Paths of Unix sockets have 108 bytes at most, so it is a short one.
+Promises that no other user made the folder, and that it is removed when the service has ended: by the process that made
+it, or, after a crash, by the next command. Paths of Unix sockets have 108 bytes at most, so it is a short one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How far something is, on the terminal: one line that is rewritten, or a few plain lines when no terminal watches.
+"""Shows progress: one line that is rewritten on a terminal, a few plain lines elsewhere.
 
 Writes to stderr, so that a command's output stays clean. Knows stages and fractions only.
 """

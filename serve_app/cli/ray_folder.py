@@ -1,7 +1,7 @@
-"""The folder in which a Ray of our own keeps its sessions: this user's alone.
+"""The folder in which a Ray of our own keeps its sessions. Only this user may enter it.
 
-Ray lets everybody write into its sessions' folders, those of its sockets included, so that on a machine with several
-users each could take the place of another's Ray.
+Ray lets every user write into the folders of its sessions, also those of its sockets. On a machine with several users,
+one of them could impersonate another's Ray.
 """
 
 from __future__ import annotations

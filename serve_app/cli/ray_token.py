@@ -1,8 +1,8 @@
-"""The token by which the processes of a Ray know each other.
+"""The token with which the processes of one Ray authenticate each other.
 
-Whoever may call a Ray runs code on its machines: each Serve replica, too, listens on all addresses, and unpickles what
-comes. Promises that a Ray of our own has a token that only this user can read, and finds out whether another one asks
-for a token. Knows no Ray: it reads Ray's file and calls Ray's port.
+A program that may call a Ray can run code on its machines: each Serve replica listens on all addresses and unpickles
+what it receives. Promises that a Ray of our own has a token that only this user can read, and finds out whether another
+Ray asks for one. Knows no Ray: it reads Ray's file and calls Ray's port.
 """
 
 from __future__ import annotations
@@ -117,9 +117,9 @@ def cluster_token(environment: Mapping[str, str], *, allow_open: bool) -> dict[s
             return {}
         known = "asks nobody for a token" if asks is False else "does not say whether it asks for a token"
         raise CommandError(
-            f"the Ray cluster at {address} {known}: without one, whoever reaches its nodes can run code on them; start "
-            f"it with {MODE}=token on each node (docs/operations.md says how), or add {ALLOW_OPEN} if nobody else can "
-            "reach it"
+            f"the Ray cluster at {address} {known}. Without a token, everybody who reaches its nodes can run code on "
+            f"them. Start it with {MODE}=token on each node (docs/operations.md says how), or add {ALLOW_OPEN} if "
+            "nobody else can reach it"
         )
     if not environment.get(TOKEN) and not _readable(environment):
         raise CommandError(

@@ -107,7 +107,7 @@ def _look_for_cluster(environment: Mapping[str, str]) -> None:
     if named == "auto" and stale:
         raise CommandError(stale)
     if named != "auto" and not answers(named.partition("://")[2] or named):
-        raise CommandError(f"no Ray cluster answers at {named}, the address in RAY_ADDRESS; mend it, or unset it")
+        raise CommandError(f"no Ray cluster answers at {named}, the address in RAY_ADDRESS; correct or unset it")
 
 
 def require_free(host: str, port: int) -> None:

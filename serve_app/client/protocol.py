@@ -58,7 +58,7 @@ def open_http(kind: type[Http], settings: Mapping[str, Any], transport: Any) -> 
     except (ImportError, ValueError, httpx.InvalidURL) as reason:
         names = ", ".join(name for name in _PROXIES if os.environ.get(name) or os.environ.get(name.lower()))
         raise ValueError(
-            f"the proxy settings of the environment ({names}) can't be used: {reason} Mend or unset them."
+            f"the proxy settings of the environment ({names}) can't be used: {reason} Correct or unset them."
         ) from reason
 
 

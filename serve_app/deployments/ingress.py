@@ -170,7 +170,7 @@ class Ingress(AsgiDeployment):
             return
         if settings := missing():
             logger.warning(
-                "a streamed token costs up to three times the CPU here: start Ray with %s (docs/operations.md)",
+                "streamed tokens cost up to three times the CPU time; start Ray with %s (see docs/operations.md)",
                 " ".join(settings),
             )
         say(banner(state, url, log_folder(), cache_directory(self._config.cache_dir)))

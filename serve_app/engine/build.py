@@ -171,7 +171,7 @@ def prepare(
     context_tokens = min(context_tokens, num_pages * page_tokens)
     batch_invariant = _is_batch_invariant(runner, backend, cache, context_tokens)
     if config.batch_invariant and not batch_invariant:
-        notes.append("engine.batch_invariant does not hold on this device: a request's tokens may depend on others")
+        notes.append("engine.batch_invariant does not hold on this device: other requests may change an answer")
     for note in notes:
         logger.warning(note)
     numerics = numerics_id(backend.name, kernels, runner.device, page_tokens=page_tokens, fixed_rows=runner.fixed_rows)

@@ -1,6 +1,6 @@
-"""What a choice's attempts without a new token say of it: that it was unlucky, or that it kills its replicas.
+"""Decides from the failed attempts of one choice whether to try again, to isolate it, or to give it up.
 
-Pure: counts losses and refusals, and decides when one was one too many. Knows no replica and no clock.
+Counts losses and refusals since the last new token. Pure: knows no replica and no clock.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ class FailoverSettings:
     """When an attempt counts as lost, and how often another is made."""
 
     silence_s: float = 5.0
-    """A replica says something each second, if only "alive"; after this long without a word it is taken for lost."""
+    """A replica sends at least an empty batch each second. After this long without a batch it counts as lost."""
     max_attempts: int = 10
     """Attempts that may be lost in a row without one new token before the choice fails. Of an accepted stream only
     those count that a replica had taken: it waits for a replica until its deadline."""
     isolated_after: int = 2
-    """After so many of them in a row the request may have killed its replicas: it is computed in steps of its own, to
-    take nobody with it. One such loss is mostly bad luck: all that waited beside a replica's death have it."""
+    """After this many losses in a row, the request is computed in steps of its own: it may have killed its replicas.
+    One loss says little: every request on a replica that dies has it."""
     max_implicated: int = 2
-    """Replicas that may die computing it in isolation before it is refused for that. An innocent request meets an
-    unrelated death in just that moment once in a while, but hardly twice without a token in between."""
+    """Replicas that may die while they compute it in isolation, before it is refused. One unrelated death at that
+    moment happens; two without a new token between them hardly do."""
     max_mismatches: int = 8
     """Refusals by replicas of other weights, in a row (about 2.5 s): one of its own may be there and not known yet."""
     first_backoff_s: float = 0.02

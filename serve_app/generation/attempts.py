@@ -130,7 +130,7 @@ class Generation:
         except TimeoutError:
             if not deadline.expired():
                 raise
-            message = f"The request was not finished within its {self._request.remaining_s:g} s."
+            message = f"The request did not finish within its time limit of {self._request.remaining_s:g} s."
             self._failure = Failure(FailureCode.DEADLINE_EXCEEDED, message)
 
     async def _run_attempts(self) -> None:
@@ -143,13 +143,13 @@ class Generation:
             if reason is None or self._failure is not None:
                 return
             logger.warning(
-                "request %s, choice %d: an attempt ended after %d tokens, %d of them its own (%s); trying again%s",
+                "request %s, choice %d: an attempt ended after %d tokens, of which it made %d (%s); trying again%s",
                 self._request.request_id,
                 self._request.choice,
                 len(self._output),
                 len(self._output) - known,
                 reason,
-                ", alone" if history.isolate else "",
+                ", in steps of its own" if history.isolate else "",
             )
             await asyncio.sleep(self._settings.backoff_s(history.attempts))
 
@@ -205,7 +205,7 @@ class Generation:
             raise
         except BatchError as error:
             _raise_if_cancelled()
-            raise ReplicaLost(f"what came can't be right: {error}") from error
+            raise ReplicaLost(f"the replica sent an invalid batch: {error}") from error
         except asyncio.CancelledError:
             # A replica's own cancellation arrives as a bare CancelledError: nobody has cancelled this task.
             _raise_if_cancelled()

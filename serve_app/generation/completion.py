@@ -1,4 +1,4 @@
-"""The one account of a request: tokens in, text out; what it cost and how it ended.
+"""The state of one completion: tokens in, text out, usage, and how it ended.
 
 Promises the same text, usage and outcome for the same tokens, however they come: streamed or not, from one attempt or
 several, live or read from a journal. Pure: no I/O, no wire format.

@@ -29,7 +29,8 @@ class OutputTokens:
         """One per token when they were asked for, else empty."""
         self.finish_reason: FinishReason | None = None
         self.stats: GenerationStats | None = None
-        """The first that came: those of the attempt that began it. What later attempts find cached saves nobody."""
+        """Counters of the first attempt that delivered tokens. Cache hits of later attempts are no saving of the
+        caller's."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -57,7 +58,7 @@ class OutputTokens:
     def _add(self, batch: TokenBatch, new_ids: tuple[int, ...], known: int) -> None:
         limit = self._request.max_new_tokens
         if len(self.token_ids) + len(new_ids) > limit:
-            raise BatchError(f"more than {limit} tokens")
+            raise BatchError(f"the batch exceeds the limit of {limit} tokens")
         if self._with_logprobs:
             if batch.logprobs is None or len(batch.logprobs) != len(batch.token_ids):
                 raise BatchError("tokens came without their logprobs")

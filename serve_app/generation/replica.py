@@ -25,7 +25,7 @@ class ReplicaLost(Exception):
 
 
 class ReplicaClient(Protocol):
-    """Opens attempts on some replica. Which one, and over what connection, is its secret."""
+    """Opens attempts on a replica. The client chooses the replica and the connection."""
 
     def open(self, request: GenerationRequest) -> AsyncGenerator[Reply, None]:
         """Start one attempt and yield its replies as they come, an empty batch at least each second.

@@ -1,7 +1,7 @@
 """One choice on its way from ids to text: detokenised, cut at stop strings, counted.
 
-Promises that the pieces of text concatenated are the answer, that logprobs tell nothing that the text doesn't, and that
-a batch costs no more than its tokens. Pure: no I/O, no wire format.
+Promises that the pieces of text concatenated are the answer, that logprobs belong to text that was sent, and that the
+cost is linear in the tokens. Pure: no I/O, no wire format.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Delta(NamedTuple):
     """The text that each token made certain, often "" (an incomplete character, a stop string that may be coming, EOS).
     One entry more than tokens when text became certain without one."""
     logprobs: tuple[TokenLogprob, ...] | None
-    """Of the tokens all of whose text is out now and was not before; None when none were asked for. So they may come
-    later than their tokens' ids, and never when a stop string has cut something of the text."""
+    """Logprobs of the tokens whose last piece of text is in this delta; None when none were requested. They may come
+    later than their token's id, and never come when a stop string cut the token's text."""
     finish_reason: FinishReason | None
 
 
@@ -46,7 +46,7 @@ class _HeldLogprobs:
         self._unfinished: list[TokenLogprob] = []
         """Tokens without text of their own so far: parts of a character, or special tokens. They go with the next."""
         self._held: deque[tuple[int, TokenLogprob]] = deque()
-        """(characters of text that must be out before it may be told, what to tell)."""
+        """(characters of text that must be sent first, the logprob)."""
 
     def add(self, token_id: int, logprobs: TokenLogprobs) -> None:
         """A token has come; its text, if it has some by itself, is about to be `made`."""

@@ -30,8 +30,8 @@ def require_complete(where: str, model: Any, report: Mapping[str, Any]) -> None:
         raise ModelError(f"{where}: weights don't have the shape that config.json says, e.g. {mismatched[0]}.")
     if unread := sorted(_unread(model, report["unexpected_keys"])):
         raise ModelError(
-            f"{where} holds weights that config.json gives no place, e.g. {unread[0]}: without them it would be "
-            "another model. Fetch the config.json that belongs to them."
+            f"{where} holds weights that the model of config.json does not use, e.g. {unread[0]}. Without them its "
+            "answers would be wrong; fetch the config.json that belongs to these weights."
         )
 
 

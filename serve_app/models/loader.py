@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import is_peft_available
+from transformers.utils.import_utils import is_peft_available
 
 from serve_app.config import ModelConfig
 from serve_app.core import Fingerprint, LoadStage
@@ -180,8 +180,8 @@ def _from_pretrained(
     options: dict[str, Any] = {}
     if (files.folder / "adapter_config.json").is_file() and is_peft_available():
         raise ModelError(
-            f"{files.folder} holds an adapter beside the weights, which the installed package peft would put on top of "
-            "them; merge it, or move adapter_config.json away to serve the weights as they are."
+            f"{files.folder} holds an adapter beside the weights, which the installed package peft would apply; merge "
+            "it, or move adapter_config.json away to serve the weights as they are."
         )
     if model.device_map is not None:
         options["device_map"] = model.device_map
@@ -230,7 +230,7 @@ def _compute_constants(loaded: PreTrainedModel, model: ModelConfig, dtype: torch
             own._buffers[key] = module._buffers[key]
         vars(own).update({key: value for key, value in vars(module).items() if isinstance(value, torch.Tensor)})
     if any(buffer.is_meta for buffer in loaded.buffers()):
-        raise ValueError("it computes constants from weights")
+        raise ValueError("the model computes constants from its weights while it loads")
 
 
 def _attention_name(config: Any) -> str:

@@ -1,4 +1,4 @@
-"""Who reads a stream at this ingress, and how long it goes on when nobody does. Knows no events."""
+"""Counts the readers of a stream at this ingress, and says how long to generate without one. Knows no events."""
 
 from __future__ import annotations
 

@@ -32,11 +32,11 @@ class ResumeSettings:
     max_unattended: int = 64
     """Streams without a reader that one process goes on with; of more, those longest without one stop."""
     settle_s: float = 5.0
-    """How long a store that can't be reached is waited for, by a stream's last words and by those who follow one."""
+    """How long to wait for a store that can't be reached, when a stream ends and when one is followed."""
     gone_s: float = 4.0
-    """How long a journal must be away before its stream is gone. A store that was restarted lacks those of streams that
-    go on, and their owners write them again: within a lease, or when the actor that keeps them has started, which takes
-    1 to 3 s on the 2-core machine."""
+    """How long a journal must be missing before its stream counts as gone. A restarted store lacks the journals of
+    running streams until their owners write them again: within a lease, or once the journal actor has started (1 to 3 s
+    on the 2-core machine)."""
     lease_s: float = 1.0
     """The store's."""
     tick_s: float = TICK_S

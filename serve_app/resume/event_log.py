@@ -1,7 +1,7 @@
-"""The events of one stream at one ingress, by number: the newest of them, and what a reader has of them.
+"""The newest events of one stream at one ingress, by number, and the position of a reader.
 
-Promises a bound in bytes for one stream and for all streams of a process, and that what two readers have is told apart
-as soon as one token of it differs. Knows no text and no replica.
+Promises a limit in bytes for one stream and for all streams of a process, and a different digest as soon as one token
+differs. Knows no text and no replica.
 """
 
 from __future__ import annotations

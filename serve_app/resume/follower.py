@@ -76,7 +76,7 @@ class Follower:
                         fed = 0
                         await asyncio.sleep(0)
         except OtherTokens as error:
-            logger.warning("stream %s was continued elsewhere with other tokens", loggable(self._id))
+            logger.warning("stream %s was continued at another ingress with other tokens", loggable(self._id))
             raise StreamChanged from error
         except (MessageError, BatchError) as error:
             logger.error("the journal of stream %s can't be read", loggable(self._id), exc_info=error)

@@ -21,7 +21,7 @@ class StoreUnavailable(RequestError):
 
     def __init__(self, reason: str = "") -> None:
         """`reason`: for the log. The caller is told what to do."""
-        message = "The journals of resumable streams can't be reached; try again, or without X-Stream-Resume."
+        message = "The store of resumable streams can't be reached; try again, or without X-Stream-Resume."
         super().__init__(message, code="journal_unavailable", retry_after_s=_RETRY_AFTER_S)
         self.reason = reason
 

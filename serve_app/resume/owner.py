@@ -66,7 +66,7 @@ class Owner:
         except Exception:
             request_id = self._document.request.request_id
             logger.exception("request %s failed in the middle of its stream", request_id)
-            message = f"The server made a mistake. Its log has the details of request {request_id}."
+            message = f"Internal error. The server's log has the details of request {request_id}."
             failure = Failure(FailureCode.ENGINE_FAILED, message)
             if not self.accepted:
                 raise Refused(failure) from None

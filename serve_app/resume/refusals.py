@@ -1,4 +1,4 @@
-"""Why a resumable stream can't begin or can't go on, as the client is told it. `StoreUnavailable` is its store's own.
+"""The errors with which a resumable stream can't begin or can't continue. `StoreUnavailable` is in `journal_store`.
 
 RequestError
 ├── Refused            no replica has accepted a new stream
@@ -33,7 +33,7 @@ class StreamGone(RequestError):
 
     def __init__(
         self,
-        message: str = "There is no such stream: it has expired, its journal was lost, or it never was. "
+        message: str = "There is no such stream: it expired, its journal was lost, or it never existed. "
         "Send the request again.",
         code: str = "stream_gone",
     ) -> None:
@@ -41,7 +41,7 @@ class StreamGone(RequestError):
 
 
 class StreamChanged(StreamGone):
-    """What a reader has is not how the stream begins: what came after its last record was computed again, otherwise."""
+    """The reader's events are not the beginning of this stream: its end was generated again, with other tokens."""
 
     def __init__(self) -> None:
         super().__init__(

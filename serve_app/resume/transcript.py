@@ -1,7 +1,7 @@
-"""What a resumable stream says, as numbered events: one completion in one wire format.
+"""The numbered events of a resumable stream: one completion in one wire format.
 
-Promises the same events for the same ids, whatever the batches, attempts and ingresses they came by: a token at a time,
-choices taking turns, and the end of a choice a turn of its own. Pure: no I/O.
+Promises the same events for the same token ids, whatever batches, attempts and ingresses they came from: one token an
+event, choices in turns, and the end of a choice in an event of its own. Pure: no I/O.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Event(NamedTuple):
 
     content: bytes
     digest: int
-    """Of all tokens that were told up to here, 32 bits, rolling: equal where two texts are, else hardly ever."""
+    """A CRC-32 of all tokens up to here. Equal for equal texts, and almost never equal for different ones."""
 
 
 class Transcript:

@@ -1,7 +1,7 @@
-"""Writes the journals that this process owns: all of them in one call a tick, which also renews their leases.
+"""Writes the journals that this process owns, all in one call a tick, which also renews their leases.
 
-Promises that what was written is in the store a tick later, or that the owner hears why not; and that a store that
-was restarted gets its journals back. Knows no ids and no text.
+Promises that a line is in the store a tick later, or that the owner learns why not, and that a restarted store gets its
+journals back. Knows no ids and no text.
 """
 
 from __future__ import annotations
@@ -203,7 +203,9 @@ class JournalWriter:
             self._reachable = True
         except StoreUnavailable as error:
             if self._reachable:
-                logger.warning("streams can't be resumed elsewhere for now: %s", error)
+                logger.warning(
+                    "the store of journals can't be reached, so streams can't be resumed at another ingress: %s", error
+                )
             self._reachable = False
             for journal in due:
                 journal.tell()

@@ -55,7 +55,7 @@ async def read_json_object(
                 if not await _within(BODY_TIMEOUT_S - promptly_s, incoming):
                     raise _too_slow(f"The request body did not arrive within {BODY_TIMEOUT_S:g} s.")
         except TooManySlowBodies:
-            message = f"The request body did not arrive within {promptly_s:g} s, and too many others are waited for."
+            message = f"The request body did not arrive within {promptly_s:g} s, and too many others are slow too."
             raise _too_slow(message) from None
     body = b"".join(incoming.chunks)
     return _decode(body, headers.get("content-type", "")), len(body)

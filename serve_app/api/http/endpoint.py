@@ -1,4 +1,5 @@
-"""What every endpoint does around its handler: the body, a place, errors as answers, and an eye on the connection.
+"""What every endpoint does around its handler: reads the body, takes a place, turns errors into answers, and watches
+the connection.
 
 Promises that work stops as soon as its client goes (P5), and that one request too many is refused at once (P6). Knows
 no wire format.
@@ -71,7 +72,7 @@ class Admission:
     def refuse_when_full(self) -> None:
         """Raise `RequestError` when all places are taken."""
         if self._in_progress >= self._max_streams:
-            message = f"The server is answering {self._max_streams} requests, its limit; try again in a moment."
+            message = f"The server is at its limit of {self._max_streams} requests; try again in a moment."
             raise RequestError(message, code=FailureCode.OVERLOADED)
 
     @contextmanager

@@ -15,8 +15,8 @@ INLINE_BYTES = 20_000
 ITEM_BYTES = 50
 """What an item of a list costs besides its text, as bytes of text: a message, which goes through the template."""
 INLINE_ENTRIES = 2_000
-"""Of an answer that is written in the loop. A token is an entry, and so is each alternative that is told with it:
-2,000 of those take about 10 ms to write."""
+"""Entries of the largest answer that is written in the loop: tokens, and the alternatives listed with them. Writing
+2,000 takes about 10 ms."""
 
 Result = TypeVar("Result")
 

@@ -1,5 +1,5 @@
-"""The outermost layer: a request's id, its access line and metrics, what pages may do, and the last net for what nobody
-expected.
+"""The outermost layer: request ids, access lines, metrics, the rules for web pages, and the handler of unexpected
+errors.
 
 Promises that every response has the request's id, the names of fields that were ignored and the CORS headers for pages
 that may read it, and that no traceback leaves the server. Knows no endpoint.
@@ -81,7 +81,7 @@ class RequestScope:
                 await preflight(scope, receive, send_with_id)
                 return
             if "x-request-disconnect-disabled" in headers:
-                message = "The header x-request-disconnect-disabled is not accepted: work stops when its client goes."
+                message = "The header x-request-disconnect-disabled is not accepted: work stops when the client leaves."
                 raise bad_request(message, code="unsupported_header")
             await self._app(scope, receive, send_with_id)
         except Exception as error:

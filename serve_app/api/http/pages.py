@@ -54,7 +54,7 @@ class Pages:
                 raise ApiError(403, message, code="host_not_allowed")
         if not self._may_call(method, path, headers):
             page = headers.get("origin", "another site")[:_LONGEST_NAME]
-            message = f"Pages of {page} may not call this service; api.cors_origins of its config says whose may."
+            message = f"Pages of {page} may not call this service; list their origin in api.cors_origins of its config."
             raise ApiError(403, message, code="origin_not_allowed")
 
     def answer_headers(self, headers: Headers) -> Mapping[str, str]:

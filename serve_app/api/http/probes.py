@@ -1,4 +1,4 @@
-"""What machines ask: is the process alive, can it serve. Knows no model but what it is told of it."""
+"""`/health` and `/ready`: is the process alive, and can it serve? Knows the model only by its card."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How many clients may take their time to send a body.
+"""Limits how many clients may send their bodies slowly.
 
-Promises that sockets which send nothing keep nobody else from being served: a request whose body is not there soon
-needs a place here, and has none among those that are answered. Knows no HTTP.
+Promises that connections which send nothing take no place from others: a request whose body has not arrived soon needs
+a place here, and does not yet count among the requests in progress. Knows no HTTP.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Writes a stream of server-sent events: headers, heartbeats, errors in the stream, and readers that don't read.
+"""Writes a stream of server-sent events: headers, heartbeats, errors in the stream, and a limit for slow readers.
 
-Promises that every chunk goes out as soon as the connection takes it, whole events only, and that nothing is held for
-a slow reader beyond a limit. Knows no wire format: events come as bytes.
+Promises that every chunk is sent as soon as the connection takes it, that events are whole, and that at most
+`slow_reader_bytes` are kept for a slow reader. Knows no wire format: events come as bytes.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def chat_options(
     do. `known`: the variables that the template leaves to its callers.
     """
     if add_generation_prompt and continue_final_message:
-        message = "Give add_generation_prompt or continue_final_message: an answer that begins continues nothing."
+        message = "add_generation_prompt begins a new answer, so it can't be combined with continue_final_message."
         raise bad_request(message, param="continue_final_message", code="invalid_value")
     variables: dict[str, TemplateValue] = {}
     named = {name: (f"{KWARGS}.{name}", value) for name, value in kwargs.items()}

@@ -1,4 +1,4 @@
-"""What goes over a channel: messages between one model replica and one ingress process.
+"""The messages of a token channel between one model replica and one ingress process.
 
 The ingress's only line says who it is and that it may. Then the model server sends frames: four bytes of length, and
 the numbered replies of one step (`core.encode_replies`); the first frame has none and says that the channel is open.

@@ -1,7 +1,7 @@
-"""Which model replicas are live as this process knows it, and at which of them each of its attempts is.
+"""The live model replicas as this process knows them, and the replica of each of its attempts.
 
-Where the router, which Serve makes on a loop of its own and hands to nobody, meets the replica client. Says when a
-stream should leave a replica that is going. Knows no Ray and no text.
+Shared by the router, which Serve creates on an event loop of its own, and the replica client. Also decides when a
+stream should leave a replica that is stopping. Knows no Ray and no text.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The places of the model's replicas, as one router knows them, and the requests that wait for one.
+"""The free places of the model replicas, as one router knows them, and the queue of requests that wait for one.
 
-Promises that a request waits in one queue, in order, and is woken when a place is free: no replica is asked meanwhile,
-unless other routers hold its places. Knows no Ray and no request.
+Promises that requests wait in one queue, in order, and wake when a place is free. A waiting request does not ask any
+replica, unless other routers hold its places. Knows no Ray and no request.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What a replica was computing when it died: only one request, if that was a suspect of having killed others.
+"""Notes which isolated request a replica is computing, so that its death can be blamed on that request.
 
-Written before each step of a suspect, which it has to itself; the loss of a stream that merely waited beside it is not
-held against that stream. In Ray's key-value store, like `progress`: it outlives the replica, and any ingress reads it.
+A replica writes a note before each step that an isolated request has to itself. The streams that waited beside it are
+not blamed. Notes are in Ray's key-value store, like `progress`: they outlive the replica, and any ingress can read
+them.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ class RayReplicaClient:
                         raise await self._lost("its channel broke", attempt)
                 elif attempt.deaths >= MAX_DEATHS and not attempt.taken:
                     # Serve would send it to one after the other. It may be what kills them.
-                    reason = f"{attempt.deaths} died before they were known to have it"
+                    reason = f"{attempt.deaths} replicas died before they accepted it"
                     raise await self._lost(reason, attempt, taken=True)
                 elif reading.done() and (over or _broke(reading)):
                     ended = True
@@ -204,6 +204,6 @@ def _refusal(error: BaseException, request: GenerationRequest) -> Failure | None
         return Failure(FailureCode.NOT_READY, "The model could not be loaded; GET /ready says why.")
     if isinstance(error, RayTaskError) or not isinstance(error, RayError | RayServeException | grpc.RpcError | OSError):
         logger.error("request %s: the model replica raised an error", request.request_id, exc_info=error)
-        message = "The model replica failed on this request; its log has the details under the request's id."
+        message = "The model replica raised an error on this request. Its log has the details under the request's id."
         return Failure(FailureCode.ENGINE_FAILED, message)
     return None  # RayActorError and its like, RequestCancelledError, ReplicaUnavailableError, a broken connection

@@ -1,7 +1,7 @@
-"""What the terminal says when the model can serve: what it is, where, and what to do next.
+"""The text that the terminal shows when the model can serve: what it is, where, and what to do next.
 
-Promises facts from the model's card and from Serve, and one text. Of a plain `serve run` an ingress replica says it;
-`serve-app serve` says it itself, without Ray's prefix before each line, and asks the replicas for silence.
+It is made from the model's card and from Serve's own data. With a plain `serve run` an ingress replica prints it.
+`serve-app serve` prints it itself, without Ray's prefix before each line, and turns the replicas' banner off.
 """
 
 from __future__ import annotations

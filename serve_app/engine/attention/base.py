@@ -247,7 +247,7 @@ def paged_attention(
     step: AttentionStep | None = others.pop(STEP_KEYWORD, None)
     if step is None:
         raise UnsupportedModelError(
-            f"{type(module).__name__} is not handed the keyword arguments of the model's forward"
+            f"{type(module).__name__} does not get the keyword arguments of the model's forward"
         )
     for name, argument in others.items():
         if argument is not None and name not in _HARMLESS:

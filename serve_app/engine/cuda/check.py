@@ -99,7 +99,7 @@ class RecordingCheck:
         touched = (keys != before).flatten(0, 1).flatten(1).any(dim=1)
         touched[slots] = False
         if bool(touched.any()):
-            return "it writes to pages of others"
+            return "it writes to pages of other sequences"
         written = self._take(slots)
         expected = self.ordinary(inputs)
         if self.batch_invariant:
