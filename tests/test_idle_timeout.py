@@ -169,7 +169,7 @@ async def test_a_limit_that_is_put_off_after_a_stall_is_not_reached(patient: Bel
     assert patient.rings(4.01)
 
 
-@pytest.mark.parametrize("patient", [False, True])
+@pytest.mark.parametrize("ignores_stalls", [False, True])
 @pytest.mark.parametrize(("delay_s", "turn_s"), [(0.1, 0.15), (0.0003, 0.0)])
 def test_on_uvloop_a_late_loop_reaches_the_limit_once(delay_s: float, turn_s: float, ignores_stalls: bool) -> None:
     """There `call_at` returns a handle without a time for what is due already, or in less than half a millisecond."""
@@ -189,7 +189,7 @@ def test_on_uvloop_a_late_loop_reaches_the_limit_once(delay_s: float, turn_s: fl
         errors: list[object] = []
         loop.set_exception_handler(lambda _, context: (errors.append(context), over.set()))
         rang_s: list[float] = []
-        timeout = IdleTimeout(loop, lambda: (rang_s.append(loop.time()), over.set()), ignores_stalls=patient)
+        timeout = IdleTimeout(loop, lambda: (rang_s.append(loop.time()), over.set()), ignores_stalls=ignores_stalls)
         timeout.set(delay_s)
         set_again_s = loop.time()
         timeout.set(delay_s)  # finds the timer of the first, whose moment has passed

@@ -183,7 +183,7 @@ def test_a_cluster_is_asked_whether_it_asks(asks: bool, home: Path) -> None:
 def test_a_cluster_without_a_token_is_refused_unless_told_otherwise(home: Path) -> None:
     with control_store(asks=False) as address:
         with pytest.raises(
-            CommandError, match=r"asks nobody for a token: .* RAY_AUTH_MODE=token .* --allow-open-cluster"
+            CommandError, match=r"asks nobody for a token\. .* RAY_AUTH_MODE=token .* --allow-open-cluster"
         ):
             cluster_token({"RAY_ADDRESS": address}, allow_open=False)
         # What this side would send says nothing of what that side demands.

@@ -172,7 +172,7 @@ async def test_what_a_killed_ingress_asked_for_is_given_up(url: str, until: Call
     async with httpx.AsyncClient(timeout=60) as client:
         asking = [asyncio.create_task(ask(client, asked)) for asked in ASKED]
         async with asyncio.timeout(30):
-            while await running() < len(ASKED) or not await model_server.knows_its_callers.remote():  # noqa: ASYNC110
+            while await running() < len(ASKED) or not await model_server.knows_its_ingresses.remote():  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         for pid in ingress_pids():
             os.kill(pid, signal.SIGKILL)

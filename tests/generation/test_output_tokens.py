@@ -54,7 +54,7 @@ def test_an_empty_batch_beyond_the_end_is_a_gap_too() -> None:
 
 def test_refuses_more_than_the_limit() -> None:
     output = outputs(2)
-    with pytest.raises(BatchError, match="more than 2"):
+    with pytest.raises(BatchError, match="the limit of 2 tokens"):
         output.append(TokenBatch(0, (1, 2, 3)))
     assert output.token_ids == []
 

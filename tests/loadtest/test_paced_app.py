@@ -9,14 +9,14 @@ import pytest
 from loadtest.paced_app import CARD, PacedEngine, PacedModelServer
 from serve_app.core import FinishReason, GenerationRequest, SamplingParams, TokenBatch
 from serve_app.deployments.dispatch.channel_writer import TokenChannels
-from serve_app.deployments.dispatch.liveness import Callers
+from serve_app.deployments.dispatch.liveness import IngressLiveness
 
 
 @pytest.fixture
 def server() -> Iterator[PacedModelServer]:
     """A replica without Ray around it."""
     made = object.__new__(PacedModelServer)
-    made._callers, made._channels = Callers(), TokenChannels()
+    made._ingresses, made._channels = IngressLiveness(), TokenChannels()
     made._engine = PacedEngine(500)  # type: ignore[assignment]
     made._fingerprint = CARD.fingerprint
     yield made

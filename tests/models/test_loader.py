@@ -239,7 +239,7 @@ def test_a_bias_that_the_config_gives_no_place_is_never_left_out(tmp_path: Path)
     assert _load(folder).model.config.attention_bias
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "attention_bias": False}))
-    with pytest.raises(ModelError, match=r"no place, e\.g\. model\.layers\.0\.self_attn\.k_proj\.bias"):
+    with pytest.raises(ModelError, match=r"does not use, e\.g\. model\.layers\.0\.self_attn\.k_proj\.bias"):
         _load(folder)
 
 
@@ -251,7 +251,7 @@ def test_a_part_of_a_layer_that_the_config_gives_no_place_is_never_left_out(tmp_
     folder = _save(tf.LlamaForCausalLM(tiny_config()), tmp_path / "m")
     file = folder / "model.safetensors"
     save_file({**load_file(file), f"model.layers.1.{name}": torch.ones(4)}, file, {"format": "pt"})
-    with pytest.raises(ModelError, match=rf"no place, e\.g\. model\.layers\.1\.{re.escape(name)}"):
+    with pytest.raises(ModelError, match=rf"does not use, e\.g\. model\.layers\.1\.{re.escape(name)}"):
         _load(folder)
 
 
@@ -259,7 +259,7 @@ def test_a_layer_that_the_config_does_not_count_is_never_left_out(tmp_path: Path
     folder = _save(tf.LlamaForCausalLM(tiny_config(num_hidden_layers=3)), tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
-    with pytest.raises(ModelError, match=r"no place, e\.g\. model\.layers\.2\.input_layernorm\.weight"):
+    with pytest.raises(ModelError, match=r"does not use, e\.g\. model\.layers\.2\.input_layernorm\.weight"):
         _load(folder)
 
 

@@ -219,7 +219,7 @@ async def test_one_whose_replicas_die_before_they_are_known_to_have_it_is_not_se
             table.died(dies)
         table.sent(replica.request, "replica-3")
 
-    with pytest.raises(ReplicaLost, match="2 died") as lost:
+    with pytest.raises(ReplicaLost, match="2 replicas died") as lost:
         await attempted(Replica(), events, within_s=5)
     assert lost.value.taken
 
