@@ -81,3 +81,33 @@ class IdleTimeout:
         else:
             self._due = None
             self._on_time()
+
+
+class TimedWaiter:
+    """Lets one task of an event loop wait to be woken, for a limited time."""
+
+    __slots__ = ("_loop", "_timeout", "_waiting")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._timeout = IdleTimeout(loop, self.wake)
+        self._waiting: asyncio.Future[None] | None = None
+
+    async def wait(self, timeout_s: float) -> None:
+        """Return when woken, or after `timeout_s`."""
+        self._waiting = self._loop.create_future()
+        self._timeout.set(timeout_s)
+        try:
+            await self._waiting
+        finally:
+            self._timeout.clear()
+            self._waiting = None
+
+    def wake(self) -> None:
+        """Let the task go on, if it waits."""
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    def close(self) -> None:
+        """Nobody waits any more: no timer stays behind."""
+        self._timeout.close()

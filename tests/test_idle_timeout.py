@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from simulated_time import simulated_time
 
-from serve_app.idle_timeout import IdleTimeout
+from serve_app.idle_timeout import IdleTimeout, TimedWaiter
 
 EARLY_S = 1e-4
 """The simulated clock moves a little with each iteration of the loop."""
@@ -204,3 +204,19 @@ def test_on_uvloop_a_late_loop_reaches_the_limit_once(delay_s: float, turn_s: fl
         set_again_s, rang_s = runner.run(run())
     assert len(rang_s) == 1
     assert rang_s[0] >= set_again_s + delay_s
+
+
+async def test_whoever_waits_is_woken_at_once_or_when_the_time_is_over() -> None:
+    with simulated_time():
+        loop = asyncio.get_running_loop()
+        waiter = TimedWaiter(loop)
+        began = loop.time()
+        await waiter.wait(2.0)
+        assert loop.time() - began == pytest.approx(2.0, abs=EARLY_S)
+        loop.call_later(0.5, waiter.wake)
+        await waiter.wait(60.0)
+        assert loop.time() - began == pytest.approx(2.5, abs=EARLY_S)
+        waiter.wake()  # nobody waits: it is not kept for later
+        await waiter.wait(1.0)
+        assert loop.time() - began == pytest.approx(3.5, abs=EARLY_S)
+        waiter.close()

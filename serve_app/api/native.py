@@ -6,7 +6,7 @@ Promises the documents of docs/api.md. Knows no replica: the service does the wo
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -71,17 +71,11 @@ class NativeFormat(WireFormat):
         resolved = self._service.resolve(
             card, [prompt], _params(document), request_id=call.record.request_id, remaining_s=call.remaining_s()
         )
-        return ParsedRequest(resolved, stream=True)
+        return ParsedRequest(resolved, whole=None)
 
     def writer(self, request: ResolvedRequest, settings: Mapping[str, Any]) -> EventWriter:
         """See `WireFormat`."""
         return NativeWriter(request.seed)
-
-    def whole(
-        self, request: ResolvedRequest, settings: Mapping[str, Any], gained: Sequence[Sequence[Delta]], usage: Usage
-    ) -> dict[str, Any]:
-        """See `WireFormat`. Nobody can ask for it: this endpoint always streams."""
-        raise NotImplementedError
 
 
 def _params(document: PromptDocument) -> CompletionParams:

@@ -16,8 +16,9 @@ from serve_app.api.http.endpoint import Call, Handler
 from serve_app.api.http.inline import INLINE_ENTRIES
 from serve_app.api.http.sse import EventStream, StreamSettings, event_stream
 from serve_app.api.resume import Resume
-from serve_app.api.wire import ParsedRequest, WireFormat
+from serve_app.api.wire import ParsedRequest, Whole, WireFormat
 from serve_app.generation.events import EventWriter
+from serve_app.generation.request import ResolvedRequest
 from serve_app.generation.service import CompletionService, RunningCompletion
 from serve_app.generation.text import Delta
 from serve_app.observability.logs import RequestRecord
@@ -49,12 +50,12 @@ class Responder:
         record.prompt_tokens = request.prompt_tokens
         if request.cut_to is not None:
             record.clamped_fields[parsed.max_tokens_param] = request.cut_to
-        if parsed.stream and self._resume.wanted(call):
+        if parsed.whole is None and self._resume.wanted(call):
             return await self._resume.open(call, parsed, wire)
         running = self._service.start(request)
         headers = {"x-seed": str(request.seed)}
-        if not parsed.stream:
-            content = await _whole(running, parsed, wire, record)
+        if parsed.whole is not None:
+            content = await _whole(running, request, parsed.whole, record)
             return Response(content, headers=headers, media_type="application/json")
         writer = wire.writer(request, parsed.settings)
         chunks = _events(running, writer, record)
@@ -78,8 +79,7 @@ async def _events(
         record.cached_prompt_tokens = running.usage.cached_tokens
 
 
-async def _whole(running: RunningCompletion, parsed: ParsedRequest, wire: WireFormat, record: RequestRecord) -> bytes:
-    request = parsed.resolved
+async def _whole(running: RunningCompletion, request: ResolvedRequest, whole: Whole, record: RequestRecord) -> bytes:
     gained: list[list[Delta]] = [[] for _ in range(request.choices)]
     try:
         async with running, aclosing(running.deltas()) as deltas:
@@ -93,7 +93,7 @@ async def _whole(running: RunningCompletion, parsed: ParsedRequest, wire: WireFo
     in_loop = entries <= INLINE_ENTRIES
 
     def written() -> bytes:
-        document = wire.whole(request, parsed.settings, gained, usage)
+        document = whole(gained, usage)
         # Of a large document piece by piece: the whole at once is one call, in which no other thread runs.
         pieces = [_JSON.encode(document)] if in_loop else _JSON.iterencode(document)
         return "".join(pieces).encode()

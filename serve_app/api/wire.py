@@ -6,7 +6,7 @@ Implemented by `native` and `openai`. To add one is to add such a class and its 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,14 +16,17 @@ from serve_app.generation.events import EventWriter
 from serve_app.generation.request import ResolvedRequest
 from serve_app.generation.text import Delta
 
+Whole = Callable[[Sequence[Sequence[Delta]], Usage], dict[str, Any]]
+"""Makes one document of all that each choice has gained. May run in a thread."""
+
 
 @dataclass(frozen=True, slots=True)
 class ParsedRequest:
     """A request as its wire format has read it."""
 
     resolved: ResolvedRequest
-    stream: bool
-    """The caller wants events, and not one document."""
+    whole: Whole | None
+    """How the answer is written as one document; None when the caller wants events."""
     settings: dict[str, Any] = field(default_factory=dict)
     """JSON: what the format's writer needs besides the request. It is kept with a stream that can be resumed."""
     max_tokens_param: str = "max_tokens"
@@ -43,9 +46,3 @@ class WireFormat(ABC):
     @abstractmethod
     def writer(self, request: ResolvedRequest, settings: Mapping[str, Any]) -> EventWriter:
         """Writes the events of one stream, from the first on."""
-
-    @abstractmethod
-    def whole(
-        self, request: ResolvedRequest, settings: Mapping[str, Any], gained: Sequence[Sequence[Delta]], usage: Usage
-    ) -> dict[str, Any]:
-        """One document of all that each choice has gained. May run in a thread."""

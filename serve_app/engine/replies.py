@@ -12,7 +12,7 @@ from collections.abc import Sequence as SequenceOf
 from msgspec.structs import replace
 
 from serve_app.core import Failure, Reply, TokenBatch
-from serve_app.idle_timeout import IdleTimeout
+from serve_app.idle_timeout import TimedWaiter
 
 
 class ReplyStream:
@@ -21,35 +21,24 @@ class ReplyStream:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self._replies: deque[Reply] = deque()
-        self._waiter: asyncio.Future[None] | None = None
-        self._timeout = IdleTimeout(self.loop, self._wake)
+        self._waiter = TimedWaiter(loop)
 
     def put(self, reply: Reply) -> None:
         self._replies.append(reply)
-        self._wake()
+        self._waiter.wake()
 
     async def take(self, timeout_s: float) -> Reply | None:
         """Everything that has come, as one reply; None when nothing comes in time."""
         if not self._replies:
-            self._waiter = self.loop.create_future()
-            self._timeout.set(timeout_s)
-            try:
-                await self._waiter
-            finally:
-                self._timeout.clear()
-                self._waiter = None
+            await self._waiter.wait(timeout_s)
             if not self._replies:
                 return None
         first = self._replies.popleft()
         while isinstance(first, TokenBatch) and self._replies and isinstance(self._replies[0], TokenBatch):
             first = _join(first, self._replies.popleft())  # type: ignore[arg-type]
         if isinstance(first, Failure) or first.finish_reason is not None:
-            self._timeout.close()
+            self._waiter.close()
         return first
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
 
 
 def _join(first: TokenBatch, second: TokenBatch) -> TokenBatch:

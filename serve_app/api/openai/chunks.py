@@ -12,6 +12,7 @@ import time
 import uuid
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from serve_app.api.errors import api_error
@@ -55,23 +56,22 @@ class OpenAIFormat(WireFormat):
         """`settings`: `envelope`, the same in every chunk, `usage`: whether the usage is wanted at the end, and
         `continuous_usage`: whether in every chunk."""
         stream = bool(fields.stream)
+        envelope = _envelope(resolved, self.chunk_kind if stream else self.whole_kind, self.id_prefix)
         settings = {
-            "envelope": _envelope(resolved, self.chunk_kind if stream else self.whole_kind, self.id_prefix),
+            "envelope": envelope,
             "usage": fields.include_usage,
             "continuous_usage": fields.continuous_usage,
         }
-        return ParsedRequest(resolved, stream, settings, max_tokens_param)
+        whole = None if stream else partial(self._whole, envelope)
+        return ParsedRequest(resolved, whole, settings, max_tokens_param)
 
     def writer(self, request: ResolvedRequest, settings: Mapping[str, Any]) -> EventWriter:
         """See `WireFormat`."""
         return ChunkWriter(self, request, settings)
 
-    def whole(
-        self, request: ResolvedRequest, settings: Mapping[str, Any], gained: Sequence[Sequence[Delta]], usage: Usage
-    ) -> dict[str, Any]:
-        """See `WireFormat`."""
+    def _whole(self, envelope: Mapping[str, object], gained: Sequence[Sequence[Delta]], usage: Usage) -> dict[str, Any]:
         return {
-            **settings["envelope"],
+            **envelope,
             "choices": [self.entry(index, of_choice) for index, of_choice in enumerate(gained)],
             "usage": usage_document(usage),
         }

@@ -9,19 +9,17 @@ import asyncio
 from collections import deque
 
 from serve_app.core import Reply
-from serve_app.idle_timeout import IdleTimeout
+from serve_app.idle_timeout import TimedWaiter
 
 
 class Inbox:
     """For one attempt, on one event loop, with one reader."""
 
-    __slots__ = ("_failed", "_loop", "_ready", "_timeout", "_waiter", "broken", "by_call")
+    __slots__ = ("_failed", "_ready", "_waiter", "broken", "by_call")
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
         self._ready: deque[Reply] = deque()
-        self._waiter: asyncio.Future[None] | None = None
-        self._timeout = IdleTimeout(self._loop, self._wake)
+        self._waiter = TimedWaiter(asyncio.get_running_loop())
         self._failed = False
         self.by_call = False
         """Its replies come by Serve's call, and not through a channel."""
@@ -31,7 +29,7 @@ class Inbox:
     def put(self, reply: Reply) -> None:
         """Add what has come through a channel."""
         self._ready.append(reply)
-        self._wake()
+        self._waiter.wake()
 
     def put_by_call(self, reply: Reply) -> None:
         """Add what has come by Serve's call."""
@@ -41,30 +39,20 @@ class Inbox:
     def fail(self) -> None:
         """Serve's call has failed: nothing more comes, also not through a channel."""
         self._failed = True
-        self._wake()
+        self._waiter.wake()
 
     def lose(self, replica: str) -> None:
         """The channel of this replica broke, and may have held something for this attempt."""
         if not self.by_call:
             self.broken.add(replica)
-            self._wake()
+            self._waiter.wake()
 
     async def take(self, timeout_s: float) -> Reply | None:
         """The next reply; None after `timeout_s` without one, or at once when it is known that none can come."""
         if not (self._ready or self.broken or self._failed):
-            self._waiter = self._loop.create_future()
-            self._timeout.set(timeout_s)
-            try:
-                await self._waiter
-            finally:
-                self._timeout.clear()
-                self._waiter = None
+            await self._waiter.wait(timeout_s)
         return self._ready.popleft() if self._ready else None
 
     def release(self) -> None:
         """Nobody takes anything any more."""
-        self._timeout.close()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        self._waiter.close()

@@ -45,7 +45,7 @@ def where(monkeypatch: pytest.MonkeyPatch) -> Where:
     watch(chat, "validate_open")
     watch(chat, "chat_options")
     watch(completions, "validate_open")
-    watch(chat.ChatFormat, "whole")
+    watch(chat.ChatFormat, "_whole")
     return seen
 
 
@@ -97,7 +97,7 @@ async def test_the_size_of_the_whole_request_decides(
         where.clear()
         answer = await api.post(path, json=body)
         assert answer.status_code == 200, answer.text
-        whole = where.pop("whole", {"loop"})
+        whole = where.pop("_whole", {"loop"})
         assert whole == {"loop"}, "a short answer"
         assert set(map(frozenset, where.values())) == {frozenset({place})}
         assert len(json.dumps(large)) > INLINE_BYTES
@@ -148,11 +148,11 @@ async def test_a_long_answer_is_written_in_a_thread_and_is_the_same(
         "messages": [{"role": "user", "content": "Hi"}], "n": 8, "seed": 1, "logprobs": True, "top_logprobs": 20
     }  # fmt: skip
     long = (await api.post("/v1/chat/completions", json=body)).json()
-    assert where["whole"] == {"thread"}
+    assert where["_whole"] == {"thread"}
     entries = sum(len(choice["logprobs"]["content"]) for choice in long["choices"]) * 21
     assert entries > INLINE_ENTRIES
     where.clear()
     monkeypatch.setattr(respond, "INLINE_ENTRIES", entries * 2)
     whole = (await api.post("/v1/chat/completions", json=body)).json()
-    assert where["whole"] == {"loop"}
+    assert where["_whole"] == {"loop"}
     assert [whole["choices"], whole["usage"]] == [long["choices"], long["usage"]]
