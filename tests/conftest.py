@@ -55,6 +55,8 @@ def cluster(ray_folder: Path) -> Iterator[Cluster]:
     # Ray listens on the machine's own address. A token of our own: no file in the home folder of who runs the tests.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # As `serve-app serve` has it: at Ray's default of 15 whatever runs beside, such as other tests, would go first.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # Replicas import the tests' stand-ins.
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [str(Path(__file__).parent / "support"), os.environ.get("PYTHONPATH", "")]

@@ -52,7 +52,7 @@ def test_that_folder_is_never_somebody_elses(stranger: Path) -> None:
     stranger.symlink_to("/tmp")
     with pytest.raises(ModelError, match="set cache_dir"):
         cache_directory()
-    with pytest.raises(CommandError, match="set SERVE_APP_STATE to a folder of yours"):
+    with pytest.raises(CommandError, match="set SERVE_APP_STATE to a folder that you can write"):
         state_directory()
     with pytest.raises(OSError, match="it is no folder"):
         ensure_home()

@@ -57,7 +57,7 @@ def _logit_bias(value: Any) -> Any:
 def _limit(value: int) -> int:
     """At least one token, or `NO_LIMIT`: of an answer of none, OpenAI and vLLM want to know nothing either."""
     if value == 0 or value < NO_LIMIT:
-        raise PydanticCustomError("limit_value", "It must be at least 1, or -1 for all that is left of the context.")
+        raise PydanticCustomError("limit_value", "It must be at least 1, or -1 for the rest of the context.")
     return value
 
 

@@ -34,7 +34,7 @@ the demo model (1,181 MB in all, of which 538 were weights and 300 KV cache)."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("config", nargs="?", default=DEMO_CONFIG, help=f"default: the demo's, {DEMO_CONFIG}")
-    parser.add_argument(ALLOW_OPEN, action="store_true", help="of a Ray cluster that asks nobody for a token")
+    parser.add_argument(ALLOW_OPEN, action="store_true", help="accept a Ray cluster that asks for no token")
 
 
 def run(arguments: argparse.Namespace) -> int:

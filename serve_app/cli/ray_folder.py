@@ -44,7 +44,7 @@ def ray_folder(environment: Mapping[str, str], systems: Path = _SYSTEMS) -> dict
         if complaint is None:
             return {PLACE: str(private)}
         complaints.append(f"{private} {complaint}")
-    raise CommandError(f"Ray has no place for its files: {'; '.join(complaints)}; set {PLACE} to a folder of yours")
+    raise CommandError(f"Ray can't keep its files: {'; '.join(complaints)}; set {PLACE} to a folder that you can write")
 
 
 def _complaint(place: Path) -> str | None:

@@ -42,7 +42,7 @@ def own_token(environment: Mapping[str, str], fallback: Path) -> dict[str, str]:
             _keep(Path(named))
         except OSError as error:
             raise CommandError(
-                f"there is no token in {named}, the file in {TOKEN_PATH} ({error.strerror}); mend it, or unset it"
+                f"{TOKEN_PATH} names {named}, which holds no token ({error.strerror}); correct or unset the variable"
             ) from error
         return {MODE: "token"}
     try:
@@ -52,7 +52,7 @@ def own_token(environment: Mapping[str, str], fallback: Path) -> dict[str, str]:
             _make(fallback)
         except OSError as error:
             raise CommandError(
-                f"the token of Ray can't be kept in {fallback} ({error.strerror}); set {TOKEN_PATH} to a file with one"
+                f"Ray's token can't be written to {fallback} ({error.strerror}); set {TOKEN_PATH} to a file with one"
             ) from error
         return {MODE: "token", TOKEN_PATH: str(fallback)}
     return {MODE: "token"}
@@ -115,7 +115,7 @@ def cluster_token(environment: Mapping[str, str], *, allow_open: bool) -> dict[s
     if asks is False or (asks is None and environment.get(MODE, "").lower() != "token"):
         if allow_open:
             return {}
-        known = "asks nobody for a token" if asks is False else "does not say whether it asks for a token"
+        known = "asks for no token" if asks is False else "does not say whether it asks for a token"
         raise CommandError(
             f"the Ray cluster at {address} {known}. Without a token, everybody who reaches its nodes can run code on "
             f"them. Start it with {MODE}=token on each node (docs/operations.md says how), or add {ALLOW_OPEN} if "

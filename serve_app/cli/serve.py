@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="?", default=DEMO_CONFIG, help=f"default: the demo's, {DEMO_CONFIG}")
     parser.add_argument("--port", type=int, help="serve on this port in place of the config's")
     parser.add_argument("--host", help="listen on this address in place of the config's (0.0.0.0: on all)")
-    parser.add_argument(ALLOW_OPEN, action="store_true", help="serve on a Ray cluster that asks nobody for a token")
+    parser.add_argument(ALLOW_OPEN, action="store_true", help="serve on a Ray cluster that asks for no token")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -118,7 +118,7 @@ def require_free(host: str, port: int) -> None:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
-        raise CommandError(f"{host}:{port} is no address to listen on: {error}", status=2) from error
+        raise CommandError(f"can't listen on {host}:{port}: {error}", status=2) from error
     with socket.socket(family, kind, protocol) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that has just ended is no obstacle
         try:
@@ -135,7 +135,7 @@ def _proxy_of(host: str, environment: Mapping[str, str]) -> dict[str, str]:
     if ":" not in host:
         return {}
     if environment.get(HA_PROXY) == "1":
-        raise CommandError(f"{HA_PROXY}=1 serves no address of IPv6, as {host} is; unset it, or listen on another one")
+        raise CommandError(f"HAProxy can't listen on the IPv6 address {host}; unset {HA_PROXY}, or use an IPv4 address")
     return {HA_PROXY: "0"}
 
 

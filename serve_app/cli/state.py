@@ -40,7 +40,7 @@ def state_directory() -> Path:
         return home() / ".local" / "state" / "serve_app"
     except OSError as error:
         raise CommandError(
-            f"there is no place for what runs here ({error}); set SERVE_APP_STATE to a folder of yours"
+            f"the list of running services can't be kept ({error}); set SERVE_APP_STATE to a folder that you can write"
         ) from error
 
 
@@ -94,7 +94,7 @@ def claim(port: int) -> Iterator[Claim]:
         file = path.open("a+", encoding="utf-8")
     except OSError as error:
         raise CommandError(
-            f"{path} can't be written ({error.strerror}); set SERVE_APP_STATE to a folder of yours"
+            f"{path} can't be written ({error.strerror}); set SERVE_APP_STATE to a folder that you can write"
         ) from error
     with file:
         if not _hold(file):

@@ -191,7 +191,7 @@ def open_streams(client: ReplicaClient, app_config: AppConfig, app_name: str) ->
             store = RedisJournalStore(config.store, limits)
         except ValueError:  # which may quote a part of the password
             raise ModelError(
-                "streams.store is no URL that can be read: write redis://[user:password@]host:port/0, with special "
-                "characters of a password percent-encoded."
+                "streams.store is not a valid URL: write redis://[user:password@]host:port/0, with special characters "
+                "of the password percent-encoded."
             ) from None
     return ResumableStreams(client, store, settings)

@@ -132,7 +132,7 @@ def _packed(model: PreTrainedModel, cache_dir: Path) -> tuple[Kernels | None, tu
         kernels = load_kernels(cache_dir)
         pack_linears(model, kernels)
     except EngineError as error:
-        note = f"{error}; torch's own kernels serve, about half as fast with several streams"
+        note = f"{error}; torch's kernels are used, about half as fast with several streams"
         logger.warning(note)
         return None, (note,)
     return kernels, ()

@@ -219,7 +219,7 @@ class Engine:
 
     def _refusal(self, request: GenerationRequest) -> Failure | None:
         if request.fingerprint != self._fingerprint:
-            return Failure(FailureCode.WRONG_WEIGHTS, "the model was replaced by another: repeat the request")
+            return Failure(FailureCode.WRONG_WEIGHTS, "the model was replaced; repeat the request")
         if self._error is not None or self._stopping:
             return self._never_accepted()
         limit, vocab_size = self.capacity.context_tokens, self._core.runner.vocab_size
@@ -306,5 +306,5 @@ class Engine:
     def _send(self) -> None:
         closed, self._outbox = deliver(self._outbox), []
         for sequence in [s for s, stream in self._streams.items() if stream.loop in closed]:
-            logger.warning("a stream was dropped with its event loop")
+            logger.warning("a stream was dropped because its event loop was closed")
             self._command(lambda sequence=sequence: self._cancel(sequence))  # type: ignore[misc]

@@ -142,7 +142,7 @@ class ModelRunner:
             )
         if masked is not None:
             raise UnsupportedModelError(
-                f"{self.name} can't be served: layer {masked} has a sliding window that it does not hand to attention"
+                f"{self.name} can't be served: layer {masked} does not pass its sliding window to attention"
             )
         return probe.layers
 

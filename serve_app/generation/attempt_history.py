@@ -87,5 +87,5 @@ def _given_up(attempts: int) -> Failure:
 
 
 def _poison(replicas: int) -> Failure:
-    message = f"This request was refused: {replicas} replicas of the model died while computing it and nothing else."
+    message = f"This request was refused: {replicas} model replicas died while they computed only this request."
     return Failure(FailureCode.POISON, message)

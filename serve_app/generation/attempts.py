@@ -211,7 +211,7 @@ class Generation:
             _raise_if_cancelled()
             raise ReplicaLost("the replica cancelled the attempt") from None
         _raise_if_cancelled()
-        raise ReplicaLost("the attempt ended without a last word")
+        raise ReplicaLost("the attempt ended without a last batch")
 
     def _next_request(self, *, isolated: bool) -> GenerationRequest:
         request = replace(self._request, output_token_ids=tuple(self._output.token_ids), isolated=isolated)
@@ -240,13 +240,13 @@ class Generation:
         if stats is None:
             return
         logger.info(
-            "request %s, choice %d: continued; computing what it had again took %.3f s (queued for %.3f s)",
+            "request %s, choice %d: continued; recomputing its tokens took %.3f s (queued for %.3f s)",
             *(request.request_id, request.choice, stats.prefill_s, stats.queued_s),
         )
         if request.numerics_id not in ("", stats.numerics_id):
             logger.warning(
-                "request %s, choice %d: no replica was left that computes as the one that began it; from here on it "
-                "may differ from an undisturbed answer",
+                "request %s, choice %d: continued on a replica with other numerics, because none with the original "
+                "ones is left; from here on the answer may differ from an undisturbed one",
                 *(request.request_id, request.choice),
             )
 

@@ -45,7 +45,7 @@ class OutputTokens:
         if known < 0:
             raise BatchError(f"tokens {len(self.token_ids)} to {first - 1} are missing")
         if known and batch.token_ids[:known] != tuple(self.token_ids[first : first + len(batch.token_ids)]):
-            raise OtherTokens(f"tokens from {first} on are others than those that are known")
+            raise OtherTokens(f"the tokens from position {first} differ from those that were received before")
         new_ids = batch.token_ids[known:]
         if new_ids:
             self._add(batch, new_ids, known)

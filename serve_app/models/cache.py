@@ -41,7 +41,7 @@ def cache_directory(configured: str | None = None) -> Path:
         return home() / ".cache" / "serve_app"
     except OSError as error:
         raise ModelError(
-            f"There is no place for the cache ({error}); set cache_dir (or SERVE_APP_CACHE) to a folder of yours."
+            f"The cache folder can't be made ({error}); set cache_dir (or SERVE_APP_CACHE) to a writable folder."
         ) from error
 
 

@@ -188,8 +188,8 @@ def _require_every_tensor(name: str, contents: GGUFContents, config: Any) -> Non
         )
     if unread := sorted(present - set(names) - ROPE_TENSORS):
         raise ModelError(
-            f"{name} holds tensors that transformers' {type(model).__name__} has no place for, e.g. {unread[0]}: "
-            "without them it would be another model; use the original checkpoint."
+            f"{name} holds tensors that transformers' {type(model).__name__} does not use, e.g. {unread[0]}. Without "
+            "them the model's answers would be wrong; use the original checkpoint."
         )
 
 

@@ -241,6 +241,6 @@ def _longrope(short: np.ndarray[Any, Any], long: np.ndarray[Any, Any], original:
 
 def _no_place(name: str, key: str, value: Any) -> ModelError:
     return ModelError(
-        f"{name} says {key} {value!r}, which transformers has no place for in this architecture: without it the model "
-        "would answer otherwise; use the original checkpoint."
+        f"{name} sets {key} to {value!r}, which transformers does not support for this architecture. Without it the "
+        "model's answers would be wrong; use the original checkpoint."
     )

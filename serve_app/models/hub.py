@@ -169,7 +169,9 @@ def _explain(model: ModelConfig, error: Exception) -> ModelError:
         return ModelError(f"{model.source} has no revision {model.revision!r}; see {page}/commits.")
     if isinstance(cause, RepositoryNotFoundError):
         login = "" if token else ", or, if it is private, set HF_TOKEN or run `hf auth login`"
-        return ModelError(f"The hub has no model {model.source}, or not for you; check the name at {page}{login}.")
+        return ModelError(
+            f"The hub has no model {model.source}, or you have no access to it; check the name at {page}{login}."
+        )
     if status in (401, 403):
         return ModelError(f"The hub refused the token ({status}); make a new one and set HF_TOKEN, or `hf auth login`.")
     if isinstance(cause, OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:

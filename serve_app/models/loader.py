@@ -116,7 +116,7 @@ def choose_device(model: ModelConfig, *, has_gpu: bool) -> torch.device:
         wanted = "cuda" if has_gpu else "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ModelError(
-            "A GPU is asked for (model.device or model_server.num_gpus) and torch sees none here; install torch with "
+            "The config wants a GPU (model.device or model_server.num_gpus) and torch finds none; install torch with "
             "CUDA and a driver, or set model.device: cpu and model_server.num_gpus: 0."
         )
     if wanted == "cpu" and model.device_map is not None:

@@ -65,6 +65,6 @@ def _original_tokens(config: Any, parameters: dict[str, Any]) -> int:
 
 def _chooses_itself(name: str, original: int) -> ModelError:
     return ModelError(
-        f"{name} chooses its rotary angles by the longest text that is computed at a time, so that answers would "
-        f"depend on each other; set model.max_model_len to {original} or less."
+        f"{name} chooses its rotary angles by the longest text in a batch, so one request would change the answer of "
+        f"another; set model.max_model_len to {original} or less."
     )

@@ -24,7 +24,7 @@ class JournalsFull(RequestError):
     """The store has no room for another stream."""
 
     def __init__(self) -> None:
-        message = "The service keeps as many resumable streams as it may; try again, or without X-Stream-Resume."
+        message = "The limit of resumable streams is reached; try again later, or without X-Stream-Resume."
         super().__init__(message, code=FailureCode.OVERLOADED)
 
 
@@ -45,8 +45,8 @@ class StreamChanged(StreamGone):
 
     def __init__(self) -> None:
         super().__init__(
-            "This stream goes on with another text than you have the beginning of: the replica that began it died, "
-            "and no other computes exactly as it did. Send the request again.",
+            "The events that you have are not the beginning of this stream: part of it was generated again, with other "
+            "tokens, after its replica died. Send the request again.",
             "stream_changed",
         )
 
@@ -55,5 +55,5 @@ class ReaderTooSlow(RequestError):
     """A reader is too far behind what is there for it."""
 
     def __init__(self, max_unread_bytes: int) -> None:
-        message = f"The stream was ended: more than {max_unread_bytes} bytes of it were waiting to be read."
+        message = f"The stream was ended because the client left more than {max_unread_bytes} bytes unread."
         super().__init__(message, code="slow_reader")

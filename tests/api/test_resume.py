@@ -286,7 +286,7 @@ async def test_a_stream_whose_weights_are_gone_says_so_and_is_never_continued_by
     path: str,
     headers: dict[str, str],
 ) -> None:
-    gone = Failure(FailureCode.WRONG_WEIGHTS, "the model was replaced by another: repeat the request")
+    gone = Failure(FailureCode.WRONG_WEIGHTS, "the model was replaced; repeat the request")
     replica.scripts = [
         lambda request: [*list(writes(pause_s=0.001, end=None)(request))[:8], ReplicaLost("died")],
         lambda request: [gone],

@@ -48,7 +48,7 @@ def test_the_users_own_choice_is_left_alone(tmp_path: Path) -> None:
 
 def test_what_another_user_has_made_is_not_used(tmp_path: Path) -> None:
     (tmp_path / NAME).symlink_to("/tmp")
-    with pytest.raises(CommandError, match=r"Ray has no place for its files: .* it is no folder; set RAY_TMPDIR"):
+    with pytest.raises(CommandError, match=r"Ray can't keep its files: .* it is no folder; set RAY_TMPDIR"):
         ray_folder({}, tmp_path)
 
 

@@ -279,7 +279,7 @@ def test_free_ports(port: int) -> None:
 
 def test_a_host_that_is_none(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(config), "--host", "no such host"]) == 2
-    assert "is no address to listen on" in capsys.readouterr().err
+    assert "can't listen on no such host:" in capsys.readouterr().err
 
 
 def test_a_config_with_mistakes_starts_nothing(config: Path, start: Callable[..., Serving]) -> None:
@@ -487,7 +487,10 @@ def test_a_service_whose_user_has_no_home_nor_name_starts(
     ("variables", "said"),
     [
         ({"RAY_TMPDIR": "/nowhere"}, "RAY_TMPDIR /nowhere can't be written by this user"),
-        ({"RAY_AUTH_TOKEN": "", "RAY_AUTH_TOKEN_PATH": "/nowhere"}, "no token in /nowhere, the file in"),
+        (
+            {"RAY_AUTH_TOKEN": "", "RAY_AUTH_TOKEN_PATH": "/nowhere"},
+            "RAY_AUTH_TOKEN_PATH names /nowhere, which holds no token",
+        ),
     ],
 )
 def test_what_is_set_wrongly_is_said_before_gigabytes_are_fetched(
@@ -510,5 +513,5 @@ def test_an_address_of_ipv6_is_served_by_the_python_proxy(
     assert serving.end() == 0
     refused = start(str(config), "--host", "::1", RAY_SERVE_ENABLE_HA_PROXY="1")
     assert refused.end() == 1
-    assert "serves no address of IPv6, as ::1 is" in refused.output
+    assert "HAProxy can't listen on the IPv6 address ::1" in refused.output
     assert "fetching" not in refused.output

@@ -356,7 +356,7 @@ async def test_a_request_that_kills_replicas_is_refused_and_what_is_beside_it_is
     await service.under(poisoned)
     assert poison.error is not None
     assert poison.error["code"] == "request_killed_replica"
-    assert "2 replicas of the model died while computing it and nothing else" in poison.error["message"]
+    assert "2 model replicas died while they computed only this request" in poison.error["message"]
     assert not poison.choices or not poison.choices[0]["text"]
     for name, answer in beside.items():
         assert answer.summary() == service.expected[name], name
@@ -436,7 +436,7 @@ async def test_streams_whose_weights_are_gone_end_with_an_error_that_says_so(
             assert answer.status == 200, name
             assert answer.error is not None, name
             assert answer.error["code"] == "wrong_weights", name
-            assert "replaced by another" in answer.error["message"], name
+            assert "the model was replaced" in answer.error["message"], name
             assert answer.choices[0]["text"], name
         await service.whole(2)
         for answer in answers.values():

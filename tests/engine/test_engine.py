@@ -481,7 +481,7 @@ def windowed(kind: str, window: int) -> Any:
 
 @pytest.mark.parametrize(("kind", "layer"), [("qwen2_moe", 0), ("phimoe", 0)])
 def test_a_window_that_only_the_masks_know_is_refused(kind: str, layer: int, make_engine: MakeEngine) -> None:
-    with pytest.raises(UnsupportedModelError, match=f"layer {layer} has a sliding window that it does not hand"):
+    with pytest.raises(UnsupportedModelError, match=f"layer {layer} does not pass its sliding window to attention"):
         make_engine(model=windowed(kind, 64))
 
 

@@ -83,7 +83,7 @@ def test_a_tensor_that_lacks_is_named_and_never_left_at_random(tmp_path: Path) -
 def test_a_tensor_without_a_place_is_named_and_never_left_out(tmp_path: Path) -> None:
     """A Llama with biases, which transformers' reader drops."""
     gguf = write_gguf(tmp_path / "odd.gguf", more={"blk.0.attn_q.bias": np.ones(32, np.float32)})
-    with pytest.raises(ModelError, match=r"LlamaForCausalLM has no place for, e\.g\. blk\.0\.attn_q\.bias"):
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM does not use, e\.g\. blk\.0\.attn_q\.bias"):
         resolve(ModelConfig(source=str(gguf)), tmp_path / "cache", progress=ignore_progress)
 
 

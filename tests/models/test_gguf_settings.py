@@ -180,22 +180,22 @@ def test_what_another_table_of_transformers_leaves_out_is_carried(tmp_path: Path
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (lambda writer: writer.add_logit_scale(0.5), r"logit_scale 0\.5"),
+        (lambda writer: writer.add_logit_scale(0.5), r"logit_scale to 0\.5"),
         (lambda writer: writer.add_residual_scale(0.2), "residual_scale"),
-        (lambda writer: writer.add_attention_scale(0.25), r"attention\.scale 0\.25"),
-        (lambda writer: writer.add_final_logit_softcapping(30.0), r"final_logit_softcapping 30\.0"),
-        (lambda writer: writer.add_sliding_window(32), r"attention\.sliding_window 32"),
-        (lambda writer: writer.add_rope_dimension_count(4) or writer.add_key_length(8), r"rope\.dimension_count 4"),
-        (lambda writer: writer.add_value_length(16), r"attention\.value_length 16"),
-        (lambda writer: writer.add_rope_scaling_type(RopeScalingType.LONGROPE), r"rope\.scaling\.type 'longrope'"),
+        (lambda writer: writer.add_attention_scale(0.25), r"attention\.scale to 0\.25"),
+        (lambda writer: writer.add_final_logit_softcapping(30.0), r"final_logit_softcapping to 30\.0"),
+        (lambda writer: writer.add_sliding_window(32), r"attention\.sliding_window to 32"),
+        (lambda writer: writer.add_rope_dimension_count(4) or writer.add_key_length(8), r"rope\.dimension_count to 4"),
+        (lambda writer: writer.add_value_length(16), r"attention\.value_length to 16"),
+        (lambda writer: writer.add_rope_scaling_type(RopeScalingType.LONGROPE), r"rope\.scaling\.type to 'longrope'"),
         (lambda writer: _yarn(writer) or writer.add_rope_scaling_yarn_log_mul(0.1), r"rope\.scaling\.yarn_log_mul"),
-        (lambda writer: writer.add_causal_attention(False), r"attention\.causal False"),
-        (lambda writer: writer.add_expert_count(8), "expert_count 8"),
-        (lambda writer: writer.add_uint32("llama.brand_new", 7), "brand_new 7"),
+        (lambda writer: writer.add_causal_attention(False), r"attention\.causal to False"),
+        (lambda writer: writer.add_expert_count(8), "expert_count to 8"),
+        (lambda writer: writer.add_uint32("llama.brand_new", 7), "brand_new to 7"),
     ],
 )
 def test_what_has_no_place_is_refused_by_name(tmp_path: Path, settings: Settings, said: str) -> None:
-    with pytest.raises(ModelError, match=rf"m\.gguf says {said}"):
+    with pytest.raises(ModelError, match=rf"m\.gguf sets {said}"):
         _carried(write_gguf(tmp_path / "m.gguf", settings=settings))
 
 

@@ -318,7 +318,7 @@ def test_not_enough_memory_is_said_before_loading(llama_folder: Path, monkeypatc
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_no_gpu_where_one_is_asked_for() -> None:
     for model, has_gpu in ((ModelConfig(device="cuda"), False), (ModelConfig(), True)):
-        with pytest.raises(ModelError, match="torch sees none"):
+        with pytest.raises(ModelError, match="torch finds none"):
             choose_device(model, has_gpu=has_gpu)
     with pytest.raises(ModelError, match="this replica has none"):
         choose_device(ModelConfig(device_map="auto"), has_gpu=False)

@@ -145,7 +145,7 @@ class _Channel(asyncio.Protocol):
                     self._reader.opened(self._replica, self)
                 self._reader.received(self._replica, items)
         except MessageError:
-            logger.exception("replica %s sends what is no message", self._replica)
+            logger.exception("replica %s sent an invalid message", self._replica)
             self.close()
 
     def connection_lost(self, exc: Exception | None) -> None:

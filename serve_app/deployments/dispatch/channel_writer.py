@@ -44,7 +44,9 @@ class TokenChannels:
         try:
             self._server = await asyncio.get_running_loop().create_server(lambda: Channel(self, secret), host, 0)
         except OSError as error:
-            logger.warning("no token channels at %s: %s; each token is a message of Serve's", host, error)
+            logger.warning(
+                "no token channels at %s: %s; tokens go through Serve's calls, which costs more CPU time", host, error
+            )
             return
         port = self._server.sockets[0].getsockname()[1]
         self.address = ChannelAddress(host, port, secret)
@@ -119,7 +121,7 @@ class Channel(asyncio.Protocol):
         self._transport.abort()
 
     def _refuse(self) -> None:
-        logger.warning("a connection to the token channels is none of an ingress replica; closed")
+        logger.warning("closed a connection to the token channels that is not from an ingress replica")
         self.close()
 
     def _flush(self) -> None:

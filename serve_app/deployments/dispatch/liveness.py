@@ -73,7 +73,7 @@ class IngressLiveness:
                     continue
                 # A Serve replica is of this cluster: it has died if it isn't found. Any other, if it was found before.
                 elif name in self._waiting and (name in self._found or name.startswith(SERVE_REPLICA_PREFIX)):
-                    logger.warning("%s has died; what it waited for is given up", name)
+                    logger.warning("%s has died; its requests are cancelled", name)
                     self._gone.add(name)
 
 
@@ -84,6 +84,6 @@ def _lives(name: str) -> bool | None:
     except ValueError:
         return False
     except Exception:  # the GCS does not answer: nothing is known, and it is asked again
-        logger.exception("whether %s lives could not be found out", name)
+        logger.exception("could not find out whether %s is alive", name)
         return None
     return True

@@ -29,14 +29,14 @@ class PoisonNotes:
         try:
             put_note(self._key(replica), _name(request))
         except Exception:
-            logger.exception("request %s: it can't be noted as a suspect", request.request_id)
+            logger.exception("request %s: could not write the note that it is computed alone", request.request_id)
 
     def names(self, replica: str, request: GenerationRequest) -> bool:
         """Whether the lost `replica` was computing this attempt, alone."""
         try:
             return bool(get_note(self._key(replica)) == _name(request))
         except Exception:
-            logger.exception("request %s: it can't be asked whether it is a suspect", request.request_id)
+            logger.exception("request %s: could not read the note that it is computed alone", request.request_id)
             return False
 
     def forget(self, replica: str, request: GenerationRequest) -> None:
@@ -45,7 +45,7 @@ class PoisonNotes:
             try:
                 delete_note(self._key(replica))
             except Exception:
-                logger.exception("request %s: its note as a suspect can't be taken away", request.request_id)
+                logger.exception("request %s: could not delete the note that it is computed alone", request.request_id)
 
     def _key(self, replica: str) -> str:
         return f"{self._app_name}/{replica}/suspect"

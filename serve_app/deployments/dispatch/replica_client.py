@@ -110,7 +110,7 @@ class RayReplicaClient:
                 if attempt.begun is not None and (attempt.replica is None or attempt.begun != attempt.sendings):
                     # A channel may bring tokens before Serve knows that the replica has taken the request. When the
                     # replica dies then, Serve sends the request to another: what both make is no one text.
-                    raise await self._lost("another had begun it", attempt, taken=True)
+                    raise await self._lost("another replica had already begun it", attempt, taken=True)
                 if reply is not None:
                     self._directory.heard(attempt, tokens=isinstance(reply, TokenBatch) and bool(reply.token_ids))
                     ended = isinstance(reply, Failure) or reply.finish_reason is not None
@@ -148,7 +148,7 @@ class RayReplicaClient:
             raise await self._lost("the replica cancelled the attempt", attempt)
         error = reading.exception()
         if error is None:
-            raise await self._lost("the replica's stream ended without a last word", attempt)
+            raise await self._lost("the replica's stream ended without a last batch", attempt)
         failure = _refusal(error, attempt.request)
         if failure is None:
             raise await self._lost(type(error).__name__, attempt) from error

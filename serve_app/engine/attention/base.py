@@ -252,10 +252,12 @@ def paged_attention(
     for name, argument in others.items():
         if argument is not None and name not in _HARMLESS:
             raise UnsupportedModelError(
-                f"{type(module).__name__} passes {name!r} to attention, which the paged attention path does not know"
+                f"{type(module).__name__} passes {name!r} to attention, which paged attention does not support"
             )
     if attention_mask is not None or is_causal is False:
-        raise UnsupportedModelError(f"{type(module).__name__} brings its own mask; only causal decoders can be served")
+        raise UnsupportedModelError(
+            f"{type(module).__name__} uses an attention mask of its own; only causal decoders can be served"
+        )
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     output = step.attend(module.layer_idx, query, key, value, AttentionParams(scaling, sliding_window, softcap))  # type: ignore[arg-type]

@@ -76,7 +76,7 @@ def fuse_modules(model: PreTrainedModel, kernels: Kernels) -> dict[str, int]:
             try:
                 forward = make(module)
             except _Unsuitable as reason:
-                logger.info("%s keeps its own forward: %s", name, reason)
+                logger.info("%s is not fused: %s", name, reason)
                 continue
             if forward is not None:
                 module.forward = forward

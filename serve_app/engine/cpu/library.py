@@ -150,7 +150,7 @@ def _load_from(path: Path, compiler: Compiler) -> Kernels:
     except FileNotFoundError:
         pass
     except (OSError, AttributeError) as error:
-        logger.warning("%s is not used but compiled again: %s", path, error)
+        logger.warning("%s is compiled again: %s", path, error)
     # Several replicas may start at once: each compiles a file of its own, and the last rename wins.
     with tempfile.TemporaryDirectory(dir=path.parent) as work:
         made = Path(work) / path.name

@@ -165,7 +165,7 @@ async def test_a_slow_reader_costs_its_neighbours_nothing(
     assert slow.complete
     assert slow.body.count(b"data: ") < beside.body.count(b"data: ")
     assert b'"code": "slow_reader"' in slow.body.strip().split(b"\n\n")[-1]
-    assert b"more than 2000 bytes of it were waiting to be read" in slow.body
+    assert b"the client left more than 2000 bytes unread" in slow.body
     assert beside.complete
     assert b"slow_reader" not in beside.body
     assert beside.body.strip().endswith(b"[DONE]" if path != "/stream" else b"}")

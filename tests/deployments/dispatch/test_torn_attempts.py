@@ -133,7 +133,7 @@ async def test_the_last_word_may_come_after_the_end_of_the_call() -> None:
 
 @pytest.mark.parametrize("ways", [by_channel(), by_channel(FIRST)])
 async def test_an_end_without_a_last_word_is_a_loss(ways: Events) -> None:
-    with pytest.raises(ReplicaLost, match="without a last word"):
+    with pytest.raises(ReplicaLost, match="without a last batch"):
         await attempted(Replica(), ways, within_s=3)
 
 
@@ -168,7 +168,7 @@ async def test_what_one_began_is_not_joined_to_what_another_makes(at_another: st
             client._channels.received(at_another, [(replica.attempt, SECOND)])
         replica.goes_on.set()
 
-    with pytest.raises(ReplicaLost, match="another had begun it") as lost:
+    with pytest.raises(ReplicaLost, match="another replica had already begun it") as lost:
         await attempted(Replica(SECOND, LAST), events)
     assert lost.value.taken
 

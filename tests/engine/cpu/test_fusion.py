@@ -122,7 +122,7 @@ def test_a_module_whose_parts_are_of_other_widths_is_not_tried(
     with caplog.at_level("INFO"):
         fused = fuse_modules(model, kernels)
     assert fused["attention modules"] + fused["MLPs"] == 1
-    assert f"model.layers.0.{part} keeps its own forward: {said}" in caplog.text
+    assert f"model.layers.0.{part} is not fused: {said}" in caplog.text
 
 
 def test_no_kernel_is_run_over_rows_of_another_width(kernels: Kernels) -> None:
