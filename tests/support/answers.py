@@ -39,6 +39,7 @@ class Answer:
         self.request_id = ""
         self.stream_id = ""
         self.flows = asyncio.Event()
+        self.over = asyncio.Event()
         self._asked = time.monotonic()
         self._heard: dict[int, float] = {}
 
@@ -58,6 +59,16 @@ class Answer:
             known["logprobs"] += (choice.get("logprobs") or {}).get("content") or []
             known["finish_reason"] = choice.get("finish_reason") or known["finish_reason"]
 
+    async def flowing(self) -> None:
+        """Until it has more than ten events. One that ends or breaks before fails the test, with what came."""
+        flows, over = (asyncio.ensure_future(event.wait()) for event in (self.flows, self.over))
+        try:
+            await asyncio.wait({flows, over}, timeout=120, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            flows.cancel()
+            over.cancel()
+        assert self.flows.is_set(), f"no stream: {self.summary()}"
+
     def summary(self) -> Any:
         usage = {key: self.usage[key] for key in ("prompt_tokens", "completion_tokens")} if self.usage else None
         return self.status, self.choices, usage, self.error
@@ -65,6 +76,16 @@ class Answer:
 
 async def post(
     client: httpx.AsyncClient, url: str, body: dict[str, Any], answer: Answer, headers: dict[str, str] | None = None
+) -> Answer:
+    """Read it into `answer`, and return it."""
+    try:
+        return await _post(client, url, body, answer, headers)
+    finally:
+        answer.over.set()
+
+
+async def _post(
+    client: httpx.AsyncClient, url: str, body: dict[str, Any], answer: Answer, headers: dict[str, str] | None
 ) -> Answer:
     async with client.stream("POST", url, json=body, headers=headers) as response:
         answer.status = response.status_code

@@ -44,9 +44,12 @@ class _Counter:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # the outermost: what it says comes after pytest's own summary
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Generator[None]:
-    """Name the tests that passed on their second run only."""
+    """Say why each that was run twice failed at first, and name those that passed then."""
     yield
     stats = terminalreporter.stats
+    for report in stats.get("rerun", []):
+        terminalreporter.section(f"the first run of {report.nodeid}", yellow=True)
+        terminalreporter.line(report.longreprtext)
     failed = {report.nodeid for outcome in ("failed", "error") for report in stats.get(outcome, [])}
     flaky = sorted(_rerun(terminalreporter) - failed)
     if flaky:

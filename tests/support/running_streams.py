@@ -55,7 +55,6 @@ class Stream:
         self.tokens: list[int] = []
         self.failure: Failure | None = None
         self.longest_pause_s = 0.0
-        self.flows = asyncio.Event()
         wanted = replace(request(tokens=tokens, seed=seed), request_id=self.id)
         self.done = asyncio.create_task(self._read(client, wanted))
 
@@ -72,16 +71,14 @@ class Stream:
             if self.tokens:
                 self.longest_pause_s = max(self.longest_pause_s, pause_s)
             self.tokens += reply.token_ids
-            if len(self.tokens) > 3:
-                self.flows.set()
         else:
             self.failure = reply
 
 
 async def flowing(streams: list[Stream]) -> None:
-    """Until each has its first tokens."""
-    for stream in streams:
-        await asyncio.wait_for(stream.flows.wait(), 120)
+    """Until each has its first tokens. One that fails before fails the test."""
+    await until(lambda: all(len(s.tokens) > 3 or s.done.done() for s in streams))
+    assert all(len(s.tokens) > 3 for s in streams), [s.failure for s in streams]
 
 
 async def going_on(streams: list[Stream]) -> None:

@@ -28,9 +28,10 @@ class UnrulyModelServer(ModelServer):
         step = runner.step
         self._broken = self._hides_illness = False
         self._continued: set[str] = set()
+        self._step_s = STEP_S
 
         def slow_step(chunks: list[Chunk]) -> Any:
-            time.sleep(STEP_S)
+            time.sleep(self._step_s)
             requests = [chunk.sequence.request for chunk in chunks]
             self._continued |= {request.request_id for request in requests if request.output_token_ids}
             if any(POISON_ID in chunk.sequence.request.prompt_token_ids for chunk in chunks):
@@ -40,6 +41,10 @@ class UnrulyModelServer(ModelServer):
             return step(chunks)
 
         runner.step = slow_step  # type: ignore[method-assign]
+
+    async def pace(self, step_s: float) -> None:
+        """How long a step takes from now on, at least."""
+        self._step_s = step_s
 
     async def strike(self, pid: int, number: int, more_than: int) -> None:
         """The process `pid` sends itself a signal, if it computes so many requests."""
