@@ -31,6 +31,21 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder of all processes that run the tests: the CPU kernels in it take 15 s to compile."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared-cache"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def kernel_folder(shared_cache: Path) -> Path:
+    """Where a service with that cache folder has its CPU kernels."""
+    return shared_cache / "kernels"
+
+
 @dataclass(frozen=True)
 class Cluster:
     """A running Ray Serve. Each application of a test has a route prefix of its own."""

@@ -191,7 +191,7 @@ def replica_processes() -> set[int]:
 
 
 @pytest.fixture(scope="module")
-def config(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def config(text_folder: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("failover")
     copytree(text_folder, folder / "tiny-chat")
     write_weights(folder / "tiny-chat")
@@ -202,7 +202,7 @@ def config(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         "model_server": {"num_replicas": 2, "num_cpus": 0.2, "max_surge_percent": 100},
         "ingress": {"num_cpus": 0.2, "graceful_shutdown_timeout_s": 30},
         "api": {"heartbeat_s": 0.5},
-        "cache_dir": str(folder / "cache"),
+        "cache_dir": str(shared_cache),
     }
 
 

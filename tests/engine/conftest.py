@@ -44,12 +44,6 @@ def make_engine() -> Iterator[Callable[..., Engine]]:
 
 
 @pytest.fixture(scope="session")
-def kernel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the session's CPU kernels are compiled."""
-    return tmp_path_factory.mktemp("kernels")
-
-
-@pytest.fixture(scope="session")
 def kernels(kernel_folder: Path) -> Kernels:
     """The compiled CPU kernels; without a C++ compiler the tests of them are skipped."""
     try:

@@ -15,10 +15,10 @@ from serve_app.engine.engine import Engine
 
 
 @pytest.fixture(params=[True, False], ids=["kernels", "torch"])
-def profile(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Profile]:
+def profile(request: pytest.FixtureRequest, kernel_folder: Path) -> Iterator[Profile]:
     model = tiny_model("llama")
     config = EngineConfig(kv_cache_memory="16MiB", threads=1, cpu_kernels=request.param, prompt_lookup=False)
-    engine = Engine(model, config, context_tokens=CONTEXT, fingerprint=FINGERPRINT, kernel_cache=tmp_path)
+    engine = Engine(model, config, context_tokens=CONTEXT, fingerprint=FINGERPRINT, kernel_cache=kernel_folder)
     yield Profile(engine, SimpleNamespace(model=model, fingerprint=FINGERPRINT), vocabulary=VOCAB)
     engine.stop()
 

@@ -64,10 +64,10 @@ async def test_the_engine_serves_it_and_a_neighbour_changes_nothing(kind: str, f
 
 
 @pytest.mark.skipif(not ON_AVX512, reason="elsewhere bitsandbytes computes")
-async def test_8_bit_is_exact_with_our_kernels(folder: Path, tmp_path: Path) -> None:
+async def test_8_bit_is_exact_with_our_kernels(folder: Path, kernel_folder: Path) -> None:
     loaded = _load(folder, quantization="bnb-int8")
     config = EngineConfig(kv_cache_memory=2**22, threads=2)
-    engine = Engine(loaded.model, config, context_tokens=64, fingerprint=FINGERPRINT, kernel_cache=tmp_path / "kernels")
+    engine = Engine(loaded.model, config, context_tokens=64, fingerprint=FINGERPRINT, kernel_cache=kernel_folder)
     try:
         if engine.capacity.notes:
             pytest.skip(engine.capacity.notes[0])  # no compiler
