@@ -138,9 +138,9 @@ class EngineCore:
             if chunk.draft and any(choice.token_id < 0 for choice in sampled[chunk.sequence]):
                 # A wrong guess may be the cause: the sequence computes its token again, without a draft.
                 ready.remove(chunk)
-                self.scheduler.discard_draft(chunk)
+                self.scheduler.discard_draft(chunk.sequence)
             else:
-                self.scheduler.mark_computed(chunk)
+                self.scheduler.mark_computed(chunk.sequence, chunk.tokens)
         now = time.monotonic()
         return [(chunk.sequence, self._advance(chunk, sampled[chunk.sequence], now)) for chunk in ready]
 

@@ -41,21 +41,8 @@ class _Step:
     """The chunks chosen so far for a step, and the tokens that are left for others."""
 
     budget: int
-    chunks: list[Chunk] = field(default_factory=list)
-
-    def add(self, sequence: Sequence, tokens: int) -> None:
-        self.chunks.append(Chunk(sequence, tokens))
-        self.budget -= tokens
-
-    def holds(self, sequence: Sequence) -> bool:
-        return any(chunk.sequence is sequence for chunk in self.chunks)
-
-    def drop(self, sequence: Sequence) -> None:
-        for chunk in self.chunks:
-            if chunk.sequence is sequence:
-                self.chunks.remove(chunk)
-                self.budget += chunk.tokens
-                return
+    chunks: dict[Sequence, Chunk] = field(default_factory=dict)
+    """In the order of the step's tokens."""
 
 
 class Scheduler:
@@ -97,7 +84,7 @@ class Scheduler:
         step = _Step(self._max_step_tokens)
         if (isolated := next((s for s in self.running if s.isolated), None)) is not None:
             self._add_chunk(isolated, min(isolated.remaining, step.budget), step)
-            return step.chunks or self.schedule()
+            return list(step.chunks.values()) or self.schedule()
         preempted = self.preemptions
         for sequence in sorted((s for s in self.running if s.remaining == 1), key=_order):
             if sequence in self.running and step.budget > 0:
@@ -105,7 +92,7 @@ class Scheduler:
         self._prefill(step, admitting=self.preemptions == preempted)
         if self.prompt_lookup and self.preemptions == preempted:
             self._add_drafts(step)
-        return step.chunks
+        return list(step.chunks.values())
 
     def _prefill(self, step: _Step, *, admitting: bool) -> None:
         """Add prompts within the rest of the budget, in order, both those under way and those to be admitted."""
@@ -115,7 +102,7 @@ class Scheduler:
                 admitting = self._admit(self.waiting[0], step)
                 continue
             sequence = under_way.popleft()
-            if sequence in self.running and not step.holds(sequence):
+            if sequence in self.running and sequence not in step.chunks:
                 preempted = self.preemptions
                 self._add_chunk(sequence, min(sequence.remaining, step.budget), step)
                 admitting = admitting and self.preemptions == preempted
@@ -124,18 +111,25 @@ class Scheduler:
         """Add the sequence's next tokens. While pages are missing the last sequence in order is preempted."""
         while not self._reserve(sequence, tokens):
             victim = max(self.running, key=_order)
-            step.drop(victim)
-            self._preempt(victim)
+            self._preempt(victim, step)
             if victim is sequence:
                 return
-        step.add(sequence, tokens)
+        step.chunks[sequence] = Chunk(sequence, tokens)
+        step.budget -= tokens
 
     def _admit(self, sequence: Sequence, step: _Step) -> bool:
-        """Admit the first in the queue if it fits; returns whether the next one may be tried."""
+        """Admit the first in the queue if it fits; returns whether the next one may be tried.
+
+        Sequences without output that come after it make way.
+        """
         while (prefix := self._fitting_prefix(sequence)) is None:
-            if not self._make_way(sequence, step):
+            last = max(self.running, key=_order)
+            if last.output_len > 0 or last.order < sequence.order:
                 return False
-        self._take_prefix(sequence, prefix)
+            self._preempt(last, step)
+        self.pool.hold(prefix)
+        sequence.pages = prefix
+        sequence.computed = len(prefix) * self._page_tokens
         if sequence.preemptions == 0:
             sequence.cached_prompt_tokens = min(sequence.computed, sequence.prompt_len)
         self.waiting.remove(sequence)
@@ -159,45 +153,32 @@ class Scheduler:
         # The newcomer needs at least one page of its own: without room for it the look-up is skipped.
         if running and (running >= self._max_running or room < 1):
             return None
-        prefix = self._known_prefix(newcomer)
+        self._hash_pages(newcomer, len(newcomer.token_ids) - 1)  # at least one token is left to compute
+        prefix = self.pool.lookup(newcomer.page_hashes)
         own = self._pages_for(len(newcomer.token_ids)) - len(prefix)
         return prefix if not running or room - self.pool.idle(prefix) >= own else None
-
-    def _make_way(self, newcomer: Sequence, step: _Step) -> bool:
-        """Preempt a sequence without output that comes after the newcomer; returns whether there was one."""
-        last = max(self.running, key=_order)
-        if last.output_len > 0 or last.order < newcomer.order:
-            return False
-        step.drop(last)
-        self._preempt(last)
-        return True
 
     def _add_drafts(self, step: _Step) -> None:
         """Add drafts to the sequences that decode, in rows, tokens and pages that nobody else needs.
 
         A step never has more rows of logits than sequences may run: guesses take the rows that are empty.
         """
-        sampled = sum(chunk.completes for chunk in step.chunks)
+        sampled = sum(chunk.completes for chunk in step.chunks.values())
         empty = self._max_running - sampled
         if empty > 0:
-            self._index(step)
+            unindexed = INDEXED_PER_STEP
+            for sequence in step.chunks:  # those that decode come first, then prompts
+                unindexed -= sequence.index(unindexed)
         rows = min(empty, step.budget)
-        decoding = [place for place, chunk in enumerate(step.chunks) if chunk.tokens == 1 and chunk.completes]
+        decoding = [s for s, chunk in step.chunks.items() if chunk.tokens == 1 and chunk.completes]
         if rows <= 0 or not decoding:
             return
-        guesses = [step.chunks[place].sequence.guesses(rows) for place in decoding]
+        guesses = [sequence.guesses(rows) for sequence in decoding]
         lengths = share_rows(guesses, rows, sampled, self._row_cost)
-        for place, guessed, length in zip(decoding, guesses, lengths, strict=True):
-            sequence = step.chunks[place].sequence
+        for sequence, guessed, length in zip(decoding, guesses, lengths, strict=True):
             if fitting := self._room(sequence, length):
-                step.chunks[place] = Chunk(sequence, 1, tuple(token_id for token_id, _ in guessed[:fitting]))
+                step.chunks[sequence] = Chunk(sequence, 1, tuple(token_id for token_id, _ in guessed[:fitting]))
                 step.budget -= fitting
-
-    def _index(self, step: _Step) -> None:
-        """Index ids of the step's sequences for guessing: those that decode come first, then prompts."""
-        left = INDEXED_PER_STEP
-        for chunk in step.chunks:
-            left -= chunk.sequence.index(left)
 
     def _room(self, sequence: Sequence, length: int) -> int:
         """Reserve pages for a draft while one is left for each running sequence; returns how many of its ids fit."""
@@ -206,51 +187,38 @@ class Scheduler:
             self._reserve(sequence, 1 + length)
         return min(length, len(sequence.pages) * self._page_tokens - sequence.computed - 1)
 
-    def _known_prefix(self, sequence: Sequence) -> list[int]:
-        """The cached pages of its longest known prefix. At least one token is left to compute."""
-        self._hash_pages(sequence, len(sequence.token_ids) - 1)
-        return self.pool.lookup(sequence.page_hashes)
-
-    def _take_prefix(self, sequence: Sequence, pages: list[int]) -> None:
-        self.pool.hold(pages)
-        sequence.pages = pages
-        sequence.computed = len(pages) * self._page_tokens
-
     def _hash_pages(self, sequence: Sequence, tokens: int) -> None:
         hashes, size = sequence.page_hashes, self._page_tokens
         for page in range(len(hashes), tokens // size):
             parent = hashes[-1] if hashes else root_hash(sequence.request.cache_salt)
             hashes.append(page_hash(parent, sequence.token_ids[page * size : (page + 1) * size]))
 
-    def mark_computed(self, chunk: Chunk) -> None:
-        """Count a chunk's tokens as cached after its step. Pages that are full now may be shared."""
-        self._advance(chunk.sequence, chunk.tokens)
+    def mark_computed(self, sequence: Sequence, tokens: int) -> None:
+        """Count its next tokens as cached after their step. Pages that are full now may be shared."""
+        first_page = sequence.computed // self._page_tokens
+        sequence.computed += tokens
+        self._hash_pages(sequence, sequence.computed)
+        for page in range(first_page, sequence.computed // self._page_tokens):
+            self.pool.publish(sequence.pages[page], sequence.page_hashes[page])
 
     def accept_draft(self, sequence: Sequence, accepted: int) -> None:
         """Count the first `accepted` ids of the draft, which are tokens of the sequence by now, as cached too.
 
         Pages that hold only rejected guesses are given back.
         """
-        self._advance(sequence, accepted)
+        self.mark_computed(sequence, accepted)
         self._trim(sequence)
 
-    def discard_draft(self, chunk: Chunk) -> None:
-        """Use nothing that was computed for this chunk, and draft nothing for its sequence from now on."""
-        chunk.sequence.may_guess = False
-        self._trim(chunk.sequence)
+    def discard_draft(self, sequence: Sequence) -> None:
+        """Use nothing that its step with a draft computed, and draft nothing for it from now on."""
+        sequence.may_guess = False
+        self._trim(sequence)
 
     def _trim(self, sequence: Sequence) -> None:
         """Give back pages beyond the computed tokens."""
         needed = self._pages_for(sequence.computed)
         self.pool.release(sequence.pages[needed:])
         del sequence.pages[needed:]
-
-    def _advance(self, sequence: Sequence, tokens: int) -> None:
-        first_page = sequence.computed // self._page_tokens
-        sequence.computed += tokens
-        self._hash_pages(sequence, sequence.computed)
-        for page in range(first_page, sequence.computed // self._page_tokens):
-            self.pool.publish(sequence.pages[page], sequence.page_hashes[page])
 
     def _reserve(self, sequence: Sequence, tokens: int) -> bool:
         missing = self._pages_for(sequence.computed + tokens) - len(sequence.pages)
@@ -264,7 +232,9 @@ class Scheduler:
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self._page_tokens)
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: Sequence, step: _Step) -> None:
+        if (chunk := step.chunks.pop(sequence, None)) is not None:
+            step.budget += chunk.tokens
         self.running.remove(sequence)
         self._release(sequence)
         sequence.preemptions += 1

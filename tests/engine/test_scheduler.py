@@ -54,7 +54,7 @@ def step(scheduler: Scheduler) -> list[tuple[int, int]]:
     )
     for chunk in chunks:
         completes = chunk.completes
-        scheduler.mark_computed(chunk)
+        scheduler.mark_computed(chunk.sequence, chunk.tokens)
         if completes and chunk.sequence.append(100_000) is not None:
             scheduler.remove(chunk.sequence)
     return [(chunk.sequence.arrival, chunk.tokens) for chunk in chunks]
@@ -306,7 +306,7 @@ def repeat(s: Scheduler, wrong: bool = False) -> dict[int, tuple[int, ...]]:
     chunks = s.schedule()
     complete = [chunk for chunk in chunks if chunk.completes]
     for chunk in chunks:
-        s.mark_computed(chunk)
+        s.mark_computed(chunk.sequence, chunk.tokens)
     for chunk in complete:
         one, right = chunk.sequence, 0 if wrong else len(chunk.draft)
         known = len(one.token_ids)
@@ -444,7 +444,7 @@ def test_the_cache_holds_the_tokens_of_its_sequences_however_guesses_turn_out(
         for chunk in chunks:
             contents.write(chunk)
         for chunk in chunks:
-            s.mark_computed(chunk)
+            s.mark_computed(chunk.sequence, chunk.tokens)
         for chunk in chunks:
             one = chunk.sequence
             if one.arrival not in complete:
