@@ -8,31 +8,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol
 
 import torch
-from msgspec.structs import replace
 
 from serve_app.core import Failure, FailureCode, FinishReason, GenerationRequest, Reply, TokenBatch
 from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.prompt_lookup import count_accepted
-from serve_app.engine.sampling import Sampled
+from serve_app.engine.sampling import Sampled, Sampler
 from serve_app.engine.scheduler import Chunk, Scheduler
-from serve_app.engine.sequence import DraftPosition, Sequence
+from serve_app.engine.sequence import Sequence
 
 Gain = tuple[Sequence, Reply]
 """New tokens of a sequence, or the failure that ends it."""
-
-
-class RowSampler(Protocol):
-    """Chooses a token for each row of logits."""
-
-    def sample(self, logits: torch.Tensor, positions: SequenceOf[Sequence | DraftPosition]) -> list[Sampled]:
-        """Logits `[n, vocab]` in float32, which it may change in place: a token for each row's position."""
-        ...
 
 
 @dataclass(slots=True)
@@ -54,7 +43,7 @@ class EngineCore:
         self,
         runner: ModelRunner,
         scheduler: Scheduler,
-        sampler: RowSampler,
+        sampler: Sampler,
         *,
         numerics_id: str = "",
         before_isolated: Callable[[GenerationRequest], None] = lambda request: None,
@@ -77,13 +66,6 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         return bool(self.scheduler.running or self.scheduler.waiting)
-
-    def add(self, sequence: Sequence) -> None:
-        self.scheduler.add(sequence)
-
-    def remove(self, sequence: Sequence) -> None:
-        """Drop an unfinished sequence."""
-        self.scheduler.remove(sequence)
 
     def expire(self) -> list[Gain]:
         """Drop the sequences whose deadline has passed; the failure of each."""
@@ -167,7 +149,7 @@ class EngineCore:
         logprobs = tuple(choice.logprobs for choice in kept if choice.logprobs is not None) or None
         stats = None
         if reason is not None or index == len(sequence.request.output_token_ids):
-            stats = replace(sequence.stats(now), numerics_id=self._numerics_id)
+            stats = sequence.stats(now, self._numerics_id)
         return TokenBatch(index, ids, logprobs, reason, stats)
 
     def _finish(self, gains: list[Gain]) -> None:

@@ -261,7 +261,7 @@ class Engine:
         unfinished = list(self._streams)
         self._publish([(sequence, self._lost()) for sequence in unfinished])
         for sequence in unfinished:
-            self._core.remove(sequence)
+            self._core.scheduler.remove(sequence)
         self._core.step_started = None
 
     def _obey(self) -> bool:
@@ -282,11 +282,11 @@ class Engine:
         with self._lock:
             self._pending -= 1
             self._streams[sequence] = stream
-        self._core.add(sequence)
+        self._core.scheduler.add(sequence)
 
     def _cancel(self, sequence: Sequence) -> None:
         if self._streams.pop(sequence, None) is not None:
-            self._core.remove(sequence)
+            self._core.scheduler.remove(sequence)
 
     def _step(self) -> None:
         self._publish(self._core.expire())

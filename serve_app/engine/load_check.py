@@ -17,7 +17,7 @@ from serve_app.engine.core import EngineCore
 from serve_app.engine.kv_cache import PagePool
 from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.prompt_lookup import ROW_COST
-from serve_app.engine.sampling import Sampled
+from serve_app.engine.sampling import Sampled, Sampler
 from serve_app.engine.scheduler import Scheduler
 from serve_app.engine.sequence import DraftPosition, Sequence
 
@@ -105,7 +105,7 @@ def _decode_seconds(runner: ModelRunner, pool: PagePool, page_tokens: int, count
     return min(times[1:])
 
 
-class _ForcedTokens:
+class _ForcedTokens(Sampler):
     """A sampler that ignores the logits and continues each sequence with known tokens, for comparisons of the logits.
 
     Each sequence computes its first tokens as a prompt and its last `decoded` ones one a step. The logits that follow
@@ -114,7 +114,11 @@ class _ForcedTokens:
 
     def __init__(self, vocab_size: int, lengths: Mapping[int, int], decoded: int = 0) -> None:
         """`lengths`: number of the sequence -> its tokens."""
-        self.tokens = {number: _token_ids(vocab_size, number, length) for number, length in lengths.items()}
+        super().__init__()
+        self.tokens = {
+            number: tuple((17 * number + 7 * i * i + 3) % vocab_size for i in range(length))
+            for number, length in lengths.items()
+        }
         self.rows: dict[int, torch.Tensor] = {}
         """The logits `[vocab]` after the last token of each sequence that has ended."""
         self._decoded = decoded
@@ -124,15 +128,14 @@ class _ForcedTokens:
         step_tokens = min(step_tokens, runner.most_tokens or step_tokens)
         running = len(self.tokens)
         scheduler = Scheduler(pool, page_tokens=page_tokens, max_running=running, max_step_tokens=step_tokens)
-        core = EngineCore(runner, scheduler, self)
         for number, token_ids in self.tokens.items():
             prompt = token_ids[: len(token_ids) - self._decoded]
             request = GenerationRequest(str(number), Fingerprint(""), prompt, _GREEDY, self._decoded + 1)
-            core.add(Sequence(request, number))
-        return core
+            scheduler.add(Sequence(request, number))
+        return EngineCore(runner, scheduler, self)
 
-    def sample(self, logits: torch.Tensor, positions: SequenceOf[Sequence | DraftPosition]) -> list[Sampled]:
-        return [self._next(position, row) for position, row in zip(positions, logits, strict=True)]
+    def sample(self, logits: torch.Tensor, sequences: SequenceOf[Sequence | DraftPosition]) -> list[Sampled]:
+        return [self._next(position, row) for position, row in zip(sequences, logits, strict=True)]
 
     def _next(self, position: Sequence | DraftPosition, row: torch.Tensor) -> Sampled:
         number, known = int(position.request.request_id), len(position.token_ids)
@@ -143,10 +146,6 @@ class _ForcedTokens:
 
 
 _GREEDY = SamplingParams(seed=0, temperature=0)
-
-
-def _token_ids(vocab_size: int, number: int, length: int) -> tuple[int, ...]:
-    return tuple((17 * number + 7 * i * i + 3) % vocab_size for i in range(length))
 
 
 def _run(forced: _ForcedTokens, runner: ModelRunner, num_pages: int, page_tokens: int, step_tokens: int) -> None:

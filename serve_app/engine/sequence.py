@@ -89,7 +89,7 @@ class Sequence:
         stops = self.request.stop_token_ids
         return guesses[: next((place for place, (token_id, _) in enumerate(guesses) if token_id in stops), None)]
 
-    def stats(self, now: float) -> GenerationStats:
+    def stats(self, now: float, numerics_id: str) -> GenerationStats:
         started = self.started_at if self.started_at is not None else now
         first = self.first_token_at if self.first_token_at is not None else now
         return GenerationStats(
@@ -98,6 +98,7 @@ class Sequence:
             prefill_s=first - started,
             decode_s=now - first,
             preemptions=self.preemptions,
+            numerics_id=numerics_id,
         )
 
 
