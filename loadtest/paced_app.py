@@ -29,6 +29,7 @@ from serve_app.core import (
 )
 from serve_app.deployments.model_server import ModelServer
 from serve_app.engine.build import EngineCapacity
+from serve_app.engine.core import StepCounters
 from serve_app.engine.engine import EngineHealth, EngineStats
 from serve_app.engine.replies import ReplyStream, deliver
 
@@ -104,7 +105,7 @@ class PacedEngine:
         return EngineHealth(alive=True, step_running_s=0.0)
 
     def stats(self) -> EngineStats:
-        return EngineStats(len(self._streams), 0, 0, 1, 0, 0, 0, 0, 0, 0, 0)
+        return EngineStats(len(self._streams), 0, 0, 1, 0, StepCounters())
 
     def stop(self) -> None:
         self._stopping.set()

@@ -85,7 +85,7 @@ def prompts_for(work: str, folder: Path, count: int) -> list[list[int]]:
 async def run(engine: Engine, fingerprint: Fingerprint, work: dict[str, Any], prompt_lookup: bool) -> dict[str, Any]:
     """Have an idle engine do this work, with guesses or without."""
     engine._core.scheduler.prompt_lookup = prompt_lookup
-    before, start = engine.stats(), time.perf_counter()
+    before, start = engine.stats().counters, time.perf_counter()
 
     async def stream(number: int, prompt: list[int]) -> list[int]:
         sampling = SamplingParams(seed=number, temperature=work["temperature"])
@@ -98,7 +98,7 @@ async def run(engine: Engine, fingerprint: Fingerprint, work: dict[str, Any], pr
         return ids
 
     outputs = await asyncio.gather(*(stream(number, prompt) for number, prompt in enumerate(work["prompts"])))
-    seconds, after = time.perf_counter() - start, engine.stats()
+    seconds, after = time.perf_counter() - start, engine.stats().counters
     return {
         "seconds": seconds,
         "output": outputs,

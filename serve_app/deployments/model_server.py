@@ -117,9 +117,10 @@ class ModelServer:
         drafted = accepted = 0
         while True:
             stats = self._engine.stats()
-            metrics.count(DRAFTED_TOKENS, stats.drafted_tokens - drafted)
-            metrics.count(ACCEPTED_TOKENS, stats.accepted_tokens - accepted)
-            drafted, accepted = stats.drafted_tokens, stats.accepted_tokens
+            counters = stats.counters
+            metrics.count(DRAFTED_TOKENS, counters.drafted_tokens - drafted)
+            metrics.count(ACCEPTED_TOKENS, counters.accepted_tokens - accepted)
+            drafted, accepted = counters.drafted_tokens, counters.accepted_tokens
             metrics.gauge(RUNNING, stats.running)
             metrics.gauge(WAITING, stats.waiting)
             metrics.gauge(CACHE_USE, stats.used_pages / stats.total_pages)

@@ -31,8 +31,10 @@ class StepCounters:
     steps: int = 0
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
+    """Of the prompt tokens those that were taken from the cache instead of computed."""
     output_tokens: int = 0
     drafted_tokens: int = 0
+    """Output tokens that were guessed and verified in a step; `accepted_tokens` of them were right."""
     accepted_tokens: int = 0
 
 

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from transformers import PreTrainedModel
 from serve_app.config import EngineConfig
 from serve_app.core import Failure, FailureCode, Fingerprint, GenerationRequest, LoadStage, Reply, TokenBatch
 from serve_app.engine.build import Backends, EngineCapacity, build_core
-from serve_app.engine.core import EngineCore, Gain, ends
+from serve_app.engine.core import EngineCore, Gain, StepCounters, ends
 from serve_app.engine.refusal import refusal
 from serve_app.engine.replies import ReplyStream, deliver
 from serve_app.engine.sequence import Sequence
@@ -50,15 +51,9 @@ class EngineStats:
     waiting: int
     used_pages: int
     total_pages: int
-    prompt_tokens: int
-    """Prompt tokens computed or taken from the cache. This and the counts below are totals since the start."""
-    cached_prompt_tokens: int
-    output_tokens: int
     preemptions: int
-    steps: int
-    drafted_tokens: int
-    """Output tokens that were guessed and verified in a step; `accepted_tokens` of them were right."""
-    accepted_tokens: int
+    """Since the start."""
+    counters: StepCounters
 
 
 class Engine:
@@ -142,7 +137,7 @@ class Engine:
     def stats(self) -> EngineStats:
         with self._lock:
             unfinished = self._pending + len(self._streams)
-        scheduler, counters = self._core.scheduler, self._core.counters
+        scheduler = self._core.scheduler
         running = len(scheduler.running)
         return EngineStats(
             running=running,
@@ -150,13 +145,8 @@ class Engine:
             waiting=max(0, unfinished - running),
             used_pages=scheduler.pool.used,
             total_pages=scheduler.pool.num_pages,
-            prompt_tokens=counters.prompt_tokens,
-            cached_prompt_tokens=counters.cached_prompt_tokens,
-            output_tokens=counters.output_tokens,
             preemptions=scheduler.preemptions,
-            steps=counters.steps,
-            drafted_tokens=counters.drafted_tokens,
-            accepted_tokens=counters.accepted_tokens,
+            counters=copy(self._core.counters),
         )
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Reply, None]:

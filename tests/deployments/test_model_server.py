@@ -104,9 +104,9 @@ async def test_guessed_tokens_are_counted_once(server: ModelServer, monkeypatch:
     sampling = SamplingParams(seed=0, temperature=0, logit_bias=((9, 50.0),))
     async for _ in server._engine.generate(request_for([1, 2, 3], 60, sampling=sampling)):
         pass
-    stats = server._engine.stats()
-    assert stats.accepted_tokens > 0
-    for metric, count in ((DRAFTED_TOKENS, stats.drafted_tokens), (ACCEPTED_TOKENS, stats.accepted_tokens)):
+    counters = server._engine.stats().counters
+    assert counters.accepted_tokens > 0
+    for metric, count in ((DRAFTED_TOKENS, counters.drafted_tokens), (ACCEPTED_TOKENS, counters.accepted_tokens)):
         await until(lambda metric=metric, count=count: metrics.counters[metric.name, ()] == count)  # type: ignore[misc]
     reports.cancel()
 

@@ -97,11 +97,11 @@ def engines(request: pytest.FixtureRequest, kernels: Kernels, kernel_folder: Pat
     for engine in found:
         engine.stop()
         assert engine.stats().used_pages == 0, "pages leaked"
-    without, *others = (engine.stats() for engine in found)
+    without, *others = (engine.stats().counters for engine in found)
     assert without.drafted_tokens == without.accepted_tokens == 0
-    for stats in others:
-        assert 0 < stats.accepted_tokens < stats.drafted_tokens, "nothing was tested"
-    assert others[1].preemptions > 0
+    for counters in others:
+        assert 0 < counters.accepted_tokens < counters.drafted_tokens, "nothing was tested"
+    assert found[2].stats().preemptions > 0
     assert others[0].cached_prompt_tokens > 0
 
 
@@ -172,11 +172,11 @@ async def test_guesses_save_steps_and_are_counted(make_engine: MakeEngine) -> No
     request = request_for([1, 2, 3], 60, sampling=SamplingParams(seed=1, temperature=0, logit_bias=((9, 50.0),)))
     plain, guessing = make_engine(**NO_LOOKUP), make_engine()
     assert await tokens_of(plain, request) == await tokens_of(guessing, request) == [9] * 60
-    await until(lambda: plain.stats().steps == 60)
+    await until(lambda: plain.stats().counters.steps == 60)
     # Each step gives a token, and each right guess one more; the last step is counted behind its tokens' delivery.
-    await until(lambda: guessing.stats().accepted_tokens == 60 - guessing.stats().steps)
-    assert guessing.stats().steps < 20
-    assert guessing.stats().output_tokens == 60
+    await until(lambda: guessing.stats().counters.accepted_tokens == 60 - guessing.stats().counters.steps)
+    assert guessing.stats().counters.steps < 20
+    assert guessing.stats().counters.output_tokens == 60
 
 
 async def test_a_batch_may_hold_several_tokens_and_their_logprobs(make_engine: MakeEngine) -> None:
@@ -195,7 +195,7 @@ async def test_a_stop_within_what_was_guessed_right_ends_there(make_engine: Make
     request = request_for([1, 2, 3], 60, sampling=params, stop_token_ids=(8,))
     engine = make_engine()
     assert await tokens_of(engine, request) == [9] * 33 + [8]
-    assert engine.stats().accepted_tokens > 10
+    assert engine.stats().counters.accepted_tokens > 10
 
 
 async def test_a_suspect_is_not_guessed_for_until_it_has_company(make_engine: MakeEngine) -> None:
@@ -234,7 +234,7 @@ async def test_a_guess_that_spoils_a_step_harms_nobody(make_engine: MakeEngine) 
     engine = make_engine(backends=(NotANumberInGuesses,))
     both = await all_tokens(engine, [request_for([9] * 30, 50, sampling=params), request_for([9] * 3, 20)])
     assert both[0] == [9] * 50
-    assert engine.stats().accepted_tokens > 5
+    assert engine.stats().counters.accepted_tokens > 5
     for lookup in (False, True):
         engine = make_engine(backends=(NotANumber,), prompt_lookup=lookup)
         *batches, failure = await collect(engine, request_for([9] * 30, 50, sampling=params))
@@ -249,4 +249,4 @@ async def test_steps_of_a_fixed_shape_take_guesses_too(make_engine: MakeEngine) 
     expected = [greedy_reference("gemma2", prompt, 40) for prompt in prompts]
     engine = make_engine("gemma2", **settings_)
     assert await all_tokens(engine, [request_for(prompt, 40) for prompt in prompts]) == expected
-    assert engine.stats().accepted_tokens > 0
+    assert engine.stats().counters.accepted_tokens > 0

@@ -209,7 +209,7 @@ async def test_cancelling_the_caller_stops_the_work(make_engine: MakeEngine) -> 
     Blocking.last.leave.set()
     await until(lambda: not engine.stats().running and not engine.stats().waiting)
     assert engine.stats().used_pages == 0
-    assert engine.stats().output_tokens <= 1, "of the step that was running"
+    assert engine.stats().counters.output_tokens <= 1, "of the step that was running"
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ async def test_heartbeats_stand_where_the_reader_is_however_quick_the_engine(
     second_step, leave = threading.Event(), threading.Event()
 
     def one_step_and_then_pause(chunks: Any) -> Any:
-        if engine.stats().steps == 1:
+        if engine.stats().counters.steps == 1:
             second_step.set()
             assert leave.wait(60), "nobody has opened the gate"
         return step(chunks)

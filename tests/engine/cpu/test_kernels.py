@@ -244,7 +244,7 @@ def test_the_bits_are_the_same_alone_in_a_crowd_and_continued(
 
 def test_the_crowd_was_one(exact_engines: list[Engine]) -> None:
     assert exact_engines[1].stats().preemptions > 0
-    assert exact_engines[1].stats().cached_prompt_tokens > 0
+    assert exact_engines[1].stats().counters.cached_prompt_tokens > 0
     for engine in exact_engines:
         engine.stop()
 

@@ -47,7 +47,7 @@ async def test_the_tokens_are_those_of_generate(kind: str, recorder: Recorder, m
     before = recorder.replayed
     found = await asyncio.gather(*(tokens_of(engine, request_for(prompt)) for prompt in prompts))
     assert list(found) == expected
-    assert recorder.replayed - before == engine.stats().steps, "every step was a replay"
+    assert recorder.replayed - before == engine.stats().counters.steps, "every step was a replay"
 
 
 def test_no_graphs_where_none_are_wanted_or_possible(recorder: Recorder, make_engine: MakeEngine) -> None:
