@@ -184,16 +184,14 @@ class KVCache:
     def __init__(self, layers: dict[int, LayerShape], num_pages: int, page_tokens: int) -> None:
         self.num_pages = num_pages
         self.page_tokens = page_tokens
-        self._keys: dict[int, torch.Tensor] = {}
-        self._values: dict[int, torch.Tensor] = {}
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for index, layer in layers.items():
             shape = (num_pages, page_tokens, layer.kv_heads)
-            self._keys[index] = _zeros((*shape, layer.key_dim), layer)
-            self._values[index] = _zeros((*shape, layer.value_dim), layer)
+            self._layers[index] = (_zeros((*shape, layer.key_dim), layer), _zeros((*shape, layer.value_dim), layer))
         self.bytes = num_pages * page_tokens * sum(layer.bytes_per_token for layer in layers.values())
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._keys[index], self._values[index]
+        return self._layers[index]
 
 
 def _zeros(shape: tuple[int, ...], layer: LayerShape) -> torch.Tensor:

@@ -11,7 +11,8 @@ from collections.abc import Sequence as SequenceOf
 
 from msgspec.structs import replace
 
-from serve_app.core import Failure, Reply, TokenBatch
+from serve_app.core import Reply, TokenBatch
+from serve_app.engine.core import ends
 from serve_app.idle_timeout import TimedWaiter
 
 
@@ -36,7 +37,7 @@ class ReplyStream:
         first = self._replies.popleft()
         while isinstance(first, TokenBatch) and self._replies and isinstance(self._replies[0], TokenBatch):
             first = _join(first, self._replies.popleft())  # type: ignore[arg-type]
-        if isinstance(first, Failure) or first.finish_reason is not None:
+        if ends(first):
             self._waiter.close()
         return first
 

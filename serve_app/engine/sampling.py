@@ -79,13 +79,18 @@ class Sampler:
 
     def sample(self, logits: torch.Tensor, sequences: SequenceOf[Sequence | DraftPosition]) -> list[Sampled]:
         """Logits `[n, vocab]` in float32 (changed in place), one row per sequence -> one token each."""
-        params = [s.request.sampling for s in sequences]
-        logprobs = self._logprobs_before(logits, params)
+        # Of the model's own distribution: taken before anything changes the logits.
+        logprobs = {
+            row: (logits[row].log_softmax(dim=-1), top)
+            for row, s in enumerate(sequences)
+            if (top := s.request.sampling.logprobs) is not None
+        }
         self._adjust(logits, sequences)
         on_cpu = self._kernels is not None and logits.device.type == "cpu"
         chosen = self._choose_by_kernel(logits, sequences) if on_cpu else self._choose(logits, sequences)
         return [
-            Sampled(token_id, logprobs(row, token_id) if token_id >= 0 else None) for row, token_id in enumerate(chosen)
+            Sampled(token_id, _logprobs_of(token_id, *logprobs[row]) if row in logprobs and token_id >= 0 else None)
+            for row, token_id in enumerate(chosen)
         ]
 
     def _choose(self, logits: torch.Tensor, sequences: SequenceOf[Sequence | DraftPosition]) -> list[int]:
@@ -185,26 +190,12 @@ class Sampler:
                 thresholds[few] = _top_p_threshold(whole, whole.double().cumsum(-1), wanted[few])
         probs[rows] = chosen.masked_fill_(chosen < thresholds, 0.0)
 
-    @staticmethod
-    def _logprobs_before(
-        logits: torch.Tensor, params: SequenceOf[SamplingParams]
-    ) -> Callable[[int, int], TokenLogprobs | None]:
-        """Take the log-probabilities of the rows that want them, before anything changes the logits.
 
-        Returns:
-            A function of row and chosen id.
-        """
-        wanted = {row: p.logprobs for row, p in enumerate(params) if p.logprobs is not None}
-        logs = {row: logits[row].log_softmax(dim=-1) for row in wanted}
-
-        def of(row: int, token_id: int) -> TokenLogprobs | None:
-            if row not in wanted:
-                return None
-            top = logs[row].topk(wanted[row])
-            pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-            return TokenLogprobs(float(logs[row][token_id]), pairs)
-
-        return of
+def _logprobs_of(token_id: int, logprobs: torch.Tensor, top: int) -> TokenLogprobs:
+    """The chosen id's and those of the `top` most likely ids, from all of a row's, `[vocab]`."""
+    best = logprobs.topk(top)
+    pairs = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return TokenLogprobs(float(logprobs[token_id]), pairs)
 
 
 def _draws(sequences: SequenceOf[Sequence | DraftPosition]) -> npt.NDArray[np.float64]:
