@@ -38,22 +38,18 @@ def _libc() -> ctypes.CDLL:
     return libc
 
 
-def page_out_mapped_weights(maps: Path = Path("/proc/self/maps")) -> int:
-    """Let the system take back the pages of mapped .safetensors files; returns the bytes of those mappings.
+def page_out_mapped_weights(maps: Path = Path("/proc/self/maps")) -> None:
+    """Let the system take back the pages of mapped .safetensors files.
 
     A checkpoint stays mapped while one tensor of it is alive (the embedding), and its pages would go on counting as
     this process's memory until something else needs them. Does nothing on systems other than Linux.
     """
     if not maps.exists():
-        return 0
+        return
     libc = _libc()
-    named = 0
     for line in maps.read_text().splitlines():
         if not line.endswith(".safetensors"):
             continue
         start, end = (int(address, 16) for address in line.split()[0].split("-"))
         if libc.madvise(start, end - start, _MADV_PAGEOUT) != 0:
             logger.info("the mapped weights stay in memory: madvise failed with %d", ctypes.get_errno())
-            continue
-        named += end - start
-    return named

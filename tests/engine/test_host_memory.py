@@ -35,7 +35,7 @@ def test_pages_of_mapped_weights_go_and_their_contents_stay(tmp_path: Path) -> N
     assert torch.equal(mapped, weights)
     if resident_bytes(str(path)) < 8_000_000:
         pytest.skip("this safetensors does not map files")
-    assert page_out_mapped_weights() > 0
+    page_out_mapped_weights()
     assert resident_bytes(str(path)) < 1_000_000
     assert torch.equal(mapped, weights)
 
@@ -52,8 +52,9 @@ def test_a_packed_model_still_computes_from_its_mapped_embedding(kernels: Kernel
         assert torch.allclose(loaded(ids).logits, original(ids).logits, atol=1e-4)
 
 
-def test_without_proc_nothing_happens(tmp_path: Path) -> None:
-    assert page_out_mapped_weights(tmp_path / "maps") == 0
+def test_without_proc_nothing_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve_app.engine.host_memory._libc", lambda: pytest.fail("the system was asked"))
+    page_out_mapped_weights(tmp_path / "maps")
 
 
 def test_memory_asked_for_in_large_pages_is_ordinary_memory() -> None:
