@@ -56,13 +56,13 @@ class Lookup:
         self._hits = [chance * _PRIOR_WEIGHT for chance in _PRIOR.values()]
         self._tries = [_PRIOR_WEIGHT] * len(_PRIOR)
 
-    def index(self, most: int | None = None) -> int:
+    def index(self, most: int) -> int:
         """Index the next ids, `most` at most; returns how many.
 
         However they are divided over calls, the guesses are the same once all are indexed.
         """
         begin = self._indexed
-        end = len(self._ids) if most is None else min(len(self._ids), begin + most)
+        end = min(len(self._ids), begin + most)
         for _ in range(begin, min(end, self._given)):
             self._add_pair()
         if begin < self._indexed == self._given:
@@ -132,7 +132,7 @@ class Lookup:
 
 
 def share_rows(
-    guesses: SequenceOf[SequenceOf[tuple[int, float]]], rows: int, sampled: int, row_cost: float = ROW_COST
+    guesses: SequenceOf[SequenceOf[tuple[int, float]]], rows: int, sampled: int, row_cost: float
 ) -> list[int]:
     """How many guesses of each sequence to verify, at most `rows` together, in a step that gives `sampled` tokens.
 

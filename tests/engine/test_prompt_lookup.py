@@ -13,6 +13,9 @@ from serve_app.engine import prompt_lookup
 from serve_app.engine.prompt_lookup import CANDIDATES, LONGEST_MATCH, ROW_COST, Lookup, count_accepted, share_rows
 from serve_app.engine.sequence import Sequence
 
+ALL = 10**9
+"""More ids than there are."""
+
 
 def ids_of(guesses: list[tuple[int, float]]) -> list[int]:
     return [token_id for token_id, _ in guesses]
@@ -21,7 +24,7 @@ def ids_of(guesses: list[tuple[int, float]]) -> list[int]:
 def lookup_of(ids: list[int]) -> Lookup:
     """One that has indexed them all."""
     lookup = Lookup(ids)
-    lookup.index()
+    lookup.index(ALL)
     return lookup
 
 
@@ -63,10 +66,10 @@ def test_every_guess_has_a_precedent(ids: list[int], known: int, bulk: bool) -> 
     lookup = lookup_of(given_ids)
     if bulk:
         given_ids.extend(ids[known:])
-        lookup.index()
+        lookup.index(ALL)
     for token_id in ids[len(given_ids) :]:
         given_ids.append(token_id)
-        lookup.index()
+        lookup.index(ALL)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prompt_lookup, "ROW_COST", 0.0)
         guesses = ids_of(lookup.guess(6))
@@ -96,7 +99,7 @@ def test_ids_indexed_in_slices_give_the_same_guesses(
         unread = min(len(known), reach)
         for token_id in ids[given_ids:]:
             known.append(token_id)
-            at_once.index()
+            at_once.index(ALL)
             growing.append(token_id)
             unread += 1
             if slices:
@@ -104,7 +107,7 @@ def test_ids_indexed_in_slices_give_the_same_guesses(
                 assert sliced.index(most) == min(most, unread)
                 unread -= min(most, unread)
             assert unread == 0 or sliced.guess(31) == []
-        assert sliced.index() == unread
+        assert sliced.index(ALL) == unread
         assert sliced.guess(31) == at_once.guess(31)
         assert (sliced._latest, sliced._earlier) == (at_once._latest, at_once._earlier)
         assert (sliced._hits, sliced._tries) == (at_once._hits, at_once._tries)
@@ -124,7 +127,7 @@ def test_what_is_too_far_back_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) 
     assert ids_of(lookup_of([*far, *near]).guess(1)) == [3]
     lookup = lookup_of(far)
     far.extend([7, 50, 51, 1, 2])
-    lookup.index()
+    lookup.index(ALL)
     assert ids_of(lookup.guess(1)) == [7]
 
 
@@ -136,15 +139,15 @@ def test_habits_are_learned_from_guesses_that_were_never_drafted() -> None:
     assert before == sorted(before, reverse=True)
     for token_id in ids[:20]:
         ids.append(token_id)
-        lookup.index()
+        lookup.index(ALL)
     right = chances(lookup, 8)
     assert right[7] > 0.6
     assert all(now > then for now, then in zip(right, before, strict=True))
     for new in range(100, 130):  # each time the past seems to repeat itself, it doesn't
         ids.extend((1, 2, new))
-        lookup.index()
+        lookup.index(ALL)
     ids.extend((1, 2))
-    lookup.index()
+    lookup.index(ALL)
     assert chances(lookup, 1)[0] < 0.1
 
 
@@ -153,15 +156,15 @@ def test_a_request_that_repeats_itself_gets_longer_drafts_and_one_that_does_not_
     lookup = lookup_of(ids)
     lengths = []
     for token_id in [3, 4, 5, 6, 7, 8, 1, 2] * 4:
-        lengths.append(share_rows([lookup.guess(31)], 31, 1)[0])
+        lengths.append(share_rows([lookup.guess(31)], 31, 1, ROW_COST)[0])
         ids.append(token_id)
-        lookup.index()
+        lookup.index(ALL)
     assert lengths[0] < lengths[8] < lengths[31]
     for new in range(100, 160):
         ids.extend((1, 2, new))
-        lookup.index()
+        lookup.index(ALL)
     ids.extend((1, 2))
-    lookup.index()
+    lookup.index(ALL)
     assert lookup.guess(31) == []
 
 
