@@ -52,34 +52,40 @@ class Trial:
         facts = repr((kernel, self.layers, self.page_tokens, names, versions)).encode()
         return hashlib.sha256(b"\0".join((facts, *sources))).hexdigest()[:24]
 
+    def run(self) -> str | None:
+        """Try the kernel in this process; what is wrong, or None."""
+        for layer in self.layers:
+            complaint = check_attention(self.backend, layer.shape, layer.query_heads, layer.params, self.page_tokens)
+            if complaint is not None:
+                return complaint
+        return None
 
-def try_apart(trial: Trial, passed: Path | None, limit_s: float = TRIAL_LIMIT_S) -> str | None:
+
+def try_apart(trial: Trial, passed: Path | None) -> str | None:
     """What is wrong with the kernel; None when it passed, now or before, or when no child came as far as launching it.
 
     Args:
         trial: its kernel's class must be one that a new process can import.
         passed: folder that remembers which trials have passed; without one every trial runs.
-        limit_s: time for the child.
     """
     remembered = passed / trial.key() if passed is not None else None
     if remembered is not None and remembered.exists():
         return None
-    complaint, begun = _in_child(trial, limit_s)
-    if complaint is None:
-        if remembered is not None:
-            _remember(remembered)
-        return None
-    if begun:
+    complaint, begun = _in_child(trial)
+    if begun and complaint is not None:
         return complaint
-    # The child failed before the kernel ran: the GPU may admit one process only, or memory may be short.
-    logger.warning(
-        "attention kernel %s could not be tried in a process of its own (%s): it is tried in this one",
-        trial.backend.name, complaint,
-    )  # fmt: skip
+    if complaint is not None:
+        # The child failed before the kernel ran: the GPU may admit one process only, or memory may be short.
+        logger.warning(
+            "attention kernel %s could not be tried in a process of its own (%s): it is tried in this one",
+            trial.backend.name, complaint,
+        )  # fmt: skip
+    elif remembered is not None:
+        _remember(remembered)
     return None
 
 
-def _in_child(trial: Trial, limit_s: float) -> tuple[str | None, bool]:
+def _in_child(trial: Trial, limit_s: float = TRIAL_LIMIT_S) -> tuple[str | None, bool]:
     """What is wrong, and whether the kernel had begun before that."""
     # A replica's code may lie on a search path that no environment variable holds.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -113,24 +119,16 @@ def _remember(place: Path) -> None:
         logger.info("kernels will be tried again at the next start: %s", error)
 
 
-def run(trial: Trial) -> str | None:
-    """Try the kernel here; what is wrong, or None."""
-    for device in {layer.shape.device for layer in trial.layers}:
-        # This shows that the device can be used and has room: whatever fails after it is the kernel's fault.
-        torch.empty(_ROOM_BYTES, dtype=torch.uint8, device=device)[:1].zero_().item()
-    _tell(_BEGUN)
-    for layer in trial.layers:
-        complaint = check_attention(trial.backend, layer.shape, layer.query_heads, layer.params, trial.page_tokens)
-        if complaint is not None:
-            return complaint
-    return None
-
-
 def main() -> None:
     """The child process. A timer ends it, since a parent that was killed can't."""
     signal.setitimer(signal.ITIMER_REAL, float(sys.argv[1]))
     with torch.inference_mode():
-        complaint = run(pickle.load(sys.stdin.buffer))
+        trial: Trial = pickle.load(sys.stdin.buffer)
+        for device in {layer.shape.device for layer in trial.layers}:
+            # This shows that the device can be used and has room: whatever fails after it is the kernel's fault.
+            torch.empty(_ROOM_BYTES, dtype=torch.uint8, device=device)[:1].zero_().item()
+        _tell(_BEGUN)
+        complaint = trial.run()
     _tell(f"{_VERDICT}{complaint or ''}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import pickle
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,8 +69,10 @@ def test_a_device_without_room_for_the_check_says_nothing_against_the_kernel(
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(torch, "empty", short)
+    monkeypatch.setattr(sys, "argv", ["a trial", "0"])  # without a limit
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(pickle.dumps(trial(SdpaAttention())))))
     with pytest.raises(torch.OutOfMemoryError):
-        trials.run(trial(SdpaAttention()))
+        trials.main()
     assert "kernels begin" not in capsys.readouterr().out
 
 
