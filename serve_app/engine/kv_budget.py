@@ -40,8 +40,14 @@ def count_pages(runner: ModelRunner, config: EngineConfig, context_tokens: int, 
             f"{budget / 2**20:.0f} MiB of KV cache hold only {num_pages * page_tokens} tokens "
             f"({page_bytes / page_tokens / 1024:.0f} KiB each): raise engine.kv_cache_memory"
         )
-    if runner.device.type == "cpu":
-        _require_memory(num_pages * page_bytes)
+    free = available_memory_bytes() if runner.device.type == "cpu" else None
+    # Linux would promise the memory and later kill the process.
+    if free is not None and num_pages * page_bytes + CPU_STEP_BYTES > free:
+        raise EngineError(
+            f"{num_pages * page_bytes / 2**30:.1f} GiB of KV cache and {CPU_STEP_BYTES / 2**30:.1f} GiB for the "
+            f"computation don't fit into the {free / 2**30:.1f} GiB of main memory that are free: lower "
+            "engine.kv_cache_memory, or use a smaller model or a larger machine"
+        )
     return num_pages
 
 
@@ -62,17 +68,6 @@ def allocate(runner: ModelRunner, num_pages: int, page_tokens: int) -> KVCache:
             f"there is no memory for {num_pages * page_tokens * _bytes_per_token(runner) / 2**30:.1f} GiB of KV cache: "
             "lower engine.kv_cache_memory or engine.gpu_memory_fraction"
         ) from error
-
-
-def _require_memory(kv_cache_bytes: int) -> None:
-    """Raise EngineError when main memory is short. Linux would promise the memory and later kill the process."""
-    free = available_memory_bytes()
-    if free is not None and kv_cache_bytes + CPU_STEP_BYTES > free:
-        raise EngineError(
-            f"{kv_cache_bytes / 2**30:.1f} GiB of KV cache and {CPU_STEP_BYTES / 2**30:.1f} GiB for the computation "
-            f"don't fit into the {free / 2**30:.1f} GiB of main memory that are free: lower engine.kv_cache_memory, "
-            "or use a smaller model or a larger machine"
-        )
 
 
 def _gpu_budget(runner: ModelRunner, config: EngineConfig) -> int:

@@ -39,28 +39,27 @@ _LONG_DECODED = 8
 end on either side of them, and decoded from there on: 22 steps."""
 
 
-def check_model(runner: ModelRunner, *, num_pages: int, page_tokens: int) -> str | None:
+def check_model(runner: ModelRunner) -> str | None:
     """Compute three sequences in chunks, side by side, through the paged path; returns what is wrong, or None."""
-    forced = _ForcedTokens(runner.vocab_size, dict(enumerate(_LENGTHS)))
-    _run(forced, runner, num_pages, page_tokens, _STEP_TOKENS)
+    forced = _ForcedTokens(runner, dict(enumerate(_LENGTHS)))
+    rows = forced.run(_STEP_TOKENS)
     for number, token_ids in forced.tokens.items():
-        if (complaint := _compare(runner, token_ids, forced.rows[number])) is not None:
+        if (complaint := _compare(runner, token_ids, rows[number])) is not None:
             return complaint
     return None
 
 
-def check_batch_invariance(runner: ModelRunner, *, num_pages: int, page_tokens: int, longest_tokens: int) -> bool:
+def check_batch_invariance(runner: ModelRunner, longest_tokens: int) -> bool:
     """Whether the logits are the same bits alone, in a shuffled batch, in chunks, and decoded token by token.
 
     Args:
+        runner: its cache is overwritten.
         longest_tokens: the longest context to check. Pass what will be served, or 0 for a kernel that is known to
             compute with few keys as it does with many. Contexts beyond 520 tokens are not checked.
     """
 
     def rows(lengths: Mapping[int, int], step_tokens: int, decoded: int = 0) -> dict[int, torch.Tensor]:
-        forced = _ForcedTokens(runner.vocab_size, lengths, decoded)
-        _run(forced, runner, num_pages, page_tokens, step_tokens)
-        return forced.rows
+        return _ForcedTokens(runner, lengths, decoded).run(step_tokens)
 
     def rows_alone(lengths: Mapping[int, int]) -> dict[int, torch.Tensor]:
         return {arrival: rows({arrival: length}, 512)[arrival] for arrival, length in lengths.items()}
@@ -81,22 +80,23 @@ def check_batch_invariance(runner: ModelRunner, *, num_pages: int, page_tokens: 
     return same(alone, rows(lengths, _LONG_STEP_TOKENS)) and same(alone, rows(lengths, 512, _LONG_DECODED))
 
 
-def measure_row_cost(runner: ModelRunner, *, num_pages: int, page_tokens: int) -> float:
+def measure_row_cost(runner: ModelRunner) -> float:
     """What one more row adds to a step that decodes, as a share of a step of one row, measured in eight steps.
 
     It needs a device whose steps have ended when they return. `ROW_COST` where the cache has no room for two sequences.
     """
-    rows = min(_TIMED_ROWS, num_pages // 2, runner.most_tokens or _TIMED_ROWS)  # all are admitted at once
+    most = _TIMED_ROWS if runner.fixed_rows is None else runner.fixed_rows[0]
+    rows = min(_TIMED_ROWS, (runner.cache.num_pages - 1) // 2, most)  # all are admitted at once
     if rows < 2:
         return ROW_COST
-    one, many = (_decode_seconds(runner, PagePool(num_pages), page_tokens, count) for count in (1, rows))
+    one, many = (_decode_seconds(runner, count) for count in (1, rows))
     return min(max(0.0, many / one - 1) / (rows - 1), 1.0)
 
 
-def _decode_seconds(runner: ModelRunner, pool: PagePool, page_tokens: int, count: int) -> float:
+def _decode_seconds(runner: ModelRunner, count: int) -> float:
     """Seconds of a step in which `count` sequences decode: the fastest of a few, which others disturbed least."""
-    forced = _ForcedTokens(runner.vocab_size, dict.fromkeys(range(count), 1 + _TIMED_STEPS), decoded=_TIMED_STEPS)
-    core = forced.core(runner, pool, page_tokens, step_tokens=count)
+    forced = _ForcedTokens(runner, dict.fromkeys(range(count), 1 + _TIMED_STEPS), decoded=_TIMED_STEPS)
+    core = forced.core(step_tokens=count)
     times = []
     for _ in range(1 + _TIMED_STEPS):  # the first computes the prompts
         begin = time.perf_counter()
@@ -112,27 +112,40 @@ class _ForcedTokens(Sampler):
     its last token are kept.
     """
 
-    def __init__(self, vocab_size: int, lengths: Mapping[int, int], decoded: int = 0) -> None:
+    def __init__(self, runner: ModelRunner, lengths: Mapping[int, int], decoded: int = 0) -> None:
         """`lengths`: number of the sequence -> its tokens."""
         super().__init__()
         self.tokens = {
-            number: tuple((17 * number + 7 * i * i + 3) % vocab_size for i in range(length))
+            number: tuple((17 * number + 7 * i * i + 3) % runner.vocab_size for i in range(length))
             for number, length in lengths.items()
         }
-        self.rows: dict[int, torch.Tensor] = {}
-        """The logits `[vocab]` after the last token of each sequence that has ended."""
+        self._runner = runner
         self._decoded = decoded
+        self._rows: dict[int, torch.Tensor] = {}
 
-    def core(self, runner: ModelRunner, pool: PagePool, page_tokens: int, step_tokens: int) -> EngineCore:
-        """An engine's core that has all the sequences in its queue, and samples with this."""
-        step_tokens = min(step_tokens, runner.most_tokens or step_tokens)
-        running = len(self.tokens)
-        scheduler = Scheduler(pool, page_tokens=page_tokens, max_running=running, max_step_tokens=step_tokens)
+    def core(self, step_tokens: int) -> EngineCore:
+        """An engine's core with an empty cache that has all the sequences in its queue, and samples with this."""
+        cache, fixed_rows = self._runner.cache, self._runner.fixed_rows
+        if fixed_rows is not None:
+            step_tokens = min(step_tokens, fixed_rows[0])
+        scheduler = Scheduler(
+            PagePool(cache.num_pages - 1),
+            page_tokens=cache.page_tokens,
+            max_running=len(self.tokens),
+            max_step_tokens=step_tokens,
+        )
         for number, token_ids in self.tokens.items():
             prompt = token_ids[: len(token_ids) - self._decoded]
             request = GenerationRequest(str(number), Fingerprint(""), prompt, _GREEDY, self._decoded + 1)
             scheduler.add(Sequence(request, number))
-        return EngineCore(runner, scheduler, self)
+        return EngineCore(self._runner, scheduler, self)
+
+    def run(self, step_tokens: int) -> dict[int, torch.Tensor]:
+        """Compute all sequences to their ends: the logits `[vocab]` after the last token of each."""
+        core = self.core(step_tokens)
+        while core.has_work:
+            core.step()
+        return self._rows
 
     def sample(self, logits: torch.Tensor, sequences: SequenceOf[Sequence | DraftPosition]) -> list[Sampled]:
         return [self._next(position, row) for position, row in zip(sequences, logits, strict=True)]
@@ -141,18 +154,11 @@ class _ForcedTokens(Sampler):
         number, known = int(position.request.request_id), len(position.token_ids)
         if known < len(self.tokens[number]):
             return Sampled(self.tokens[number][known])
-        self.rows[number] = row
+        self._rows[number] = row
         return Sampled(0)  # any id: with it the sequence ends
 
 
 _GREEDY = SamplingParams(seed=0, temperature=0)
-
-
-def _run(forced: _ForcedTokens, runner: ModelRunner, num_pages: int, page_tokens: int, step_tokens: int) -> None:
-    """Compute all sequences to their ends, in an empty cache."""
-    core = forced.core(runner, PagePool(num_pages), page_tokens, step_tokens)
-    while core.has_work:
-        core.step()
 
 
 def _compare(runner: ModelRunner, token_ids: SequenceOf[int], row: torch.Tensor) -> str | None:

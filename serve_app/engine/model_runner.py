@@ -7,9 +7,8 @@ reproduce is refused. Knows no scheduling and no sampling.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -88,45 +87,26 @@ class ModelRunner:
             UnsupportedModelError: the model's attention never reaches the paged path.
         """
         register()
-        self._fixed_rows = fixed_rows
-        self._model = model
+        self.name = type(model).__name__
+        self.quantized = getattr(model, "hf_quantizer", None) is not None
+        self.fixed_rows = fixed_rows
         embeddings: Any = model.get_input_embeddings()
-        self._device: torch.device = next(chain(embeddings.parameters(), embeddings.buffers())).device
-        self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._cache: KVCache | None = None
-        self._backend: AttentionBackend | None = None
+        self.device: torch.device = next(chain(embeddings.parameters(), embeddings.buffers())).device
+        self.backend: AttentionBackend
+        self.cache: KVCache
+        """What it serves with. Neither exists before `use`, nor after `release`."""
         self.graphs: StepGraphs | None = None
         """Recordings that serve the steps that fit them."""
+        self._model = model
+        self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         model.set_attn_implementation(ATTENTION_NAME)
-        self.vocab_size = 0
-        self.layers = self._probe_layers()
+        self.vocab_size, self.layers = self._probe_layers()
 
-    @property
-    def device(self) -> torch.device:
-        return self._device
-
-    @property
-    def most_tokens(self) -> int | None:
-        """Tokens that a step can have, where their number is fixed."""
-        return None if self._fixed_rows is None else self._fixed_rows[0]
-
-    @property
-    def quantized(self) -> bool:
-        return getattr(self._model, "hf_quantizer", None) is not None
-
-    @property
-    def fixed_rows(self) -> tuple[int, int] | None:
-        """Tokens and rows of logits that every step is padded to, where it is."""
-        return self._fixed_rows
-
-    @property
-    def name(self) -> str:
-        return type(self._model).__name__
-
-    def _probe_layers(self) -> dict[int, AttentionLayer]:
+    def _probe_layers(self) -> tuple[int, dict[int, AttentionLayer]]:
+        """The size of the vocabulary, and the attention layers."""
         probe, config = _Probe(), self._model.config.get_text_config()
         try:
-            self.vocab_size = self._forward([1, 2, 3, 4], [0, 1, 2, 3], probe, [3]).shape[-1]
+            vocab_size = self._forward([1, 2, 3, 4], [0, 1, 2, 3], probe, [3]).shape[-1]
             masked = _masked_window(config, probe.layers)
         except torch.OutOfMemoryError:
             raise
@@ -144,7 +124,7 @@ class ModelRunner:
             raise UnsupportedModelError(
                 f"{self.name} can't be served: layer {masked} does not pass its sliding window to attention"
             )
-        return probe.layers
+        return vocab_size, probe.layers
 
     def peak_bytes(self, tokens: int) -> int:
         """Bytes that a step of `tokens` tokens takes on the busiest CUDA device beyond what is held now.
@@ -169,18 +149,16 @@ class ModelRunner:
 
     def use(self, backend: AttentionBackend, cache: KVCache) -> None:
         """Serve from this cache with this kernel from now on."""
-        self._backend, self._cache = backend, cache
+        self.backend, self.cache = backend, cache
 
     def release(self) -> None:
         """Drop the cache, so that its memory is free for another."""
-        self._backend = self._cache = None
+        del self.backend, self.cache
         torch.cuda.empty_cache()
 
     def step(self, chunks: SequenceOf[Chunk]) -> torch.Tensor:
         """Compute the chunks; logits in float32, a row for each of `Chunk.rows` of those that complete, in order."""
-        assert self._backend is not None, "use() comes first"
-        assert self._cache is not None
-        page_tokens = self._cache.page_tokens
+        page_tokens = self.cache.page_tokens
         ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -189,7 +167,7 @@ class ModelRunner:
         for chunk in chunks:
             sequence, known = chunk.sequence, chunk.sequence.computed + chunk.tokens
             end = known + len(chunk.draft)
-            runs = contiguous_runs(sequence.pages, end, page_tokens) if self._backend.reads_runs else ()
+            runs = contiguous_runs(sequence.pages, end, page_tokens) if self.backend.reads_runs else ()
             spans.append(Span(len(ids), end - sequence.computed, end, runs, tuple(sequence.pages)))
             ids.extend(sequence.token_ids[sequence.computed : known])
             ids.extend(chunk.draft)
@@ -215,25 +193,23 @@ class ModelRunner:
 
     def compute(self, inputs: StepInputs) -> torch.Tensor:
         """A step without graphs: logits in float32 `[kept, vocab]`."""
-        assert self._backend is not None, "use() comes first"
-        assert self._cache is not None
         ids, positions, slots = inputs.ids, inputs.positions, inputs.slots
         rows = inputs.kept or [len(ids) - 1]
-        if self._fixed_rows is not None:
-            tokens, logit_rows = self._fixed_rows
+        if self.fixed_rows is not None:
+            tokens, logit_rows = self.fixed_rows
             padding = [0] * (tokens - len(ids))
-            scratch = (self._cache.num_pages - 1) * self._cache.page_tokens
+            scratch = (self.cache.num_pages - 1) * self.cache.page_tokens
             ids, positions, slots = ids + padding, positions + padding, slots + [scratch] * len(padding)
             rows = rows + [0] * (logit_rows - len(rows))
-        step = PagedStep(self._backend, self._cache, inputs.spans, self._host(slots))
+        step = PagedStep(self.backend, self.cache, inputs.spans, self._host(slots))
         return self._forward(ids, positions, step, rows)[: len(inputs.kept)]
 
     def _host(self, numbers: list[int]) -> torch.Tensor:
         """`[n]` of int64, in pinned memory for a GPU, from which copies are asynchronous."""
-        return torch.tensor(numbers, pin_memory=self._device.type == "cuda")
+        return torch.tensor(numbers, pin_memory=self.device.type == "cuda")
 
     def _forward(self, ids: list[int], positions: list[int], step: AttentionStep, rows: list[int]) -> torch.Tensor:
-        on_device = [self._host(numbers).to(self._device, non_blocking=True) for numbers in (ids, positions, rows)]
+        on_device = [self._host(numbers).to(self.device, non_blocking=True) for numbers in (ids, positions, rows)]
         return self.forward(on_device[0], on_device[1], step, on_device[2]).float()
 
     def forward(
@@ -251,15 +227,10 @@ class ModelRunner:
 
     def reference_logits(self, ids: list[int]) -> torch.Tensor:
         """The model's own eager attention over one sequence, no cache: logits in float32 `[tokens, vocab]`."""
-        with self._implementation("eager"):
-            inputs = torch.tensor([ids], device=self._device)
-            return self._model(input_ids=inputs, use_cache=False).logits[0].float()  # type: ignore[no-any-return]
-
-    @contextmanager
-    def _implementation(self, name: str) -> Iterator[None]:
-        self._model.set_attn_implementation(name)
+        self._model.set_attn_implementation("eager")
         try:
-            yield
+            inputs = torch.tensor([ids], device=self.device)
+            return self._model(input_ids=inputs, use_cache=False).logits[0].float()  # type: ignore[no-any-return]
         finally:
             self._model.set_attn_implementation(ATTENTION_NAME)
 

@@ -7,10 +7,9 @@ import time
 
 from serve_app.config import EngineConfig
 from serve_app.engine.attention.base import TabledAttention
-from serve_app.engine.cuda.capture import Capture, CudaCapture
+from serve_app.engine.cuda.capture import CudaCapture
 from serve_app.engine.cuda.check import RecordingCheck
-from serve_app.engine.cuda.graphs import StepGraphs, StepShape, step_shapes
-from serve_app.engine.kv_cache import KVCache
+from serve_app.engine.cuda.graphs import StepGraphs, step_shapes
 from serve_app.engine.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -19,37 +18,26 @@ _LIBRARIES_BYTES = 256 * 2**20
 """Memory of the recordings themselves and of cuBLAS's second workspace, rounded up."""
 
 
-def _shapes(runner: ModelRunner, config: EngineConfig) -> list[StepShape]:
-    return step_shapes(config.max_running, config.max_step_tokens, runner.fixed_rows)
-
-
 def graph_bytes(runner: ModelRunner, config: EngineConfig) -> int:
     """Memory that the recordings keep: the activations of the largest step, its logits, and the libraries'."""
-    shapes = _shapes(runner, config)
+    shapes = step_shapes(config.max_running, config.max_step_tokens, runner.fixed_rows)
     most_kept = max(shape.kept for shape in shapes)
     # The model's own logits in at most 4 bytes, and the float32 copy that is handed out.
     return runner.peak_bytes(max(shapes).rows) + 8 * most_kept * runner.vocab_size + _LIBRARIES_BYTES
 
 
 def record_graphs(
-    runner: ModelRunner,
-    backend: TabledAttention,
-    cache: KVCache,
-    config: EngineConfig,
-    context_tokens: int,
-    capture: Capture | None = None,
+    runner: ModelRunner, backend: TabledAttention, config: EngineConfig, context_tokens: int
 ) -> list[str]:
     """Record and check the steps that graphs can serve, and have the runner use them.
 
     A model on several devices gets none.
 
     Args:
-        runner: serving from `cache` with `backend`, nothing in the cache yet.
+        runner: serving with `backend`, nothing in its cache yet.
         backend: the runner's.
-        cache: of the engine.
         config: the engine's settings.
         context_tokens: longest sequence.
-        capture: makes the recordings, instead of `CudaCapture`.
 
     Returns:
         A sentence for each size of step that is not served from a graph although it was asked for.
@@ -58,6 +46,8 @@ def record_graphs(
     if len(devices) > 1:
         return []
     started = time.monotonic()
+    cache = runner.cache
+    shapes = step_shapes(config.max_running, config.max_step_tokens, runner.fixed_rows)
     graphs = StepGraphs(
         runner.forward,
         backend,
@@ -65,15 +55,15 @@ def record_graphs(
         device=runner.device,
         vocab_size=runner.vocab_size,
         most_pages=-(-context_tokens // cache.page_tokens) + 1,
-        shapes=_shapes(runner, config),
+        shapes=shapes,
     )
     check = RecordingCheck(
         runner.compute, cache, tuple(runner.layers), runner.vocab_size, context_tokens, config.batch_invariant
     )
-    notes = graphs.record(capture or CudaCapture(runner.device), check)
+    notes = graphs.record(CudaCapture(runner.device), check)
     runner.graphs = graphs
     logger.info(
         "%d of %d sizes of step are CUDA graphs, recorded and checked in %.1f s",
-        len(graphs.shapes), len(_shapes(runner, config)), time.monotonic() - started,
+        len(graphs.shapes), len(shapes), time.monotonic() - started,
     )  # fmt: skip
     return notes

@@ -12,12 +12,11 @@ from tabled_attention import TabledPlain
 
 from serve_app.engine import load_check
 from serve_app.engine.engine import Engine
+from serve_app.engine.kv_budget import allocate
 from serve_app.engine.load_check import check_batch_invariance, check_model, measure_row_cost
 from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.prompt_lookup import ROW_COST
 from serve_app.engine.scheduler import Chunk
-
-PAGE = 16
 
 
 @pytest.fixture
@@ -39,9 +38,15 @@ def _spoil(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch, when: Callable[
     monkeypatch.setattr(runner, "step", spoiled)
 
 
-def _batch_invariant(runner: ModelRunner, longest_tokens: int = 0, num_pages: int = 80) -> bool:
+def _with_pages(runner: ModelRunner, num_pages: int) -> ModelRunner:
+    """Its cache has so many pages from now on."""
+    runner.use(runner.backend, allocate(runner, num_pages, runner.cache.page_tokens))
+    return runner
+
+
+def _batch_invariant(runner: ModelRunner, longest_tokens: int = 0) -> bool:
     with torch.inference_mode():
-        return check_batch_invariance(runner, num_pages=num_pages, page_tokens=PAGE, longest_tokens=longest_tokens)
+        return check_batch_invariance(runner, longest_tokens)
 
 
 @pytest.mark.parametrize(
@@ -83,9 +88,9 @@ def test_a_kernel_that_changes_with_long_contexts_is_found_where_they_are_served
 def test_long_contexts_wait_for_each_other_in_a_small_cache(
     runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert _batch_invariant(runner, 520, num_pages=33)
+    assert _batch_invariant(_with_pages(runner, 33), 520)
     _spoil(runner, monkeypatch, lambda chunks: any(c.tokens == 1 and c.sequence.computed > 512 for c in chunks))
-    assert not _batch_invariant(runner, 520, num_pages=33)
+    assert not _batch_invariant(runner, 520)
 
 
 class ChangingWithLength(TabledPlain):
@@ -125,16 +130,16 @@ def test_it_takes_few_steps(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
 def test_a_quantised_model_may_round(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     _spoil(runner, monkeypatch, lambda chunks: True)
     with torch.inference_mode():
-        assert check_model(runner, num_pages=20, page_tokens=PAGE) is None, "1e-4 is rounding anyway"
+        assert check_model(runner) is None, "1e-4 is rounding anyway"
         step = runner.step
         monkeypatch.setattr(runner, "step", lambda chunks: step(chunks) * 1.02)
-        complaint = check_model(runner, num_pages=20, page_tokens=PAGE)
+        complaint = check_model(runner)
         assert complaint is not None
         assert "at most 0.002" in complaint
-        monkeypatch.setattr(type(runner), "quantized", property(lambda self: True))
-        assert check_model(runner, num_pages=20, page_tokens=PAGE) is None
+        monkeypatch.setattr(runner, "quantized", True)
+        assert check_model(runner) is None
         monkeypatch.setattr(runner, "step", lambda chunks: step(chunks) * 1.3)
-        assert check_model(runner, num_pages=20, page_tokens=PAGE) is not None
+        assert check_model(runner) is not None
 
 
 def test_the_cost_of_a_row_is_measured(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,10 +153,10 @@ def test_the_cost_of_a_row_is_measured(runner: ModelRunner, monkeypatch: pytest.
 
     monkeypatch.setattr(runner, "step", timed)
     monkeypatch.setattr(load_check.time, "perf_counter", lambda: now[0])
-    assert measure_row_cost(runner, num_pages=80, page_tokens=PAGE) == pytest.approx(0.15)
+    assert measure_row_cost(runner) == pytest.approx(0.15)
     assert steps[0] == 8
-    assert measure_row_cost(runner, num_pages=6, page_tokens=PAGE) == pytest.approx(0.15)
-    assert measure_row_cost(runner, num_pages=3, page_tokens=PAGE) == ROW_COST, "of one sequence nothing is learned"
+    assert measure_row_cost(_with_pages(runner, 6)) == pytest.approx(0.15)
+    assert measure_row_cost(_with_pages(runner, 3)) == ROW_COST, "of one sequence nothing is learned"
 
 
 def test_the_cost_of_a_row_is_a_share(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,4 +164,4 @@ def test_the_cost_of_a_row_is_a_share(runner: ModelRunner, monkeypatch: pytest.M
     for late, cost in ((-1.0, 0.0), (100.0, 1.0)):
         times = iter([0.0, 1.0] * 4 + [0.0, 1.0 + late] * 4)
         monkeypatch.setattr(load_check.time, "perf_counter", lambda times=times: next(times))
-        assert measure_row_cost(runner, num_pages=80, page_tokens=PAGE) == cost
+        assert measure_row_cost(runner) == cost

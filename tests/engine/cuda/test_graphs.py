@@ -96,9 +96,10 @@ def record(capture: Any, backend: Any = None, kind: str = "llama", **settings: A
     backend = backend or TabledPlain()
     config = EngineConfig(**({"max_running": 4, "max_step_tokens": 6} | settings))
     fixed = (6, 4) if config.batch_invariant else None
-    with torch.inference_mode():
+    with torch.inference_mode(), pytest.MonkeyPatch.context() as patched:
+        patched.setattr("serve_app.engine.recording.CudaCapture", lambda device: capture)
         runner, cache = runner_on(backend, kind, fixed)
-        notes = record_graphs(runner, backend, cache, config, CONTEXT, capture)
+        notes = record_graphs(runner, backend, config, CONTEXT)
     assert all(not stored[:-1].any() for i in runner.layers for stored in cache.layer(i)), "the check leaves zeros"
     return runner, notes
 
