@@ -54,7 +54,7 @@ CARD = ModelCard(
 class PacedEngine:
     """Has the face of `serve_app.engine.engine.Engine`, and delivers as that does."""
 
-    capacity = EngineCapacity(1_000_000, 0, 8_192, 16, "none", reads_runs=False, batch_invariant=False)
+    capacity = EngineCapacity(1_000_000, 0, 8_192, 16, "none", batch_invariant=False)
 
     def __init__(self, rate: float) -> None:
         self._step_s = 1 / rate

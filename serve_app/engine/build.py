@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from serve_app.config import EngineConfig
 from serve_app.core import GenerationRequest, LoadStage
 from serve_app.engine.attention.base import AttentionBackend, TabledAttention
-from serve_app.engine.attention.check import check_attention
 from serve_app.engine.attention.plain import PlainAttention
 from serve_app.engine.attention.sdpa import SdpaAttention
 from serve_app.engine.attention.varlen import VarlenAttention
@@ -30,7 +29,7 @@ from serve_app.engine.errors import EngineError, UnsupportedModelError
 from serve_app.engine.host_memory import page_out_mapped_weights
 from serve_app.engine.kernel_trial import Trial, try_apart
 from serve_app.engine.kv_budget import allocate, count_pages
-from serve_app.engine.kv_cache import KVCache, PagePool
+from serve_app.engine.kv_cache import PagePool
 from serve_app.engine.load_check import check_batch_invariance, check_model, measure_row_cost
 from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.numerics import numerics_id
@@ -53,16 +52,12 @@ class EngineCapacity:
     context_tokens: int
     page_tokens: int
     attention_backend: str
-    reads_runs: bool
-    """The attention kernel reads neighbouring pages in place."""
     batch_invariant: bool
     """A request's logits are the same bits whatever is computed beside it (checked by `check_batch_invariance`)."""
     numerics_id: str = ""
     """Names how it computes (`numerics.numerics_id`); empty where it is not batch-invariant."""
     notes: tuple[str, ...] = ()
     """Fallbacks taken, one sentence each."""
-    row_cost: float = ROW_COST
-    """What one more row adds to a step that decodes, as a share of a step of one row."""
 
 
 def build_core(
@@ -74,37 +69,57 @@ def build_core(
     on_stage: Callable[[LoadStage], None],
     before_isolated: Callable[[GenerationRequest], None],
     kernel_cache: Path | None,
-    backends: Backends | None,
 ) -> tuple[EngineCore, EngineCapacity]:
     """An engine's core with checked kernels and an allocated KV cache; arguments and errors are those of `Engine`."""
     on_stage(LoadStage("preparing the kernels"))
-    kernels, notes = use_cpu_kernels(model, config, kernel_cache, dtype)
+    kernels, kernel_notes = _use_cpu_kernels(model, config, kernel_cache, dtype)
     step_tokens = max(config.max_step_tokens, config.max_running)
     padded = config.batch_invariant and kernels is None
     runner = ModelRunner(model, (step_tokens, config.max_running) if padded else None)
     tried = None if kernel_cache is None else kernel_cache / "tried"
-    capacity = prepare(runner, config, context_tokens, on_stage, kernels, backends, tried)
+    notes = _use_attention(runner, config, context_tokens, on_stage, _candidates(config, kernels), tried)
+    backend, cache = runner.backend, runner.cache
+    if config.cuda_graphs and isinstance(backend, TabledAttention):
+        on_stage(LoadStage("recording CUDA graphs"))
+        notes += record_graphs(runner, backend, config, context_tokens)
+    num_pages, page_tokens = cache.num_pages - 1, cache.page_tokens
+    context_tokens = min(context_tokens, num_pages * page_tokens)
+    # Our own kernel for CPUs adds up blocks of 64 keys from the first on, for any number of keys; checking long
+    # contexts with the demo model would take 6 s of every start (2 cores).
+    batch_invariant = check_batch_invariance(runner, 0 if isinstance(backend, CpuAttention) else context_tokens)
+    if config.batch_invariant and not batch_invariant:
+        notes.append("engine.batch_invariant does not hold on this device: other requests may change an answer")
+    for note in notes:
+        logger.warning(note)
+    numerics = numerics_id(backend.name, kernels, runner.device, page_tokens=page_tokens, fixed_rows=runner.fixed_rows)
+    capacity = EngineCapacity(
+        kv_capacity_tokens=num_pages * page_tokens,
+        kv_cache_bytes=cache.bytes,
+        context_tokens=context_tokens,
+        page_tokens=page_tokens,
+        attention_backend=backend.name,
+        batch_invariant=batch_invariant,
+        numerics_id=numerics if batch_invariant else "",
+        notes=(*kernel_notes, *notes),
+    )
+    # Measured where it decides something and differs: 1/40 to 1/5 on CPUs, as weights are kept in 32 bits or in 4.
+    measured = runner.device.type == "cpu" and config.prompt_lookup
     scheduler = Scheduler(
-        PagePool(capacity.kv_capacity_tokens // capacity.page_tokens, in_runs=capacity.reads_runs),
-        page_tokens=capacity.page_tokens,
+        PagePool(num_pages, in_runs=backend.reads_runs),
+        page_tokens=page_tokens,
         max_running=config.max_running,
         max_step_tokens=config.max_step_tokens,
         prompt_lookup=config.prompt_lookup,
-        row_cost=capacity.row_cost,
+        row_cost=measure_row_cost(runner) if measured else ROW_COST,
     )
-    core = EngineCore(
-        runner,
-        scheduler,
-        Sampler(kernels),
-        numerics_id=capacity.numerics_id,
-        before_isolated=before_isolated,
-    )
-    return core, replace(capacity, notes=(*notes, *capacity.notes))
+    sampler = Sampler(kernels)
+    core = EngineCore(runner, scheduler, sampler, numerics_id=capacity.numerics_id, before_isolated=before_isolated)
+    return core, capacity
 
 
-def use_cpu_kernels(
-    model: PreTrainedModel, config: EngineConfig, cache_dir: Path | None, dtype: torch.dtype | None = None
-) -> tuple[Kernels | None, tuple[str, ...]]:
+def _use_cpu_kernels(
+    model: PreTrainedModel, config: EngineConfig, cache_dir: Path | None, dtype: torch.dtype | None
+) -> tuple[Kernels | None, list[str]]:
     """Give a model that computes in float32 on a CPU our kernels; returns them, and a note where they can't be used.
 
     A quantised model computes in float32 too; the kernels then serve its output head and its attention. With a `dtype`
@@ -118,7 +133,16 @@ def use_cpu_kernels(
     on_cpu = all(
         p.device.type == "cpu" and (p.dtype in computes or not p.is_floating_point()) for p in model.parameters()
     )
-    kernels, notes = _packed(model, cache_dir) if cache_dir and config.cpu_kernels and on_cpu else (None, ())
+    kernels: Kernels | None = None
+    notes: list[str] = []
+    if cache_dir and config.cpu_kernels and on_cpu:
+        try:
+            kernels = load_kernels(cache_dir)
+            pack_linears(model, kernels)
+        except EngineError as error:
+            kernels = None
+            notes.append(f"{error}; torch's kernels are used, about half as fast with several streams")
+            logger.warning(notes[0])
     if narrow:
         widen(model)
     if kernels is not None:
@@ -127,129 +151,57 @@ def use_cpu_kernels(
     return kernels, notes
 
 
-def _packed(model: PreTrainedModel, cache_dir: Path) -> tuple[Kernels | None, tuple[str, ...]]:
-    try:
-        kernels = load_kernels(cache_dir)
-        pack_linears(model, kernels)
-    except EngineError as error:
-        note = f"{error}; torch's kernels are used, about half as fast with several streams"
-        logger.warning(note)
-        return None, (note,)
-    return kernels, ()
-
-
-def prepare(
+def _use_attention(
     runner: ModelRunner,
     config: EngineConfig,
     context_tokens: int,
     on_stage: Callable[[LoadStage], None],
-    kernels: Kernels | None = None,
-    backends: Backends | None = None,
-    tried: Path | None = None,
-) -> EngineCapacity:
+    candidates: Backends,
+    tried: Path | None,
+) -> list[str]:
     """Give the runner the first attention kernel that passes its checks, and a KV cache in its page size.
 
     `tried`: folder that remembers which kernels for GPUs have passed in a process of their own.
 
+    Returns:
+        Why kernels are not used, one sentence each.
+
     Raises:
-        UnsupportedModelError: even the plain path doesn't reproduce the model.
-        EngineError: the memory for the KV cache doesn't hold a page.
+        UnsupportedModelError: no kernel passes: even the plain path doesn't reproduce the model.
+        EngineError: the page size of the config doesn't suit the first kernel, or no page fits into the memory.
     """
     if runner.device.type == "cuda":
         # cuDNN's attention plans anew for every length it meets: 108 ms a decode step instead of 20 (H100, 22 layers).
         torch.backends.cuda.enable_cudnn_sdp(False)
     on_stage(LoadStage("checking attention"))
-    selection = _Selection(runner, config, context_tokens, on_stage, tried)
-    backend, page_tokens, num_pages = selection.first_right(backends or _candidates(config, kernels))
-    notes = selection.notes
-    on_stage(LoadStage("allocating the KV cache"))
-    cache = allocate(runner, num_pages, page_tokens)
-    runner.use(backend, cache)
-    if config.cuda_graphs and isinstance(backend, TabledAttention):
-        on_stage(LoadStage("recording CUDA graphs"))
-        notes += record_graphs(runner, backend, cache, config, context_tokens)
-    context_tokens = min(context_tokens, num_pages * page_tokens)
-    batch_invariant = _is_batch_invariant(runner, backend, cache, context_tokens)
-    if config.batch_invariant and not batch_invariant:
-        notes.append("engine.batch_invariant does not hold on this device: other requests may change an answer")
-    for note in notes:
-        logger.warning(note)
-    numerics = numerics_id(backend.name, kernels, runner.device, page_tokens=page_tokens, fixed_rows=runner.fixed_rows)
-    return EngineCapacity(
-        kv_capacity_tokens=num_pages * page_tokens,
-        kv_cache_bytes=cache.bytes,
-        context_tokens=context_tokens,
-        page_tokens=page_tokens,
-        attention_backend=backend.name,
-        reads_runs=backend.reads_runs,
-        batch_invariant=batch_invariant,
-        numerics_id=numerics if batch_invariant else "",
-        notes=tuple(notes),
-        row_cost=_row_cost(runner, config, num_pages, page_tokens),
-    )
-
-
-@dataclass(slots=True)
-class _Selection:
-    """Tries attention kernels one after the other, until one passes all checks."""
-
-    runner: ModelRunner
-    config: EngineConfig
-    context_tokens: int
-    on_stage: Callable[[LoadStage], None]
-    tried: Path | None
-    notes: list[str] = field(default_factory=list)
-    """Why kernels are not used, one sentence each."""
-
-    def first_right(self, candidates: Backends) -> tuple[AttentionBackend, int, int]:
-        """The first kernel that passes, its page size in tokens, and how many pages the KV cache has.
-
-        Raises:
-            UnsupportedModelError: none passes.
-            EngineError: the page size of the config doesn't suit the first kernel, or no page fits into the memory.
-        """
-        complaint: str | None = None
-        failed = False
-        for make in candidates:
-            backend = make()
-            if (complaint := _refused(backend, self.runner)) is not None:
-                if self.config.attention != "auto":
-                    self.notes.append(f"engine.attention {backend.name} can't be used: {complaint}")
-                continue
-            if (complaint := _page_complaint(backend, self.config)) is not None and not failed:
+    notes: list[str] = []
+    complaint: str | None = None
+    failed = False
+    for make in candidates:
+        backend = make()
+        if (complaint := _refused(backend, runner)) is not None:
+            if config.attention != "auto":
+                notes.append(f"engine.attention {backend.name} can't be used: {complaint}")
+            continue
+        page_tokens = config.page_tokens or backend.page_tokens
+        if page_tokens % backend.page_multiple:
+            complaint = (
+                f"engine.page_tokens {page_tokens} must be a multiple of {backend.page_multiple} "
+                f"for the {backend.name} attention kernel"
+            )
+            if not failed:
                 raise EngineError(complaint)
             # After another kernel has failed, one whose pages don't suit the config is passed over instead.
-            outcome = complaint or self._try(backend)
-            if not isinstance(outcome, str):
-                return backend, *outcome
-            complaint, failed = outcome, True
-            self.notes.append(f"attention kernel {backend.name} failed its check and is not used: {complaint}")
-        raise UnsupportedModelError(f"{self.runner.name} can't be served: {complaint}")
-
-    def _try(self, backend: AttentionBackend) -> tuple[int, int] | str:
-        """The page size in tokens and the number of pages to serve with, or what is wrong with the kernel."""
-        page_tokens = self.config.page_tokens or backend.page_tokens
-        if (complaint := _fails(backend, self.runner, page_tokens, self.tried)) is not None:
-            return complaint
-        num_pages = count_pages(self.runner, self.config, self.context_tokens, page_tokens)
-        self.on_stage(LoadStage("checking the model"))
-        return _differs(backend, self.runner, num_pages, page_tokens) or (page_tokens, num_pages)
-
-
-def _is_batch_invariant(runner: ModelRunner, backend: AttentionBackend, cache: KVCache, context_tokens: int) -> bool:
-    # Our own kernel for CPUs adds up blocks of 64 keys from the first on, for any number of keys; checking long
-    # contexts with the demo model would take 6 s of every start (2 cores).
-    longest = 0 if isinstance(backend, CpuAttention) else context_tokens
-    return check_batch_invariance(
-        runner, num_pages=cache.num_pages - 1, page_tokens=cache.page_tokens, longest_tokens=longest
-    )
-
-
-def _row_cost(runner: ModelRunner, config: EngineConfig, num_pages: int, page_tokens: int) -> float:
-    """Measured where it decides something and differs: 1/40 to 1/5 on CPUs, as weights are kept in 32 bits or in 4."""
-    if runner.device.type != "cpu" or not config.prompt_lookup:
-        return ROW_COST
-    return measure_row_cost(runner, num_pages=num_pages, page_tokens=page_tokens)
+        elif (complaint := _fails(backend, runner, page_tokens, tried)) is None:
+            num_pages = count_pages(runner, config, context_tokens, page_tokens)
+            on_stage(LoadStage("checking the model"))
+            if (complaint := _differs(backend, runner, num_pages, page_tokens)) is None:
+                on_stage(LoadStage("allocating the KV cache"))
+                runner.use(backend, allocate(runner, num_pages, page_tokens))
+                return notes
+        failed = True
+        notes.append(f"attention kernel {backend.name} failed its check and is not used: {complaint}")
+    raise UnsupportedModelError(f"{runner.name} can't be served: {complaint}")
 
 
 def _candidates(config: EngineConfig, kernels: Kernels | None) -> Backends:
@@ -278,16 +230,10 @@ def _refused(backend: AttentionBackend, runner: ModelRunner) -> str | None:
 def _fails(backend: AttentionBackend, runner: ModelRunner, page_tokens: int, tried: Path | None) -> str | None:
     if isinstance(backend, PlainAttention):
         return None
-    layers = tuple(dict.fromkeys(runner.layers.values()))
-    if _may_end_the_process(runner):
-        complaint = try_apart(Trial(backend, layers, page_tokens), tried)
-        if complaint is not None:
-            return complaint
-    for layer in layers:
-        complaint = check_attention(backend, layer.shape, layer.query_heads, layer.params, page_tokens)
-        if complaint is not None:
-            return complaint
-    return None
+    trial = Trial(backend, tuple(dict.fromkeys(runner.layers.values())), page_tokens)
+    if _may_end_the_process(runner) and (complaint := try_apart(trial, tried)) is not None:
+        return complaint
+    return trial.run()
 
 
 def _may_end_the_process(runner: ModelRunner) -> bool:
@@ -295,23 +241,13 @@ def _may_end_the_process(runner: ModelRunner) -> bool:
     return any(layer.shape.device.type == "cuda" for layer in runner.layers.values())
 
 
-def _page_complaint(backend: AttentionBackend, config: EngineConfig) -> str | None:
-    if config.page_tokens is None or config.page_tokens % backend.page_multiple == 0:
-        return None
-    return (
-        f"engine.page_tokens {config.page_tokens} must be a multiple of {backend.page_multiple} "
-        f"for the {backend.name} attention kernel"
-    )
-
-
 def _differs(backend: AttentionBackend, runner: ModelRunner, num_pages: int, page_tokens: int) -> str | None:
     """What is wrong with the model's logits by this kernel, found in a cache of a few of the `num_pages` pages.
 
     The runner holds none afterwards: the next kernel's is measured and allocated as if this one had never been tried.
     """
-    cache = allocate(runner, min(num_pages, _check_pages(page_tokens)), page_tokens)
-    runner.use(backend, cache)
-    complaint = check_model(runner, num_pages=cache.num_pages - 1, page_tokens=page_tokens)
+    runner.use(backend, allocate(runner, min(num_pages, _check_pages(page_tokens)), page_tokens))
+    complaint = check_model(runner)
     runner.release()
     return complaint
 

@@ -20,12 +20,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from msgspec.structs import replace
 from transformers import PreTrainedModel
 
 from serve_app.config import EngineConfig
 from serve_app.core import Failure, FailureCode, Fingerprint, GenerationRequest, LoadStage, Reply, TokenBatch
-from serve_app.engine.build import Backends, EngineCapacity, build_core
+from serve_app.engine.build import EngineCapacity, build_core
 from serve_app.engine.core import EngineCore, Gain, StepCounters, ends
 from serve_app.engine.refusal import refusal
 from serve_app.engine.replies import ReplyStream, deliver
@@ -70,7 +69,6 @@ class Engine:
         on_stage: Callable[[LoadStage], None] = lambda stage: None,
         before_isolated: Callable[[GenerationRequest], None] = lambda request: None,
         kernel_cache: Path | None = None,
-        backends: Backends | None = None,
     ) -> None:
         """Choose and check the attention kernel, allocate the KV cache and start the thread that serves.
 
@@ -84,7 +82,6 @@ class Engine:
             before_isolated: called with a request, on the engine's thread, before each step that it has to itself.
             kernel_cache: folder for compiled CPU kernels, which are not used without one, and for the outcomes of
                 trials of GPU kernels.
-            backends: attention kernels to try in this order instead of what `config.attention` says.
 
         Raises:
             EngineError: with one sentence that says what to do.
@@ -110,7 +107,6 @@ class Engine:
             on_stage=on_stage,
             before_isolated=before_isolated,
             kernel_cache=kernel_cache,
-            backends=backends,
         )
         # Everything that computes runs on this one thread. GNU OpenMP keeps a pool for each thread that computes and
         # stops spinning when the pools together exceed the CPUs: a second pool made a decode step of the demo model
@@ -165,7 +161,7 @@ class Engine:
         # Counted here: the sequence belongs to the engine's thread as soon as it is submitted.
         delivered = len(request.output_token_ids)
         if not self._command(lambda: self._submit(sequence, stream), pending=1):
-            yield self._never_accepted()
+            yield self._lost(FailureCode.NOT_READY)
             return
         try:
             while True:
@@ -191,13 +187,9 @@ class Engine:
             self._lock.notify()
             return True
 
-    def _lost(self) -> Failure:
-        """The end of a request that was accepted and can't be finished here."""
-        return Failure(FailureCode.REPLICA_LOST, self._error or "the replica is shutting down")
-
-    def _never_accepted(self) -> Failure:
-        """The answer to a request that the engine did not compute, and that so can't have broken it."""
-        return replace(self._lost(), code=FailureCode.NOT_READY)
+    def _lost(self, code: FailureCode) -> Failure:
+        """`NOT_READY` for a request that the engine did not compute, and that so can't have broken it."""
+        return Failure(code, self._error or "the replica is shutting down")
 
     def _answer_at_once(self, request: GenerationRequest) -> Reply | None:
         """A refusal, or the end of a request that its earlier attempts had already finished; None for all others."""
@@ -211,7 +203,7 @@ class Engine:
         if request.fingerprint != self._fingerprint:
             return Failure(FailureCode.WRONG_WEIGHTS, "the model was replaced; repeat the request")
         if self._error is not None or self._stopping:
-            return self._never_accepted()
+            return self._lost(FailureCode.NOT_READY)
         limit, vocab_size = self.capacity.context_tokens, self._core.runner.vocab_size
         if (failure := refusal(request, context_tokens=limit, vocab_size=vocab_size)) is not None:
             return failure
@@ -249,7 +241,7 @@ class Engine:
         for command in commands:
             command()
         unfinished = list(self._streams)
-        self._publish([(sequence, self._lost()) for sequence in unfinished])
+        self._publish([(sequence, self._lost(FailureCode.REPLICA_LOST)) for sequence in unfinished])
         for sequence in unfinished:
             self._core.scheduler.remove(sequence)
         self._core.step_started = None

@@ -18,6 +18,7 @@ from serve_app.deployments import model_server
 from serve_app.deployments.dispatch.channel_writer import TokenChannels
 from serve_app.deployments.dispatch.liveness import IngressLiveness
 from serve_app.deployments.model_server import ModelServer
+from serve_app.engine import build
 from serve_app.engine.attention.base import AttentionParams, Span
 from serve_app.engine.attention.sdpa import SdpaAttention
 from serve_app.engine.engine import Engine
@@ -53,12 +54,12 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModelServer]:
     made = object.__new__(ModelServer)
     made._ingresses = IngressLiveness()
     made._channels = TokenChannels()
+    monkeypatch.setattr(build, "_candidates", lambda config, kernels: (Gated,))
     made._engine = Engine(
         tiny_model("llama"),
         EngineConfig(kv_cache_memory=2**24, threads=1),
         context_tokens=256,
         fingerprint=FINGERPRINT,
-        backends=(Gated,),
     )
     yield made
     Gated.leave.set()

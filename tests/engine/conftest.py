@@ -10,6 +10,7 @@ import pytest
 from tiny_models import CONTEXT, FINGERPRINT, tiny_model
 
 from serve_app.config import EngineConfig
+from serve_app.engine import build
 from serve_app.engine.cpu.library import Kernels, load_kernels
 from serve_app.engine.engine import Engine
 from serve_app.engine.errors import EngineError
@@ -19,7 +20,8 @@ from serve_app.engine.errors import EngineError
 def make_engine() -> Iterator[Callable[..., Engine]]:
     """Engines of tiny models, stopped at the end.
 
-    Keywords are EngineConfig's, `model`, `context`, `backends`, `dtype`, `kernel_cache`, `before_isolated`, `on_stage`.
+    Keywords are EngineConfig's, `model`, `context`, `dtype`, `kernel_cache`, `before_isolated`, `on_stage`, and
+    `backends`: attention kernels to try in this order instead of what `attention` says.
     """
     engines: list[Engine] = []
 
@@ -32,9 +34,10 @@ def make_engine() -> Iterator[Callable[..., Engine]]:
         }
         context, backends = settings.pop("context", CONTEXT), settings.pop("backends", None)
         config = EngineConfig(**({"kv_cache_memory": "16MiB", "threads": 1} | settings))
-        engines.append(
-            Engine(model, config, context_tokens=context, fingerprint=FINGERPRINT, backends=backends, **extras)
-        )
+        with pytest.MonkeyPatch.context() as patched:
+            if backends is not None:
+                patched.setattr(build, "_candidates", lambda config, kernels: backends)
+            engines.append(Engine(model, config, context_tokens=context, fingerprint=FINGERPRINT, **extras))
         return engines[-1]
 
     yield make

@@ -30,7 +30,6 @@ def test_pages_are_neighbours_only_for_a_kernel_that_reads_runs(
 ) -> None:
     engine = make_engine(attention=attention)
     assert engine.capacity.attention_backend == attention
-    assert engine.capacity.reads_runs == in_runs
     assert type(engine._core.scheduler.pool._free) is type(PagePool(1, in_runs=in_runs)._free)
 
 
@@ -179,17 +178,14 @@ def test_the_model_is_checked_in_a_small_cache_and_served_from_the_large_one(
 ) -> None:
     checked: list[int] = []
 
-    def spy(runner: ModelRunner, *, num_pages: int, page_tokens: int) -> str | None:
-        assert runner._cache is not None
-        assert runner._cache.num_pages == num_pages + 1
-        checked.append(num_pages)
-        return check_model(runner, num_pages=num_pages, page_tokens=page_tokens)
+    def spy(runner: ModelRunner) -> str | None:
+        checked.append(runner.cache.num_pages - 1)
+        return check_model(runner)
 
     monkeypatch.setattr(build, "check_model", spy)
     engine = make_engine(backends=[pages_like], context=4096)
     assert checked == [12]
-    cache = engine._core.runner._cache
-    assert cache is not None
+    cache = engine._core.runner.cache
     assert cache.bytes == engine.capacity.kv_cache_bytes > 15 * 2**20
     assert (cache.num_pages - 1) * engine.capacity.page_tokens == engine.capacity.kv_capacity_tokens
 
@@ -225,10 +221,11 @@ def test_nothing_waits_for_pages_when_the_model_is_checked(page_tokens: int) -> 
             reference_logits=lambda ids: torch.ones(1, 2),
             layers={0: SimpleNamespace(shape=SimpleNamespace(dtype=torch.float32))},
             vocab_size=100,
-            most_tokens=None,
+            cache=SimpleNamespace(num_pages=num_pages + 1, page_tokens=page_tokens),
+            fixed_rows=None,
             quantized=False,
         )
-        assert check_model(runner, num_pages=num_pages, page_tokens=page_tokens) is None
+        assert check_model(runner) is None
         return planned
 
     assert steps(build._check_pages(page_tokens)) == steps(10_000)
