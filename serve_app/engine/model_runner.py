@@ -26,7 +26,6 @@ from serve_app.engine.attention.base import (
     PagedStep,
     Span,
     contiguous_runs,
-    register,
     visible,
 )
 from serve_app.engine.attention.plain import plain_attention
@@ -87,7 +86,6 @@ class ModelRunner:
         Raises:
             UnsupportedModelError: the model's attention never reaches the paged path.
         """
-        register()
         self._fixed_rows = fixed_rows
         self._model = model
         embeddings: Any = model.get_input_embeddings()
