@@ -142,7 +142,7 @@ class Ingress(AsgiDeployment):
         import_without_torch()
         from serve_app.api.app import create_app
         from serve_app.generation.service import CompletionService
-        from serve_app.models.names import aliases
+        from serve_app.models.source import aliases
 
         report = Reporter(self._note)
         config = settled(self._config, self._board, self._app_name, self._model_deployment, report)

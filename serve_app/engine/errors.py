@@ -9,3 +9,8 @@ class EngineError(Exception):
 
 class UnsupportedModelError(EngineError):
     """The model does something the paged attention path can't reproduce. It is refused, never served wrongly."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or the name of its type where it says nothing."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

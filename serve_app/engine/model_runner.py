@@ -25,7 +25,6 @@ from serve_app.engine.attention.base import (
     PagedStep,
     Span,
     contiguous_runs,
-    register,
     visible,
 )
 from serve_app.engine.attention.plain import plain_attention
@@ -86,7 +85,6 @@ class ModelRunner:
         Raises:
             UnsupportedModelError: the model's attention never reaches the paged path.
         """
-        register()
         self.name = type(model).__name__
         self.quantized = getattr(model, "hf_quantizer", None) is not None
         self.fixed_rows = fixed_rows

@@ -10,9 +10,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -45,45 +44,33 @@ def cache_directory(configured: str | None = None) -> Path:
         ) from error
 
 
-@dataclass(frozen=True, slots=True)
-class BuiltFolder:
-    """A complete folder in the cache, and what its builder wants the user to know."""
-
-    path: Path
-    notes: tuple[str, ...] = ()
-
-
 def build_once(
-    folder: Path,
-    version: str,
-    build: Callable[[Path], Sequence[str]],
-    progress: Progress,
-) -> BuiltFolder:
-    """`folder` as `build` makes it: at once when it is there and complete, else built next to it and renamed.
+    folder: Path, version: str, build: Callable[[Path], tuple[str, ...]], progress: Progress
+) -> tuple[str, ...]:
+    """Have `folder` as `build` makes it: at once when it is there and complete, else built next to it and renamed.
 
-    `build` fills the empty folder it is given and returns notes for the user. `version` names the recipe: a folder
-    of another one is built again. Raises `ModelError` when the disk is full or can't be written; what else `build`
-    raises passes through, and nothing half-made stays.
+    `build` fills the empty folder it is given and returns notes for the user, which are returned each time. `version`
+    names the recipe: a folder of another one is built again. Raises `ModelError` when the disk is full or can't be
+    written; what else `build` raises passes through, and nothing half-made stays.
     """
     try:
-        if (built := find_built(folder, version)) is not None:
-            return built
+        if (notes := find_built(folder, version)) is not None:
+            return notes
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _exclusive(folder.with_name(f".{folder.name}.lock"), folder.name, progress):
-            if (built := find_built(folder, version)) is not None:  # another process built it while this one waited
-                return built
+            if (notes := find_built(folder, version)) is not None:  # another process built it while this one waited
+                return notes
             return _build(folder, version, build)
     except OSError as error:
         raise disk_error(folder.parent, error) from error
 
 
-def find_built(folder: Path, version: str) -> BuiltFolder | None:
-    """The folder when it is complete and of this recipe: no lock, no network."""
+def find_built(folder: Path, version: str) -> tuple[str, ...] | None:
+    """The notes of the folder's builder when it is complete and of this recipe: no lock, no network."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
         whole = all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
-        built = BuiltFolder(folder, tuple(manifest["notes"]))
-        return built if whole and manifest["version"] == version else None
+        return tuple(manifest["notes"]) if whole and manifest["version"] == version else None
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None  # not built, or not by this code: it will be
 
@@ -111,14 +98,14 @@ def require_space(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def _build(folder: Path, version: str, build: Callable[[Path], Sequence[str]]) -> BuiltFolder:
+def _build(folder: Path, version: str, build: Callable[[Path], tuple[str, ...]]) -> tuple[str, ...]:
     partial = folder.with_name(f".{folder.name}.partial")
     for leftover in (partial, folder):  # of a crash, or of another recipe; whoever has it open keeps its pages
         if leftover.exists():
             shutil.rmtree(leftover)
     partial.mkdir()
     try:
-        notes = tuple(build(partial))
+        notes = build(partial)
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         for path in files:
             _flush(path)
@@ -130,7 +117,7 @@ def _build(folder: Path, version: str, build: Callable[[Path], Sequence[str]]) -
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return BuiltFolder(folder, notes)
+    return notes
 
 
 def _flush(path: Path) -> None:

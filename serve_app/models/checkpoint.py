@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from serve_app.models.model_error import ModelError
 
@@ -79,25 +80,23 @@ def tensors(path: Path) -> list[TensorEntry]:
         raise _damaged(path) from error
 
 
-def weights_entry(names: Collection[str], config: Mapping[str, object]) -> str | None:
-    """Which of a folder's or repository's files is read first: the only file or the index; None without weights.
+def weight_names(folder: Path, names: Collection[str]) -> list[str]:
+    """Of the `names` of a folder's or repository's files, those with the weights, in order; empty without weights.
 
-    `config` is config.json's content, where `transformers_weights` may name another file. Raises `ModelError`.
+    `folder` has config.json, where `transformers_weights` may name another file, and the index of several files.
+    Raises `ModelError`.
     """
-    named = config.get("transformers_weights")
+    named = read_json(folder / "config.json").get("transformers_weights")
     if named is None:
-        return next((name for name in (*SAFETENSORS_WEIGHTS, *PICKLE_WEIGHTS) if name in names), None)
-    if named not in names or not str(named).endswith((".safetensors", ".safetensors.index.json")):
+        named = next((name for name in (*SAFETENSORS_WEIGHTS, *PICKLE_WEIGHTS) if name in names), None)
+    elif named not in names or not str(named).endswith((".safetensors", ".safetensors.index.json")):
         raise ModelError(
             f"config.json names {named!r} as the file of the weights (transformers_weights), and there is no "
             "safetensors file of that name beside it; fetch the model again."
         )
-    return str(named)
-
-
-def read_settings(folder: Path) -> dict[str, object]:
-    """config.json's content; empty when there is none. Raises `ModelError` for one that is damaged."""
-    return _read_json(folder, "config.json", "") if (folder / "config.json").is_file() else {}
+    if named is None:
+        return []
+    return _shards(folder / named) if named.endswith(".json") else [named]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -105,10 +104,7 @@ def weight_files(folder: Path) -> list[Path]:
 
     The one answer for what is checked, planned for, loaded and fingerprinted. Raises `ModelError`.
     """
-    entry = weights_entry({path.name for path in folder.iterdir()}, read_settings(folder))
-    if entry is None:
-        return []
-    return [folder / name for name in shards(folder / entry)] if entry.endswith(".json") else [folder / entry]
+    return [folder / name for name in weight_names(folder, {path.name for path in folder.iterdir()})]
 
 
 def is_pickle(files: list[Path]) -> bool:
@@ -118,7 +114,7 @@ def is_pickle(files: list[Path]) -> bool:
 
 def check_model_folder(folder: Path, *, allow_pickle: bool) -> None:
     """Raise `ModelError` unless config.json and every whole weight file are there."""
-    _read_json(folder, "config.json", f"{folder} holds no model: it has no config.json.")
+    read_json(folder / "config.json", missing=f"{folder} holds no model: it has no config.json.")
     if distributed := sorted(path.name for path in folder.iterdir() if _DISTRIBUTED.fullmatch(path.name)):
         raise ModelError(
             f"{folder} holds a distributed checkpoint ({distributed[0]}), which can't be served; convert it, or move "
@@ -136,8 +132,14 @@ def check_model_folder(folder: Path, *, allow_pickle: bool) -> None:
     if is_pickle(files) and not allow_pickle:
         raise pickle_refused(str(folder))
     for path in files:
-        if is_safetensors(path):
-            _check_length(path)
+        if not is_safetensors(path):
+            continue
+        expected = header_bytes(path) + max((entry.end for entry in tensors(path)), default=0)
+        if (actual := path.stat().st_size) != expected:
+            raise ModelError(
+                f"{path} is cut off or damaged: it has {actual:,} bytes and its header speaks of {expected:,}; "
+                "fetch the file again."
+            )
 
 
 def check_tokenizer_folder(folder: Path) -> None:
@@ -156,20 +158,9 @@ def pickle_refused(source: str) -> ModelError:
     )
 
 
-def _check_length(path: Path) -> None:
-    expected = header_bytes(path) + max((entry.end for entry in tensors(path)), default=0)
-    actual = path.stat().st_size
-    if actual != expected:
-        raise ModelError(
-            f"{path} is cut off or damaged: it has {actual:,} bytes and its header speaks of {expected:,}; "
-            "fetch the file again."
-        )
-
-
-def shards(index: Path) -> list[str]:
+def _shards(index: Path) -> list[str]:
     """Names of the files that an index speaks of, sorted. Raises `ModelError`."""
-    content = _read_json(index.parent, index.name, f"{index} is missing.")
-    names = content.get("weight_map")
+    names = read_json(index, missing=f"{index} is missing.").get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ModelError(f"{index} names no shards; fetch the file again.")
     shards = sorted({str(name) for name in names.values()})
@@ -178,15 +169,21 @@ def shards(index: Path) -> list[str]:
     return shards
 
 
-def _read_json(folder: Path, name: str, missing: str) -> dict[str, object]:
+def read_json(path: Path, *, missing: str | None = None) -> dict[str, Any]:
+    """The JSON object in a file. A file that isn't there is an empty one, or a `ModelError` that says `missing`.
+
+    Raises `ModelError` for one that is damaged.
+    """
     try:
-        content = json.loads((folder / name).read_text())
+        content = json.loads(path.read_text())
     except FileNotFoundError as error:
+        if missing is None:
+            return {}
         raise ModelError(missing) from error
     except ValueError as error:
-        raise ModelError(f"{folder / name} is not valid JSON; fetch the file again.") from error
+        raise ModelError(f"{path} is not valid JSON; fetch the file again.") from error
     if not isinstance(content, dict):
-        raise ModelError(f"{folder / name} is not a JSON object; fetch the file again.")
+        raise ModelError(f"{path} is not a JSON object; fetch the file again.")
     return content
 
 

@@ -149,7 +149,9 @@ def _convert_weights(gguf: Path, contents: GGUFContents, folder: Path) -> int:
         output_loading_info=True,
     )
     require_complete(gguf.name, model, report)
-    ids = _token_ids(contents)
+    keys = (*_END_OF_TURN_KEYS, "bos_token_id", "padding_token_id")
+    said = {key: contents.fields.get(f"tokenizer.ggml.{key}") for key in keys}
+    ids = {key: int(value) for key, value in said.items() if value is not None}
     eos_token_ids = sorted({ids[key] for key in _END_OF_TURN_KEYS if key in ids})
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=ids.get("bos_token_id"),
@@ -164,19 +166,13 @@ def _convert_weights(gguf: Path, contents: GGUFContents, folder: Path) -> int:
 def _require_every_tensor(name: str, contents: GGUFContents, config: Any) -> None:
     """transformers fills what a file lacks with random numbers, and leaves out what it has no place for: both make
     another model of it. Raises `ModelError`."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     from serve_app.models.gguf_settings import ROPE_TENSORS
-    from serve_app.models.support import built_in_class, check_architecture
+    from serve_app.models.support import check_config, without_weights
 
-    if (built_in := built_in_class(config)) is not None:
-        check_architecture(config, built_in)
+    check_config(config)
     if reports_gguf_tensors(contents.architecture):
         return
-    factory: Any = AutoModelForCausalLM
-    with torch.device("meta"):
-        model = factory.from_config(config)
+    model = without_weights(config)
     places = gguf_tensor_names(model, contents.architecture)
     tied = set(model.all_tied_weights_keys)
     names = {key if key.endswith((".weight", ".bias")) else f"{key}.weight": place for key, place in places.items()}
@@ -218,12 +214,6 @@ def _convert_tokenizer(gguf: Path, contents: GGUFContents, folder: Path, context
     tokenizer.model_max_length = context_tokens
     tokenizer.save_pretrained(folder)
     return notes
-
-
-def _token_ids(contents: GGUFContents) -> dict[str, int]:
-    keys = (*_END_OF_TURN_KEYS, "bos_token_id", "padding_token_id")
-    values = {key: contents.fields.get(f"tokenizer.ggml.{key}") for key in keys}
-    return {key: int(value) for key, value in values.items() if value is not None}
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Promises values that a sampler can honour.
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from serve_app.config import GenerationConfig
 from serve_app.core import SAMPLING_BOUNDS, GenerationDefaults
+from serve_app.models.checkpoint import read_json
 from serve_app.models.model_error import ModelError
 
 logger = logging.getLogger(__name__)
@@ -33,13 +33,11 @@ def read_generation_defaults(
     ChatML often left their base model's id in generation_config.json, and would run past their turn. For raw prompts
     too: it is the token that the model was taught to end with, and it has no text.
     """
-    generation = _read(folder / "generation_config.json")
-    config = _read(folder / "config.json")
-    eos_token_ids = (
-        _ids(generation.get("eos_token_id"))
-        or _ids(config.get("eos_token_id"))
-        or _ids(_nested(config).get("eos_token_id"))
-    ) | _tokenizer_eos(tokenizer_folder)
+    generation = read_json(folder / "generation_config.json")
+    config = read_json(folder / "config.json")
+    text = config.get("text_config")
+    stated = (_ids(said.get("eos_token_id")) for said in (generation, config, text) if isinstance(said, dict))
+    eos_token_ids = next(filter(None, stated), set()) | _tokenizer_eos(tokenizer_folder)
     try:
         own = GenerationDefaults(
             temperature=_number(generation, "temperature", 1.0),
@@ -75,15 +73,10 @@ def _ids(value: Any) -> set[int]:
     return {int(item) for item in (value if isinstance(value, list) else [value])}
 
 
-def _nested(config: dict[str, Any]) -> dict[str, Any]:
-    text = config.get("text_config")
-    return text if isinstance(text, dict) else {}
-
-
 def _tokenizer_eos(folder: Path) -> set[int]:
     """The id of the tokenizer's eos token, looked up among its added tokens and its vocabulary."""
-    settings, tokenizer = _read(folder / "tokenizer_config.json"), _read(folder / "tokenizer.json")
-    token = settings.get("eos_token") or _read(folder / "special_tokens_map.json").get("eos_token")
+    settings, tokenizer = read_json(folder / "tokenizer_config.json"), read_json(folder / "tokenizer.json")
+    token = settings.get("eos_token") or read_json(folder / "special_tokens_map.json").get("eos_token")
     if isinstance(token, dict):  # older files keep an AddedToken
         token = token.get("content")
     vocabulary = tokenizer.get("model", {}).get("vocab", {})
@@ -92,16 +85,3 @@ def _tokenizer_eos(folder: Path) -> set[int]:
     known |= {entry["content"]: int(key) for key, entry in settings.get("added_tokens_decoder", {}).items()}
     known |= {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens", [])}
     return {known[token]} if token in known else set()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object; a file that isn't there is an empty one."""
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON; fetch the file again.") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} is not a JSON object; fetch the file again.")
-    return content

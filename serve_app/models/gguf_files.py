@@ -14,8 +14,6 @@ from serve_app.models.model_error import ModelError
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 """How llama.cpp names the parts of a model (`llama_split_path`), and so everybody does."""
-_OF_PARTS = "split."
-"""Keys that only a part has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +83,8 @@ def write_whole(contents: GGUFContents, path: Path) -> None:
 
     writer = GGUFWriter(path, contents.architecture, endianess=contents.readers[0].endianess)
     for key, field in contents.readers[0].fields.items():
-        if key.startswith((_OF_PARTS, "GGUF.")) or key in ("general.architecture", "general.alignment"):
+        # Only a part has keys with `split.`.
+        if key.startswith(("split.", "GGUF.")) or key in ("general.architecture", "general.alignment"):
             continue
         kind = field.types[0]
         element = field.types[-1] if kind == GGUFValueType.ARRAY else None

@@ -116,9 +116,10 @@ def _carry_attributes(own: Mapping[str, Any], config: Any) -> set[str]:
 def _carry_attention(name: str, own: Mapping[str, Any], config: Any) -> set[str]:
     """Widths, window and scale of attention. Raises `ModelError` for what a config can't say."""
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    for key in ("key_length", "value_length", "key_length_swa", "value_length_swa"):
-        if own.get(f"attention.{key}", width) != width:
-            raise _no_place(name, f"attention.{key}", own[f"attention.{key}"])
+    widths = [f"attention.{key}" for key in ("key_length", "value_length", "key_length_swa", "value_length_swa")]
+    for key in widths:
+        if own.get(key, width) != width:
+            raise _no_place(name, key, own[key])
     if own.get("attention.causal", True) is not True:
         raise _no_place(name, "attention.causal", own["attention.causal"])
     if own.get("attention.sliding_window") and getattr(config, "use_sliding_window", True) is not True:
@@ -132,13 +133,7 @@ def _carry_attention(name: str, own: Mapping[str, Any], config: Any) -> set[str]
     elif scale and not math.isclose(scale, width**-0.5, rel_tol=1e-5):
         raise _no_place(name, "attention.scale", scale)
     pattern = {"attention.sliding_window_pattern"} if getattr(config, "layer_types", None) else set()
-    widths = {
-        "attention.key_length",
-        "attention.value_length",
-        "attention.key_length_swa",
-        "attention.value_length_swa",
-    }
-    return widths | pattern | {"attention.scale"}
+    return {*widths, "attention.scale"} | pattern
 
 
 def _carry_window_pattern(own: Mapping[str, Any], config: Any) -> None:

@@ -24,15 +24,7 @@ from tqdm import tqdm
 from serve_app.config import ModelConfig
 from serve_app.core import LoadStage
 from serve_app.models.cache import Progress, disk_error, require_space
-from serve_app.models.checkpoint import (
-    PICKLE_WEIGHTS,
-    SAFETENSORS_WEIGHTS,
-    pickle_refused,
-    read_settings,
-    shards,
-    weight_files,
-    weights_entry,
-)
+from serve_app.models.checkpoint import PICKLE_WEIGHTS, SAFETENSORS_WEIGHTS, pickle_refused, weight_files, weight_names
 from serve_app.models.model_error import ModelError
 
 _TIMEOUT_S = 10.0
@@ -71,9 +63,14 @@ def _fetch(model: ModelConfig, tokenizer_only: bool, progress: Progress) -> tupl
     folder = Path(snapshot_download(model.source, revision=model.revision, allow_patterns=small, tqdm_class=bar))
     if not tokenizer_only:
         _check_before_weights(model, folder)
-        weights = [name for name in _weight_names(folder, sizes) if not _is_cached(model.source, name, folder.name)]
+        weights = [
+            name
+            for name in weight_names(folder, sizes)
+            if not isinstance(try_to_load_from_cache(model.source, name, revision=folder.name), str)
+        ]
         needed = sum(sizes.get(name, 0) for name in weights)
-        require_space(_existing(Path(constants.HF_HUB_CACHE)), needed)
+        cache = Path(constants.HF_HUB_CACHE)
+        require_space(next(path for path in (cache, *cache.parents) if path.exists()), needed)
         if weights:
             bar = _bar_class(progress, f"fetching {model.source} ({needed / 1e9:.1f} GB)", needed)
             snapshot_download(model.source, revision=folder.name, allow_patterns=weights, tqdm_class=bar)
@@ -96,11 +93,9 @@ def _check_before_weights(model: ModelConfig, folder: Path) -> None:
     # Here and not above: it imports transformers and torch, which fetching for a tokenizer can do without.
     from serve_app.models.rotary import choose_angles
     from serve_app.models.sizes import own_context_tokens
-    from serve_app.models.support import built_in_class, check_architecture, read_config
+    from serve_app.models.support import read_config
 
     config = read_config(folder, model.source, trust_remote_code=model.trust_remote_code)
-    if (built_in := built_in_class(config)) is not None:
-        check_architecture(config, built_in)
     choose_angles(config, model.max_model_len or own_context_tokens(config) or 0, model.source)
 
 
@@ -123,18 +118,6 @@ def _is_small(name: str, *, with_code: bool) -> bool:
     if path.suffix == ".py":
         return with_code
     return len(path.parts) == 1 and path.suffix in _SMALL_SUFFIXES
-
-
-def _weight_names(folder: Path, sizes: Mapping[str, int]) -> list[str]:
-    """Names of the weight files, of which `folder` has the index already if they are several."""
-    entry = weights_entry(sizes, read_settings(folder))
-    if entry is None or not entry.endswith(".json"):
-        return [entry] if entry is not None else []
-    return shards(folder / entry)
-
-
-def _is_cached(repository: str, name: str, commit: str) -> bool:
-    return isinstance(try_to_load_from_cache(repository, name, revision=commit), str)
 
 
 def cached(model: ModelConfig, *, tokenizer_only: bool) -> Path | None:
@@ -186,12 +169,6 @@ def _explain(model: ModelConfig, error: Exception) -> ModelError:
         f"The hub {constants.ENDPOINT} can't be reached ({said}) and {model.source} is not in "
         f"{constants.HF_HUB_CACHE}; check the network, or set model.source to a model folder."
     )
-
-
-def _existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def _bar_class(progress: Progress, stage: str, total_bytes: int) -> Any:

@@ -51,9 +51,6 @@ class Int8Linear(nn.Module):
         result: torch.Tensor = y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
         return result
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
 
 def use_int8_linears(model: PreTrainedModel) -> int:
     """Replace bitsandbytes' 8-bit layers of a model on the CPU; how many: 0 where torch has no fast and exact product.

@@ -72,8 +72,6 @@ def load(files: ModelFiles, model: ModelConfig, *, has_gpu: bool, progress: Prog
     Raises `ModelError`.
     """
     config = read_config(files.folder, files.name, trust_remote_code=model.trust_remote_code)
-    if (built_in := built_in_class(config)) is not None:
-        check_architecture(config, built_in)
     device = choose_device(model, has_gpu=has_gpu)
     dtype = choose_dtype(config, model, device)
     context_tokens = choose_context(config, model)
@@ -138,9 +136,8 @@ def held_dtype(folder: Path, config: Any, model: ModelConfig, device: torch.devi
     """In which the weights are held in memory: `dtype`, or the 16 bits that a whole checkpoint is in, on a CPU that
     computes in float32. Nothing is lost: each of their values is a float32 too. Before the weights are there, by what
     the config says of them."""
-    if device.type != "cpu" or dtype != "float32" or model.quantization != "none" or model.device_map is not None:
-        return dtype
-    if getattr(config, "quantization_config", None) is not None:
+    quantized = model.quantization != "none" or getattr(config, "quantization_config", None) is not None
+    if device.type != "cpu" or dtype != "float32" or quantized or model.device_map is not None:
         return dtype
     files = weight_files(folder)
     if not files:
@@ -194,7 +191,8 @@ def _from_pretrained(
             files.folder,
             config=config,
             dtype=dtype,
-            attn_implementation=_attention_name(config),
+            # The engine sets its own later. Some classes (Gemma 2, for its softcap) have no SDPA and refuse the name.
+            attn_implementation="sdpa" if has_sdpa(built_in_class(config)) else "eager",
             use_safetensors=not is_pickle(weight_files(files.folder)),
             trust_remote_code=model.trust_remote_code,
             local_files_only=True,
@@ -208,7 +206,10 @@ def _from_pretrained(
     except LOAD_ERRORS as error:
         raise explain(files.name, files.folder, error) from error
     require_complete(str(files.folder), loaded, report)
-    _require_no_offload(files, model, loaded)
+    # A device map that accelerate chose must not quietly put layers into main memory or on disk.
+    places = set(getattr(loaded, "hf_device_map", {}).values())
+    if not isinstance(model.device_map, dict) and "cuda" in str(loaded.device) and places & {"cpu", "disk"}:
+        raise _out_of_memory(files.name, "GPU")
     assert isinstance(loaded, PreTrainedModel)
     return loaded
 
@@ -231,18 +232,6 @@ def _compute_constants(loaded: PreTrainedModel, model: ModelConfig, dtype: torch
         vars(own).update({key: value for key, value in vars(module).items() if isinstance(value, torch.Tensor)})
     if any(buffer.is_meta for buffer in loaded.buffers()):
         raise ValueError("the model computes constants from its weights while it loads")
-
-
-def _attention_name(config: Any) -> str:
-    """The engine sets its own later. Some classes (Gemma 2, for its softcap) have no SDPA and refuse the name."""
-    return "sdpa" if has_sdpa(built_in_class(config)) else "eager"
-
-
-def _require_no_offload(files: ModelFiles, model: ModelConfig, loaded: Any) -> None:
-    """A device map that accelerate chose must not quietly put layers into main memory or on disk."""
-    places = set(getattr(loaded, "hf_device_map", {}).values())
-    if not isinstance(model.device_map, dict) and "cuda" in str(loaded.device) and places & {"cpu", "disk"}:
-        raise _out_of_memory(files.name, "GPU")
 
 
 def _require_memory(name: str, needed: int, device: torch.device) -> None:

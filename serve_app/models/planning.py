@@ -19,8 +19,8 @@ from serve_app.models.gguf_files import gguf_parts, read_gguf
 from serve_app.models.gguf_settings import gguf_config
 from serve_app.models.loader import choose_context, choose_dtype, held_dtype
 from serve_app.models.sizes import MemoryPlan, config_weights_bytes, kv_bytes_per_token, stored_weights_bytes
-from serve_app.models.source import ModelFiles, SourceKind, source_kind
-from serve_app.models.support import LOAD_ERRORS, built_in_class, check_architecture, explain, read_config
+from serve_app.models.source import ModelFiles, SourceKind, own_name, source_kind
+from serve_app.models.support import LOAD_ERRORS, check_config, explain, read_config
 
 _DEMO_CONFIG: dict[str, Any] = {
     "vocab_size": 49_152,
@@ -46,8 +46,7 @@ def plan_replica(files: ModelFiles | None, model: ModelConfig, *, has_gpu: bool,
         config = read_config(files.folder, files.name, trust_remote_code=model.trust_remote_code)
     else:
         config = _config_before_conversion(model)
-    if (built_in := built_in_class(config)) is not None:
-        check_architecture(config, built_in)
+        check_config(config)
     on_gpu = model.device == "cuda" or (model.device == "auto" and has_gpu)
     device = torch.device("cuda" if on_gpu else "cpu")
     dtype = choose_dtype(config, model, device)
@@ -72,7 +71,7 @@ def fetch_settings(model: ModelConfig, progress: Progress) -> ModelFiles:
     from serve_app.models import hub  # seconds of imports that no other source needs
 
     folder, revision = hub.fetch(model, tokenizer_only=True, progress=progress)
-    name = model.served_model_name or model.source.rsplit("/", 1)[-1]
+    name = model.served_model_name or own_name(model.source, SourceKind.HUB)
     return ModelFiles(folder, folder, name, SourceKind.HUB, revision)
 
 

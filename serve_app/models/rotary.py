@@ -19,7 +19,7 @@ def choose_angles(config: Any, context_tokens: int, name: str) -> str:
     parameters = _longrope(config)
     if parameters is None:
         return ""
-    original = _original_tokens(config, parameters)
+    original = _original_tokens(config)
     if context_tokens <= original:
         return "short"
     if "long_mscale" in parameters:  # PhiMoE
@@ -29,13 +29,10 @@ def choose_angles(config: Any, context_tokens: int, name: str) -> str:
 
 def settle_angles(loaded: PreTrainedModel, angles: str, name: str) -> tuple[str, ...]:
     """Have the model use these angles and no others; what a user should know of that. Raises `ModelError`."""
-    if not angles:
+    if angles != "long":  # each module begins with the short ones, and none is told of a longer position
         return ()
-    config = loaded.config.get_text_config()
-    original = _original_tokens(config, _longrope(config) or {})
+    original = _original_tokens(loaded.config)
     modules: list[Any] = [module for module in loaded.modules() if getattr(module, "rope_type", None) == "longrope"]
-    if angles == "short":  # what each module begins with; none is told of a longer position
-        return ()
     if not modules:
         raise _chooses_itself(name, original)
     for module in modules:
@@ -57,9 +54,9 @@ def _longrope(config: Any) -> dict[str, Any] | None:
     return parameters if kind == "longrope" else None
 
 
-def _original_tokens(config: Any, parameters: dict[str, Any]) -> int:
+def _original_tokens(config: Any) -> int:
     text = config.get_text_config()
-    original = parameters.get("original_max_position_embeddings")
+    original = (_longrope(text) or {}).get("original_max_position_embeddings")
     return int(original or getattr(text, "original_max_position_embeddings", 0) or text.max_position_embeddings)
 
 

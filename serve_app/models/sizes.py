@@ -85,12 +85,9 @@ def config_weights_bytes(
 
     Raises what transformers and the model's code raise.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
+    from serve_app.models.support import without_weights  # transformers' models, seconds of imports
 
-    factory: Any = AutoModelForCausalLM  # its methods carry no types
-    with torch.device("meta"):
-        model = factory.from_config(config, trust_remote_code=trust_remote_code)
+    model = without_weights(config, trust_remote_code=trust_remote_code)
     entries = (TensorEntry(n, "F32", tuple(p.shape), 0, 0) for n, p in model.named_parameters())
     return int(sum(_loaded_bytes(entry, dtype, quantization) for entry in entries))
 
@@ -98,13 +95,7 @@ def config_weights_bytes(
 def _loaded_bytes(entry: TensorEntry, dtype: str, quantization: str) -> float:
     if not entry.is_float:
         return entry.numel * _STORED_BYTES.get(entry.dtype, 1)
-    per_weight = _WEIGHT_BYTES.get(quantization)
-    if per_weight is not None and _is_linear(entry):
-        return entry.numel * per_weight
-    return entry.numel * DTYPE_BYTES[dtype]
-
-
-def _is_linear(entry: TensorEntry) -> bool:
-    """bitsandbytes takes linear layers, but never the output head; embeddings are no linear layers."""
-    kept = ("embed", "lm_head", "wte", "wpe")
-    return len(entry.shape) == 2 and not any(part in entry.name for part in kept)
+    # bitsandbytes takes linear layers, but never the output head; embeddings are no linear layers.
+    linear = len(entry.shape) == 2 and not any(part in entry.name for part in ("embed", "lm_head", "wte", "wpe"))
+    held = _WEIGHT_BYTES.get(quantization) if linear else None
+    return entry.numel * (held or DTYPE_BYTES[dtype])

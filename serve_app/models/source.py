@@ -17,7 +17,7 @@ from serve_app.home import expanded
 from serve_app.models.cache import Progress, build_once, find_built
 from serve_app.models.checkpoint import check_model_folder, check_tokenizer_folder
 from serve_app.models.conversion import CONVERSION_VERSION, convert
-from serve_app.models.demo import DEMO_NAME, ensure_demo_model, find_demo_model
+from serve_app.models.demo import DEMO_HUB_ID, DEMO_NAME, demo_place, ensure_demo_model
 from serve_app.models.fingerprint import sampled_digest
 from serve_app.models.gguf_files import gguf_name, gguf_parts
 from serve_app.models.model_error import ModelError
@@ -95,19 +95,16 @@ def find(model: ModelConfig, cache_dir: Path) -> ModelFiles | None:
     """
     kind = source_kind(model.source)
     path = expanded(model.source)
-    name, folder = path.stem, None
-    if kind is SourceKind.DEMO:
-        name, folder = DEMO_NAME, find_demo_model(cache_dir)
-    elif kind is SourceKind.GGUF:
-        name = gguf_name(path)
-        built = find_built(*_converted_folder(path, cache_dir))
-        folder = built.path if built is not None else None
-    elif kind is SourceKind.FOLDER:
-        name, folder = path.resolve().name, path.resolve()
-    else:
+    folder: Path | None
+    if kind is SourceKind.HUB:
         from serve_app.models import hub  # seconds of imports that no other source needs
 
-        name, folder = model.source.rsplit("/", 1)[-1], hub.cached(model, tokenizer_only=False)
+        folder = hub.cached(model, tokenizer_only=False)
+    elif kind is SourceKind.FOLDER:
+        folder = path.resolve()
+    else:
+        place, version = demo_place(cache_dir) if kind is SourceKind.DEMO else _converted_place(path, cache_dir)
+        folder = place if find_built(place, version) is not None else None
     if folder is None:
         return None
     try:
@@ -116,7 +113,30 @@ def find(model: ModelConfig, cache_dir: Path) -> ModelFiles | None:
         if kind is SourceKind.HUB:  # a fetch that was broken off is gone on with, so it is no damage
             return None
         raise
-    return ModelFiles(folder, folder, model.served_model_name or name, kind)
+    return ModelFiles(folder, folder, model.served_model_name or own_name(model.source, kind), kind)
+
+
+def own_name(source: str, kind: SourceKind) -> str:
+    """What a model is called by its source: the last part of a hub id, a folder's or a file's name."""
+    if kind is SourceKind.DEMO:
+        return DEMO_NAME
+    if kind is SourceKind.HUB:
+        return source.rsplit("/", 1)[-1]
+    path = expanded(source)
+    return gguf_name(path) if kind is SourceKind.GGUF else path.resolve().name
+
+
+def aliases(model: ModelConfig) -> frozenset[str]:
+    """The names by which clients may call a model besides the one it is served by; none is another model's.
+
+    The source as the config has it, and its last part: a hub id's, a folder's or a file's own name. The demo model also
+    answers to its makers' id. Raises `ModelError` for a source that is none.
+    """
+    kind, path = source_kind(model.source), expanded(model.source)
+    if kind is SourceKind.GGUF:
+        return frozenset({model.source, path.name, path.stem})
+    other = {DEMO_HUB_ID} if kind is SourceKind.DEMO else set()
+    return frozenset({model.source, own_name(model.source, kind), *other})
 
 
 def _resolve_source(model: ModelConfig, cache_dir: Path, tokenizer_only: bool, progress: Progress) -> ModelFiles:
@@ -125,34 +145,22 @@ def _resolve_source(model: ModelConfig, cache_dir: Path, tokenizer_only: bool, p
     revision: str | None = None
     notes: tuple[str, ...] = ()
     if kind is SourceKind.DEMO:
-        name, folder = DEMO_NAME, ensure_demo_model(cache_dir, progress)
+        folder = ensure_demo_model(cache_dir, progress)
     elif kind is SourceKind.GGUF:
-        name, (folder, notes) = gguf_name(path), _converted(path, cache_dir, progress)
+        progress(LoadStage("reading the GGUF file"))
+        folder, version = _converted_place(path, cache_dir)
+        notes = build_once(folder, version, lambda empty: convert(path.absolute(), empty, progress), progress)
     elif kind is SourceKind.FOLDER:
-        name, folder = path.resolve().name, path.resolve()
+        folder = path.resolve()
     else:
         from serve_app.models import hub
 
-        name, (folder, revision) = (
-            model.source.rsplit("/", 1)[-1],
-            hub.fetch(model, tokenizer_only=tokenizer_only, progress=progress),
-        )
-    return ModelFiles(folder, folder, model.served_model_name or name, kind, revision, notes)
+        folder, revision = hub.fetch(model, tokenizer_only=tokenizer_only, progress=progress)
+    name = model.served_model_name or own_name(model.source, kind)
+    return ModelFiles(folder, folder, name, kind, revision, notes)
 
 
-def _converted(gguf: Path, cache_dir: Path, progress: Progress) -> tuple[Path, tuple[str, ...]]:
-    progress(LoadStage("reading the GGUF file"))
-    folder, version = _converted_folder(gguf, cache_dir)
-    built = build_once(
-        folder,
-        version,
-        lambda folder: convert(gguf.absolute(), folder, progress),
-        progress,
-    )
-    return built.path, built.notes
-
-
-def _converted_folder(gguf: Path, cache_dir: Path) -> tuple[Path, str]:
+def _converted_place(gguf: Path, cache_dir: Path) -> tuple[Path, str]:
     """Where the conversion of these very bytes is kept, and the version it must have."""
     digests = [sampled_digest(part) for part in gguf_parts(gguf)]
     digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -11,8 +11,9 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from serve_app.models.model_error import ModelError
 from serve_app.transformers_internals import is_recurrent, uses_attention_interface
@@ -36,11 +37,32 @@ _OF_EACH_LAYER = "of each layer"
 
 
 def read_config(folder: Path, name: str, *, trust_remote_code: bool) -> Any:
-    """The transformers config in `folder`. Raises `ModelError`, with the setting to change if there is one."""
+    """The transformers config in `folder`. Raises `ModelError`, with the setting to change if there is one.
+
+    What `check_config` refuses is refused here.
+    """
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except LOAD_ERRORS as error:
         raise explain(name, folder, error) from error
+    check_config(config)
+    return config
+
+
+def check_config(config: Any) -> None:
+    """Raise `ModelError` when transformers' own class for this config can't be served.
+
+    A class that comes with the model is checked once it is loaded.
+    """
+    if (built_in := built_in_class(config)) is not None:
+        check_architecture(config, built_in)
+
+
+def without_weights(config: Any, *, trust_remote_code: bool = False) -> Any:
+    """The model of a config with no memory for its weights. Raises what transformers and the model's code raise."""
+    factory: Any = AutoModelForCausalLM  # its methods carry no types
+    with torch.device("meta"):
+        return factory.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def built_in_class(config: Any) -> type[Any] | None:
@@ -59,8 +81,9 @@ def built_in_class(config: Any) -> type[Any] | None:
 
 def check_architecture(config: Any, model_class: type[Any]) -> None:
     """Raise `ModelError`, naming the class and the reason, when this transformers config and class can't be served."""
-    if (reason := _reason(config, model_class)) is not None:
-        raise ModelError(f"{model_class.__name__} ({config.model_type}) can't be served: {reason}.")
+    for reason, holds in _reasons(config, model_class):
+        if holds:
+            raise ModelError(f"{model_class.__name__} ({config.model_type}) can't be served: {reason}.")
 
 
 def explain(name: str, folder: Path, error: Exception) -> ModelError:
@@ -78,37 +101,26 @@ def explain(name: str, folder: Path, error: Exception) -> ModelError:
     return ModelError(f"{name} can't be loaded from {folder}: {said}")
 
 
-def _reason(config: Any, model_class: type[Any]) -> str | None:
-    return next((reason for reason, holds in _reasons(config, model_class) if holds), None)
-
-
 def _reasons(config: Any, model_class: type[Any]) -> Iterator[tuple[str, Any]]:
     """Each with whether it holds. Later ones look at what configs that an earlier one refuses may not have."""
     yield "it is an encoder-decoder model, and only text decoders are served", config.is_encoder_decoder
-    yield "it reads images or sound; only text models are served", _is_multimodal(config)
     text = config.get_text_config()
+    senses = (getattr(config, name, None) for name in ("vision_config", "audio_config"))
+    multimodal = text is not config or any(sense is not None for sense in senses)
+    yield "it reads images or sound; only text models are served", multimodal
     yield "it keeps a recurrent state, which has no place in a paged cache", is_recurrent(model_class)
     other_layers = sorted(set(getattr(text, "layer_types", None) or ()) - _SERVED_LAYER_TYPES)
     yield f"it has layers of type {', '.join(other_layers)}", other_layers
     chunked = getattr(text, "attention_chunk_size", None) and not hasattr(text, "layer_types")
     yield "its attention is chunked", chunked
-    yield "its attention reads in both directions", _is_encoder(text)
+    # BERT and its kin are masked language models that `is_decoder` turns into causal ones.
+    encoder = type(text) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(text, "is_decoder", False)
+    yield "its attention reads in both directions", encoder
     yield "its keys and values have different widths (latent attention)", _field(text, "kv_lora_rank")
     yield "its layers share keys and values", getattr(text, "num_kv_shared_layers", 0)
     yield "its heads differ in width between layers", _differs(text, "global_head_dim", "head_dim")
     supported = uses_attention_interface(model_class)
     yield "it doesn't compute attention through transformers' AttentionInterface", not supported
-
-
-def _is_multimodal(config: Any) -> bool:
-    return config.get_text_config() is not config or any(
-        getattr(config, name, None) is not None for name in ("vision_config", "audio_config")
-    )
-
-
-def _is_encoder(config: Any) -> bool:
-    """BERT and its kin are masked language models that `is_decoder` turns into causal ones."""
-    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
 
 
 def _field(config: Any, name: str) -> Any:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import ray
@@ -32,18 +31,12 @@ class Gated(SdpaAttention):
     broken = False
 
     def attend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        spans: Sequence[Span],
-        params: AttentionParams,
-        prepared: Any,
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, params: AttentionParams, step: list[Span]
     ) -> torch.Tensor:
         assert Gated.leave.wait(60), "nobody has opened the gate"
         if Gated.broken:
             raise RuntimeError("the device is gone")
-        return super().attend(query, keys, values, spans, params, prepared)
+        return super().attend(query, keys, values, params, step)
 
 
 @pytest.fixture

@@ -15,14 +15,13 @@ from tiny_models import prompts_of, request_for, tiny_model, tokens_of
 from serve_app.core import SamplingParams
 from serve_app.engine.attention.base import AttentionParams
 from serve_app.engine.attention.check import check_attention
-from serve_app.engine.attention.varlen import PAGED, VarlenAttention
+from serve_app.engine.attention.varlen import VarlenAttention
 from serve_app.engine.engine import Engine
 from serve_app.engine.kv_cache import LayerShape
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 MakeEngine = Callable[..., Engine]
-needs_varlen = pytest.mark.skipif(not PAGED, reason="needs a PyTorch with paged varlen_attn")
 WINDOWED = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -36,7 +35,6 @@ def graphs_of(engine: Engine) -> list[int]:
     return [] if graphs is None else [shape.rows for shape in graphs.shapes]
 
 
-@needs_varlen
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(2, 64, 4), (8, 128, 8), (1, 128, 8), (4, 96, 4)])
 @pytest.mark.parametrize("window", [None, 64, 4096])
@@ -68,7 +66,6 @@ async def test_greedy_in_float32_is_generate_token_for_token(kind: str, make_eng
         assert list(found) == expected
 
 
-@needs_varlen
 @pytest.mark.parametrize("kind", WINDOWED)
 async def test_16_bit_models_are_served_by_varlen(kind: str, make_engine: MakeEngine) -> None:
     model = on_gpu(kind, torch.bfloat16)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -213,11 +213,10 @@ class NotANumber(SdpaAttention):
     guesses_only = False
 
     def attend(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spans: Sequence[Span],
-        params: AttentionParams, prepared: Any,
-    ) -> torch.Tensor:  # fmt: skip
-        output = super().attend(query, keys, values, spans, params, prepared)
-        for span in spans:
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, params: AttentionParams, step: list[Span]
+    ) -> torch.Tensor:
+        output = super().attend(query, keys, values, params, step)
+        for span in step:
             if 60 <= span.kv_len <= 100 and (span.query_len > 1 or not self.guesses_only):
                 output[span.query_start : span.query_start + span.query_len] = float("nan")
         return output

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -162,16 +162,15 @@ class Blocking(SdpaAttention):
         Blocking.last = self
 
     def attend(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spans: Sequence[Span],
-        params: AttentionParams, prepared: Any,
-    ) -> torch.Tensor:  # fmt: skip
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, params: AttentionParams, step: list[Span]
+    ) -> torch.Tensor:
         assert self.leave.wait(60), "nobody has opened the gate"
-        self.spans.append(len(spans))
-        if len(spans) == self.stops_at:
+        self.spans.append(len(step))
+        if len(step) == self.stops_at:
             self.stops_at = None
             self.leave.clear()
             self.stopped.set()
-        return super().attend(query, keys, values, spans, params, prepared)
+        return super().attend(query, keys, values, params, step)
 
 
 async def test_closing_a_stream_stops_its_work_within_a_step(make_engine: MakeEngine) -> None:
@@ -358,14 +357,13 @@ class Failing(SdpaAttention):
     calls_left: int | None = None
 
     def attend(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spans: Sequence[Span],
-        params: AttentionParams, prepared: Any,
-    ) -> torch.Tensor:  # fmt: skip
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, params: AttentionParams, step: list[Span]
+    ) -> torch.Tensor:
         if Failing.calls_left is not None:
             Failing.calls_left -= 1
             if Failing.calls_left < 0:
                 raise RuntimeError("the device is gone")
-        return super().attend(query, keys, values, spans, params, prepared)
+        return super().attend(query, keys, values, params, step)
 
 
 async def test_an_engine_that_breaks_tells_every_stream_and_its_health(
@@ -403,11 +401,10 @@ class NotANumber(SdpaAttention):
     """Gives NaN once a sequence has 60 tokens (the load checks' sequences are shorter, or far longer)."""
 
     def attend(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spans: Sequence[Span],
-        params: AttentionParams, prepared: Any,
-    ) -> torch.Tensor:  # fmt: skip
-        output = super().attend(query, keys, values, spans, params, prepared)
-        for span in spans:
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, params: AttentionParams, step: list[Span]
+    ) -> torch.Tensor:
+        output = super().attend(query, keys, values, params, step)
+        for span in step:
             if 60 <= span.kv_len <= 70:
                 output[span.query_start : span.query_start + span.query_len] = float("nan")
         return output
@@ -429,12 +426,9 @@ class WrongWindow(SdpaAttention):
     name = "wrong-window"
 
     def attend(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spans: Sequence[Span],
-        params: AttentionParams, prepared: Any,
-    ) -> torch.Tensor:  # fmt: skip
-        return super().attend(
-            query, keys, values, spans, AttentionParams(params.scaling, None, params.softcap), prepared
-        )
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, params: AttentionParams, step: list[Span]
+    ) -> torch.Tensor:
+        return super().attend(query, keys, values, AttentionParams(params.scaling, None, params.softcap), step)
 
 
 async def test_a_wrong_kernel_is_replaced_by_the_plain_path_and_said(

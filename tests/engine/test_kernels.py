@@ -74,8 +74,8 @@ def test_parts_without_a_key_leave_no_trace(monkeypatch: pytest.MonkeyPatch, spl
     spans = [Span(i, 1, length, contiguous_runs(pages, length, 16), pages) for i, length, pages in
              ((0, 70, (1, 3, 5, 7, 2)), (1, 1, (4,)))]  # fmt: skip
     backend, params = TritonAttention(), AttentionParams(0.2, 3)
-    found = backend.attend(query, keys, values, spans, params, backend.prepare(spans, DEVICE))
-    expected = PlainAttention().attend(query, keys, values, spans, params, None)
+    found = backend.attend(query, keys, values, params, backend.prepare(spans, DEVICE))
+    expected = PlainAttention().attend(query, keys, values, params, spans)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -86,7 +86,7 @@ def test_padding_rows_of_a_recorded_step_come_out_as_zeros() -> None:
         backend.fill(table.numpy(), [Span(0, 1, 20, (), (3, 5))], 4, 4)
         keys = torch.randn(6, 16, 2, 16, device=DEVICE)
         query = torch.randn(4, 4, 16, device=DEVICE)
-        output = backend.attend(query, keys, keys, (), AttentionParams(0.3), backend.view(table.to(DEVICE), 4, 4))
+        output = backend.attend(query, keys, keys, AttentionParams(0.3), backend.view(table.to(DEVICE), 4, 4))
         assert output[0].any()
         assert not output[1:].any()
 

@@ -11,6 +11,7 @@ import torch
 from tabled_attention import TabledPlain
 
 from serve_app.engine import load_check
+from serve_app.engine.attention.base import Span
 from serve_app.engine.engine import Engine
 from serve_app.engine.kv_budget import allocate
 from serve_app.engine.load_check import check_batch_invariance, check_model, measure_row_cost
@@ -96,8 +97,12 @@ def test_long_contexts_wait_for_each_other_in_a_small_cache(
 class ChangingWithLength(TabledPlain):
     """Batch-invariant, but for one row alone over more than 400 keys."""
 
-    def attend(self, query: torch.Tensor, keys: Any, values: Any, spans: Any, params: Any, prepared: Any) -> Any:
-        output = super().attend(query, keys, values, spans, params, prepared)
+    def prepare(self, spans: list[Span], device: torch.device) -> Any:
+        return spans, super().prepare(spans, device)
+
+    def attend(self, query: torch.Tensor, keys: Any, values: Any, params: Any, step: Any) -> Any:
+        spans, table = step
+        output = super().attend(query, keys, values, params, table)
         for span in spans:
             if span.query_len == 1 and span.kv_len > 400:
                 output[span.query_start] *= 1.0001

@@ -14,10 +14,10 @@ from serve_app.models.cache import build_once, cache_directory, find_built, requ
 from serve_app.models.model_error import ModelError
 
 
-def _write_weights(folder: Path) -> list[str]:
+def _write_weights(folder: Path) -> tuple[str, ...]:
     (folder / "sub").mkdir()
     (folder / "sub" / "weights").write_bytes(b"x" * 1000)
-    return ["a note"]
+    return ("a note",)
 
 
 def test_cache_directory_prefers_config_then_own_variable_then_xdg(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,11 +35,11 @@ def test_builds_once_and_then_only_looks(tmp_path: Path) -> None:
     folder = tmp_path / "models" / "m"
     first = build_once(folder, "1", _write_weights, ignore_progress)
 
-    def never(_: Path) -> list[str]:
+    def never(_: Path) -> tuple[str, ...]:
         raise AssertionError("built twice")
 
     assert build_once(folder, "1", never, ignore_progress) == first
-    assert first.notes == ("a note",)
+    assert first == ("a note",)
     assert (folder / "sub" / "weights").stat().st_size == 1000
 
 
@@ -63,7 +63,7 @@ def test_a_folder_that_is_not_whole_is_built_again(tmp_path: Path, damage: str) 
 
 
 def test_a_failing_build_leaves_nothing(tmp_path: Path) -> None:
-    def fail(folder: Path) -> list[str]:
+    def fail(folder: Path) -> tuple[str, ...]:
         (folder / "half").write_text("half")
         raise ModelError("no")
 
@@ -95,7 +95,7 @@ def test_two_at_once_build_once_and_the_second_says_that_it_waits(tmp_path: Path
     building = threading.Event()
     stages: list[str] = []
 
-    def slow(folder: Path) -> list[str]:
+    def slow(folder: Path) -> tuple[str, ...]:
         building.set()
         assert waiting.wait(20)
         return _write_weights(folder)
@@ -104,7 +104,7 @@ def test_two_at_once_build_once_and_the_second_says_that_it_waits(tmp_path: Path
         stages.append(stage.stage)
         waiting.set()
 
-    def never(_: Path) -> list[str]:
+    def never(_: Path) -> tuple[str, ...]:
         raise AssertionError("built twice")
 
     first = threading.Thread(target=build_once, args=(tmp_path / "m", "1", slow, ignore_progress))
@@ -112,12 +112,12 @@ def test_two_at_once_build_once_and_the_second_says_that_it_waits(tmp_path: Path
     assert building.wait(20)
     built = build_once(tmp_path / "m", "1", never, see)
     first.join(20)
-    assert built.notes == ("a note",)
+    assert built == ("a note",)
     assert stages[0] == "waiting for another process to prepare m"
 
 
 def test_disk_that_fills_up_while_building(tmp_path: Path) -> None:
-    def fill(_: Path) -> list[str]:
+    def fill(_: Path) -> tuple[str, ...]:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(ModelError, match=r"disk .* is full; free some space, or set cache_dir"):

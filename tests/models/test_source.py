@@ -6,7 +6,7 @@ from model_builders import ignore_progress
 
 from serve_app.config import ModelConfig
 from serve_app.models.model_error import ModelError
-from serve_app.models.source import SourceKind, resolve, source_kind
+from serve_app.models.source import SourceKind, aliases, resolve, source_kind
 
 
 def test_kinds(tmp_path: Path) -> None:
@@ -68,3 +68,22 @@ def test_an_ingress_needs_no_weights(llama_folder: Path, tmp_path: Path) -> None
     assert resolve(model, tmp_path, tokenizer_only=True, progress=ignore_progress).tokenizer_folder == llama_folder
     with pytest.raises(ModelError, match="holds no weights"):
         resolve(model, tmp_path, progress=ignore_progress)
+
+
+def test_the_demo_answers_to_its_makers_id() -> None:
+    assert aliases(ModelConfig()) == {"demo", "SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"}
+
+
+@pytest.mark.parametrize(
+    ("source", "name"), [("Qwen/Qwen3-0.6B", "Qwen3-0.6B"), ("own-model", "own-model")], ids=["owner", "no owner"]
+)
+def test_a_hub_model_answers_to_its_id(source: str, name: str) -> None:
+    assert aliases(ModelConfig(source=source, served_model_name="chat")) == {source, name}
+
+
+def test_a_folder_and_a_file_answer_to_their_names(tmp_path: Path) -> None:
+    folder, file = tmp_path / "my-model", tmp_path / "tiny.Q4.gguf"
+    folder.mkdir()
+    file.touch()
+    assert aliases(ModelConfig(source=f"{folder}/")) == {f"{folder}/", "my-model"}
+    assert aliases(ModelConfig(source=str(file))) == {str(file), "tiny.Q4.gguf", "tiny.Q4"}

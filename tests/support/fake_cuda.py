@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -22,7 +22,8 @@ class FakeCuda:
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """In place of torch's own."""
-        for name in ("device", "stream", "graph", "current_stream", "synchronize", "graph_pool_handle", "CUDAGraph"):
+        streams = ("stream", "current_stream", "synchronize")
+        for name in ("device", "device_of", *streams, "graph", "graph_pool_handle", "CUDAGraph"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         monkeypatch.setattr(torch.cuda, "Stream", lambda: FakeStream(self, f"stream of {self.current}"))
         monkeypatch.setattr(torch.cuda, "Event", lambda: FakeEvent(self))
@@ -34,6 +35,9 @@ class FakeCuda:
             yield
         finally:
             self.current = before
+
+    def device_of(self, tensor: torch.Tensor) -> AbstractContextManager[None]:
+        return self.device(tensor.device)
 
     @contextmanager
     def stream(self, stream: FakeStream) -> Iterator[None]:

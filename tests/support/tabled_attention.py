@@ -44,15 +44,9 @@ class TabledPlain(TabledAttention):
         return self.view(table, rows, 0)
 
     def attend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        spans: Sequence[Span],
-        params: AttentionParams,
-        prepared: Any,
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, params: AttentionParams, step: Any
     ) -> torch.Tensor:
-        rows, pages = prepared
+        rows, pages = step
         output = query.new_zeros(*query.shape[:2], values.shape[-1])
         for row, (position, first) in enumerate(rows.tolist()):
             if position < 0:

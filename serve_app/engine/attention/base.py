@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from serve_app.engine.errors import UnsupportedModelError
-from serve_app.engine.kv_cache import LayerShape
+from serve_app.engine.kv_cache import KVCache, LayerShape
 
 ATTENTION_NAME = "serve_app_paged"
 STEP_KEYWORD = "serve_app_step"
@@ -100,9 +100,9 @@ class AttentionBackend(ABC):
         """What this machine lacks to compile the kernel, and where to get it; None when it lacks nothing."""
         return None
 
-    def prepare(self, spans: SequenceOf[Span], device: torch.device) -> Any:
-        """What `attend` takes as `prepared`: built once for a step and a device instead of once a layer."""
-        return None
+    def prepare(self, spans: list[Span], device: torch.device) -> Any:
+        """What `attend` takes as `step`, built once for a device instead of once a layer; by default the spans."""
+        return spans
 
     def write(
         self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -121,13 +121,7 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def attend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        spans: SequenceOf[Span],
-        params: AttentionParams,
-        prepared: Any,
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, params: AttentionParams, step: Any
     ) -> torch.Tensor:
         """Attention of every span over its own sequence.
 
@@ -135,9 +129,8 @@ class AttentionBackend(ABC):
             query: `[tokens, heads, key_dim]`, the spans' rows one after the other.
             keys: `[pages, page_tokens, kv_heads, key_dim]`, this step's already written.
             values: `[pages, page_tokens, kv_heads, value_dim]`.
-            spans: in the order of their rows.
             params: scaling, window and softcap.
-            prepared: what `prepare` returned for this step and the query's device.
+            step: what `prepare` returned for these spans and the query's device.
 
         Returns:
             `[tokens, heads, value_dim]`.
@@ -155,34 +148,23 @@ class TabledAttention(AttentionBackend):
         """Numbers in the table of a step of `rows` tokens, of at most so many spans with so many pages together."""
 
     @abstractmethod
-    def fill(self, table: npt.NDArray[np.int64], spans: SequenceOf[Span], rows: int, most_spans: int) -> int:
+    def fill(self, table: npt.NDArray[np.int64], spans: list[Span], rows: int, most_spans: int) -> int:
         """Describe a step, on the host; rows after the spans' are padding. Returns how much of the table is used."""
 
     @abstractmethod
     def view(self, table: torch.Tensor, rows: int, most_spans: int) -> Any:
-        """What `attend` takes as `prepared`, over a table on the device that `fill` has described a step in.
+        """What `attend` takes as `step`, over a table on the device that `fill` has described a step in.
 
-        With it the spans are not looked at, and padding rows come out as zeros.
+        Padding rows come out as zeros.
         """
-
-
-class LayerCache(Protocol):
-    """Where the keys and values of a layer live."""
-
-    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values, `[pages, page_tokens, kv_heads, head_dim]`."""
-        ...
 
 
 class PagedStep:
     """One forward pass over the paged cache: writes the step's keys and values, then attends."""
 
-    def __init__(
-        self, backend: AttentionBackend, cache: LayerCache, spans: SequenceOf[Span], slots: torch.Tensor
-    ) -> None:
+    def __init__(self, backend: AttentionBackend, cache: KVCache, spans: list[Span], slots: torch.Tensor) -> None:
         """`slots`: where each token of the step goes, `[tokens]` of int64. Tokens after the spans' are padding."""
-        self._backend = backend
-        self._cache = cache
+        self.backend, self.cache = backend, cache
         self._spans = spans
         self._slots = slots
         self._tokens = sum(span.query_len for span in spans)
@@ -192,27 +174,17 @@ class PagedStep:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
     ) -> torch.Tensor:
         """Query, key, value `[1, heads, tokens, head_dim]` -> `[1, tokens, heads, value_dim]`."""
-        keys, values = self._cache.layer(layer)
-        slots, prepared = self._place(query.device)
-        self._backend.write(keys, values, slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
-        output = self._backend.attend(
-            query[0, :, : self._tokens].transpose(0, 1), keys, values, self._spans, params, prepared
-        )
+        keys, values = self.cache.layer(layer)
+        slots, step = self.on(query.device)
+        self.backend.write(keys, values, slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+        output = self.backend.attend(query[0, :, : self._tokens].transpose(0, 1), keys, values, params, step)
         padding = query.shape[2] - self._tokens
         return (output if not padding else F.pad(output, (0, 0, 0, 0, 0, padding)))[None]
 
-    def prepared_by(self, kind: type[AttentionBackend], device: torch.device) -> tuple[torch.Tensor, Any] | None:
-        """The slots and what `prepare` returned, if the backend is of this kind, for kernels of whole layers."""
-        return self._place(device) if isinstance(self._backend, kind) else None
-
-    @property
-    def cache(self) -> LayerCache:
-        """Where the keys and values of its layers live."""
-        return self._cache
-
-    def _place(self, device: torch.device) -> tuple[torch.Tensor, Any]:
+    def on(self, device: torch.device) -> tuple[torch.Tensor, Any]:
+        """The slots on this device, and what the backend prepared for it."""
         if device not in self._on_device:
-            prepared = self._backend.prepare(self._spans, device)
+            prepared = self.backend.prepare(self._spans, device)
             self._on_device[device] = (self._slots.to(device, non_blocking=True), prepared)
         return self._on_device[device]
 
@@ -264,6 +236,4 @@ def paged_attention(
     return output.contiguous(), None  # some models take a view of it
 
 
-def register() -> None:
-    """Register `paged_attention` with transformers. Calling it again changes nothing."""
-    AttentionInterface.register(ATTENTION_NAME, paged_attention)
+AttentionInterface.register(ATTENTION_NAME, paged_attention)

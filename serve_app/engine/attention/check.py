@@ -13,6 +13,7 @@ import torch
 
 from serve_app.engine.attention.base import AttentionBackend, AttentionParams, Span, contiguous_runs
 from serve_app.engine.attention.plain import PlainAttention
+from serve_app.engine.errors import first_line
 from serve_app.engine.kv_cache import LayerShape
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -50,23 +51,22 @@ def check_attention(
     PlainAttention().write(*plain, slots, key, value)
     tokens = sum(span.query_len for span in spans)
     query = torch.randn(tokens, query_heads, layer.key_dim, generator=generator).to(layer.device, layer.dtype)
+    # Kernels may compute a step that has only decodes in another way.
+    decodes = [replace(span, query_start=i) for i, span in enumerate(s for s in spans if s.query_len == 1)]
+    steps = [(step, query[: sum(span.query_len for span in step)]) for step in (spans, decodes)]
+    right = [PlainAttention().attend(rows, *plain, params, step) for step, rows in steps]
     try:
         backend.write(keys, values, slots, key, value)
         _wait_for(layer.device)
-    except Exception as error:  # noqa: BLE001 - compilers raise any type; the caller reports it
-        return _failed(backend, error)
-    # Kernels may compute a step that has only decodes in another way.
-    decodes = [replace(span, query_start=i) for i, span in enumerate(s for s in spans if s.query_len == 1)]
-    for step in (spans, decodes):
-        rows = query[: sum(span.query_len for span in step)]
-        expected = PlainAttention().attend(rows, *plain, step, params, None)
-        try:
-            found = backend.attend(rows, keys, values, step, params, backend.prepare(step, layer.device))
+        for (step, rows), expected in zip(steps, right, strict=True):
+            found = backend.attend(rows, keys, values, params, backend.prepare(step, layer.device))
             _wait_for(layer.device)
-        except Exception as error:  # noqa: BLE001 - compilers raise any type; the caller reports it
-            return _failed(backend, error)
-        if (complaint := _compare(found, expected, layer.dtype)) is not None:
-            return complaint
+            if (complaint := _compare(found, expected, layer.dtype)) is not None:
+                return complaint
+    except Exception as error:  # noqa: BLE001 - compilers raise any type; the caller reports it
+        said = f"it failed: {first_line(error)}"
+        missing = backend.missing()
+        return said if missing is None else f"{missing} ({said})"
     return None
 
 
@@ -74,12 +74,6 @@ def _wait_for(device: torch.device) -> None:
     """Raise the errors of earlier launches: a launch returns at once, and its error comes with a later call."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _failed(backend: AttentionBackend, error: Exception) -> str:
-    said = f"it failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-    missing = backend.missing()
-    return said if missing is None else f"{missing} ({said})"
 
 
 def _compare(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> str | None:

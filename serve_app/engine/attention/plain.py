@@ -6,8 +6,6 @@ Every other backend is compared with it at load, and it serves where they fail.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from collections.abc import Sequence as SequenceOf
-from typing import Any
 
 import torch
 
@@ -55,16 +53,10 @@ class PlainAttention(AttentionBackend):
     reads_runs = False
 
     def attend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        spans: SequenceOf[Span],
-        params: AttentionParams,
-        prepared: Any,
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, params: AttentionParams, step: list[Span]
     ) -> torch.Tensor:
         output = query.new_zeros(*query.shape[:2], values.shape[-1])
-        for span in spans:
+        for span in step:
             rows = slice(span.query_start, span.query_start + span.query_len)
             mask = visible(span, params.sliding_window, query.device)
             output[rows] = plain_attention(query[rows], gather(keys, span), gather(values, span), mask, params)

@@ -6,9 +6,6 @@ only. Query heads that share a key head are packed as rows of one product, so ke
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 
@@ -16,15 +13,11 @@ from serve_app.engine.attention.base import AttentionBackend, AttentionParams, S
 from serve_app.engine.attention.plain import gather, plain_attention, row_blocks
 
 
-def _slots(cache: torch.Tensor) -> torch.Tensor:
-    return cache.view(-1, *cache.shape[2:])
-
-
 def read(cache: torch.Tensor, span: Span) -> torch.Tensor:
     """The span's tokens `[kv_len, kv_heads, dim]`: a view where they lie in one run, a copy otherwise."""
     if len(span.runs) == 1:
         start, size = span.runs[0]
-        return _slots(cache)[start : start + size]
+        return cache.flatten(0, 1)[start : start + size]
     return gather(cache, span)
 
 
@@ -35,31 +28,25 @@ class SdpaAttention(AttentionBackend):
     page_tokens = 16
 
     def attend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        spans: SequenceOf[Span],
-        params: AttentionParams,
-        prepared: Any,
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, params: AttentionParams, step: list[Span]
     ) -> torch.Tensor:
         outputs = []
-        for span in spans:
+        for span in step:
             rows = query[span.query_start : span.query_start + span.query_len]
+            key, value = read(keys, span), read(values, span)
             if params.softcap is not None:
                 mask = visible(span, params.sliding_window, query.device)
-                outputs.append(plain_attention(rows, read(keys, span), read(values, span), mask, params))
+                outputs.append(plain_attention(rows, key, value, mask, params))
             elif span.query_len == 1:
-                outputs.append(self._decode(rows, keys, values, span, params))
+                outputs.append(self._decode(rows, key, value, params))
             else:
-                outputs.append(self._prefill(rows, keys, values, span, params))
+                outputs.append(self._prefill(rows, key, value, span, params))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _decode(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, span: Span, params: AttentionParams
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
     ) -> torch.Tensor:
-        key, value = read(keys, span), read(values, span)
-        if params.sliding_window is not None and span.kv_len > params.sliding_window:
+        if params.sliding_window is not None and len(key) > params.sliding_window:
             key, value = key[-params.sliding_window :], value[-params.sliding_window :]
         packed = query.view(1, key.shape[1], -1, query.shape[-1])
         output = F.scaled_dot_product_attention(
@@ -68,9 +55,8 @@ class SdpaAttention(AttentionBackend):
         return output.reshape(1, query.shape[1], -1)
 
     def _prefill(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, span: Span, params: AttentionParams
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, span: Span, params: AttentionParams
     ) -> torch.Tensor:
-        key, value = read(keys, span), read(values, span)
         first_key = 0
         if params.sliding_window is not None:
             first_key = max(0, span.kv_len - span.query_len - params.sliding_window + 1)

@@ -6,22 +6,14 @@ Always with one split: automatic splits over paged keys are reported to give NaN
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
+from torch.nn.attention.varlen import varlen_attn
 
 from serve_app.engine.attention.base import AttentionBackend, AttentionParams, Span
 from serve_app.engine.kv_cache import LayerShape
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # a PyTorch without it: the backend refuses, sdpa serves
-    varlen_attn = None  # type: ignore[assignment]
-
-PAGED = varlen_attn is not None and "block_table" in inspect.signature(varlen_attn).parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +38,6 @@ class VarlenAttention(AttentionBackend):
 
     @classmethod
     def refusal(cls, shape: LayerShape, params: AttentionParams) -> str | None:
-        if not PAGED:
-            return f"PyTorch {torch.__version__} has no paged varlen_attn (2.13 has)"
         if shape.device.type != "cuda":
             return f"the varlen kernel needs CUDA, not {shape.device.type}"
         if shape.dtype not in (torch.float16, torch.bfloat16):
@@ -56,7 +46,7 @@ class VarlenAttention(AttentionBackend):
             return "the varlen kernel has no softcap"
         return None
 
-    def prepare(self, spans: SequenceOf[Span], device: torch.device) -> VarlenStep:
+    def prepare(self, spans: list[Span], device: torch.device) -> VarlenStep:
         query_lens = [span.query_len for span in spans]
         kv_lens = [span.kv_len for span in spans]
         width = max(len(span.pages) for span in spans)
@@ -75,28 +65,22 @@ class VarlenAttention(AttentionBackend):
         )
 
     def attend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        spans: SequenceOf[Span],
-        params: AttentionParams,
-        prepared: VarlenStep,
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, params: AttentionParams, step: VarlenStep
     ) -> torch.Tensor:
         window = -1 if params.sliding_window is None else params.sliding_window - 1
         output = varlen_attn(
             query.contiguous(),
             keys,
             values,
-            prepared.query_starts,
+            step.query_starts,
             None,
-            prepared.max_query,
-            prepared.max_kv,
+            step.max_query,
+            step.max_kv,
             scale=params.scaling,
             window_size=(window, 0),
             enable_gqa=query.shape[1] != keys.shape[2],
-            seqused_k=prepared.kv_lens,
-            block_table=prepared.block_table,
+            seqused_k=step.kv_lens,
+            block_table=step.block_table,
             num_splits=1,
         )
         assert isinstance(output, torch.Tensor)  # a tuple only when auxiliary results are asked for

@@ -5,7 +5,6 @@ Pages are read in place, in any order. The arithmetic of each query is a functio
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +45,7 @@ class CpuAttention(AttentionBackend):
             return f"the CPU kernel needs heads of a multiple of {_VECTOR} dimensions, not {shape.value_dim}"
         return None
 
-    def prepare(self, spans: SequenceOf[Span], device: torch.device) -> CpuStep:
+    def prepare(self, spans: list[Span], device: torch.device) -> CpuStep:
         each = self._pages_each
         pages: list[int] = []
         rows: list[tuple[int, int, int, int]] = []
@@ -65,19 +64,13 @@ class CpuAttention(AttentionBackend):
         )  # fmt: skip
 
     def attend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        spans: SequenceOf[Span],
-        params: AttentionParams,
-        prepared: CpuStep,
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, params: AttentionParams, step: CpuStep
     ) -> torch.Tensor:
         query = query.contiguous()
         output = torch.empty((*query.shape[:2], values.shape[-1]))
         self._kernels.attend(
             query.data_ptr(), keys.data_ptr(), values.data_ptr(), output.data_ptr(),
-            prepared.spans.data_ptr(), len(spans), prepared.pages.data_ptr(),
+            step.spans.data_ptr(), len(step.spans), step.pages.data_ptr(),
             query.shape[1], keys.shape[2], query.shape[2], values.shape[-1],
             params.scaling, params.softcap or 0.0, params.sliding_window or 0,
         )  # fmt: skip

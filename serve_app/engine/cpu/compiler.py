@@ -66,12 +66,9 @@ class Compiler:
         return done.stdout
 
 
-def compiler_command(system: str | None = None) -> list[str]:
-    """$CXX, which may have arguments (`ccache g++`), else g++ or c++. Raises EngineError when there is none.
-
-    `system`: in place of `platform.system()`.
-    """
-    if (system or platform.system()) != "Linux":
+def compiler_command() -> list[str]:
+    """$CXX, which may have arguments (`ccache g++`), else g++ or c++. Raises EngineError when there is none."""
+    if platform.system() != "Linux":
         raise EngineError("the fast CPU kernels are for Linux only")
     if own := os.environ.get("CXX", "").strip():
         try:
@@ -84,10 +81,10 @@ def compiler_command(system: str | None = None) -> list[str]:
     return [found]
 
 
-def processor_key(cpuinfo: Path = _CPUINFO) -> str:
+def processor_key() -> str:
     """A key that changes with the features of this machine's processors, whether or not the compiler uses them."""
     try:
-        with cpuinfo.open("rb", buffering=0) as file:
+        with _CPUINFO.open("rb", buffering=0) as file:
             first = file.read(_CPUINFO_BYTES).decode(errors="replace").partition("\n\n")[0]
     except OSError:
         first = platform.processor()

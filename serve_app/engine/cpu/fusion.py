@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from serve_app.engine.attention.base import ATTENTION_NAME, STEP_KEYWORD, AttentionParams, PagedStep, Span, register
+from serve_app.engine.attention.base import ATTENTION_NAME, STEP_KEYWORD, AttentionParams, PagedStep, Span
 from serve_app.engine.cpu.attention import CpuAttention
 from serve_app.engine.cpu.forwards import FusedAttention, FusedGatedMLP, FusedNorm
 from serve_app.engine.cpu.layer import FusedLayer, StepPlans
@@ -58,7 +58,6 @@ def fuse_modules(model: PreTrainedModel, kernels: Kernels) -> dict[str, int]:
 
     The linear layers must be packed already. The model's attention implementation becomes the paged one.
     """
-    register()
     model.set_attn_implementation(ATTENTION_NAME)
     plans = StepPlans()
     kinds: tuple[tuple[str, Callable[[nn.Module], Forward | None]], ...] = (
@@ -139,7 +138,24 @@ def _attention(module: nn.Module, kernels: Kernels) -> Forward | None:
     _require_one_width("what its heads answer", query.out_features, output.in_features)
     if query.out_features % key.out_features:
         raise _Unsuitable("its heads of queries are no multiple of those of keys")
-    return _if_alike(module, query.in_features, head_dim, lambda params: FusedAttention(kernels, module, own, params))
+    x, embeddings = _inputs(query.in_features, head_dim)
+
+    def outcome(forward: Forward) -> tuple[_Recorder, torch.Tensor]:
+        recorder = _Recorder()
+        keywords = {"position_embeddings": embeddings, "attention_mask": None, STEP_KEYWORD: recorder}
+        result = forward(hidden_states=x.clone(), **keywords)
+        return recorder, result[0] if isinstance(result, tuple) else result
+
+    try:
+        recorded, expected = outcome(own)
+        fused = FusedAttention(kernels, module, own, recorded.params)
+        found, result = outcome(fused)
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise _Unsuitable(f"{type(module).__name__} is called in another way ({error})") from error
+    pairs = [*zip(found.inputs, recorded.inputs, strict=True), (result, expected)]
+    if (found.layer, found.params) != (recorded.layer, recorded.params) or not all(_agree(*pair) for pair in pairs):
+        raise _Unsuitable(f"{type(module).__name__} does more than what is fused")
+    return fused
 
 
 def _layer(module: nn.Module, kernels: Kernels, plans: StepPlans) -> Forward | None:
@@ -234,25 +250,3 @@ def _inputs(inner: int, head_dim: int) -> tuple[torch.Tensor, tuple[torch.Tensor
 def _linears(module: nn.Module, *names: str) -> list[PackedLinear] | None:
     found = [linear for name in names if isinstance(linear := getattr(module, name, None), PackedLinear)]
     return found if len(found) == len(names) else None
-
-
-def _if_alike(module: nn.Module, inner: int, head_dim: int, make: Callable[[AttentionParams], Forward]) -> Forward:
-    """The fused forward, if it calls attention with the same arguments and returns the same as the module's own."""
-    x, embeddings = _inputs(inner, head_dim)
-
-    def outcome(forward: Forward) -> tuple[_Recorder, torch.Tensor]:
-        recorder = _Recorder()
-        keywords = {"position_embeddings": embeddings, "attention_mask": None, STEP_KEYWORD: recorder}
-        result = forward(hidden_states=x.clone(), **keywords)
-        return recorder, result[0] if isinstance(result, tuple) else result
-
-    try:
-        recorded, expected = outcome(module.forward)
-        fused = make(recorded.params)
-        found, result = outcome(fused)
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise _Unsuitable(f"{type(module).__name__} is called in another way ({error})") from error
-    pairs = [*zip(found.inputs, recorded.inputs, strict=True), (result, expected)]
-    if (found.layer, found.params) != (recorded.layer, recorded.params) or not all(_agree(*pair) for pair in pairs):
-        raise _Unsuitable(f"{type(module).__name__} does more than what is fused")
-    return fused

@@ -28,12 +28,11 @@ class StepPlans:
         self._alive: tuple[torch.Tensor, ...] = ()
         self._memory: list[torch.Tensor] = []
         self._shape: tuple[int, ...] = ()
-        self._sizes: tuple[int, ...] = ()
         self._plan = StepPlan()
 
     def known(self, step: AttentionStep | None, position_embeddings: Any, sizes: tuple[int, ...]) -> int | None:
         """Address of the plan if it was made for these arguments, else None."""
-        same = step is self._step and position_embeddings is self._rotary and sizes == self._sizes
+        same = step is self._step and position_embeddings is self._rotary and sizes == self._shape[1:]
         return ctypes.addressof(self._plan) if same and step is not None else None
 
     def make(self, step: PagedStep, position_embeddings: Any, sizes: tuple[int, ...]) -> int | None:
@@ -41,16 +40,15 @@ class StepPlans:
 
         None where another attention kernel than ours serves.
         """
-        found = step.prepared_by(CpuAttention, torch.device("cpu"))
-        if found is None:
+        if not isinstance(step.backend, CpuAttention):
             return None
-        slots, prepared = found
+        slots, prepared = step.on(torch.device("cpu"))
         cos, sin = (tensor.contiguous() for tensor in position_embeddings)
         tokens = cos.shape[1]
         if self._shape != (tokens, *sizes):
             self._memory = [torch.empty(tokens, size) for size in sizes]
             self._shape = (tokens, *sizes)
-        self._step, self._rotary, self._sizes = step, position_embeddings, sizes
+        self._step, self._rotary = step, position_embeddings
         self._alive = (cos, sin, slots, prepared.spans, prepared.pages)
         self._plan = StepPlan(
             *(tensor.data_ptr() for tensor in self._alive), tokens, len(prepared.spans),

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from serve_app.engine.cpu.compiler import Compiler, compiler_command, processor_key
 from serve_app.engine.errors import EngineError
@@ -27,26 +28,6 @@ TRIAL_LIMIT_S = 60
 """A trial takes 0.3 s."""
 
 _int, _float, _pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-_SIGNATURES = {
-    "serve_app_pack": [_pointer, _int, _int, _int, _int, _int, _pointer],
-    "serve_app_linear": [_pointer, _int, _pointer, _int, _int, _int],
-    "serve_app_gated": [_pointer, _int, _pointer, _pointer, _int, _pointer, _int, _int],
-    "serve_app_rms_norm": [_pointer, _pointer, _float, _pointer, _int, _int],
-    "serve_app_rotate": [_pointer, _pointer, _pointer, _int, _int, _int],
-    "serve_app_layer": [_pointer, _pointer, _pointer, _pointer, _pointer, _pointer],
-    "serve_app_layers": [_pointer, _int, _pointer, _pointer, _pointer, _pointer],
-    "serve_app_sample": [_pointer, _int, _int, _pointer, _pointer],
-    "serve_app_store": [_pointer, _pointer, _pointer, _int, _pointer, _pointer, _int, _int, _int],
-    "serve_app_attend": [
-        *(_pointer, _pointer, _pointer, _pointer, _pointer, _int, _pointer),
-        *(_int, _int, _int, _int, _float, _float, _int),
-    ],
-}
-_COUNTS = {
-    "serve_app_form": [_pointer, _int, _int, _int, _int],
-    "serve_app_packed_bytes": [_int, _int, _int],
-    "serve_app_page_tokens": [],
-}
 
 
 class LinearPart(ctypes.Structure):
@@ -95,27 +76,27 @@ class Kernels:
         Raises OSError when it can't be loaded, AttributeError when it lacks a function.
         """
         library = ctypes.CDLL(f"/proc/self/fd/{descriptor}")
-        for name, arguments in _SIGNATURES.items():
-            function = getattr(library, name)
-            function.argtypes, function.restype = arguments, None
-        for name, arguments in _COUNTS.items():
-            function = getattr(library, name)
-            function.argtypes, function.restype = arguments, _int
-        self.form = library.serve_app_form
-        self.packed_bytes = library.serve_app_packed_bytes
-        self.pack = library.serve_app_pack
-        self.linear = library.serve_app_linear
-        self.gated = library.serve_app_gated
-        self.rms_norm = library.serve_app_rms_norm
-        self.rotate = library.serve_app_rotate
-        self.layer = library.serve_app_layer
-        self.layers = library.serve_app_layers
-        self.sample = library.serve_app_sample
-        self.store = library.serve_app_store
-        self.attend = library.serve_app_attend
+
+        def function(name: str, *arguments: Any, returns: Any = None) -> Any:
+            found = getattr(library, f"serve_app_{name}")
+            found.argtypes, found.restype = arguments, returns
+            return found
+
+        self.form = function("form", _pointer, _int, _int, _int, _int, returns=_int)
+        self.packed_bytes = function("packed_bytes", _int, _int, _int, returns=_int)
+        self.pack = function("pack", _pointer, _int, _int, _int, _int, _int, _pointer)
+        self.linear = function("linear", _pointer, _int, _pointer, _int, _int, _int)
+        self.gated = function("gated", _pointer, _int, _pointer, _pointer, _int, _pointer, _int, _int)
+        self.rms_norm = function("rms_norm", _pointer, _pointer, _float, _pointer, _int, _int)
+        self.rotate = function("rotate", _pointer, _pointer, _pointer, _int, _int, _int)
+        self.layer = function("layer", *[_pointer] * 6)
+        self.layers = function("layers", _pointer, _int, *[_pointer] * 4)
+        self.sample = function("sample", _pointer, _int, _int, _pointer, _pointer)
+        self.store = function("store", *[_pointer] * 3, _int, _pointer, _pointer, _int, _int, _int)
+        self.attend = function("attend", *[_pointer] * 5, _int, _pointer, *[_int] * 4, _float, _float, _int)
         self.key = key
         """Changes with their source, the compiler and the processor's instructions."""
-        self.page_tokens: int = library.serve_app_page_tokens()
+        self.page_tokens: int = function("page_tokens", returns=_int)()
 
 
 def load_kernels(cache_dir: Path) -> Kernels:

@@ -69,18 +69,13 @@ class PackedLinear(nn.Module):
         self._kernels = kernels
         self.out_features, self.in_features = weight.shape
         self.form = smallest_form(kernels, weight) if form is None else form
-        size = packed_bytes(kernels, weight, self.form)
-        packed = torch.empty(size, dtype=torch.uint8) if memory is None else memory
+        if memory is None:
+            memory = torch.empty(kernels.packed_bytes(self.form, *weight.shape), dtype=torch.uint8)
         self._packed: torch.Tensor
-        self.register_buffer("_packed", packed, persistent=False)
+        self.register_buffer("_packed", memory, persistent=False)
         self._bias = None if bias is None else bias.detach().contiguous()
         kernels.pack(*_matrix(weight), self.form, self._packed.data_ptr())
         self.product = Products([self])
-
-    @property
-    def bytes(self) -> int:
-        """Bytes that the packed weights take."""
-        return self._packed.numel()
 
     def part(self) -> LinearPart:
         """The weights as the kernels take them, without a place for the result."""
@@ -90,10 +85,6 @@ class PackedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in]` -> `[..., out]`."""
         return self.product(x)[0]
-
-    def extra_repr(self) -> str:
-        bias = self._bias is not None
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, form={self.form.name}"
 
 
 class Products:
@@ -110,14 +101,11 @@ class Products:
         """`[..., in]` -> `[..., out]` of each layer."""
         x = x.contiguous()
         results = [torch.empty((*x.shape[:-1], size)) for size in self.sizes]
-        self.into(x.data_ptr(), [result.data_ptr() for result in results], x.numel() // self.inner)
-        return results
-
-    def into(self, x: int, results: SequenceOf[int], rows: int, addend: int | None = None) -> None:
-        """Compute between addresses: contiguous `[rows, in]` -> `[rows, out]` each, plus `addend` `[rows, out]`."""
         for part, result in zip(self._parts, results, strict=True):
-            part.result, part.addend = result, addend
-        self._kernels.linear(x, self.inner, self._address, len(self.sizes), rows, self.inner)
+            part.result = result.data_ptr()
+        rows = x.numel() // self.inner
+        self._kernels.linear(x.data_ptr(), self.inner, self._address, len(results), rows, self.inner)
+        return results
 
 
 def smallest_form(kernels: Kernels, weight: torch.Tensor) -> Form:
@@ -125,19 +113,13 @@ def smallest_form(kernels: Kernels, weight: torch.Tensor) -> Form:
     return Form(kernels.form(*_matrix(weight)))
 
 
-def packed_bytes(kernels: Kernels, weight: torch.Tensor, form: Form) -> int:
-    """Bytes that a weight `[out, in]` takes when packed."""
-    size: int = kernels.packed_bytes(form, *weight.shape)
-    return size
-
-
 def _matrix(weight: torch.Tensor) -> tuple[int, int, int, int, int]:
     """A weight as the kernels' arguments: address, strides, shape."""
     return weight.data_ptr(), weight.stride(0), weight.stride(1), *weight.shape
 
 
-def pack_linears(model: PreTrainedModel, kernels: Kernels) -> tuple[int, int]:
-    """Replace the model's CPU linear layers with packed ones; returns the numbers of replaced and of other layers.
+def pack_linears(model: PreTrainedModel, kernels: Kernels) -> None:
+    """Replace the model's CPU linear layers with packed ones.
 
     Packed layers compute in float32, whatever the dtype of the weights. Each original weight is freed when it is
     packed, so there are never two copies of all weights.
@@ -145,21 +127,16 @@ def pack_linears(model: PreTrainedModel, kernels: Kernels) -> tuple[int, int]:
     Raises:
         EngineError: a packed product differs from torch's: nothing may be served with these kernels.
     """
-    left = 0
     found: list[tuple[str, Any, Form, int]] = []
     for name, module in model.named_modules():
-        weight = _weight(module)
-        if weight is None:
-            left += _computes_linearly(module)
-        else:
+        if (weight := _weight(module)) is not None:
             form = smallest_form(kernels, weight.float())
-            found.append((name, module, form, packed_bytes(kernels, weight, form)))
+            found.append((name, module, form, kernels.packed_bytes(form, *weight.shape)))
     # One block of memory, which the system can map in large pages. It becomes resident as it is written to.
     memory = torch.empty(sum(size for *_, size in found), dtype=torch.uint8)
     ask_for_huge_pages(memory)
     checked: set[tuple[int, int, Form]] = set()
     kept = whole = 0
-    replaced = len(found)
     while found:
         name, module, form, size = found.pop(0)
         weight = _weight(module)
@@ -172,9 +149,8 @@ def pack_linears(model: PreTrainedModel, kernels: Kernels) -> tuple[int, int]:
             _check_form(kernels, weight[:CHECKED_COLUMNS], form, name)
             checked.add(shape)
         model.set_submodule(name, packed)
-        kept, whole = kept + packed.bytes, whole + 4 * weight.numel()
+        kept, whole = kept + size, whole + 4 * weight.numel()
     logger.info("the linear layers take %.2f GB; as float32 it would be %.2f", kept / 1e9, whole / 1e9)
-    return replaced, left
 
 
 def _weight(module: nn.Module) -> torch.Tensor | None:
@@ -186,10 +162,6 @@ def _weight(module: nn.Module) -> torch.Tensor | None:
         return None
     transposed: torch.Tensor = weight.detach().t() if isinstance(module, Conv1D) else weight.detach()
     return transposed
-
-
-def _computes_linearly(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D)
 
 
 def _check(packed: PackedLinear, weight: torch.Tensor, bias: torch.Tensor | None, name: str) -> None:

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from serve_app.engine.attention.base import STEP_KEYWORD, LayerCache, PagedStep
+from serve_app.engine.attention.base import STEP_KEYWORD, PagedStep
 from serve_app.engine.cpu.forwards import FusedNorm
 from serve_app.engine.cpu.layer import FusedLayer, StepPlans
 from serve_app.engine.cpu.library import Kernels
+from serve_app.engine.kv_cache import KVCache
 
 FEWEST_ROWS = 1024
 """Least rows of the table of rotary angles, which grows to twice the highest position."""
@@ -63,7 +64,7 @@ class FusedStack:
         self._layers: list[FusedLayer] = [layer.forward for layer in module.layers]
         self._count = len(self._layers)
         self._addresses = (ctypes.c_void_p * self._count)(*(layer.address for layer in self._layers))
-        self._cache: weakref.ref[LayerCache] | None = None
+        self._cache: weakref.ref[KVCache] | None = None
         self._memory: ctypes.Array[ctypes.c_void_p] | None = None
 
     def __call__(

@@ -9,7 +9,7 @@ from serve_app.processors import allowed_cpus, usable_cpus
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
-def usable_cores(topology: Path = _TOPOLOGY) -> int:
+def usable_cores() -> int:
     """Physical cores that this process may use, since two compute threads on one core slow each other down.
 
     A container's share of CPU time is rounded down: with one thread more, all threads stop when the share is used up.
@@ -17,7 +17,7 @@ def usable_cores(topology: Path = _TOPOLOGY) -> int:
     cores = set()
     for cpu in allowed_cpus():
         try:
-            cores.add((topology / f"cpu{cpu}/topology/thread_siblings_list").read_text().strip())
+            cores.add((_TOPOLOGY / f"cpu{cpu}/topology/thread_siblings_list").read_text().strip())
         except OSError:  # some containers hide the topology: count the CPU as a core of its own
             cores.add(str(cpu))
     return max(1, min(len(cores), int(usable_cpus())))

@@ -1,12 +1,12 @@
 """Our own attention for CUDA (`engine/cuda/kernels.py`): one call a layer for all sequences, pages read in place.
 
-Integers on the device alone describe a step, so a captured graph serves any step that fits its sizes.
+Integers on the device alone describe a step, so a captured graph serves any step that fits its sizes. Triton launches
+on the thread's current device, wherever the tensors are: each launch selects the device of its tensors.
 """
 
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,6 @@ import numpy.typing as npt
 import torch
 
 from serve_app.engine.attention.base import AttentionParams, Span, TabledAttention
-from serve_app.engine.cuda import device as current_device
 from serve_app.engine.kv_cache import LayerShape
 
 try:
@@ -87,7 +86,7 @@ class TritonAttention(TabledAttention):
     def table_size(self, rows: int, spans: int, pages: int) -> int:
         return 4 * self._most_blocks(rows, spans + 1) + pages
 
-    def fill(self, table: npt.NDArray[np.int64], spans: SequenceOf[Span], rows: int, most_spans: int) -> int:
+    def fill(self, table: npt.NDArray[np.int64], spans: list[Span], rows: int, most_spans: int) -> int:
         queries = self._queries(rows)
         start = 4 * self._most_blocks(rows, most_spans + 1)
         blocks: list[tuple[int, int, int, int]] = []
@@ -116,7 +115,7 @@ class TritonAttention(TabledAttention):
             not self._batch_invariant and rows <= _FEW_ROWS,
         )
 
-    def prepare(self, spans: SequenceOf[Span], device: torch.device) -> TritonStep:
+    def prepare(self, spans: list[Span], device: torch.device) -> TritonStep:
         rows = sum(span.query_len for span in spans)
         size = self.table_size(rows, len(spans), sum(len(span.pages) for span in spans))
         table = torch.empty(size, dtype=torch.int64, pin_memory=device.type == "cuda")
@@ -129,29 +128,23 @@ class TritonAttention(TabledAttention):
         tokens, heads, key_dim = key.shape
         value_dim = value.shape[2]
         key, value = _dense(key), _dense(value)
-        with current_device.on(keys.device):
+        with torch.cuda.device_of(keys):  # type: ignore[no-untyped-call]
             kernels.store[(tokens, heads)](
                 key, value, slots, keys, values, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
                 heads, key_dim, value_dim, _block(key_dim), _block(value_dim), num_warps=1,
             )  # fmt: skip
 
     def attend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        spans: SequenceOf[Span],
-        params: AttentionParams,
-        prepared: TritonStep,
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, params: AttentionParams, step: TritonStep
     ) -> torch.Tensor:
         query = _dense(query)
         tokens, query_heads, key_dim = query.shape
         kv_heads, value_dim = keys.shape[2], values.shape[3]
         group = query_heads // kv_heads
-        heads_each = min(_power_of_two(group), 64 if prepared.queries == 1 else 4)
+        heads_each = min(_power_of_two(group), 64 if step.queries == 1 else 4)
         programs = kv_heads * -(-group // heads_each)
-        rows = max(16, prepared.queries * heads_each)
-        splits = self._splits(len(prepared.blocks) * programs) if prepared.split else 1
+        rows = max(16, step.queries * heads_each)
+        splits = self._splits(len(step.blocks) * programs) if step.split else 1
         output = query.new_empty(tokens, query_heads, value_dim)
         parts = sums = output
         if splits > 1:
@@ -160,9 +153,9 @@ class TritonAttention(TabledAttention):
         softcap = params.softcap or 0.0
         scale = params.scaling if softcap else params.scaling * 1.4426950408889634
         large = max(key_dim, value_dim) * keys.element_size() > _LARGE_ROW
-        with current_device.on(keys.device):
-            kernels.attend[(len(prepared.blocks), programs, splits)](
-                query, keys, values, output, parts, sums, prepared.blocks, prepared.pages, scale, softcap,
+        with torch.cuda.device_of(keys):  # type: ignore[no-untyped-call]
+            kernels.attend[(len(step.blocks), programs, splits)](
+                query, keys, values, output, parts, sums, step.blocks, step.pages, scale, softcap,
                 query.stride(0), query.stride(1),
                 query_heads, kv_heads, key_dim, value_dim, _block(key_dim), _block(value_dim), keys.shape[1],
                 params.sliding_window or 0, bool(softcap), heads_each, rows, 32 if large else 64, splits,

@@ -6,21 +6,12 @@ A replay computes from the memory that the recording read: write the inputs ther
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 
-from serve_app.engine.cuda import device as current_device
-
-
-class Replay(Protocol):
-    """A recorded computation."""
-
-    def __call__(self) -> torch.Tensor:
-        """Compute again; the result lies in the same memory each time, and in that of other recordings of its kind."""
-        ...
-
-
+Replay = Callable[[], torch.Tensor]
+"""Computes again what was recorded. The result lies in the same memory each time, and in that of other recordings of
+its kind."""
 Capture = Callable[[Callable[[], torch.Tensor]], Replay]
 """Records a computation. Raises RuntimeError when it can't be recorded."""
 
@@ -29,33 +20,33 @@ _WARM_UPS = 2
 
 
 class CudaCapture:
-    """CUDA graphs of one device that share their memory: the result of one is lost when another is replayed."""
+    """CUDA graphs of one device that share their memory: the result of one is lost when another is replayed.
+
+    A new stream, "the current stream" and `synchronize` belong to the thread's current device. A thread starts with
+    the first GPU as its current device.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        with current_device.on(device):
+        with torch.cuda.device(device):
             self._pool = torch.cuda.graph_pool_handle()
             self._stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def __call__(self, run: Callable[[], torch.Tensor]) -> Replay:
-        with current_device.on(self._device):
-            graph, output = self._record(run)
+        with torch.cuda.device(self._device):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                for _ in range(_WARM_UPS):
+                    run()
+            torch.cuda.current_stream().wait_stream(self._stream)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # With `thread_local`, other threads' work on the device is no part of the recording and does not abort it.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                output = run()
 
         def replay() -> torch.Tensor:
             graph.replay()
             return output
 
         return replay
-
-    def _record(self, run: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            for _ in range(_WARM_UPS):
-                run()
-        torch.cuda.current_stream().wait_stream(self._stream)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        # With `thread_local`, work of other threads on the device is no part of the recording and does not abort it.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            output = run()
-        return graph, output

@@ -15,8 +15,8 @@ from functools import partial
 import torch
 
 from serve_app.engine.attention.base import AttentionParams, TabledAttention
-from serve_app.engine.cuda import device as current_device
 from serve_app.engine.cuda.capture import Capture, Replay
+from serve_app.engine.errors import first_line
 from serve_app.engine.inputs import StepInputs
 from serve_app.engine.kv_cache import KVCache
 
@@ -58,7 +58,7 @@ class _StaticStep:
     ) -> torch.Tensor:
         keys, values = self._cache.layer(layer)
         self._backend.write(keys, values, self._slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
-        return self._backend.attend(query[0].transpose(0, 1), keys, values, (), params, self._prepared)[None]
+        return self._backend.attend(query[0].transpose(0, 1), keys, values, params, self._prepared)[None]
 
 
 Forward = Callable[[torch.Tensor, torch.Tensor, _StaticStep, torch.Tensor], torch.Tensor]
@@ -78,14 +78,8 @@ class _Views:
 
     @classmethod
     def of(cls, buffer: torch.Tensor, shape: StepShape) -> _Views:
-        rows, table = shape.rows, 3 * shape.rows + shape.kept
-        return cls(
-            buffer[:rows],
-            buffer[rows : 2 * rows],
-            buffer[2 * rows : 3 * rows],
-            buffer[3 * rows : table],
-            buffer[table:],
-        )
+        table = len(buffer) - 3 * shape.rows - shape.kept
+        return cls(*torch.split(buffer, [shape.rows] * 3 + [shape.kept, table]))
 
 
 Check = Callable[[StepShape, Callable[[StepInputs], torch.Tensor]], str | None]
@@ -139,7 +133,9 @@ class StepGraphs:
                 self._put(shape, StepInputs([], [], [], [], []))
                 replay = capture(self._computation(shape))
             except Exception as error:  # noqa: BLE001 - whatever a model's code raises, the ordinary path serves
-                notes.append(f"steps of up to {shape.rows} tokens can't be recorded as CUDA graphs: {_line(error)}")
+                notes.append(
+                    f"steps of up to {shape.rows} tokens can't be recorded as CUDA graphs: {first_line(error)}"
+                )
                 if isinstance(error, torch.OutOfMemoryError):
                     continue
                 break  # the next one would fail for the same reason
@@ -199,9 +195,5 @@ class StepGraphs:
         end = 3 * shape.rows + shape.kept + used
         self._inputs[:end].copy_(self._host[:end], non_blocking=True)
         if self._copied is not None:
-            with current_device.on(self._device):
+            with torch.cuda.device(self._device):
                 self._copied.record()
-
-
-def _line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

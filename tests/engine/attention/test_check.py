@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from serve_app.engine.attention.base import AttentionBackend, AttentionParams, S
 from serve_app.engine.attention.check import check_attention
 from serve_app.engine.attention.plain import PlainAttention
 from serve_app.engine.attention.sdpa import SdpaAttention
-from serve_app.engine.attention.varlen import PAGED, VarlenAttention
+from serve_app.engine.attention.varlen import VarlenAttention
 from serve_app.engine.cuda.attention import TritonAttention
 from serve_app.engine.kv_cache import LayerShape
 
@@ -35,13 +34,7 @@ class Wrong(PlainAttention):
         self._fault = fault
 
     def attend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        spans: Sequence[Span],
-        params: AttentionParams,
-        prepared: Any,
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, params: AttentionParams, step: list[Span]
     ) -> torch.Tensor:
         match self._fault:
             case "window ignored":
@@ -53,19 +46,19 @@ class Wrong(PlainAttention):
             case "scaling ignored":
                 params = replace(params, scaling=1.0)
             case "pages swapped":
-                spans = [replace(s, pages=(*s.pages[1::-1], *s.pages[2:])) for s in spans]
+                step = [replace(s, pages=(*s.pages[1::-1], *s.pages[2:])) for s in step]
             case "last page of another sequence":
-                spans = [replace(s, pages=(*s.pages[:-1], spans[0].pages[0])) for s in spans]
+                step = [replace(s, pages=(*s.pages[:-1], step[0].pages[0])) for s in step]
             case "sequences swapped":
-                spans = [replace(s, pages=o.pages) for s, o in zip(spans, [*spans[1:], spans[0]], strict=True)]
+                step = [replace(s, pages=o.pages) for s, o in zip(step, [*step[1:], step[0]], strict=True)]
             case "a value changed":
                 values = values.clone()
-                values[spans[0].pages[0], 0] += 1.0
+                values[step[0].pages[0], 0] += 1.0
             case "steps of decodes":
-                params = replace(params, scaling=1.0) if all(span.query_len == 1 for span in spans) else params
+                params = replace(params, scaling=1.0) if all(span.query_len == 1 for span in step) else params
             case "raises":
                 raise RuntimeError("CUDA error: an illegal memory access\nand a long trace")
-        output = super().attend(query, keys, values, spans, params, prepared)
+        output = super().attend(query, keys, values, params, step)
         match self._fault:
             case "one row is NaN":
                 output[-1, 0, 0] = float("nan")
@@ -117,7 +110,6 @@ def test_pages_become_runs_cut_to_the_tokens_there_are() -> None:
     assert contiguous_runs([4, 6, 7], 4, 4) == ((16, 4),), "pages reserved ahead hold nothing yet"
 
 
-@pytest.mark.skipif(not PAGED, reason="needs a PyTorch with paged varlen_attn")
 def test_varlen_says_why_it_can_not_serve() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
 

@@ -174,12 +174,14 @@ def test_a_compiler_that_is_none_is_named(
 
 
 def test_no_compiler_is_blamed_where_the_system_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
     with pytest.raises(EngineError, match="the fast CPU kernels are for Linux only"):
-        compiler_command("Darwin")
+        compiler_command()
+    monkeypatch.setattr("platform.system", lambda: "Linux")
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(EngineError, match="apt install g"):
-        compiler_command("Linux")
+        compiler_command()
 
 
 @pytest.mark.usefixtures("kernels")
@@ -188,13 +190,15 @@ def test_a_compilers_key_changes_with_what_it_makes_of_native() -> None:
     assert Compiler(["g++"]).key != Compiler(["g++", "-mno-fma"]).key
 
 
-def test_a_processors_key_is_what_it_can_do(tmp_path: Path) -> None:
+def test_a_processors_key_is_what_it_can_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve_app.engine.cpu.compiler._CPUINFO", tmp_path / "cpuinfo")
     entry = "processor\t: {}\nmodel name\t: X\ncpu MHz\t\t: {}\nflags\t\t: fpu sse2 {}\n\n"
 
     def key(*entries: str) -> str:
         (tmp_path / "cpuinfo").write_text("".join(entries))
-        return processor_key(tmp_path / "cpuinfo")
+        return processor_key()
 
     assert key(entry.format(0, 2100, "avx2")) == key(entry.format(0, 3400, "avx2"), entry.format(1, 800, "avx2"))
     assert key(entry.format(0, 2100, "avx2")) != key(entry.format(0, 2100, "avx2 avx512f"))
-    assert processor_key(tmp_path / "none"), "some systems don't tell"
+    (tmp_path / "cpuinfo").unlink()
+    assert processor_key(), "some systems don't tell"

@@ -17,7 +17,8 @@ def test_hardware_threads_of_one_core_count_once(tmp_path: Path, monkeypatch: py
         folder.mkdir(parents=True)
         (folder / "thread_siblings_list").write_text(f"{siblings}\n")
     monkeypatch.setattr("serve_app.engine.cpu.threads.usable_cpus", lambda: 4.0)
-    assert usable_cores(tmp_path) == 3, "two cores, and one that says nothing of itself"
+    monkeypatch.setattr("serve_app.engine.cpu.threads._TOPOLOGY", tmp_path)
+    assert usable_cores() == 3, "two cores, and one that says nothing of itself"
 
 
 def test_the_only_replica_takes_the_machine_and_one_of_several_what_it_was_given(
@@ -38,6 +39,6 @@ def test_a_containers_share_of_cpu_time_bounds_them(
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
     monkeypatch.setattr("serve_app.engine.cpu.threads.usable_cpus", lambda: share)
     monkeypatch.setattr("serve_app.engine.cpu.threads._TOPOLOGY", tmp_path)
-    assert usable_cores(tmp_path) == threads
+    assert usable_cores() == threads
     assert default_threads(given_cpus=1, only_replica=True) == threads
     assert default_threads(given_cpus=8, only_replica=False) == max(1, min(8, int(share)))

@@ -96,6 +96,6 @@ def test_kernels_are_launched_on_the_device_of_the_layer(monkeypatch: pytest.Mon
         slots, pages, blocks = (torch.empty(size, dtype=torch.int64, device=keys.device) for size in (1, 9, (1, 4)))
         backend = TritonAttention()
         backend.write(keys, keys, slots, key, key)
-        backend.attend(query, keys, keys, (), AttentionParams(0.1), TritonStep(blocks, pages, 1, True))
+        backend.attend(query, keys, keys, AttentionParams(0.1), TritonStep(blocks, pages, 1, True))
     assert cuda.log == [(name, index) for name in names]
     assert cuda.current == 0

@@ -237,7 +237,7 @@ def test_padding_rows_attend_to_nothing() -> None:
     used = backend.fill(table.numpy(), [Span(0, 1, 20, (), (3, 5))], 4, 4)
     prepared = backend.view(table, 4, 4)
     keys = torch.randn(6, 16, 2, 8)
-    output = backend.attend(torch.randn(4, 4, 8), keys, keys, (), AttentionParams(0.3), prepared)
+    output = backend.attend(torch.randn(4, 4, 8), keys, keys, AttentionParams(0.3), prepared)
     assert used == 10
     assert output[0].any()
     assert not output[1:].any()
