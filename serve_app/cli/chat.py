@@ -14,7 +14,7 @@ import unicodedata
 
 from serve_app.cli.command_error import CommandError
 from serve_app.cli.progress import ProgressLine
-from serve_app.client import APIError, Client, ConnectionLost, Done, Message, Options, Readiness, ServeAppError
+from serve_app.client import APIError, Client, ConnectionLost, Message, Options, Readiness, ServeAppError
 from serve_app.client.protocol import DEFAULT_URL
 
 HELP = """\
@@ -93,18 +93,14 @@ class Conversation:
                     self._turns += [question, Message(role="assistant", content="".join(pieces))]
         sys.stdout.write("\n")
         sys.stdout.flush()
-        _remark(stream.done)
+        if stream.done is not None and stream.done.finish_reason == "length":
+            print("[cut at the limit of tokens; --max-tokens sets it]", file=sys.stderr)
         return True
 
 
 def printable(text: str) -> str:
     """Text for a terminal: a model could write escape sequences, and a terminal would obey them."""
     return "".join(letter for letter in text if letter in "\n\t" or unicodedata.category(letter) != "Cc")
-
-
-def _remark(done: Done | None) -> None:
-    if done is not None and done.finish_reason == "length":
-        print("[cut at the limit of tokens; --max-tokens sets it]", file=sys.stderr)
 
 
 def _wait_for_model(client: Client, timeout_s: float) -> str:
@@ -119,7 +115,6 @@ def _wait_for_model(client: Client, timeout_s: float) -> str:
             client.wait_until_ready(timeout_s, progress=show)
             return ", ".join(model.id for model in client.models())
         except ServeAppError as error:
-            line.clear()
             raise CommandError(_advice(error)) from error
 
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from serve_app.cli.command_error import CommandError
-from serve_app.cli.yaml_lines import Document, Path, YamlError, parse
+from serve_app.cli.yaml_lines import Path, YamlError, parse
 from serve_app.config import AppConfig
 from serve_app.demo_config import DEMO_CONFIG
 from serve_app.deployments.serve_schema import ServeDeploySchema
@@ -88,9 +88,7 @@ def read(path: FilePath) -> ConfigFile | list[Problem]:
         document = parse(text)
     except YamlError as error:
         return [Problem((), str(error), error.line)]
-    problems = [
-        Problem(problem.path, problem.message, document.line_of(problem.path)) for problem in _problems(document)
-    ]
+    problems = [replace(problem, line=document.line_of(problem.path)) for problem in _problems(document.data)]
     return problems or _config_file(path, document.data)
 
 
@@ -102,8 +100,7 @@ def render_path(path: Path) -> str:
     return text
 
 
-def _problems(document: Document) -> Iterator[Problem]:
-    data = document.data
+def _problems(data: Any) -> Iterator[Problem]:
     if not isinstance(data, dict):
         yield Problem((), "a Serve config is a mapping with `applications:`")
         return
@@ -180,7 +177,7 @@ def _existing(data: Any, loc: Path) -> Path:
 
 
 def _unknown_fields(schema: type[BaseModel], data: dict[Any, Any], path: Path) -> Iterator[Problem]:
-    known = dict(schema.model_fields.items())
+    known = dict(schema.model_fields)
     known |= {field.alias: field for field in schema.model_fields.values() if field.alias}
     for name, value in data.items():
         if name not in known:

@@ -51,7 +51,6 @@ def fetch(config: AppConfig) -> ModelFiles:
                 progress=lambda stage: line.show(stage.stage, stage.fraction),
             )
         except ModelError as error:
-            line.clear()
             raise CommandError(str(error)) from error
     for note in files.notes:
         print(f"note: {note}")

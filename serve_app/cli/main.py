@@ -11,12 +11,12 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Protocol, cast
 
 from serve_app import __version__
 from serve_app.cli.command_error import CommandError
 from serve_app.home import ensure_home
 
+# Each has a module with `add_arguments(parser)` and `run(arguments)`; its docstring is the description in --help.
 COMMANDS = {
     "serve": "start the service from a config file, and show how far it is until it is ready",
     "stop": "stop a service that `serve-app serve` started on this machine",
@@ -26,15 +26,6 @@ COMMANDS = {
     "chat": "chat with a running server in the terminal",
 }
 _INTERRUPTED = 130  # what a shell reports for a program that SIGINT ended
-
-
-class _Command(Protocol):
-    """What a subcommand's module offers; its docstring is the description in --help."""
-
-    __doc__: str | None
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
-    def run(self, arguments: argparse.Namespace) -> int: ...
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,12 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean `{close[0]}`?" if close else "the commands are: " + ", ".join(COMMANDS)
         print(f"serve-app: there is no command {words[0]!r}; {hint}", file=sys.stderr)
         return 2
-    command = cast(_Command, importlib.import_module(f"serve_app.cli.{words[0]}"))
+    command = importlib.import_module(f"serve_app.cli.{words[0]}")
     parser = argparse.ArgumentParser(prog=f"serve-app {words[0]}", description=command.__doc__)
     command.add_arguments(parser)
     try:
         _ensure_home()
-        return command.run(parser.parse_args(words[1:]))
+        status: int = command.run(parser.parse_args(words[1:]))
+        return status
     except CommandError as error:
         print(f"serve-app {words[0]}: {error}", file=sys.stderr)
         return error.status

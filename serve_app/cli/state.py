@@ -57,24 +57,15 @@ class RunningServer:
 class Claim:
     """This process's hold on one port's file."""
 
-    def __init__(self, port: int, file: TextIO) -> None:
+    def __init__(self, port: int, path: Path, file: TextIO) -> None:
         self._port = port
         self._file = file
-
-    @property
-    def note(self) -> Path:
+        self.note = path.with_suffix(_NOTE)
         """Where the service's private folder is written down."""
-        return state_directory() / "servers" / f"{self._port}{_NOTE}"
-
-    @property
-    def launcher(self) -> Path:
+        self.launcher = path.with_suffix(_LAUNCHER)
         """The program that starts the service's HAProxy: here, since /tmp may run no programs."""
-        return state_directory() / "servers" / f"{self._port}{_LAUNCHER}"
-
-    @property
-    def descriptor(self) -> int:
+        self.descriptor = file.fileno()
         """To hand to the child, so that the lock outlives this process if the child does."""
-        return self._file.fileno()
 
     def record(self, pid: int, config: Path) -> None:
         """Write down which process serves."""
@@ -104,7 +95,7 @@ def claim(port: int) -> Iterator[Claim]:
             )
         file.truncate(0)  # what a crash left names a process that has ended
         try:
-            yield Claim(port, file)
+            yield Claim(port, path, file)
         finally:
             file.truncate(0)
 
