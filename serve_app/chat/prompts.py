@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from serve_app.chat.conversation import ChatMessage, Unknown, parse_messages, refuse_unknown
-from serve_app.chat.detokenizer import Detokenizer
+from serve_app.chat.detokenizer import new_detokenizer
 from serve_app.chat.llama2 import Llama2Format
 from serve_app.chat.options import DEFAULT_OPTIONS, ChatOptions
 from serve_app.chat.prompt_error import PromptError, context_exceeded
@@ -44,7 +44,7 @@ class PromptFormatter:
         Raises `TokenizerError` when the model can't be served in that format or its text can't be streamed,
         `ValueError` when the tokenizer was loaded without the config's template.
         """
-        Detokenizer(tokenizer)  # says now, not at the first answer, when this tokenizer's text can't be streamed
+        new_detokenizer(tokenizer)  # says now, not at the first answer, when this tokenizer's text can't be streamed
         template = tokenizer.template
         if config.template is not None and config.template != template:
             raise ValueError("load the tokenizer with the config's template: its control tokens depend on it")
