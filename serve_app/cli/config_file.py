@@ -63,17 +63,7 @@ class ConfigFile:
 
 
 def load(path: FilePath) -> ConfigFile:
-    """Read and validate. Raises CommandError, with all the problems, one a line."""
-    found = read(path)
-    if isinstance(found, ConfigFile):
-        return found
-    raise CommandError(
-        f"{path} can't be served as it is:\n" + "\n".join(f"  {problem.describe(path)}" for problem in found), status=2
-    )
-
-
-def read(path: FilePath) -> ConfigFile | list[Problem]:
-    """The file, or what is wrong with it. Raises CommandError when it can't be read at all."""
+    """Read and validate. Raises CommandError, with all the problems, one a line, and when it can't be read at all."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -86,10 +76,13 @@ def read(path: FilePath) -> ConfigFile | list[Problem]:
         raise CommandError(f"{path} can't be read: {error.strerror}", 2) from error
     try:
         document = parse(text)
+        problems = [replace(problem, line=document.line_of(problem.path)) for problem in _problems(document.data)]
     except YamlError as error:
-        return [Problem((), str(error), error.line)]
-    problems = [replace(problem, line=document.line_of(problem.path)) for problem in _problems(document.data)]
-    return problems or _config_file(path, document.data)
+        problems = [Problem((), str(error), error.line)]
+    if problems:
+        lines = "".join(f"\n  {problem.describe(path)}" for problem in problems)
+        raise CommandError(f"{path} can't be served as it is:{lines}", status=2)
+    return _config_file(path, document.data)
 
 
 def render_path(path: Path) -> str:

@@ -5,7 +5,6 @@ and the Ray that it started.
 from __future__ import annotations
 
 import argparse
-import copy
 import os
 import signal
 import socket
@@ -149,8 +148,8 @@ def _fetch_models(file: ConfigFile) -> None:
 
 def _derived_config(file: ConfigFile, host: str, port: int) -> Path:
     """A copy of the config with another address."""
-    data = copy.deepcopy(file.data)
-    data["http_options"] = {**(data.get("http_options") or {}), "host": host, "port": port}
+    options = {**(file.data.get("http_options") or {}), "host": host, "port": port}
+    data = {**file.data, "http_options": options}
     path = state_directory() / "servers" / f"{port}.yaml"
     path.write_text(f"# {file.path}, with another address\n{yaml.safe_dump(data, sort_keys=False)}", encoding="utf-8")
     return path

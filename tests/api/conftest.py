@@ -115,7 +115,7 @@ async def make_app(tokenizer: ChatTokenizer, eos: int, metrics: MemoryMetrics) -
         failover = failover or FailoverSettings(silence_s=60, max_attempts=3, first_backoff_s=0.001, max_backoff_s=0.01)
         service = CompletionService(
             replica,
-            PromptFormatter.from_config(text, ChatConfig()),
+            PromptFormatter(text, ChatConfig()),
             GenerationDefaults(**{"eos_token_ids": (eos,), **(defaults or {})}),  # type: ignore[arg-type]
             failover,
             aliases,
