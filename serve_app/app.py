@@ -115,9 +115,13 @@ def replica_options(replicas: ReplicasConfig, surge_percent: int = 0) -> dict[st
         return options | {"num_replicas": replicas.num_replicas or 1}
     return options | {
         "autoscaling_config": AutoscalingConfig(
-            **scaling.model_dump(),
+            min_replicas=scaling.min_replicas,
+            max_replicas=scaling.max_replicas,
             # Where none is the minimum, one starts all the same: the model's card has to become known, and a mistake
             # in the config has to show now and not at the first request.
             initial_replicas=max(1, scaling.min_replicas),
+            target_ongoing_requests=scaling.target_ongoing_requests,
+            upscale_delay_s=scaling.upscale_delay_s,
+            downscale_delay_s=scaling.downscale_delay_s,
         )
     }

@@ -15,7 +15,6 @@ from typing import Protocol
 from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.chat.tokenizer_error import TokenizerError
 
-_REPLACEMENT = "\ufffd"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 """A byte of a character that the vocabulary lacks, where the decoder has ByteFallback."""
 _TOKENWISE = frozenset({"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace", "WordPiece", "BPEDecoder"})
@@ -67,7 +66,7 @@ class _ByteLevel:
             if len(tail) >= 4:  # a character's lead byte, if it still waits for more, is among the last three
                 break
         self._decoder.decode(tail)
-        self._shown = _REPLACEMENT if self._decoder.getstate()[0] else ""
+        self._shown = "\ufffd" if self._decoder.getstate()[0] else ""
         """What `decode(prompt)` already shows for the prompt's unfinished character."""
 
     def push(self, token_id: int) -> str:

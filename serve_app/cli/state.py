@@ -21,7 +21,7 @@ from typing import TextIO
 
 from serve_app.cli.command_error import CommandError
 from serve_app.cli.private_folder import remove_noted
-from serve_app.home import expanded, home
+from serve_app.home import user_folder
 
 _PATIENCE_S = 0.2
 """How long a claim waits for those who only look, which takes them a moment."""
@@ -33,11 +33,7 @@ _LAUNCHER = ".haproxy"
 def state_directory() -> Path:
     """$SERVE_APP_STATE, else $XDG_STATE_HOME/serve_app, else ~/.local/state/serve_app."""
     try:
-        if own := os.environ.get("SERVE_APP_STATE"):
-            return expanded(own)
-        if xdg := os.environ.get("XDG_STATE_HOME"):
-            return expanded(xdg) / "serve_app"
-        return home() / ".local" / "state" / "serve_app"
+        return user_folder(os.environ.get("SERVE_APP_STATE"), "XDG_STATE_HOME", ".local/state")
     except OSError as error:
         raise CommandError(
             f"the list of running services can't be kept ({error}); set SERVE_APP_STATE to a folder that you can write"
