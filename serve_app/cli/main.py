@@ -32,7 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
-        print(_usage())
+        print("usage: serve-app COMMAND [...]\n")
+        for name, text in COMMANDS.items():
+            print(f"  {name:8}{text}")
+        print("\nserve-app COMMAND --help says more of one command.")
         return 0 if words else 2
     if words[0] in ("-V", "--version"):
         print(f"serve-app {__version__}")
@@ -66,13 +69,6 @@ def _ensure_home() -> None:
         ensure_home()
     except OSError as error:
         raise CommandError(f"this user has no home folder, and none can be made ({error}); set HOME") from error
-
-
-def _usage() -> str:
-    lines = [f"  {name:8}{text}" for name, text in COMMANDS.items()]
-    return "\n".join(
-        ["usage: serve-app COMMAND [...]", "", *lines, "", "serve-app COMMAND --help says more of one command."]
-    )
 
 
 if __name__ == "__main__":

@@ -63,14 +63,14 @@ ACCEPTED_TOKENS = Metric(
 class MetricsSink(Protocol):
     """Where values go. Called from one event loop; must be cheap and must not raise."""
 
-    def count(self, metric: Metric, value: float = 1, tags: Mapping[str, str] = NO_TAGS) -> None:
+    def count(self, metric: Metric, value: float, tags: Mapping[str, str] = NO_TAGS) -> None:
         """Add `value` to a counter."""
         ...
 
-    def gauge(self, metric: Metric, value: float, tags: Mapping[str, str] = NO_TAGS) -> None:
-        """Set a gauge."""
+    def gauge(self, metric: Metric, value: float) -> None:
+        """Set a gauge, which has no tags."""
         ...
 
-    def observe(self, metric: Metric, value: float, tags: Mapping[str, str] = NO_TAGS) -> None:
+    def observe(self, metric: Metric, value: float, tags: Mapping[str, str]) -> None:
         """Record one value of a histogram."""
         ...

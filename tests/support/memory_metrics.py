@@ -17,15 +17,15 @@ class MemoryMetrics:
         self.gauges: dict[tuple[str, tuple[str, ...]], float] = {}
         self.observations: defaultdict[tuple[str, tuple[str, ...]], list[float]] = defaultdict(list)
 
-    def count(self, metric: Metric, value: float = 1, tags: Mapping[str, str] = NO_TAGS) -> None:
+    def count(self, metric: Metric, value: float, tags: Mapping[str, str] = NO_TAGS) -> None:
         """Raises `KeyError` for a metric that lacks a tag."""
         self.counters[_key(metric, tags)] += value
 
-    def gauge(self, metric: Metric, value: float, tags: Mapping[str, str] = NO_TAGS) -> None:
-        """Raises `KeyError` for a metric that lacks a tag."""
-        self.gauges[_key(metric, tags)] = value
+    def gauge(self, metric: Metric, value: float) -> None:
+        """Raises `KeyError` for a metric that has tags."""
+        self.gauges[_key(metric, NO_TAGS)] = value
 
-    def observe(self, metric: Metric, value: float, tags: Mapping[str, str] = NO_TAGS) -> None:
+    def observe(self, metric: Metric, value: float, tags: Mapping[str, str]) -> None:
         """Raises `KeyError` for a metric that lacks a tag."""
         self.observations[_key(metric, tags)].append(value)
 
