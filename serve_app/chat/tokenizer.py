@@ -244,11 +244,8 @@ def _control_tokens(
     transformers' `sanitize_control_tokens`, and the probe finds what it misses ('<|' + role + '|>').
     """
     tokenizer = Tokenizer.from_str(backend)
-    written: set[int] = set()
-    for probe in _PROBES:
-        written.update(
-            tokenizer.encode(try_render(template or "", probe, special_tokens), add_special_tokens=False).ids
-        )
+    shown = [try_render(template or "", probe, special_tokens) for probe in _PROBES]
+    written = {token_id for text in shown for token_id in tokenizer.encode(text, add_special_tokens=False).ids}
     return frozenset(
         token.content
         for token_id, token in tokenizer.get_added_tokens_decoder().items()

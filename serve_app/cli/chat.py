@@ -16,6 +16,7 @@ from serve_app.cli.command_error import CommandError
 from serve_app.cli.progress import ProgressLine
 from serve_app.client import APIError, Client, ConnectionLost, Message, Options, Readiness, ServeAppError
 from serve_app.client.protocol import DEFAULT_URL
+from serve_app.core import LoadStage
 
 HELP = """\
 /reset          forget the conversation, keep the system text
@@ -109,7 +110,7 @@ def _wait_for_model(client: Client, timeout_s: float) -> str:
 
         def show(state: Readiness) -> None:
             if not state.ready:
-                line.show(f"waiting for the model ({state.stage or 'starting'})", state.fraction)
+                line.show(LoadStage(f"waiting for the model ({state.stage or 'starting'})", state.fraction))
 
         try:
             client.wait_until_ready(timeout_s, progress=show)

@@ -90,7 +90,7 @@ def look_up(app: ServedApp) -> tuple[list[str], MemoryPlan | None]:
             if source_kind(model.source) is SourceKind.HUB:
                 try:
                     with ProgressLine() as line:
-                        files = fetch_settings(model, lambda stage: line.show(stage.stage, stage.fraction))
+                        files = fetch_settings(model, line.show)
                 except ModelError as error:
                     return [f"{said}, and its size is unknown: {error}"], None
         budget = engine.kv_cache_memory or (0 if on_gpu else CPU_KV_CACHE_BYTES)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import sys
 from typing import Self
 
+from serve_app.core import LoadStage
+
 _PLAIN_STEP = 0.25  # without a terminal: a new line for each quarter, not for each percent
 
 
@@ -21,8 +23,9 @@ class ProgressLine:
         self._shown = -1.0
         self._width = 0
 
-    def show(self, stage: str, fraction: float | None = None) -> None:
-        """Show how far `stage` is: 0 to 1, or None when that is unknown."""
+    def show(self, state: LoadStage) -> None:
+        """Show the stage and how far it is."""
+        stage, fraction = state.stage, state.fraction
         text = stage if fraction is None else f"{stage}: {min(max(fraction, 0.0), 1.0):.0%}"
         if self._rewrites:
             self._out.write("\r" + text.ljust(self._width))
