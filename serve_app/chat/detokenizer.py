@@ -39,9 +39,10 @@ class Detokenizer(Protocol):
 
 
 def new_detokenizer(tokenizer: ChatTokenizer, prompt_ids: Sequence[int] = ()) -> Detokenizer:
-    """`prompt_ids`: of a raw prompt, which the output continues; empty for a chat, whose answer stands alone.
+    """The detokenizer of one output. Raises `TokenizerError` for a decoder that can't be followed.
 
-    Only the prompt's last few tokens are read. Raises `TokenizerError` for a decoder that can't be followed.
+    `prompt_ids`: of a raw prompt, which the output continues; empty for a chat, whose answer stands alone. Only the
+    prompt's last few tokens are read.
     """
     if tokenizer.decoder_kinds == {"ByteLevel"}:
         return _ByteLevel(tokenizer, prompt_ids)
