@@ -30,6 +30,18 @@ def ensure_home() -> None:
     os.environ.setdefault("HOME", str(home()))
 
 
+def user_folder(named: str | None, xdg: str, usual: str) -> Path:
+    """Where files of a kind are kept: the folder that was `named`, else $`xdg`/serve_app, else ~/`usual`/serve_app.
+
+    Raises OSError as `home` does.
+    """
+    if named:
+        return expanded(named)
+    if base := os.environ.get(xdg):
+        return expanded(base) / "serve_app"
+    return home() / usual / "serve_app"
+
+
 def expanded(text: str) -> Path:
     """The path with a leading `~` or `~user` replaced; of a user who isn't known it stays as it is."""
     head, _, rest = text.partition("/")

@@ -16,8 +16,8 @@ def available_memory_bytes(proc: Path = PROC, cgroups: Path = CGROUPS) -> int | 
 
     None when the system doesn't tell (macOS has no counterpart in the standard library).
     """
-    limits = [free for free in (_free_of_machine(proc), _free_of_cgroups(proc, cgroups)) if free is not None]
-    return min(limits, default=None)
+    left = (_free_of_machine(proc), *map(_free_of_group, control_groups("memory", proc, cgroups)))
+    return min((free for free in left if free is not None), default=None)
 
 
 def _free_of_machine(proc: Path) -> int | None:
@@ -28,14 +28,11 @@ def _free_of_machine(proc: Path) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def _free_of_cgroups(proc: Path, cgroups: Path) -> int | None:
-    """The tightest limit on the way up, less what is used there and can't be dropped."""
-    free = [left for group in control_groups("memory", proc, cgroups) if (left := _left(group)) is not None]
-    return min(free, default=None)
+def _free_of_group(group: ControlGroup) -> int | None:
+    """The limit of one control group, less what is used there and can't be dropped.
 
-
-def _left(group: ControlGroup) -> int | None:
-    """Limit less usage of one control group; None when it has no limit (or, in a container, isn't visible)."""
+    None when it has no limit (or, in a container, isn't visible).
+    """
     # Above `memory.high` nothing is killed, but everything is slowed down until it is below it again.
     names = ("memory.max", "memory.high") if group.version == 2 else ("memory.limit_in_bytes",)
     limits = [int(limit) for name in names if (limit := group.read(name)) not in (None, "max")]

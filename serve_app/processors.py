@@ -14,7 +14,8 @@ from serve_app.cgroups import CGROUPS, PROC, ControlGroup, control_groups
 
 def usable_cpus(proc: Path = PROC, cgroups: Path = CGROUPS) -> float:
     """CPUs' worth of time: what the affinity or a cpuset allows, and no more than any control group's quota."""
-    return min([float(len(allowed_cpus())), *_quotas(proc, cgroups)])
+    quotas = [quota for group in control_groups("cpu", proc, cgroups) if (quota := _quota(group)) is not None]
+    return min([float(len(allowed_cpus())), *quotas])
 
 
 def schedulable_cpus(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
@@ -27,10 +28,6 @@ def allowed_cpus() -> set[int]:
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))
-
-
-def _quotas(proc: Path, cgroups: Path) -> list[float]:
-    return [quota for group in control_groups("cpu", proc, cgroups) if (quota := _quota(group)) is not None]
 
 
 def _quota(group: ControlGroup) -> float | None:

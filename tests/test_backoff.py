@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
 from serve_app import backoff
-from serve_app.client import protocol
+from serve_app.client import ConnectionLost, protocol
+
+CLIENT_BACKOFF_S = partial(protocol.backoff_s, ConnectionLost("the server asks for no pause"))
 
 
-@pytest.mark.parametrize("backoff_s", [backoff.backoff_s, protocol.backoff_s], ids=["server", "client"])
+@pytest.mark.parametrize("backoff_s", [backoff.backoff_s, CLIENT_BACKOFF_S], ids=["server", "client"])
 @pytest.mark.parametrize(
     ("failures", "middle_s"), [(1, 0.1), (2, 0.2), (3, 0.4), (4, 0.8), (5, 1.0), (6, 1.0), (10**6, 1.0)]
 )

@@ -12,17 +12,16 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Protocol
 
-from serve_app.chat.tokenizer import ChatTokenizer, decoder_kinds
+from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.chat.tokenizer_error import TokenizerError
 
-_REPLACEMENT = "\ufffd"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 """A byte of a character that the vocabulary lacks, where the decoder has ByteFallback."""
 _TOKENWISE = frozenset({"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace", "WordPiece", "BPEDecoder"})
 """Decoders of tokenizers whose text for a token depends on its neighbours only, or on whether it is the first."""
 
 
-class Detokenizer:
+class Detokenizer(Protocol):
     """The text of one output.
 
     The pieces of all `push`es and the `flush` concatenated are `tokenizer.decode(output)`, or, with `prompt_ids`,
@@ -30,36 +29,29 @@ class Detokenizer:
     `decode(prompt)`, unless the output completes a character that the prompt left unfinished.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer, prompt_ids: Sequence[int] = ()) -> None:
-        """`prompt_ids`: of a raw prompt, which the output continues; empty for a chat, whose answer stands alone.
-
-        Only the prompt's last few tokens are read. Raises `TokenizerError` for a decoder that can't be followed.
-        """
-        kinds = decoder_kinds(tokenizer.decoder)
-        self._state: _State
-        if kinds == {"ByteLevel"}:
-            self._state = _ByteLevelState(tokenizer, prompt_ids)
-        elif kinds <= _TOKENWISE:
-            self._state = _TokenwiseState(tokenizer, prompt_ids, byte_fallback="ByteFallback" in kinds)
-        else:
-            raise TokenizerError(f"This tokenizer's decoder ({', '.join(sorted(kinds))}) can't be streamed.")
-
     def push(self, token_id: int) -> str:
         """The text that is certain now that this token came; empty while a character is incomplete."""
-        return self._state.push(token_id)
+        ...
 
     def flush(self) -> str:
         """The output ended: the text that still waited, U+FFFD for what stayed incomplete."""
-        return self._state.flush()
+        ...
 
 
-class _State(Protocol):
-    def push(self, token_id: int) -> str: ...
+def new_detokenizer(tokenizer: ChatTokenizer, prompt_ids: Sequence[int] = ()) -> Detokenizer:
+    """The detokenizer of one output. Raises `TokenizerError` for a decoder that can't be followed.
 
-    def flush(self) -> str: ...
+    `prompt_ids`: of a raw prompt, which the output continues; empty for a chat, whose answer stands alone. Only the
+    prompt's last few tokens are read.
+    """
+    if tokenizer.decoder_kinds == {"ByteLevel"}:
+        return _ByteLevel(tokenizer, prompt_ids)
+    if tokenizer.decoder_kinds <= _TOKENWISE:
+        return _Tokenwise(tokenizer, prompt_ids)
+    raise TokenizerError(f"This tokenizer's decoder ({', '.join(sorted(tokenizer.decoder_kinds))}) can't be streamed.")
 
 
-class _ByteLevelState:
+class _ByteLevel:
     """Every token is a few bytes, and the text is their UTF-8: an incremental decoder holds an unfinished character.
 
     Python's `replace` and Rust's lossy decoding both put one U+FFFD for each maximal ill-formed part (Unicode 3.9).
@@ -75,7 +67,7 @@ class _ByteLevelState:
             if len(tail) >= 4:  # a character's lead byte, if it still waits for more, is among the last three
                 break
         self._decoder.decode(tail)
-        self._shown = _REPLACEMENT if self._decoder.getstate()[0] else ""
+        self._shown = "\ufffd" if self._decoder.getstate()[0] else ""
         """What `decode(prompt)` already shows for the prompt's unfinished character."""
 
     def push(self, token_id: int) -> str:
@@ -97,16 +89,16 @@ class _ByteLevelState:
         return text.removeprefix(shown)
 
 
-class _TokenwiseState:
+class _Tokenwise:
     """Decodes a window: the last token whose text is out, and what came since.
 
     Byte tokens wait for the end of their run: ByteFallback decodes a run as a whole, and one wrong byte at its end
     turns all of it into U+FFFD, so until then nothing in it is certain.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer, prompt_ids: Sequence[int], *, byte_fallback: bool) -> None:
+    def __init__(self, tokenizer: ChatTokenizer, prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._byte_fallback = byte_fallback
+        self._byte_fallback = "ByteFallback" in tokenizer.decoder_kinds
         self._window: list[int] = []
         for token_id in reversed(prompt_ids):
             token = tokenizer.visible_token(token_id)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from serve_app.chat.conversation import ChatMessage, Unknown, parse_messages, refuse_unknown
-from serve_app.chat.detokenizer import Detokenizer
+from serve_app.chat.detokenizer import new_detokenizer
 from serve_app.chat.llama2 import Llama2Format
 from serve_app.chat.options import DEFAULT_OPTIONS, ChatOptions
 from serve_app.chat.prompt_error import PromptError, context_exceeded
@@ -32,27 +32,23 @@ class ChatFormat(Protocol):
 class PromptFormatter:
     """Turns messages and raw prompts into ids. Safe to use from any number of threads at once."""
 
-    def __init__(self, tokenizer: ChatTokenizer, chat_format: ChatFormat | None) -> None:
-        """`chat_format` None: the model has no chat template, and chats are refused."""
-        self.tokenizer = tokenizer
-        self._chat_format = chat_format
-
-    @classmethod
-    def from_config(cls, tokenizer: ChatTokenizer, config: ChatConfig) -> PromptFormatter:
-        """The format that the config names; `auto` is `llama2` only when the template contains `<<SYS>>`.
+    def __init__(self, tokenizer: ChatTokenizer, config: ChatConfig) -> None:
+        """In the format that the config names; `auto` is `llama2` only when the template contains `<<SYS>>`.
 
         Raises `TokenizerError` when the model can't be served in that format or its text can't be streamed,
         `ValueError` when the tokenizer was loaded without the config's template.
         """
-        Detokenizer(tokenizer)  # says now, not at the first answer, when this tokenizer's text can't be streamed
+        new_detokenizer(tokenizer)  # says now, not at the first answer, when this tokenizer's text can't be streamed
         template = tokenizer.template
         if config.template is not None and config.template != template:
             raise ValueError("load the tokenizer with the config's template: its control tokens depend on it")
+        self.tokenizer = tokenizer
+        self._chat_format: ChatFormat | None = None
+        """None: the model has no chat template, and chats are refused."""
         if config.format == "llama2" or (config.format == "auto" and template is not None and "<<SYS>>" in template):
-            return cls(tokenizer, Llama2Format(tokenizer, tags=config.llama2_tags))
-        if template is None and config.format == "auto":
-            return cls(tokenizer, None)
-        return cls(tokenizer, ChatTemplate(tokenizer, tags=config.llama2_tags))
+            self._chat_format = Llama2Format(tokenizer, tags=config.llama2_tags)
+        elif config.format == "template" or template is not None:
+            self._chat_format = ChatTemplate(tokenizer, tags=config.llama2_tags)
 
     @property
     def template_variables(self) -> frozenset[str]:

@@ -196,8 +196,6 @@ class _Disarmed:
 
     def options(self, options: ChatOptions) -> ChatOptions:
         """The same of the texts among the template's variables."""
-        if not self._tokens:
-            return options
         variables = {
             name: self._text(value) if isinstance(value, str) else value for name, value in options.variables.items()
         }

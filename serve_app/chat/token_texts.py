@@ -6,7 +6,7 @@ Promises that bytes are the token's own also where no text can be: a part of a c
 from __future__ import annotations
 
 from serve_app.chat.detokenizer import BYTE_TOKEN, bytes_of
-from serve_app.chat.tokenizer import ChatTokenizer, decoder_kinds
+from serve_app.chat.tokenizer import ChatTokenizer
 
 
 class TokenTexts:
@@ -14,9 +14,8 @@ class TokenTexts:
 
     def __init__(self, tokenizer: ChatTokenizer) -> None:
         self._tokenizer = tokenizer
-        kinds = decoder_kinds(tokenizer.decoder)
-        self._byte_level = kinds == {"ByteLevel"}
-        self._byte_fallback = "ByteFallback" in kinds
+        self._byte_level = tokenizer.decoder_kinds == {"ByteLevel"}
+        self._byte_fallback = "ByteFallback" in tokenizer.decoder_kinds
 
     def text(self, token_id: int) -> str:
         """The token's own text; U+FFFD where it is a part of a character, the name of a special token."""

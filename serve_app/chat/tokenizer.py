@@ -80,8 +80,8 @@ class ChatTokenizer:
         self.vocab_size = max(vocabulary.values()) + 1
         """Ids are below this. A model's embedding may be larger (padded); those ids have no text."""
         self.longest_token_chars = max(map(len, vocabulary))
-        self.decoder: Mapping[str, Any] | None = description["decoder"]
-        """How token strings become text, as tokenizers describes it."""
+        self.decoder_kinds = _decoder_kinds(description["decoder"])
+        """How token strings become text: the types of the decoders that the tokenizer's decoder is made of."""
         self.own_texts = self._own_texts(description)
         """Added tokens whose text the decoder would garble: their strings are text, not bytes in GPT-2's letters."""
 
@@ -122,7 +122,7 @@ class ChatTokenizer:
         Raises `PromptError` for text that is not valid Unicode.
         """
         require_unicode(text, "prompt")
-        ids = _encode(self._encoder, text) if parse_special else self._encode_literal(text)
+        ids = self._encode(text, literal=not parse_special)
         if add_bos and self.adds_bos and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
             ids.insert(0, self.bos_token_id)
         return ids
@@ -131,10 +131,8 @@ class ChatTokenizer:
         """A prompt in stretches, as if it were one text wherever that is possible. No BOS is added."""
         ids: list[int] = []
         for index, piece in enumerate(piece for piece in pieces if piece.text):
-            if index == 0:
-                ids += self._encode_piece(piece)
-            else:
-                ids += self._encode_later_piece(piece)
+            encode = self._encode if index == 0 else self._encode_later
+            ids += encode(piece.text, literal=piece.literal)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -174,7 +172,7 @@ class ChatTokenizer:
 
         Only the byte-level decoder reads letters as other letters ("đ" as the byte 0x0F).
         """
-        if decoder_kinds(self.decoder) != {"ByteLevel"}:
+        if self.decoder_kinds != {"ByteLevel"}:
             return {}
         vocabulary = description["model"]["vocab"]
         texts = {token["id"]: token["content"] for token in description["added_tokens"] if not token["special"]}
@@ -184,26 +182,22 @@ class ChatTokenizer:
             if text not in vocabulary and self._decode([token_id]) != text
         }
 
-    def _encode_piece(self, piece: Piece) -> list[int]:
-        if piece.literal:
-            return self._encode_literal(piece.text)
-        return _encode(self._encoder, piece.text)
+    def _encode(self, text: str, *, literal: bool) -> list[int]:
+        """The ids of a stretch of a prompt. A `literal` one that can't be read as text is refused: `PromptError`."""
+        ids = _encode(self._literal_encoder if literal else self._encoder, text)
+        if literal and not self.control_ids.isdisjoint(ids):  # some vocabularies (Unigram) hold control tokens as words
+            raise PromptError("The text contains a control token that this model's tokenizer can't read as text.")
+        return ids
 
-    def _encode_later_piece(self, piece: Piece) -> list[int]:
+    def _encode_later(self, text: str, *, literal: bool) -> list[int]:
         """SentencePiece models put a space before whatever they are given; so give them a newline and take it away.
 
         The same device as in transformers' `encode_marked_chat`.
         """
-        ids = self._encode_piece(Piece("\n" + piece.text, piece.literal))
+        ids = self._encode(f"\n{text}", literal=literal)
         if ids[: len(self._newline_ids)] == self._newline_ids:
             return ids[len(self._newline_ids) :]
-        return self._encode_piece(piece)
-
-    def _encode_literal(self, text: str) -> list[int]:
-        ids = _encode(self._literal_encoder, text)
-        if not self.control_ids.isdisjoint(ids):  # some vocabularies (Unigram) hold control tokens as words
-            raise PromptError("The text contains a control token that this model's tokenizer can't read as text.")
-        return ids
+        return self._encode(text, literal=literal)
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -216,12 +210,11 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return ids
 
 
-def decoder_kinds(decoder: Mapping[str, Any] | None) -> frozenset[str]:
-    """The types of the decoders that a tokenizer's decoder is made of."""
+def _decoder_kinds(decoder: Mapping[str, Any] | None) -> frozenset[str]:
     if decoder is None:
         return frozenset()
     if decoder["type"] == "Sequence":
-        return frozenset().union(*map(decoder_kinds, decoder["decoders"]))
+        return frozenset().union(*map(_decoder_kinds, decoder["decoders"]))
     return frozenset({decoder["type"]})
 
 
@@ -251,11 +244,8 @@ def _control_tokens(
     transformers' `sanitize_control_tokens`, and the probe finds what it misses ('<|' + role + '|>').
     """
     tokenizer = Tokenizer.from_str(backend)
-    written: set[int] = set()
-    for probe in _PROBES:
-        written.update(
-            tokenizer.encode(try_render(template or "", probe, special_tokens), add_special_tokens=False).ids
-        )
+    shown = [try_render(template or "", probe, special_tokens) for probe in _PROBES]
+    written = {token_id for text in shown for token_id in tokenizer.encode(text, add_special_tokens=False).ids}
     return frozenset(
         token.content
         for token_id, token in tokenizer.get_added_tokens_decoder().items()

@@ -6,12 +6,12 @@ Prints the card that the server itself gives of its model; makes no claims of it
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 import msgspec
 
 from serve_app.cli.config_file import ConfigFile
+from serve_app.cli.ray_folder import PLACE
 from serve_app.client import Readiness
 from serve_app.core import ModelCard
 from serve_app.deployments.status import banner
@@ -37,9 +37,9 @@ def ready(file: ConfigFile, url: str, serve_pid: int, state: Readiness) -> None:
 
 
 def _log_folder(serve_pid: int) -> Path:
-    """Ray names a session's folder after the process that started it; without one the cluster is someone else's."""
-    places = [os.environ.get("RAY_TMPDIR"), tempfile.gettempdir(), "/tmp"]  # Ray's own order, but for macOS
-    for place in filter(None, places):
-        for session in Path(place, "ray").glob(f"session_*_{serve_pid}"):
-            return session / "logs" / "serve"
-    return banner.LATEST_LOGS
+    """Ray names a session's folder after the process that started it; without one the cluster is someone else's.
+
+    A Ray of our own always has $RAY_TMPDIR (`ray_folder`).
+    """
+    sessions = Path(os.environ.get(PLACE, "/tmp"), "ray").glob(f"session_*_{serve_pid}")
+    return next((session / "logs" / "serve" for session in sessions), banner.LATEST_LOGS)

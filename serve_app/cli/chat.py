@@ -14,8 +14,9 @@ import unicodedata
 
 from serve_app.cli.command_error import CommandError
 from serve_app.cli.progress import ProgressLine
-from serve_app.client import APIError, Client, ConnectionLost, Done, Message, Options, Readiness, ServeAppError
+from serve_app.client import APIError, Client, ConnectionLost, Message, Options, Readiness, ServeAppError
 from serve_app.client.protocol import DEFAULT_URL
+from serve_app.core import LoadStage
 
 HELP = """\
 /reset          forget the conversation, keep the system text
@@ -93,7 +94,8 @@ class Conversation:
                     self._turns += [question, Message(role="assistant", content="".join(pieces))]
         sys.stdout.write("\n")
         sys.stdout.flush()
-        _remark(stream.done)
+        if stream.done is not None and stream.done.finish_reason == "length":
+            print("[cut at the limit of tokens; --max-tokens sets it]", file=sys.stderr)
         return True
 
 
@@ -102,24 +104,18 @@ def printable(text: str) -> str:
     return "".join(letter for letter in text if letter in "\n\t" or unicodedata.category(letter) != "Cc")
 
 
-def _remark(done: Done | None) -> None:
-    if done is not None and done.finish_reason == "length":
-        print("[cut at the limit of tokens; --max-tokens sets it]", file=sys.stderr)
-
-
 def _wait_for_model(client: Client, timeout_s: float) -> str:
     """The model's name, once it can answer."""
     with ProgressLine() as line:
 
         def show(state: Readiness) -> None:
             if not state.ready:
-                line.show(f"waiting for the model ({state.stage or 'starting'})", state.fraction)
+                line.show(LoadStage(f"waiting for the model ({state.stage or 'starting'})", state.fraction))
 
         try:
             client.wait_until_ready(timeout_s, progress=show)
             return ", ".join(model.id for model in client.models())
         except ServeAppError as error:
-            line.clear()
             raise CommandError(_advice(error)) from error
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serve_app.cli.announce import address
-from serve_app.cli.capacity import size, streams
 from serve_app.cli.command_error import CommandError
 from serve_app.cli.config_file import ConfigFile, ServedApp, load
+from serve_app.cli.environment import own_cluster, server_environment
 from serve_app.cli.progress import ProgressLine
 from serve_app.cli.ray_address import stale_address
-from serve_app.cli.ray_token import ALLOW_OPEN, refuse_open_cluster
+from serve_app.cli.ray_token import ALLOW_OPEN, cluster_token
 from serve_app.config import AppConfig, ReplicasConfig
 from serve_app.demo_config import DEMO_CONFIG
 from serve_app.memory import available_memory_bytes
@@ -41,17 +41,25 @@ def run(arguments: argparse.Namespace) -> int:
     """Print what is wrong, or what it needs. What this machine lacks is a warning: the file may be for another."""
     file = load(Path(arguments.config))
     print(f"{file.path} is valid.")
-    refuse_open_cluster(os.environ, allow_open=arguments.allow_open_cluster)
+    environment = server_environment(os.environ)
+    if not own_cluster(environment):
+        cluster_token(environment, allow_open=arguments.allow_open_cluster)  # refuses one without a token
     for name in file.foreign:
         print(f"Application {name!r} is not serve_app's; its args were not checked.")
     memory_bytes = 0
     for app in file.apps:
         print(f"\n{app.name or 'application'} at {address(file, file.host, file.port)}")
-        model, plan = look_up(app)
-        for line in [*model, *describe(app.config, plan)]:
+        lines, plan = look_up(app)
+        if plan is not None:
+            lines += _replica_lines(app.config, plan)
+            if not _on_gpu(app.config):
+                memory_bytes += _least(app.config.model_server) * (plan.total_bytes + REPLICA_BYTES)
+        lines += [
+            f"model server  {_replicas(app.config.model_server)}",
+            f"ingress       {_replicas(app.config.ingress)}",
+        ]
+        for line in lines:
             print(f"  {line}")
-        if plan is not None and not _on_gpu(app.config):
-            memory_bytes += _least(app.config.model_server) * (plan.total_bytes + REPLICA_BYTES)
     warnings = [*shortages(file), *_memory_shortage(memory_bytes), *_slow_kernels(file)]
     if stale := stale_address(os.environ):
         warnings.append(stale)
@@ -82,7 +90,7 @@ def look_up(app: ServedApp) -> tuple[list[str], MemoryPlan | None]:
             if source_kind(model.source) is SourceKind.HUB:
                 try:
                     with ProgressLine() as line:
-                        files = fetch_settings(model, lambda stage: line.show(stage.stage, stage.fraction))
+                        files = fetch_settings(model, line.show)
                 except ModelError as error:
                     return [f"{said}, and its size is unknown: {error}"], None
         budget = engine.kv_cache_memory or (0 if on_gpu else CPU_KV_CACHE_BYTES)
@@ -92,15 +100,6 @@ def look_up(app: ServedApp) -> tuple[list[str], MemoryPlan | None]:
     # As the engine does, which takes no more than its requests can fill.
     useful = plan.context_tokens * engine.max_running * plan.kv_bytes_per_token
     return [said], replace(plan, kv_cache_bytes=min(budget, useful))
-
-
-def describe(config: AppConfig, plan: MemoryPlan | None) -> list[str]:
-    """What one application needs."""
-    return [
-        *(_replica_lines(config, plan) if plan is not None else []),
-        f"model server  {_replicas(config.model_server)}",
-        f"ingress       {_replicas(config.ingress)}",
-    ]
 
 
 def _replica_lines(config: AppConfig, plan: MemoryPlan) -> list[str]:
@@ -115,6 +114,24 @@ def _replica_lines(config: AppConfig, plan: MemoryPlan) -> list[str]:
         f"holds         {2**30 // plan.kv_bytes_per_token:,} tokens in each GiB of KV cache; "
         f"a stream has up to {plan.context_tokens:,}",
     ]
+
+
+def size(bytes_: int) -> str:
+    """1073741824 -> '1.07 GB'."""
+    if bytes_ >= 10**9:
+        return f"{bytes_ / 10**9:.2f} GB"
+    return f"{bytes_ / 10**6:.0f} MB"
+
+
+def streams(kv_tokens: int, context_tokens: int, max_running: int) -> str:
+    """How many streams of how many tokens a replica holds: at the full context, and with all its places taken."""
+    longest = min(context_tokens, kv_tokens)
+    alone = min(kv_tokens // longest, max_running) if longest else 0
+    shared = min(kv_tokens // max_running, context_tokens)
+    text = f"{alone} {'stream' if alone == 1 else 'streams'} of {longest:,} tokens"
+    if alone < max_running:
+        text += f", or {max_running} of {shared:,}"
+    return text
 
 
 def _on_gpu(config: AppConfig) -> bool:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from serve_app.cli.command_error import CommandError
-from serve_app.cli.yaml_lines import Document, Path, YamlError, parse
+from serve_app.cli.yaml_lines import Path, YamlError, parse
 from serve_app.config import AppConfig
 from serve_app.demo_config import DEMO_CONFIG
 from serve_app.deployments.serve_schema import ServeDeploySchema
@@ -63,17 +63,7 @@ class ConfigFile:
 
 
 def load(path: FilePath) -> ConfigFile:
-    """Read and validate. Raises CommandError, with all the problems, one a line."""
-    found = read(path)
-    if isinstance(found, ConfigFile):
-        return found
-    raise CommandError(
-        f"{path} can't be served as it is:\n" + "\n".join(f"  {problem.describe(path)}" for problem in found), status=2
-    )
-
-
-def read(path: FilePath) -> ConfigFile | list[Problem]:
-    """The file, or what is wrong with it. Raises CommandError when it can't be read at all."""
+    """Read and validate. Raises CommandError, with all the problems, one a line, and when it can't be read at all."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -86,12 +76,13 @@ def read(path: FilePath) -> ConfigFile | list[Problem]:
         raise CommandError(f"{path} can't be read: {error.strerror}", 2) from error
     try:
         document = parse(text)
+        problems = [replace(problem, line=document.line_of(problem.path)) for problem in _problems(document.data)]
     except YamlError as error:
-        return [Problem((), str(error), error.line)]
-    problems = [
-        Problem(problem.path, problem.message, document.line_of(problem.path)) for problem in _problems(document)
-    ]
-    return problems or _config_file(path, document.data)
+        problems = [Problem((), str(error), error.line)]
+    if problems:
+        lines = "".join(f"\n  {problem.describe(path)}" for problem in problems)
+        raise CommandError(f"{path} can't be served as it is:{lines}", status=2)
+    return _config_file(path, document.data)
 
 
 def render_path(path: Path) -> str:
@@ -102,8 +93,7 @@ def render_path(path: Path) -> str:
     return text
 
 
-def _problems(document: Document) -> Iterator[Problem]:
-    data = document.data
+def _problems(data: Any) -> Iterator[Problem]:
     if not isinstance(data, dict):
         yield Problem((), "a Serve config is a mapping with `applications:`")
         return
@@ -180,7 +170,7 @@ def _existing(data: Any, loc: Path) -> Path:
 
 
 def _unknown_fields(schema: type[BaseModel], data: dict[Any, Any], path: Path) -> Iterator[Problem]:
-    known = dict(schema.model_fields.items())
+    known = dict(schema.model_fields)
     known |= {field.alias: field for field in schema.model_fields.values() if field.alias}
     for name, value in data.items():
         if name not in known:

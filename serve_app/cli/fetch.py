@@ -45,13 +45,8 @@ def fetch(config: AppConfig) -> ModelFiles:
     """Make sure that the model is on this machine, showing how far it is. Raises CommandError."""
     with ProgressLine() as line:
         try:
-            files = resolve(
-                config.model,
-                cache_directory(config.cache_dir),
-                progress=lambda stage: line.show(stage.stage, stage.fraction),
-            )
+            files = resolve(config.model, cache_directory(config.cache_dir), progress=line.show)
         except ModelError as error:
-            line.clear()
             raise CommandError(str(error)) from error
     for note in files.notes:
         print(f"note: {note}")

@@ -63,13 +63,10 @@ def bundled_haproxy() -> Path | None:
     return program if program.is_file() else None
 
 
-def wants_haproxy(current: Mapping[str, str]) -> bool:
-    """Whether HAProxy can be used and the user has not chosen otherwise."""
-    return (
-        bundled_haproxy() is not None
-        and current.get(ENABLE, "1") == "1"
-        and "RAY_SERVE_HAPROXY_BINARY_PATH" not in current
-    )
+def wanted_haproxy(current: Mapping[str, str]) -> Path | None:
+    """The bundled program; None where there is none, or the user has chosen otherwise."""
+    wanted = current.get(ENABLE, "1") == "1" and "RAY_SERVE_HAPROXY_BINARY_PATH" not in current
+    return bundled_haproxy() if wanted else None
 
 
 def haproxy_environment(current: Mapping[str, str], launcher: Path, folder: Path) -> dict[str, str]:
@@ -78,8 +75,8 @@ def haproxy_environment(current: Mapping[str, str], launcher: Path, folder: Path
     Writes the launcher, whose folder must exist and allow programs. `folder`, which nobody else can enter, gets all
     other files.
     """
-    program = bundled_haproxy()
-    if program is None or not wants_haproxy(current):
+    program = wanted_haproxy(current)
+    if program is None:
         return {}
     statistics, metrics, fallback, grpc_fallback = _free_ports(4)
     secret = secrets.token_hex(16)

@@ -28,31 +28,29 @@ _RETRY = {"Retry-After": "1"}
 _NO_RETRY = {"x-should-retry": "false"}
 """As the API's own errors: openai-python repeats every 5xx twice unless told not to."""
 _CLOSE = {"Connection": "close"}
+_OWN_ERRORS: tuple[tuple[int, str, str, Mapping[str, str]], ...] = (
+    (400, "The request is not valid HTTP.", "invalid_http", _CLOSE),
+    (403, "The proxy refuses this request.", "refused", {}),
+    (408, f"The request did not arrive within {HEADER_TIMEOUT_S} s.", "request_timeout", _CLOSE),
+    (413, "The request is larger than the proxy takes.", "body_too_large", _CLOSE),
+    (500, "The proxy made a mistake.", "internal_error", _NO_RETRY),
+    (501, "The proxy does not support what the request asks for.", "not_implemented", _NO_RETRY),
+    (502, "The server that had this request went; send it again.", "replica_lost", _RETRY),
+    (503, "No server can take this request at the moment; send it again.", "overloaded", _RETRY),
+    (504, "The server that had this request did not answer in time.", "deadline_exceeded", _NO_RETRY),
+)
+"""What HAProxy answers when it can't pass a request on, or an answer back."""
 
 
-def _error(status: int, message: str, code: str, headers: Mapping[str, str], *, keyword: str) -> str:
+def _error(
+    status: int, message: str, code: str, headers: Mapping[str, str], *, keyword: str = "http-request return"
+) -> str:
     """A line that has HAProxy answer with OpenAI's error object. In single quotes HAProxy takes all but these as is."""
     kind = SERVER_ERROR if status >= 500 else INVALID_REQUEST
     body = ApiError(status, message, type=kind, code=code).body().decode()
     assert not {"'", "~", "&", "\\"} & set(body)  # which quoting here or in sed's scripts would not survive
     extra = "".join(f" hdr {name} '{value}'" for name, value in headers.items())
     return f"    {keyword} status {status} content-type application/json string '{body}'{extra}"
-
-
-def _own_errors() -> Iterable[str]:
-    """What HAProxy answers when it can't pass a request on, or an answer back."""
-    table: list[tuple[int, str, str, Mapping[str, str]]] = [
-        (400, "The request is not valid HTTP.", "invalid_http", _CLOSE),
-        (403, "The proxy refuses this request.", "refused", {}),
-        (408, f"The request did not arrive within {HEADER_TIMEOUT_S} s.", "request_timeout", _CLOSE),
-        (413, "The request is larger than the proxy takes.", "body_too_large", _CLOSE),
-        (500, "The proxy made a mistake.", "internal_error", _NO_RETRY),
-        (501, "The proxy does not support what the request asks for.", "not_implemented", _NO_RETRY),
-        (502, "The server that had this request went; send it again.", "replica_lost", _RETRY),
-        (503, "No server can take this request at the moment; send it again.", "overloaded", _RETRY),
-        (504, "The server that had this request did not answer in time.", "deadline_exceeded", _NO_RETRY),
-    ]
-    return [_error(*row, keyword="http-error") for row in table]
 
 
 def rewriting(loopback_ports: Iterable[int], client_secret: str, *, logs_requests: bool) -> str:
@@ -65,27 +63,21 @@ def rewriting(loopback_ports: Iterable[int], client_secret: str, *, logs_request
     defaults = [
         f"    timeout http-request {HEADER_TIMEOUT_S}s",
         "    option http-ignore-probes",  # a browser's connection in reserve gets no 408 for a request it never made
-        *_own_errors(),
+        *(_error(*row, keyword="http-error") for row in _OWN_ERRORS),
     ]
-    keyword = "http-request return"
     allow = {"Allow": "GET, HEAD, OPTIONS, POST"}
-    method = _error(405, "This method is served nowhere.", "method_not_allowed", allow, keyword=keyword)
-    long_url = _error(
-        414,
-        f"The URL is longer than {MAX_URL_BYTES} bytes; send long prompts with POST.",
-        "url_too_long",
-        {},
-        keyword=keyword,
-    )
+    method = _error(405, "This method is served nowhere.", "method_not_allowed", allow)
+    message = f"The URL is longer than {MAX_URL_BYTES} bytes; send long prompts with POST."
+    long_url = _error(414, message, "url_too_long", {})
     message = f"The headers are longer than {MAX_HEADER_BYTES} bytes together."
-    long_headers = _error(431, message, "headers_too_long", {}, keyword=keyword)
+    long_headers = _error(431, message, "headers_too_long", {})
     rules = [
         f'    http-request set-header {HEADER} "{client_secret} %[src]"',
         f"{method} unless {{ method {_METHODS} }}",
         f"{long_url} if {{ url_len gt {MAX_URL_BYTES} }}",
         f"{long_headers} if {{ req.hdrs,length gt {MAX_HEADER_BYTES} }}",
     ]
-    unavailable = _error(503, "The service is not ready.", "not_ready", _RETRY, keyword=keyword)
+    unavailable = _error(503, "The service is not ready.", "not_ready", _RETRY)
     return "\n".join(
         [
             f"1i\\\n{REWRITTEN}",
@@ -104,11 +96,10 @@ def rewriting(loopback_ports: Iterable[int], client_secret: str, *, logs_request
 
 def unknown_path(*, starting: bool) -> str:
     """The script for what HAProxy answers where no application is: while Serve has not told it of any, come again."""
-    keyword = "http-request return"
     if starting:
-        line = _error(503, "The service is starting.", "not_ready", _RETRY, keyword=keyword)
+        line = _error(503, "The service is starting.", "not_ready", _RETRY)
     else:
-        line = _error(404, "Nothing is served at this path.", "not_found", {}, keyword=keyword)
+        line = _error(404, "Nothing is served at this path.", "not_found", {})
     return f"/^    http-request return status 404 content-type text\\/plain /c\\\n{line}\n"
 
 

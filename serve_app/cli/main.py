@@ -11,12 +11,12 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Protocol, cast
 
 from serve_app import __version__
 from serve_app.cli.command_error import CommandError
 from serve_app.home import ensure_home
 
+# Each has a module with `add_arguments(parser)` and `run(arguments)`; its docstring is the description in --help.
 COMMANDS = {
     "serve": "start the service from a config file, and show how far it is until it is ready",
     "stop": "stop a service that `serve-app serve` started on this machine",
@@ -28,20 +28,14 @@ COMMANDS = {
 _INTERRUPTED = 130  # what a shell reports for a program that SIGINT ended
 
 
-class _Command(Protocol):
-    """What a subcommand's module offers; its docstring is the description in --help."""
-
-    __doc__: str | None
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
-    def run(self, arguments: argparse.Namespace) -> int: ...
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
-        print(_usage())
+        print("usage: serve-app COMMAND [...]\n")
+        for name, text in COMMANDS.items():
+            print(f"  {name:8}{text}")
+        print("\nserve-app COMMAND --help says more of one command.")
         return 0 if words else 2
     if words[0] in ("-V", "--version"):
         print(f"serve-app {__version__}")
@@ -51,12 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean `{close[0]}`?" if close else "the commands are: " + ", ".join(COMMANDS)
         print(f"serve-app: there is no command {words[0]!r}; {hint}", file=sys.stderr)
         return 2
-    command = cast(_Command, importlib.import_module(f"serve_app.cli.{words[0]}"))
+    command = importlib.import_module(f"serve_app.cli.{words[0]}")
     parser = argparse.ArgumentParser(prog=f"serve-app {words[0]}", description=command.__doc__)
     command.add_arguments(parser)
     try:
         _ensure_home()
-        return command.run(parser.parse_args(words[1:]))
+        status: int = command.run(parser.parse_args(words[1:]))
+        return status
     except CommandError as error:
         print(f"serve-app {words[0]}: {error}", file=sys.stderr)
         return error.status
@@ -74,13 +69,6 @@ def _ensure_home() -> None:
         ensure_home()
     except OSError as error:
         raise CommandError(f"this user has no home folder, and none can be made ({error}); set HOME") from error
-
-
-def _usage() -> str:
-    lines = [f"  {name:8}{text}" for name, text in COMMANDS.items()]
-    return "\n".join(
-        ["usage: serve-app COMMAND [...]", "", *lines, "", "serve-app COMMAND --help says more of one command."]
-    )
 
 
 if __name__ == "__main__":

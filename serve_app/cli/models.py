@@ -27,6 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(f"{error}; is it running? `serve-app serve CONFIG` starts one") from error
     if arguments.json:
         print(json.dumps([dict(model.details) for model in found], indent=2))
-    for model in found if not arguments.json else ():
+        return 0
+    for model in found:
         print(model.id)
     return 0

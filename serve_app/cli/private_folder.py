@@ -32,7 +32,8 @@ def private_folder(note: Path) -> Iterator[Path]:
     `note` is a file that names it meanwhile. Raises `CommandError` where no folder can be made.
     """
     remove_noted(note)  # of a service that was killed
-    folder = _place() / f"sa-{secrets.token_hex(4)}"
+    place = tempfile.gettempdir()
+    folder = Path(place if len(os.fsencode(place)) <= _PLACE_BYTES else "/tmp", f"sa-{secrets.token_hex(4)}")
     try:
         note.write_text(str(folder), encoding="utf-8")  # first: a crash between the two leaves nothing unknown
         folder.mkdir(mode=0o700)  # fails where anything has the name
@@ -67,8 +68,3 @@ def _is_ours(folder: Path) -> bool:
     except FileNotFoundError:
         return False
     return folder.name.startswith("sa-") and stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
-
-
-def _place() -> Path:
-    own = tempfile.gettempdir()
-    return Path(own if len(os.fsencode(own)) <= _PLACE_BYTES else "/tmp")

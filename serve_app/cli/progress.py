@@ -6,8 +6,9 @@ Writes to stderr, so that a command's output stays clean. Knows stages and fract
 from __future__ import annotations
 
 import sys
-from types import TracebackType
-from typing import Self, TextIO
+from typing import Self
+
+from serve_app.core import LoadStage
 
 _PLAIN_STEP = 0.25  # without a terminal: a new line for each quarter, not for each percent
 
@@ -15,15 +16,16 @@ _PLAIN_STEP = 0.25  # without a terminal: a new line for each quarter, not for e
 class ProgressLine:
     """Shows one stage after another; leave the block to end the line."""
 
-    def __init__(self, out: TextIO | None = None) -> None:
-        self._out = out or sys.stderr
+    def __init__(self) -> None:
+        self._out = sys.stderr
         self._rewrites = self._out.isatty()
         self._stage = ""
         self._shown = -1.0
         self._width = 0
 
-    def show(self, stage: str, fraction: float | None = None) -> None:
-        """Show how far `stage` is: 0 to 1, or None when that is unknown."""
+    def show(self, state: LoadStage) -> None:
+        """Show the stage and how far it is."""
+        stage, fraction = state.stage, state.fraction
         text = stage if fraction is None else f"{stage}: {min(max(fraction, 0.0), 1.0):.0%}"
         if self._rewrites:
             self._out.write("\r" + text.ljust(self._width))
@@ -34,15 +36,11 @@ class ProgressLine:
         self._stage = stage
         self._out.flush()
 
-    def clear(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Take the line away, so that something else can be printed."""
         if self._rewrites and self._width:
             self._out.write("\r" + " " * self._width + "\r")
             self._out.flush()
-            self._width = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.clear()

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from serve_app.cli.command_error import CommandError
-from serve_app.cli.environment import own_cluster
 from serve_app.cli.ray_address import address_file
 
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
@@ -47,7 +46,7 @@ def own_token(environment: Mapping[str, str], fallback: Path) -> dict[str, str]:
         return {MODE: "token"}
     try:
         _make(token_file(environment))
-    except (OSError, RuntimeError):  # RuntimeError: there is no home
+    except OSError:
         try:
             _make(fallback)
         except OSError as error:
@@ -59,7 +58,7 @@ def own_token(environment: Mapping[str, str], fallback: Path) -> dict[str, str]:
 
 
 def token_file(environment: Mapping[str, str]) -> Path:
-    """Where Ray reads the token from when no variable has it. Raises RuntimeError when the user has no home."""
+    """Where Ray reads the token from when no variable has it. The user has a home: `main` has made sure of it."""
     return Path(environment.get(TOKEN_PATH) or Path.home() / ".ray" / "auth_token")
 
 
@@ -92,17 +91,12 @@ def _keep(path: Path) -> None:
         if not found.st_size:
             raise OSError(errno.ENODATA, "it is empty", str(path))
         if found.st_uid == os.geteuid() and found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-            _let_nobody_else_read(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _let_nobody_else_read(descriptor: int) -> None:
-    try:
-        os.fchmod(descriptor, 0o600)
+            os.fchmod(descriptor, 0o600)
     except OSError as error:
         if error.errno != errno.EROFS:  # a secret that a container was given, for whoever runs in it
             raise
+    finally:
+        os.close(descriptor)
 
 
 def cluster_token(environment: Mapping[str, str], *, allow_open: bool) -> dict[str, str]:
@@ -121,25 +115,12 @@ def cluster_token(environment: Mapping[str, str], *, allow_open: bool) -> dict[s
             f"them. Start it with {MODE}=token on each node (docs/operations.md says how), or add {ALLOW_OPEN} if "
             "nobody else can reach it"
         )
-    if not environment.get(TOKEN) and not _readable(environment):
+    if not environment.get(TOKEN) and not os.access(token_file(environment), os.R_OK):
         raise CommandError(
             f"the Ray cluster at {address} asks for a token, and there is none in {TOKEN}, in the file {TOKEN_PATH} "
             "or in ~/.ray/auth_token; copy that file from the cluster's head node, with mode 600"
         )
     return {MODE: "token"} if MODE not in environment else {}
-
-
-def refuse_open_cluster(environment: Mapping[str, str], *, allow_open: bool) -> None:
-    """Raise CommandError as `cluster_token` does where `environment` names a running cluster."""
-    if environment.get("RAY_ADDRESS") and not own_cluster(environment):
-        cluster_token(environment, allow_open=allow_open)
-
-
-def _readable(environment: Mapping[str, str]) -> bool:
-    try:
-        return os.access(token_file(environment), os.R_OK)
-    except RuntimeError:
-        return False
 
 
 def asks_for_token(address: str, environment: Mapping[str, str]) -> bool | None:

@@ -5,7 +5,6 @@ and the Ray that it started.
 from __future__ import annotations
 
 import argparse
-import copy
 import os
 import signal
 import socket
@@ -15,7 +14,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 import yaml
@@ -26,13 +25,13 @@ from serve_app.cli.command_error import CommandError
 from serve_app.cli.config_file import LAST_PORT, ConfigFile, load
 from serve_app.cli.environment import own_cluster, ray_cpus, server_environment
 from serve_app.cli.haproxy import ENABLE as HA_PROXY
-from serve_app.cli.haproxy import haproxy_environment, wants_haproxy
+from serve_app.cli.haproxy import haproxy_environment, wanted_haproxy
 from serve_app.cli.private_folder import private_folder
 from serve_app.cli.ray_address import answers, stale_address
 from serve_app.cli.ray_folder import ray_folder
 from serve_app.cli.ray_token import ALLOW_OPEN, cluster_token, own_token
 from serve_app.cli.state import claim, remove_what_crashes_left, state_directory
-from serve_app.client import Client, ConnectionLost, Readiness, ServeAppError
+from serve_app.client import Client, Readiness, ServeAppError
 from serve_app.demo_config import DEMO_CONFIG
 from serve_app.processors import schedulable_cpus
 
@@ -72,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
             environment |= own_token(environment, state_directory() / "ray_auth_token")
             environment |= _proxy_of(host, environment)
             _fetch_models(file)  # after all that may be refused: it takes long
-            if wants_haproxy(environment):
+            if wanted_haproxy(environment):
                 haproxy_folder = until_the_end.enter_context(private_folder(held.note))
                 environment |= haproxy_environment(environment, held.launcher, haproxy_folder)
                 until_the_end.callback(held.launcher.unlink, missing_ok=True)
@@ -149,8 +148,8 @@ def _fetch_models(file: ConfigFile) -> None:
 
 def _derived_config(file: ConfigFile, host: str, port: int) -> Path:
     """A copy of the config with another address."""
-    data = copy.deepcopy(file.data)
-    data["http_options"] = {**(data.get("http_options") or {}), "host": host, "port": port}
+    options = {**(file.data.get("http_options") or {}), "host": host, "port": port}
+    data = {**file.data, "http_options": options}
     path = state_directory() / "servers" / f"{port}.yaml"
     path.write_text(f"# {file.path}, with another address\n{yaml.safe_dump(data, sort_keys=False)}", encoding="utf-8")
     return path
@@ -161,32 +160,25 @@ def _watch(child: subprocess.Popen[bytes], file: ConfigFile, url: str, stopping:
     if file.https:
         print(f"serving {file.path} on {url}; /ready there says when the model is loaded")
         return False
-    said = None
+    said = ""
     with Client(url, retries=0, timeout_s=10.0) as client:
         while child.poll() is None and not stopping.begun:
-            state = _look(client)
-            if state is not None and state.ready:
+            try:
+                state = client.ready()
+            except ServeAppError:  # Serve's proxy does not listen yet, or has no route to the application yet
+                state = Readiness(ready=False)
+            if state.ready:
                 announce.ready(file, url, child.pid, state)
                 return False
-            if state is not None and state.error:
+            if state.error:
                 print(f"\nserve-app serve: {state.error}", file=sys.stderr)
                 child.send_signal(signal.SIGINT)
                 return True
-            if state is not None and state.stage and state.stage != said:
+            if state.stage and state.stage != said:
                 said = state.stage
                 print(f"serve-app: {said}", flush=True)
             time.sleep(_POLL_S)
     return False
-
-
-def _look(client: Client) -> Readiness | None:
-    """What /ready says; None while nothing there speaks for the application yet."""
-    try:
-        return client.ready()
-    except ConnectionLost:
-        return None  # Serve's proxy does not listen yet
-    except ServeAppError:
-        return None  # it does, and has no route to the application yet
 
 
 class _Stopping:
@@ -212,7 +204,7 @@ class _Stopping:
         self._before = {number: signal.signal(number, self._forward) for number in _SIGNALS}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

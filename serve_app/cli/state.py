@@ -21,7 +21,7 @@ from typing import TextIO
 
 from serve_app.cli.command_error import CommandError
 from serve_app.cli.private_folder import remove_noted
-from serve_app.home import expanded, home
+from serve_app.home import user_folder
 
 _PATIENCE_S = 0.2
 """How long a claim waits for those who only look, which takes them a moment."""
@@ -33,11 +33,7 @@ _LAUNCHER = ".haproxy"
 def state_directory() -> Path:
     """$SERVE_APP_STATE, else $XDG_STATE_HOME/serve_app, else ~/.local/state/serve_app."""
     try:
-        if own := os.environ.get("SERVE_APP_STATE"):
-            return expanded(own)
-        if xdg := os.environ.get("XDG_STATE_HOME"):
-            return expanded(xdg) / "serve_app"
-        return home() / ".local" / "state" / "serve_app"
+        return user_folder(os.environ.get("SERVE_APP_STATE"), "XDG_STATE_HOME", ".local/state")
     except OSError as error:
         raise CommandError(
             f"the list of running services can't be kept ({error}); set SERVE_APP_STATE to a folder that you can write"
@@ -57,24 +53,15 @@ class RunningServer:
 class Claim:
     """This process's hold on one port's file."""
 
-    def __init__(self, port: int, file: TextIO) -> None:
+    def __init__(self, port: int, path: Path, file: TextIO) -> None:
         self._port = port
         self._file = file
-
-    @property
-    def note(self) -> Path:
+        self.note = path.with_suffix(_NOTE)
         """Where the service's private folder is written down."""
-        return state_directory() / "servers" / f"{self._port}{_NOTE}"
-
-    @property
-    def launcher(self) -> Path:
+        self.launcher = path.with_suffix(_LAUNCHER)
         """The program that starts the service's HAProxy: here, since /tmp may run no programs."""
-        return state_directory() / "servers" / f"{self._port}{_LAUNCHER}"
-
-    @property
-    def descriptor(self) -> int:
+        self.descriptor = file.fileno()
         """To hand to the child, so that the lock outlives this process if the child does."""
-        return self._file.fileno()
 
     def record(self, pid: int, config: Path) -> None:
         """Write down which process serves."""
@@ -104,7 +91,7 @@ def claim(port: int) -> Iterator[Claim]:
             )
         file.truncate(0)  # what a crash left names a process that has ended
         try:
-            yield Claim(port, file)
+            yield Claim(port, path, file)
         finally:
             file.truncate(0)
 

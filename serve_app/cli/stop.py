@@ -36,16 +36,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _choose(running: list[RunningServer], port: int | None, everything: bool) -> list[RunningServer]:
-    if port is not None:
-        chosen = [server for server in running if server.port == port]
-        if not chosen:
-            others = ", ".join(str(server.port) for server in running) or "none"
-            raise CommandError(f"serve-app serves nothing on port {port} (ports in use by it: {others})")
-        return chosen
-    if len(running) > 1 and not everything:
-        ports = ", ".join(str(server.port) for server in running)
+    ports = ", ".join(str(server.port) for server in running)
+    chosen = running if port is None else [server for server in running if server.port == port]
+    if port is not None and not chosen:
+        raise CommandError(f"serve-app serves nothing on port {port} (ports in use by it: {ports or 'none'})")
+    if len(chosen) > 1 and not everything:
         raise CommandError(f"several services run, on the ports {ports}; name one with --port, or stop all with --all")
-    return running
+    return chosen
 
 
 def _stop(server: RunningServer, timeout_s: float) -> bool:

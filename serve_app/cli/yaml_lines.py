@@ -51,9 +51,8 @@ def parse(text: str) -> Document:
         mark = error.problem_mark or error.context_mark
         message = " ".join(part for part in (error.context, error.problem) if part)
         raise YamlError(f"not YAML: {message}", mark.line + 1 if mark else None) from error
-    except yaml.YAMLError as error:  # characters that YAML forbids
-        raise YamlError(f"not YAML: {error}", None) from error
-    except (ValueError, RecursionError) as error:  # a date like 2024-13-45; a thousand nested brackets
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # Characters that YAML forbids; a date like 2024-13-45; a thousand nested brackets.
         raise YamlError(f"not YAML: {error}", None) from error
 
 

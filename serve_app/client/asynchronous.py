@@ -6,10 +6,10 @@ Closing a stream, or cancelling its task, closes its connection, and with it the
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from types import TracebackType
 from typing import Any, Self, Unpack
 
 import httpx
@@ -17,7 +17,7 @@ from httpx_sse import EventSource
 
 from serve_app.client import protocol
 from serve_app.client.documents import Completion, Done, Message, Model, ModelOutputDocument, Options, Readiness
-from serve_app.client.errors import ConnectionLost, NotReady, Overloaded, ServeAppError, ServerError, StreamError
+from serve_app.client.errors import ConnectionLost, NotReady, Overloaded, ServeAppError, ServerError
 from serve_app.client.resume import SILENCE_S, Position
 
 
@@ -47,9 +47,7 @@ class AsyncStream(AsyncIterator[ModelOutputDocument]):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
 
@@ -69,8 +67,7 @@ class AsyncClient:
 
         Raises ValueError when `base_url` is no address, or can't be reached by the environment's proxy settings.
         """
-        settings = protocol.client_settings(base_url, headers, timeout_s)
-        self._http = protocol.open_http(httpx.AsyncClient, settings, transport)
+        self._http = protocol.open_http(httpx.AsyncClient, base_url, headers, timeout_s, transport)
         self._retries = retries
         self._timeout_s = timeout_s
 
@@ -90,7 +87,7 @@ class AsyncClient:
         """
         body = protocol.stream_body(prompt, messages, options)
         headers = protocol.request_headers(request_id, resume=resume)
-        return AsyncStream(self._items(body, headers, Position() if resume else None))
+        return AsyncStream(self._items(body, headers, resume=resume))
 
     async def complete(
         self,
@@ -112,7 +109,7 @@ class AsyncClient:
 
     async def models(self) -> tuple[Model, ...]:
         """What the server serves."""
-        response = await self._send("GET", "/v1/models")
+        response = await self._send(self._http.build_request("GET", "/v1/models"))
         try:
             async with aclosing(response):
                 content = await response.aread()
@@ -156,56 +153,48 @@ class AsyncClient:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
     async def _items(
-        self, body: dict[str, Any], headers: dict[str, str], position: Position | None
+        self, body: dict[str, Any], headers: dict[str, str], *, resume: bool
     ) -> AsyncGenerator[ModelOutputDocument | Done, None]:
-        """The documents of one stream, over as many connections as it takes where there is a `position`."""
-        silence_s = SILENCE_S if position is not None else None
-        response = await self._send("POST", "/stream", body, headers, silence_s)
+        """The documents of one stream, over as many connections as it takes where it is to `resume`."""
+        position = Position()
+        timeout = protocol.timeout(self._timeout_s, SILENCE_S if resume else math.inf)
+        send = self._send
+        request = self._http.build_request("POST", "/stream", json=body, headers=headers, timeout=timeout)
         while True:
             try:
+                response = await send(request)
+                if resume:
+                    position.began(response.headers)
                 async with aclosing(self._documents(response, position)) as documents:
                     async for document in documents:
                         yield document
                 return
-            except (ConnectionLost, StreamError) as error:
-                pause_s = position.pause_s(error) if position is not None else None
-                if position is None or pause_s is None:
-                    raise
-            response = await self._reconnect(position, headers, pause_s)
-
-    async def _reconnect(self, position: Position, headers: dict[str, str], pause_s: float) -> httpx.Response:
-        """A response with the rest of the stream. Raises what ends the stream."""
-        while True:
-            await asyncio.sleep(pause_s)
-            try:
-                return await self._send_once("GET", position.path, None, headers | position.headers, SILENCE_S)
             except ServeAppError as error:
-                next_pause_s = position.pause_s(error)
-                if next_pause_s is None:
+                pause_s = position.pause_s(error)
+                if pause_s is None:
                     raise
-                pause_s = next_pause_s
+            await asyncio.sleep(pause_s)
+            send = self._send_once  # the position counts the attempts from here on
+            rest_headers = headers | position.headers
+            request = self._http.build_request("GET", position.path, headers=rest_headers, timeout=timeout)
 
     async def _documents(
-        self, response: httpx.Response, position: Position | None
+        self, response: httpx.Response, position: Position
     ) -> AsyncGenerator[ModelOutputDocument | Done, None]:
         """What comes over one connection. Raises ConnectionLost when that ends before the stream does."""
         request_id = response.headers.get("x-request-id")
         done = False
         source: Any = EventSource(response)  # says of only one of its two methods that it returns a generator
-        if position is not None:
-            position.began(response.headers)
         async with aclosing(response), aclosing(source.aiter_sse()) as events:
             try:
                 async for event in events:
                     # Read to the end even after the last event, so that the connection can be used again.
                     item = None if done else protocol.read_event(event, request_id)
-                    if item is not None and (position is None or position.take(event.id)):
+                    if item is not None and position.take(event.id):
                         done = isinstance(item, Done)
                         yield item
             except httpx.TransportError as reason:
@@ -214,19 +203,12 @@ class AsyncClient:
         if not done:
             raise protocol.ended_early()
 
-    async def _send(
-        self,
-        method: str,
-        path: str,
-        body: dict[str, Any] | None = None,
-        headers: dict[str, str] | None = None,
-        silence_s: float | None = None,
-    ) -> httpx.Response:
+    async def _send(self, request: httpx.Request) -> httpx.Response:
         """The response to read from, its status 200; whatever can be repeated is, here and only here."""
         attempt = 0
         while True:
             try:
-                return await self._send_once(method, path, body, headers, silence_s)
+                return await self._send_once(request)
             except (Overloaded, ConnectionLost) as error:
                 delay_s = protocol.retry_delay_s(error, attempt, self._retries)
                 if delay_s is None:
@@ -234,18 +216,8 @@ class AsyncClient:
             await asyncio.sleep(delay_s)
             attempt += 1
 
-    async def _send_once(
-        self,
-        method: str,
-        path: str,
-        body: dict[str, Any] | None,
-        headers: dict[str, str] | None,
-        silence_s: float | None,
-    ) -> httpx.Response:
-        """`silence_s`: the longest silence on this connection, where that is less than the client's."""
-        timeout = protocol.timeout(self._timeout_s, silence_s)
+    async def _send_once(self, request: httpx.Request) -> httpx.Response:
         try:
-            request = self._http.build_request(method, path, json=body, headers=headers, timeout=timeout)
             response = await self._http.send(request, stream=True)
             if response.status_code == 200:
                 return response

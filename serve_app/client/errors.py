@@ -18,7 +18,13 @@ class APIError(ServeAppError):
     """The server answered with an error."""
 
     def __init__(
-        self, message: str, *, status: int | None = None, code: str | None = None, request_id: str | None = None
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        code: str | None = None,
+        request_id: str | None = None,
+        retry_after_s: float | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -29,6 +35,8 @@ class APIError(ServeAppError):
         """The server's machine-readable code, e.g. `context_length_exceeded`."""
         self.request_id = request_id
         """Stands in every log line of the server about this request."""
+        self.retry_after_s = retry_after_s
+        """Seconds after which the server asks to be tried again."""
 
     def __str__(self) -> str:
         details = [str(self.status)] if self.status is not None else []
@@ -51,19 +59,6 @@ class ServerError(APIError):
 
 class Overloaded(ServerError):
     """429 or 503: the server is full, or has lost its replicas. Nothing was delivered."""
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int | None = None,
-        code: str | None = None,
-        request_id: str | None = None,
-        retry_after_s: float | None = None,
-    ) -> None:
-        super().__init__(message, status=status, code=code, request_id=request_id)
-        self.retry_after_s = retry_after_s
-        """Seconds after which the server asks to be tried again."""
 
 
 class NotReady(Overloaded):

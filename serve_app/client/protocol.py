@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import math
 import os
 import random
 from collections.abc import Mapping, Sequence
@@ -38,23 +39,21 @@ _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 Http = TypeVar("Http", httpx.Client, httpx.AsyncClient)
 
 
-def client_settings(base_url: str, headers: Mapping[str, str] | None, timeout_s: float) -> dict[str, Any]:
-    """Arguments for httpx's clients. Raises ValueError for an address that is none."""
+def open_http(
+    kind: type[Http], base_url: str, headers: Mapping[str, str] | None, timeout_s: float, transport: Any
+) -> Http:
+    """httpx's client. Raises ValueError for an address that is none, and for proxy settings that it can't use."""
     parts = urlsplit(base_url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{base_url!r} is not an address; write e.g. {DEFAULT_URL}")
-    return {
-        "base_url": base_url,
-        "headers": dict(headers or {}),
-        "timeout": timeout(timeout_s, None),
-        "trust_env": not _is_loopback(parts.hostname),  # a proxy for the outside can't reach this machine's loopback
-    }
-
-
-def open_http(kind: type[Http], settings: Mapping[str, Any], transport: Any) -> Http:
-    """httpx's client. Raises ValueError where the environment's proxy settings are none that it can use."""
     try:
-        return kind(**settings, transport=transport)
+        return kind(
+            base_url=base_url,
+            headers=headers,
+            timeout=timeout(timeout_s),
+            trust_env=not _is_loopback(parts.hostname),  # a proxy for the outside can't reach this machine's loopback
+            transport=transport,
+        )
     except (ImportError, ValueError, httpx.InvalidURL) as reason:
         names = ", ".join(name for name in _PROXIES if os.environ.get(name) or os.environ.get(name.lower()))
         raise ValueError(
@@ -69,10 +68,9 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
-def timeout(timeout_s: float, silence_s: float | None) -> httpx.Timeout:
+def timeout(timeout_s: float, silence_s: float = math.inf) -> httpx.Timeout:
     """Of one request: `timeout_s` for each step but to connect; `silence_s` to read, where that is less."""
-    read_s = timeout_s if silence_s is None else min(timeout_s, silence_s)
-    return httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S, read=read_s)
+    return httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S, read=min(timeout_s, silence_s))
 
 
 def stream_body(prompt: str | None, messages: Sequence[Message] | None, options: Options) -> dict[str, Any]:
@@ -146,18 +144,19 @@ def read_readiness(status: int, content: bytes) -> Readiness:
 
 def error_of(status: int, headers: Mapping[str, str], content: bytes) -> APIError:
     """The typed error for an answer that is not 200."""
-    request_id = headers.get("x-request-id")
     message, code = _message_and_code(_json_object(content))
-    message = message or f"the server answered {status}"
+    kind: type[APIError] = ServerError
     if status in (429, 503):
         kind = NotReady if code == "not_ready" else Overloaded
-        return kind(
-            message, status=status, code=code, request_id=request_id, retry_after_s=_seconds(headers.get("retry-after"))
-        )
-    if 400 <= status < 500:
-        refusal = ContextLengthExceeded if code == "context_length_exceeded" else BadRequest
-        return refusal(message, status=status, code=code, request_id=request_id)
-    return ServerError(message, status=status, code=code, request_id=request_id)
+    elif 400 <= status < 500:
+        kind = ContextLengthExceeded if code == "context_length_exceeded" else BadRequest
+    return kind(
+        message or f"the server answered {status}",
+        status=status,
+        code=code,
+        request_id=headers.get("x-request-id"),
+        retry_after_s=_seconds(headers.get("retry-after")),
+    )
 
 
 def lost(reason: httpx.TransportError, base_url: httpx.URL) -> ConnectionLost | ServerError:
@@ -176,24 +175,24 @@ def ended_early() -> ConnectionLost:
     return ConnectionLost("the stream ended before its last event; the server or something between has closed it")
 
 
-def retry_delay_s(error: ServeAppError, attempt: int, retries: int) -> float | None:
+def retry_delay_s(error: Overloaded | ConnectionLost, attempt: int, retries: int) -> float | None:
     """Seconds to wait before attempt number `attempt` + 1 (the first is 0), or None to give up.
 
     Only for errors before the first delivered byte. Repeated are refusals for lack of room, and connections that
     failed at once; not a read that timed out, since the server may be at work on it.
     """
-    if attempt >= retries:
+    if attempt >= retries or isinstance(error.__cause__, httpx.TimeoutException):
         return None
+    return backoff_s(error, attempt + 1, FIRST_BACKOFF_S, LONGEST_RETRY_AFTER_S)
+
+
+def backoff_s(error: ServeAppError, failures: int, first_s: float, longest_s: float) -> float | None:
+    """Seconds to wait after so many failures in a row (from 1), the last of them `error`: what the server asks for.
+
+    None when it asks for too long. Else doubling, capped, jittered by half each way.
+    """
     if isinstance(error, Overloaded) and error.retry_after_s is not None:
         return error.retry_after_s if error.retry_after_s <= LONGEST_RETRY_AFTER_S else None
-    timed_out = isinstance(error.__cause__, httpx.TimeoutException)
-    if isinstance(error, Overloaded) or (isinstance(error, ConnectionLost) and not timed_out):
-        return backoff_s(attempt + 1, FIRST_BACKOFF_S, LONGEST_RETRY_AFTER_S)
-    return None
-
-
-def backoff_s(failures: int, first_s: float, longest_s: float) -> float:
-    """Seconds to wait after so many failures in a row (from 1): doubling, capped, jittered by half each way."""
     return random.uniform(0.5, 1.5) * min(longest_s, first_s * 2.0 ** min(failures - 1, 30))
 
 

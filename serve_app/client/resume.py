@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from serve_app.client.errors import BadRequest, ConnectionLost, Overloaded, ServeAppError, ServerError, StreamError
-from serve_app.client.protocol import LONGEST_RETRY_AFTER_S, backoff_s
+from serve_app.client.errors import BadRequest, ConnectionLost, ServeAppError, ServerError, StreamError
+from serve_app.client.protocol import backoff_s
 
 SILENCE_S = 30.0
 """A connection without a byte for this long is dead: the server sends a heartbeat each 10 s."""
@@ -58,9 +58,7 @@ class Position:
         self._failures += 1
         if self._failures > ATTEMPTS:
             return None
-        if isinstance(error, Overloaded) and error.retry_after_s is not None:
-            return error.retry_after_s if error.retry_after_s <= LONGEST_RETRY_AFTER_S else None
-        return backoff_s(self._failures, FIRST_PAUSE_S, LONGEST_PAUSE_S)
+        return backoff_s(error, self._failures, FIRST_PAUSE_S, LONGEST_PAUSE_S)
 
 
 def _may_pass(error: ServeAppError) -> bool:

@@ -220,7 +220,7 @@ def _load_tokenizer(config: AppConfig, report: Reporter) -> tuple[PromptFormatte
         tokenizer = ChatTokenizer.load(
             files.tokenizer_folder, trust_remote_code=model.trust_remote_code, template=chat.template
         )
-        formatter = PromptFormatter.from_config(tokenizer, chat)
+        formatter = PromptFormatter(tokenizer, chat)
     except TokenizerError as error:
         raise ModelError(str(error)) from error
     return formatter, read_generation_defaults(files.folder, files.tokenizer_folder, model.generation)

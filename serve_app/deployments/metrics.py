@@ -21,29 +21,29 @@ class RayMetrics:
         self._counters: dict[str, Counter] = {}
         self._gauges: dict[str, Gauge] = {}
         self._histograms: dict[str, Histogram] = {}
-        self._set: dict[str, tuple[float, dict[str, str]]] = {}
+        self._set: dict[str, float] = {}
         """By gauge: what it was set to last."""
 
-    def count(self, metric: Metric, value: float = 1, tags: Mapping[str, str] = NO_TAGS) -> None:
+    def count(self, metric: Metric, value: float, tags: Mapping[str, str] = NO_TAGS) -> None:
         """Add `value` to a counter; nothing when it is 0, which Ray refuses."""
         if metric.name not in self._counters:
             self._counters[metric.name] = Counter(metric.name, metric.description, _keys(metric))
         if value > 0:
             self._counters[metric.name].inc(value, dict(tags))
 
-    def gauge(self, metric: Metric, value: float, tags: Mapping[str, str] = NO_TAGS) -> None:
-        """Set a gauge."""
+    def gauge(self, metric: Metric, value: float) -> None:
+        """Set a gauge, which has no tags."""
         if metric.name not in self._gauges:
             self._gauges[metric.name] = Gauge(metric.name, metric.description, _keys(metric))
-        self._gauges[metric.name].set(value, dict(tags))
-        self._set[metric.name] = value, dict(tags)
+        self._gauges[metric.name].set(value)
+        self._set[metric.name] = value
 
     def repeat(self, metric: Metric) -> None:
         """Set a gauge, if it was ever set, to what it was set to last: Ray forgets one that is left alone a while."""
         if metric.name in self._set:
-            self._gauges[metric.name].set(*self._set[metric.name])
+            self._gauges[metric.name].set(self._set[metric.name])
 
-    def observe(self, metric: Metric, value: float, tags: Mapping[str, str] = NO_TAGS) -> None:
+    def observe(self, metric: Metric, value: float, tags: Mapping[str, str]) -> None:
         """Record one value of a histogram."""
         if metric.name not in self._histograms:
             boundaries = list(metric.boundaries)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from serve_app.chat.detokenizer import Detokenizer
+from serve_app.chat.detokenizer import new_detokenizer
 from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.core import GenerationStats, TokenBatch
 from serve_app.generation.request import ResolvedRequest
@@ -34,7 +34,7 @@ class Completion:
         self._texts = [
             ChoiceText(
                 each.choice,
-                Detokenizer(tokenizer, each.prompt_token_ids if request.continues else ()),
+                new_detokenizer(tokenizer, each.prompt_token_ids if request.continues else ()),
                 request.stops,
                 request.stop_token_ids,
                 each.sampling.min_tokens,

@@ -17,7 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from serve_app.core import LoadStage
-from serve_app.home import expanded, home
+from serve_app.home import user_folder
 from serve_app.models.model_error import ModelError
 
 Progress = Callable[[LoadStage], None]
@@ -33,11 +33,7 @@ def cache_directory(configured: str | None = None) -> Path:
     Raises `ModelError` where the user has no home and no folder that could stand for it.
     """
     try:
-        if named := configured or os.environ.get("SERVE_APP_CACHE"):
-            return expanded(named)
-        if xdg := os.environ.get("XDG_CACHE_HOME"):
-            return expanded(xdg) / "serve_app"
-        return home() / ".cache" / "serve_app"
+        return user_folder(configured or os.environ.get("SERVE_APP_CACHE"), "XDG_CACHE_HOME", ".cache")
     except OSError as error:
         raise ModelError(
             f"The cache folder can't be made ({error}); set cache_dir (or SERVE_APP_CACHE) to a writable folder."

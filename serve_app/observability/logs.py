@@ -1,4 +1,4 @@
-"""What the log says of a request: its id in every line, and one access line when it ends.
+"""What the log says of a request: one access line, with its id, when it ends.
 
 Promises that no line holds a prompt, an answer or a key. Imports no other room.
 """
@@ -18,16 +18,6 @@ access_logger = logging.getLogger("serve_app.access")
 DISCONNECTED = 499
 """The status in the access line of a client that went before its answer began (nginx's number for it)."""
 _CUT_OFF = "disconnected"
-
-
-class RequestIdFilter(logging.Filter):
-    """Gives every record a `request_id`, so that a format may name it. Lets every record through."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Add the id; never refuses."""
-        if not hasattr(record, "request_id"):
-            record.request_id = request_id_var.get()
-        return True
 
 
 @dataclass(slots=True)

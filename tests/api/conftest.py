@@ -10,6 +10,7 @@ import httpx
 import pytest
 import uvicorn
 from fake_replica import FakeReplica, Script, Step, card
+from memory_metrics import MemoryMetrics
 from starlette.applications import Starlette
 from unlogged_stream_ids import unlogged_stream_ids
 
@@ -29,7 +30,6 @@ from serve_app.core import (
 )
 from serve_app.generation.attempt_history import FailoverSettings
 from serve_app.generation.service import CompletionService
-from serve_app.observability.metrics import MemoryMetrics
 from serve_app.resume.context import ResumeSettings
 from serve_app.resume.journal_store import JournalLimits, JournalStore
 from serve_app.resume.memory_store import MemoryJournalStore
@@ -115,7 +115,7 @@ async def make_app(tokenizer: ChatTokenizer, eos: int, metrics: MemoryMetrics) -
         failover = failover or FailoverSettings(silence_s=60, max_attempts=3, first_backoff_s=0.001, max_backoff_s=0.01)
         service = CompletionService(
             replica,
-            PromptFormatter.from_config(text, ChatConfig()),
+            PromptFormatter(text, ChatConfig()),
             GenerationDefaults(**{"eos_token_ids": (eos,), **(defaults or {})}),  # type: ignore[arg-type]
             failover,
             aliases,

@@ -9,11 +9,11 @@ import httpx
 import pytest
 from asgi_driver import Exchange
 from fake_replica import FakeReplica, says, tokens
+from memory_metrics import MemoryMetrics
 from starlette.applications import Starlette
 
 from serve_app.core import LoadStage
 from serve_app.observability.logs import request_id_var
-from serve_app.observability.metrics import MemoryMetrics
 
 HI = {"messages": [{"role": "user", "content": "Hi"}]}
 MakeApp = Callable[..., Starlette]

@@ -13,6 +13,7 @@ import pytest
 from asgi_driver import Exchange
 from fake_replica import FakeReplica, Script, card
 from journal_stores import BrokenStore
+from memory_metrics import MemoryMetrics
 from msgspec.structs import replace
 from simulated_time import simulated_time
 from starlette.applications import Starlette
@@ -29,7 +30,6 @@ from serve_app.core import (
     encode_replies,
 )
 from serve_app.generation.replica import ReplicaLost
-from serve_app.observability.metrics import MemoryMetrics
 from serve_app.resume import event_log
 from serve_app.resume.context import ResumeSettings
 from serve_app.resume.journal_store import JournalLimits

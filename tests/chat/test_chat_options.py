@@ -141,7 +141,7 @@ def test_an_open_message_can_not_forge(byte_level: ChatTokenizer) -> None:
 def test_a_template_that_drops_the_end_can_not_be_continued(save_tokenizer: SaveTokenizer) -> None:
     cutting = CHATML.replace("m['content']", "m['content'][:3]")
     tokenizer = ChatTokenizer.load(save_tokenizer(byte_level_backend(), cutting, eos_token="<|im_end|>"))
-    template = PromptFormatter.from_config(
+    template = PromptFormatter(
         ChatTokenizer.load(save_tokenizer(byte_level_backend(), CHATML, eos_token="<|im_end|>")), ChatConfig()
     )
     assert template.template_variables == frozenset()
@@ -160,7 +160,7 @@ def test_a_prompt_without_the_beginning_of_an_answer(byte_level: ChatTokenizer) 
 
 
 def test_only_an_answer_can_be_continued(byte_level: ChatTokenizer) -> None:
-    formatter = PromptFormatter.from_config(byte_level, ChatConfig())
+    formatter = PromptFormatter(byte_level, ChatConfig())
     options = ChatOptions({}, False, True)
     chat = [{"role": "user", "content": "Hi"}]
     with pytest.raises(PromptError, match="assistant's message at the end"):

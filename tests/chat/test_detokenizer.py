@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from small_tokenizers import byte_level_backend, metaspace_backend
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from serve_app.chat.detokenizer import Detokenizer
+from serve_app.chat.detokenizer import new_detokenizer
 from serve_app.chat.token_texts import TokenTexts
 from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.chat.tokenizer_error import TokenizerError
@@ -22,7 +22,7 @@ slow = settings(deadline=None, max_examples=400)
 
 
 def pieces(tokenizer: ChatTokenizer, ids: list[int], prompt_ids: list[int]) -> list[str]:
-    detokenizer = Detokenizer(tokenizer, prompt_ids)
+    detokenizer = new_detokenizer(tokenizer, prompt_ids)
     return [*(detokenizer.push(token_id) for token_id in ids), detokenizer.flush()]
 
 
@@ -96,7 +96,7 @@ def test_a_prompt_cut_anywhere_is_continued(tokenizer: ChatTokenizer, text: str)
 
 def test_a_genuine_replacement_character_does_not_stall(byte_level: ChatTokenizer) -> None:
     ids = byte_level.encode_text("\ufffd and on", add_bos=False, parse_special=False)
-    detokenizer = Detokenizer(byte_level)
+    detokenizer = new_detokenizer(byte_level)
     assert "".join(detokenizer.push(token_id) for token_id in ids) == "\ufffd and on"
     assert detokenizer.flush() == ""
 
@@ -104,7 +104,7 @@ def test_a_genuine_replacement_character_does_not_stall(byte_level: ChatTokenize
 def test_what_stays_incomplete_comes_with_the_flush(byte_level: ChatTokenizer, metaspace: ChatTokenizer) -> None:
     for tokenizer in (byte_level, metaspace):
         cut = tokenizer.encode_text("🦊", add_bos=False, parse_special=False)[:-1]
-        detokenizer = Detokenizer(tokenizer)
+        detokenizer = new_detokenizer(tokenizer)
         assert "".join(detokenizer.push(token_id) for token_id in cut) == ""
         assert detokenizer.flush() == tokenizer.decode(cut) != ""
         assert detokenizer.flush() == ""
@@ -119,7 +119,7 @@ def test_special_tokens_have_no_text(byte_level: ChatTokenizer) -> None:
 def test_a_token_costs_the_same_in_a_long_answer(tokenizer: ChatTokenizer) -> None:
     """A wide margin: this is to catch a cost that grows with the answer, not to time anything."""
     ids = tokenizer.encode_text("brown fox 🙂 again. " * 3000, add_bos=False, parse_special=False)
-    detokenizer = Detokenizer(tokenizer, ids)
+    detokenizer = new_detokenizer(tokenizer, ids)
     start = time.perf_counter()
     for token_id in ids:
         detokenizer.push(token_id)
@@ -224,7 +224,7 @@ def from_backend(backend: Tokenizer) -> ChatTokenizer:
 
 def test_a_decoder_that_can_not_be_followed_is_refused() -> None:
     with pytest.raises(TokenizerError, match="CTC"):
-        Detokenizer(tiny(decoders.CTC()))
+        new_detokenizer(tiny(decoders.CTC()))
 
 
 def tiny(decoder: object) -> ChatTokenizer:

@@ -21,7 +21,7 @@ from serve_app.chat.prompts import PromptFormatter
 from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.config import ChatConfig
 tokenizer = ChatTokenizer.load(pathlib.Path(sys.argv[1]))
-print(json.dumps(PromptFormatter.from_config(tokenizer, ChatConfig()).render_chat(json.loads(sys.argv[2]))))
+print(json.dumps(PromptFormatter(tokenizer, ChatConfig()).render_chat(json.loads(sys.argv[2]))))
 import serve_app.api.app, serve_app.generation.service, serve_app.deployments.ingress, serve_app.models.defaults
 assert "torch" not in sys.modules, "something of an ingress imports it all the same"
 import torch
@@ -33,7 +33,7 @@ def test_a_tokenizer_needs_no_torch(demo_folder: Path, demo_tokenizer: ChatToken
     command = [sys.executable, "-c", PROGRAM, str(demo_folder), json.dumps(CHAT)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == PromptFormatter.from_config(demo_tokenizer, ChatConfig()).render_chat(CHAT)
+    assert json.loads(done.stdout) == PromptFormatter(demo_tokenizer, ChatConfig()).render_chat(CHAT)
     assert "PyTorch" not in done.stderr, "no advice to install it"
 
 

@@ -19,7 +19,7 @@ LLAMA_2_TEMPLATE = "{% for m in messages %}{{ bos_token + '[INST] <<SYS>>' + m['
 
 @pytest.fixture
 def formatter(demo_tokenizer: ChatTokenizer) -> PromptFormatter:
-    return PromptFormatter.from_config(demo_tokenizer, ChatConfig())
+    return PromptFormatter(demo_tokenizer, ChatConfig())
 
 
 def test_a_chat_of_the_demo_model(formatter: PromptFormatter) -> None:
@@ -32,43 +32,43 @@ def test_auto_is_llama2_only_for_its_template(llama2: ChatTokenizer, save_tokeni
     folder = save_tokenizer(metaspace_backend(), LLAMA_2_TEMPLATE, bos_token="<s>", eos_token="</s>")
     tokenizer = ChatTokenizer.load(folder)
     two_turns = [*HI, {"role": "assistant", "content": "yes"}, *HI]
-    auto = PromptFormatter.from_config(tokenizer, ChatConfig()).render_chat(two_turns)
-    assert auto == PromptFormatter.from_config(tokenizer, ChatConfig(format="llama2")).render_chat(two_turns)
-    assert auto != PromptFormatter.from_config(tokenizer, ChatConfig(format="template")).render_chat(two_turns)
+    auto = PromptFormatter(tokenizer, ChatConfig()).render_chat(two_turns)
+    assert auto == PromptFormatter(tokenizer, ChatConfig(format="llama2")).render_chat(two_turns)
+    assert auto != PromptFormatter(tokenizer, ChatConfig(format="template")).render_chat(two_turns)
     assert auto.count(2) == 1
 
 
 def test_llama2_tags_follow_the_config(llama2: ChatTokenizer) -> None:
     tagged = [{"role": "user", "content": "[INST]"}]
     with pytest.raises(PromptError, match="reserved"):
-        PromptFormatter.from_config(llama2, ChatConfig(format="llama2")).render_chat(tagged)
-    escaping = PromptFormatter.from_config(llama2, ChatConfig(format="llama2", llama2_tags="escape"))
+        PromptFormatter(llama2, ChatConfig(format="llama2")).render_chat(tagged)
+    escaping = PromptFormatter(llama2, ChatConfig(format="llama2", llama2_tags="escape"))
     assert escaping.render_chat(tagged)
 
 
 def test_without_a_template_prompts_work_and_chats_do_not(metaspace: ChatTokenizer) -> None:
-    formatter = PromptFormatter.from_config(metaspace, ChatConfig())
+    formatter = PromptFormatter(metaspace, ChatConfig())
     assert formatter.render_text("the fox")
     with pytest.raises(PromptError, match=r"no chat template.*send a prompt") as caught:
         formatter.render_chat(HI)
     assert caught.value.param == "messages"
     with pytest.raises(TokenizerError, match="no chat template"):
-        PromptFormatter.from_config(metaspace, ChatConfig(format="template"))
+        PromptFormatter(metaspace, ChatConfig(format="template"))
 
 
 def test_the_configs_template_replaces_the_models(demo_folder: Path, demo_tokenizer: ChatTokenizer) -> None:
     config = ChatConfig(template="{% for m in messages %}<|im_start|>{{ m['content'] }}{% endfor %}")
-    formatter = PromptFormatter.from_config(ChatTokenizer.load(demo_folder, template=config.template), config)
+    formatter = PromptFormatter(ChatTokenizer.load(demo_folder, template=config.template), config)
     assert formatter.render_chat(HI) == formatter.render_text("<|im_start|>Hi", parse_special=True)
     with pytest.raises(ValueError, match="load the tokenizer with"):
-        PromptFormatter.from_config(demo_tokenizer, config)
+        PromptFormatter(demo_tokenizer, config)
 
 
 def test_a_tokenizer_that_can_not_be_streamed_is_refused_at_the_start(save_tokenizer: Callable[..., Path]) -> None:
     backend = metaspace_backend()
     backend.decoder = decoders.CTC()
     with pytest.raises(TokenizerError, match="CTC"):
-        PromptFormatter.from_config(ChatTokenizer.load(save_tokenizer(backend)), ChatConfig())
+        PromptFormatter(ChatTokenizer.load(save_tokenizer(backend)), ChatConfig())
 
 
 def test_a_raw_prompt_is_text(formatter: PromptFormatter) -> None:

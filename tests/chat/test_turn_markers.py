@@ -126,8 +126,8 @@ def test_the_config_says_which(byte_level_folder: Path) -> None:
     tokenizer = ChatTokenizer.load(byte_level_folder, template=MISTRAL)
     chat = [{"role": "user", "content": "[INST]"}]
     with pytest.raises(PromptError, match="reserved"):
-        PromptFormatter.from_config(tokenizer, ChatConfig()).render_chat(chat)
-    assert PromptFormatter.from_config(tokenizer, ChatConfig(llama2_tags="escape")).render_chat(chat)
+        PromptFormatter(tokenizer, ChatConfig()).render_chat(chat)
+    assert PromptFormatter(tokenizer, ChatConfig(llama2_tags="escape")).render_chat(chat)
 
 
 @pytest.mark.parametrize("role", ["system", "developer"])

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from serve_app.cli import check
-from serve_app.cli.capacity import size, streams
+from serve_app.cli.check import size, streams
 from serve_app.cli.main import main
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import ray
 import torch
+from memory_metrics import MemoryMetrics
 from tiny_models import FINGERPRINT, request_for, tiny_model, until
 
 from serve_app.config import EngineConfig
@@ -21,7 +22,7 @@ from serve_app.engine import build
 from serve_app.engine.attention.base import AttentionParams, Span
 from serve_app.engine.attention.sdpa import SdpaAttention
 from serve_app.engine.engine import Engine
-from serve_app.observability.metrics import ACCEPTED_TOKENS, DRAFTED_TOKENS, MemoryMetrics
+from serve_app.observability.metrics import ACCEPTED_TOKENS, DRAFTED_TOKENS
 
 
 class Gated(SdpaAttention):

@@ -5,7 +5,7 @@ from itertools import accumulate
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serve_app.chat.detokenizer import Detokenizer
+from serve_app.chat.detokenizer import new_detokenizer
 from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.core import FinishReason, TokenBatch, TokenLogprobs
 from serve_app.generation.text import ChoiceText, TokenLogprob
@@ -14,7 +14,7 @@ PER_EXAMPLE = settings(suppress_health_check=[HealthCheck.function_scoped_fixtur
 
 
 def choice(tokenizer: ChatTokenizer, stops: list[str], stop_ids: frozenset[int] = frozenset()) -> ChoiceText:
-    return ChoiceText(0, Detokenizer(tokenizer), stops, stop_ids)
+    return ChoiceText(0, new_detokenizer(tokenizer), stops, stop_ids)
 
 
 @PER_EXAMPLE
@@ -113,7 +113,7 @@ def test_logprobs_tell_what_the_text_tells_and_no_more(
     if shown == whole:
         assert len(found) == len(ids)
     else:
-        detokenizer = Detokenizer(tokenizer)
+        detokenizer = new_detokenizer(tokenizer)
         ends = [0, *accumulate(len(detokenizer.push(token_id)) for token_id in ids)]
         told_chars = ends[len(found)]
         of_the_next = next((end for end in ends[len(found) :] if end > told_chars), len(whole))

@@ -4,24 +4,7 @@ import logging
 
 import pytest
 
-from serve_app.observability.logs import RequestIdFilter, RequestRecord, log_access, request_id_var
-
-
-def _line() -> logging.LogRecord:
-    return logging.LogRecord("x", logging.INFO, "x.py", 1, "hello", None, None)
-
-
-def test_every_line_has_the_id_of_its_request() -> None:
-    formatter, only = logging.Formatter("%(request_id)s %(message)s"), RequestIdFilter()
-    line = _line()
-    assert only.filter(line)
-    assert formatter.format(line) == "- hello"
-    token = request_id_var.set("abc")
-    line = _line()
-    only.filter(line)
-    request_id_var.reset(token)
-    only.filter(line)
-    assert formatter.format(line) == "abc hello"
+from serve_app.observability.logs import RequestRecord, log_access
 
 
 def test_times_of_a_request(monkeypatch: pytest.MonkeyPatch) -> None:

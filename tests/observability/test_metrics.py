@@ -3,17 +3,21 @@ from __future__ import annotations
 import re
 
 import pytest
+from memory_metrics import MemoryMetrics
 
-from serve_app.observability.metrics import METRICS, PROMPT_TOKENS, REQUESTS, RUNNING, MemoryMetrics, MetricKind
+from serve_app.observability import metrics
+from serve_app.observability.metrics import PROMPT_TOKENS, REQUESTS, RUNNING, Metric
 
 
 def test_every_metric_is_declared_once_and_whole() -> None:
-    names = [metric.name for metric in METRICS]
+    declared = [value for value in vars(metrics).values() if isinstance(value, Metric)]
+    names = [metric.name for metric in declared]
+    assert REQUESTS in declared
     assert len(set(names)) == len(names)
-    for metric in METRICS:
+    for metric in declared:
         assert re.fullmatch(r"serve_app_[a-z_]+", metric.name)
         assert metric.description.endswith(".")
-        assert bool(metric.boundaries) == (metric.kind is MetricKind.HISTOGRAM)
+        assert bool(metric.boundaries) == metric.name.endswith("_s"), "each histogram is of seconds"
         assert list(metric.boundaries) == sorted(set(metric.boundaries))
 
 

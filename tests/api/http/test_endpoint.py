@@ -8,11 +8,11 @@ import httpx
 import pytest
 from asgi_driver import Exchange
 from fake_replica import ALIVE, FakeReplica, Script, says, tokens
+from memory_metrics import MemoryMetrics
 from simulated_time import simulated_time
 from starlette.applications import Starlette
 
 from serve_app.core import Failure, FailureCode
-from serve_app.observability.metrics import MemoryMetrics
 
 HI = {"messages": [{"role": "user", "content": "Hi"}]}
 MakeApp = Callable[..., Starlette]

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import httpx
 import pytest
+from memory_metrics import MemoryMetrics
 
 from serve_app.api.http.loading import create_loading_app
 from serve_app.api.http.pages import Pages
 from serve_app.config import ApiConfig
 from serve_app.core import LoadStage
-from serve_app.observability.metrics import MemoryMetrics
 
 
 async def _stage() -> LoadStage:

@@ -9,6 +9,7 @@ import httpx
 import pytest
 from asgi_driver import Exchange
 from fake_replica import FakeReplica, says
+from memory_metrics import MemoryMetrics
 from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -18,7 +19,6 @@ from serve_app.api.http.loading import create_loading_app
 from serve_app.api.http.pages import Pages, is_loopback
 from serve_app.config import ApiConfig
 from serve_app.core import LoadStage
-from serve_app.observability.metrics import MemoryMetrics
 
 HI = {"messages": [{"role": "user", "content": "Hi"}]}
 PAGE = "http://localhost:3000"

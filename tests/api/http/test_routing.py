@@ -8,13 +8,13 @@ import httpx
 import pytest
 from asgi_driver import Exchange
 from fake_replica import FakeReplica
+from memory_metrics import MemoryMetrics
 from starlette.applications import Starlette
 
 from serve_app.api.http.loading import create_loading_app
 from serve_app.api.http.pages import Pages
 from serve_app.config import ApiConfig
 from serve_app.core import LoadStage
-from serve_app.observability.metrics import MemoryMetrics
 
 HI = {"messages": [{"role": "user", "content": "Hi"}]}
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "PROPFIND", "FOO", "get"]

@@ -10,11 +10,11 @@ import httpx
 import pytest
 from asgi_driver import Exchange
 from fake_replica import FakeReplica, says, tokens
+from memory_metrics import MemoryMetrics
 from starlette.applications import Starlette
 
 from serve_app.api.http import body as body_module
 from serve_app.api.http.slow_bodies import MAX_SLOW, MAX_SLOW_PER_CLIENT, SlowBodies, TooManySlowBodies
-from serve_app.observability.metrics import MemoryMetrics
 
 HI = {"messages": [{"role": "user", "content": "Hi"}]}
 MakeApp = Callable[..., Starlette]

@@ -10,13 +10,13 @@ from asgi_driver import Exchange
 from fake_replica import ALIVE, FakeReplica, Script, says, tokens
 from hypothesis import given
 from hypothesis import strategies as st
+from memory_metrics import MemoryMetrics
 from simulated_time import simulated_time
 from starlette.applications import Starlette
 
 from serve_app.api.http.sse import HEARTBEAT, json_text, one_line
 from serve_app.core import FinishReason, TokenBatch
 from serve_app.generation.replica import ReplicaLost
-from serve_app.observability.metrics import MemoryMetrics
 
 HI = {"prompt": "Hi", "max_tokens": 200}
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}

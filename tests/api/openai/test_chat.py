@@ -8,12 +8,12 @@ import httpx
 import openai
 import pytest
 from fake_replica import ALIVE, FakeReplica, Script, card, says, tokens
+from memory_metrics import MemoryMetrics
 from starlette.applications import Starlette
 
 from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.core import Failure, FailureCode
 from serve_app.generation.replica import ReplicaLost
-from serve_app.observability.metrics import MemoryMetrics
 
 ANSWER = "The quick brown fox says 🙂 and naïve."
 HI: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
