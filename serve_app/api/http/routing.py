@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from serve_app.api.errors import ApiError, not_found
+from serve_app.api.errors import ApiError
 from serve_app.api.http.endpoint import RECORD
 from serve_app.api.http.middleware import RequestScope
 from serve_app.api.http.pages import Pages
@@ -49,7 +49,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     record: RequestRecord = request.scope[RECORD]
     if error.status_code == 404:
-        answer = not_found(request.url.path)
+        answer = ApiError(404, f"Nothing is served at {request.url.path[:100]}.", code="not_found")
     else:
         methods = sorted({*(error.headers or {}).get("Allow", "").split(", "), "OPTIONS"} - {""})
         allow = {"allow": ", ".join(methods)}
