@@ -19,8 +19,7 @@ from serve_app.api.errors import api_error
 from serve_app.api.fields import OpenAIFields
 from serve_app.api.http.endpoint import Call
 from serve_app.api.unknown_fields import UnknownFields
-from serve_app.api.usage import usage_document
-from serve_app.api.wire import ParsedRequest, WireFormat
+from serve_app.api.wire import ParsedRequest, WireFormat, usage_document
 from serve_app.chat.token_texts import TokenTexts
 from serve_app.core import Fingerprint, RequestError
 from serve_app.generation.completion import Usage
