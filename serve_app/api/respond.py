@@ -13,7 +13,6 @@ from contextlib import aclosing
 from starlette.responses import Response
 
 from serve_app.api.http.endpoint import Call, Handler
-from serve_app.api.http.inline import INLINE_ENTRIES
 from serve_app.api.http.sse import EventStream, StreamSettings, event_stream
 from serve_app.api.resume import Resume
 from serve_app.api.wire import ParsedRequest, Whole, WireFormat
@@ -22,6 +21,10 @@ from serve_app.generation.request import ResolvedRequest
 from serve_app.generation.service import CompletionService, RunningCompletion
 from serve_app.generation.text import Delta
 from serve_app.observability.logs import RequestRecord
+
+INLINE_ENTRIES = 2_000
+"""Entries of the largest answer that is written in the event loop: tokens, and the alternatives listed with them.
+Writing 2,000 takes about 10 ms."""
 
 _JSON = json.JSONEncoder(ensure_ascii=False)
 
