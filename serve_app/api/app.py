@@ -10,7 +10,7 @@ from starlette.routing import Route
 
 from serve_app.api.http.endpoint import Admission, Endpoint, Handler
 from serve_app.api.http.pages import Pages
-from serve_app.api.http.probes import Probes
+from serve_app.api.http.probes import probes
 from serve_app.api.http.routing import application, route
 from serve_app.api.http.sse import StreamSettings
 from serve_app.api.native import NativeFormat
@@ -42,7 +42,7 @@ def create_app(
     text = TextFormat(service, refuse_unknown_fields=refuse_unknown_fields)
     resume = Resume(service, streams, (native, chat, text), settings)
     respond = Responder(service, resume, settings)
-    models, probes = Models(service), Probes(service.state, service.sampling_defaults)
+    models = Models(service)
 
     def endpoint(path: str, handler: Handler, *methods: str) -> Route:
         return route(path, Endpoint(path, handler, admission, config), *methods)
@@ -54,6 +54,6 @@ def create_app(
         endpoint(ENDPOINT, resume.handle, "GET"),
         endpoint("/v1/models", models.handle_list, "GET", "HEAD"),
         endpoint("/v1/models/{model:path}", models.handle_one, "GET", "HEAD"),
-        *probes.routes(),
+        *probes(service.state, service.sampling_defaults),
     ]
     return application(routes, metrics, pages or Pages(config))
