@@ -163,17 +163,6 @@ class OpenAIFields(SamplingFields, OpenModel):
             stop_token_ids=tuple(self.stop_token_ids or ()),
         )
 
-    @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with a chunk that has the usage."""
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
-
-    @property
-    def continuous_usage(self) -> bool:
-        """Whether every chunk has the usage so far."""
-        options = self.stream_options
-        return options is not None and bool(options.include_usage and options.continuous_usage_stats)
-
 
 Model = TypeVar("Model", bound=RequestModel)
 

@@ -57,7 +57,7 @@ class ChatFormat(OpenAIFormat):
 
     async def parse(self, call: Call) -> ParsedRequest:
         """See `WireFormat`."""
-        unknown = self._unknown_fields(call)
+        unknown = UnknownFields(call.record, refused=self._refuse_unknown_fields)
         request = await call.run(partial(validate_open, ChatRequest, call.body or {}, unknown))
         params = _params(request)
         card = await self._service.ready_model(request.model)

@@ -17,7 +17,7 @@ from serve_app.api.fields import MaxTokens, OpenAIFields, validate_open
 from serve_app.api.http.endpoint import Call
 from serve_app.api.http.sse import json_text, one_line
 from serve_app.api.openai.chunks import OpenAIFormat, finite
-from serve_app.api.unknown_fields import unsupported
+from serve_app.api.unknown_fields import UnknownFields, unsupported
 from serve_app.api.wire import ParsedRequest
 from serve_app.core import ModelCard
 from serve_app.generation.request import MAX_CHOICES, Prompt
@@ -71,7 +71,7 @@ class TextFormat(OpenAIFormat):
 
     async def parse(self, call: Call) -> ParsedRequest:
         """See `WireFormat`."""
-        unknown = self._unknown_fields(call)
+        unknown = UnknownFields(call.record, refused=self._refuse_unknown_fields)
         request = await call.run(partial(validate_open, CompletionRequest, call.body or {}, unknown))
         params = request.params(max_tokens=request.max_tokens, logprobs=request.logprobs)
         if request.best_of not in (None, params.n):
