@@ -108,11 +108,8 @@ class SamplingFields(RequestModel):
 
     def sampling(self) -> dict[str, Any]:
         """As arguments of `CompletionParams`."""
-        named = {name: getattr(self, name) for name in _SAMPLING}
+        named = {name: getattr(self, name) for name in SamplingFields.model_fields}
         return {**named, "cache_salt": self.cache_salt or ""}
-
-
-_SAMPLING = tuple(name for name in SamplingFields.model_fields if name != "cache_salt")
 
 
 class OpenModel(RequestModel):
@@ -170,18 +167,13 @@ Model = TypeVar("Model", bound=RequestModel)
 def validate(model: type[Model], data: Mapping[str, Any], *, from_text: bool = False) -> Model:
     """`data` as a `model`. `from_text`: the values are strings of a query. Raises `ApiError`."""
     if model.model_config.get("extra") == "forbid":
-        _refuse_unknown(model, data)
+        for name in data:
+            if name not in model.model_fields:  # pydantic would describe each of 400,000 first
+                raise unknown_parameter(name)
     try:
         return model.model_validate(data, strict=False if from_text else None)
     except ValidationError as error:
         raise from_validation(error) from None
-
-
-def _refuse_unknown(model: type[BaseModel], data: Mapping[str, Any]) -> None:
-    """Raise `ApiError` for the first field that the model lacks: pydantic would describe each of 400,000 first."""
-    for name in data:
-        if name not in model.model_fields:
-            raise unknown_parameter(name)
 
 
 Open = TypeVar("Open", bound=OpenModel)
@@ -199,12 +191,8 @@ def _judge(part: OpenModel, prefix: str, unknown: UnknownFields) -> None:
     for name, value in (part.model_extra or {}).items():
         if not prefix:
             refuse_if_not_served(name, value)
-        if value is not None and (prefix or not _is_judged(name)):
+        if value is not None and (prefix or (name not in NO_EFFECT and name not in NOT_SERVED)):
             unknown.add(prefix + name)
     for name in type(part).model_fields:
         if isinstance(inner := getattr(part, name), OpenModel):
             _judge(inner, f"{prefix}{name}.", unknown)
-
-
-def _is_judged(name: str) -> bool:
-    return name in NO_EFFECT or name in NOT_SERVED
