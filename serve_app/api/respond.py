@@ -13,7 +13,7 @@ from contextlib import aclosing
 from starlette.responses import Response
 
 from serve_app.api.http.endpoint import Call, Handler
-from serve_app.api.http.sse import EventStream, StreamSettings, event_stream
+from serve_app.api.http.sse import EventStream, StreamSettings
 from serve_app.api.resume import Resume
 from serve_app.api.wire import ParsedRequest, Whole, WireFormat
 from serve_app.generation.events import EventWriter
@@ -62,7 +62,7 @@ class Responder:
             return Response(content, headers=headers, media_type="application/json")
         writer = wire.writer(request, parsed.settings)
         chunks = _events(running, writer, record)
-        return await event_stream(chunks, on_error=writer.failed, settings=self._settings, headers=headers)
+        return await EventStream(chunks, on_error=writer.failed, settings=self._settings, headers=headers).opened()
 
 
 async def _events(

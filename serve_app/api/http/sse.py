@@ -71,20 +71,19 @@ class EventStream:
 
     def __init__(
         self,
-        first: bytes,
         chunks: AsyncGenerator[bytes, None],
         *,
         on_error: Callable[[RequestError], bytes],
         settings: StreamSettings,
         headers: Mapping[str, str],
-        paced: bool,
+        paced: bool = False,
     ) -> None:
-        """`first` was taken from `chunks`; `on_error` renders an error that comes after the headers are out.
+        """`on_error` renders an error that comes after the headers are out.
 
         `paced`: a chunk is taken only when the client has read most of what went before; what is there from the start
         of a long stream must not count as unread at once.
         """
-        self._first = first
+        self._first = b""
         self._chunks = chunks
         self._on_error = on_error
         self._settings = settings
@@ -92,6 +91,11 @@ class EventStream:
         self._headers = [*_HEADERS, *((name.encode(), value.encode()) for name, value in headers.items())]
         self.error: ApiError | None = None
         """What ended the stream before its time, once it has."""
+
+    async def opened(self) -> EventStream:
+        """This, once its first chunk is there. Raises an error that comes before, so that it has a real HTTP status."""
+        self._first = await anext(self._chunks)
+        return self
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises `ClientGone` when the client takes nothing more. Whoever calls watches `receive` and cancels."""
@@ -125,19 +129,6 @@ class EventStream:
         except Exception:
             self.error = internal_error(request_id_var.get())
             logger.exception("request %s failed in the middle of its stream", request_id_var.get())
-
-
-async def event_stream(
-    chunks: AsyncGenerator[bytes, None],
-    *,
-    on_error: Callable[[RequestError], bytes],
-    settings: StreamSettings,
-    headers: Mapping[str, str],
-    paced: bool = False,
-) -> EventStream:
-    """A response whose first chunk is there, so that an error before it is a real HTTP status: it is raised here."""
-    first = await anext(chunks)
-    return EventStream(first, chunks, on_error=on_error, settings=settings, headers=headers, paced=paced)
 
 
 class _Writer:
