@@ -5,6 +5,8 @@ Promises OpenAI's error shape on every path and method. Knows no Ray: whoever ru
 
 from __future__ import annotations
 
+from functools import partial
+
 from starlette.applications import Starlette
 from starlette.routing import Route
 
@@ -41,16 +43,16 @@ def create_app(
     chat = ChatFormat(service, refuse_unknown_fields=refuse_unknown_fields)
     text = TextFormat(service, refuse_unknown_fields=refuse_unknown_fields)
     resume = Resume(service, streams, (native, chat, text), settings)
-    respond = Responder(service, resume, settings)
+    responder = Responder(service, resume, settings)
     models = Models(service)
 
     def endpoint(path: str, handler: Handler, *methods: str) -> Route:
         return route(path, Endpoint(path, handler, admission, config), *methods)
 
     routes = [
-        endpoint("/stream", respond.handler(native), "GET", "POST"),
-        endpoint("/v1/chat/completions", respond.handler(chat), "POST"),
-        endpoint("/v1/completions", respond.handler(text), "POST"),
+        endpoint("/stream", partial(responder.answer, native), "GET", "POST"),
+        endpoint("/v1/chat/completions", partial(responder.answer, chat), "POST"),
+        endpoint("/v1/completions", partial(responder.answer, text), "POST"),
         endpoint(ENDPOINT, resume.handle, "GET"),
         endpoint("/v1/models", models.handle_list, "GET", "HEAD"),
         endpoint("/v1/models/{model:path}", models.handle_one, "GET", "HEAD"),

@@ -12,10 +12,10 @@ from contextlib import aclosing
 
 from starlette.responses import Response
 
-from serve_app.api.http.endpoint import Call, Handler
+from serve_app.api.http.endpoint import Call
 from serve_app.api.http.sse import EventStream, StreamSettings
 from serve_app.api.resume import Resume
-from serve_app.api.wire import ParsedRequest, Whole, WireFormat
+from serve_app.api.wire import Whole, WireFormat
 from serve_app.generation.events import EventWriter
 from serve_app.generation.request import ResolvedRequest
 from serve_app.generation.service import CompletionService, RunningCompletion
@@ -37,18 +37,14 @@ class Responder:
         self._resume = resume
         self._settings = settings
 
-    def handler(self, wire: WireFormat) -> Handler:
-        """The handler of an endpoint that speaks this format."""
+    async def answer(self, wire: WireFormat, call: Call) -> Response | EventStream:
+        """The answer of an endpoint that speaks this format. Raises `RequestError`.
 
-        async def handle(call: Call) -> Response | EventStream:
-            if (rest := await self._resume.continued(call)) is not None:
-                return rest
-            return await self._answer(call, await wire.parse(call), wire)
-
-        return handle
-
-    async def _answer(self, call: Call, parsed: ParsedRequest, wire: WireFormat) -> Response | EventStream:
-        """Raises `RequestError`. The seed goes out in a header, since not every format has a place for it."""
+        The seed goes out in a header, since not every format has a place for it.
+        """
+        if (rest := await self._resume.continued(call)) is not None:
+            return rest
+        parsed = await wire.parse(call)
         request, record = parsed.resolved, call.record
         record.prompt_tokens = request.prompt_tokens
         if request.cut_to is not None:

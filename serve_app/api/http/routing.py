@@ -23,8 +23,6 @@ from serve_app.api.http.pages import Pages
 from serve_app.observability.logs import RequestRecord
 from serve_app.observability.metrics import MetricsSink
 
-Answer = Callable[[Request], Awaitable[Response]]
-
 
 def application(routes: Sequence[Route], metrics: MetricsSink, pages: Pages) -> Starlette:
     """The routes, within what every request gets."""
@@ -37,7 +35,7 @@ def application(routes: Sequence[Route], metrics: MetricsSink, pages: Pages) -> 
     return app
 
 
-def route(path: str, endpoint: Answer | ASGIApp, *methods: str) -> Route:
+def route(path: str, endpoint: Callable[[Request], Awaitable[Response]] | ASGIApp, *methods: str) -> Route:
     """One path; without methods it takes each. Given to `Route`, GET would bring HEAD, which generates for nobody."""
     made = Route(path, endpoint)
     made.methods = set(methods) or None
