@@ -111,7 +111,7 @@ class Resume:
         if not hmac.compare_digest(stream.document.caller, _caller(stream_id, call)):
             message = "This stream belongs to other credentials; send the Authorization header that opened it."
             raise ApiError(404, message, code="stream_not_found")
-        if stream.finished and mark.position >= len(stream.events):
+        if stream.finished and mark.position >= len(stream.feed.events):
             await stream.feed.check(mark, 0)
             call.record.outcome = "delivered"
             return Response(status_code=204, headers={STREAM_ID_HEADER: stream_id})
@@ -159,7 +159,7 @@ async def _chunks(
     record: RequestRecord, stream: ResumableStream, mark: Mark | None, max_lag_bytes: int
 ) -> AsyncGenerator[bytes, None]:
     """Events with their ids. Empty first, once it is certain that there will be some: headers go out then."""
-    transcript = stream.transcript
+    transcript = stream.feed.transcript
     with stream.attended():
         if mark is None:
             await stream.begin()
