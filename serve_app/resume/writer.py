@@ -26,9 +26,6 @@ from serve_app.resume.stream_id import loggable
 
 logger = logging.getLogger(__name__)
 
-TICK_S = 0.1
-"""Between two calls to the store. What an owner that dies has not written yet is generated again; and readers at
-another ingress are this far behind. A call costs about 1 ms of CPU over all processes (an actor's; 10 journals)."""
 RENEWALS_PER_LEASE = 4
 
 
@@ -53,7 +50,8 @@ class OwnedJournal:
         self._action = LeaseAction.HOLD
         self._renewed_at = float("-inf")
         self._wake = wake
-        self._settled = asyncio.Event()
+        self.settled = asyncio.Event()
+        """Nothing more will be written: all is, or the lease is lost."""
 
     @property
     def written_records(self) -> list[bytes]:
@@ -62,7 +60,7 @@ class OwnedJournal:
 
     def write(self, choice: int, reply: Reply) -> None:
         """Add what a choice says; it goes out with the next tick, if anything can."""
-        if not self.is_settled:
+        if not self.settled.is_set():
             self._unwritten.append((choice, reply))
             self._wake()
 
@@ -70,15 +68,6 @@ class OwnedJournal:
         """What becomes of the journal once all is written. Nothing may be written after this."""
         self._action = action
         self._wake()
-
-    @property
-    def is_settled(self) -> bool:
-        """Nothing more will be written: all is, or the lease is lost."""
-        return self._settled.is_set()
-
-    async def settled(self) -> None:
-        """Wait until the end is written, or can't be any more."""
-        await self._settled.wait()
 
     def due(self, now: float, renew_s: float) -> bool:
         """Whether it has something to write, or a lease to renew."""
@@ -100,14 +89,14 @@ class OwnedJournal:
         if result.lease is LeaseStatus.HELD:
             self._written = append.position + len(append.records)
             if append.action is not LeaseAction.HOLD:
-                self._settled.set()
+                self.settled.set()
         elif result.lease is LeaseStatus.GONE:
             self._written = 0  # it was created again: to be written from the start
             self._wake()
         else:
             name = loggable(self.stream_id)
             logger.warning("the journal of stream %s can't be written any more: %s", name, result.lease)
-            self._settled.set()
+            self.settled.set()
             if result.lease is LeaseStatus.FULL:
                 self._records.clear()  # they are nowhere else, so nobody can go on with them
                 self._written = 0
@@ -122,7 +111,7 @@ class OwnedJournal:
 class JournalWriter:
     """The one writer of a process, for the callers of one event loop. Its task runs while there is a journal."""
 
-    def __init__(self, store: JournalStore, lease_s: float, tick_s: float = TICK_S) -> None:
+    def __init__(self, store: JournalStore, lease_s: float, tick_s: float) -> None:
         self._store = store
         self._renew_s = lease_s / RENEWALS_PER_LEASE
         self._tick_s = tick_s
@@ -169,7 +158,7 @@ class JournalWriter:
         journal.end(action)
         try:
             async with asyncio.timeout(within_s):
-                await journal.settled()
+                await journal.settled.wait()
         except TimeoutError:
             logger.warning("the end of stream %s could not be written to its journal", loggable(journal.stream_id))
         finally:
@@ -198,7 +187,7 @@ class JournalWriter:
                 if result.lease is LeaseStatus.GONE:
                     result = await self._create_again(journal)
                 journal.take(append, result, loop.time())
-                if journal.is_settled:
+                if journal.settled.is_set():
                     self.forget(journal)
             self._reachable = True
         except StoreUnavailable as error:
