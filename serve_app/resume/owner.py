@@ -38,7 +38,7 @@ class Owner:
         *,
         began_at: float,
         accepted: bool,
-        on_accepted: Callable[[], None] = lambda: None,
+        on_accepted: Callable[[], None],
     ) -> None:
         """`began_at`: when the stream did, by the loop's clock. `accepted`: a replica had accepted it already."""
         self.journal = journal
