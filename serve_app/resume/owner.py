@@ -69,7 +69,7 @@ class Owner:
             message = f"Internal error. The server's log has the details of request {request_id}."
             failure = Failure(FailureCode.ENGINE_FAILED, message)
             if not self.accepted:
-                raise Refused(failure) from None
+                raise Refused.of(failure) from None
             self._fail(failure)
         finally:
             self._patience = self.journal.on_news = None
@@ -105,7 +105,7 @@ class Owner:
             async for choice, reply in replies:
                 if isinstance(reply, Failure):
                     if not self.accepted:
-                        raise Refused(reply)
+                        raise Refused.of(reply)
                     self._fail(reply)
                     return
                 self._accept()
