@@ -132,8 +132,7 @@ class Replay:
     """Events that are no longer kept, made again one after the other for one reader."""
 
     def __init__(self, events: Iterator[Event]) -> None:
-        self._events = events
-        self._position = 0
+        self._events = enumerate(events, 1)
 
     async def piece(self, start: int, size_bytes: int) -> list[Event]:
         """As `EventLog.piece`; `start` is what the piece before ended with. Lets others run meanwhile.
@@ -142,14 +141,13 @@ class Replay:
         """
         found: list[Event] = []
         found_bytes = 0
-        for event in self._events:
-            self._position += 1
-            if self._position > start:
+        for position, event in self._events:
+            if position > start:
                 found.append(event)
                 found_bytes += len(event.content)
             if found_bytes >= size_bytes:
                 break
-            if self._position % _REPLAYED_AT_ONCE == 0:
+            if position % _REPLAYED_AT_ONCE == 0:
                 await asyncio.sleep(0)
         if not found:
             raise LookupError(f"event {start} is not made again")
