@@ -32,8 +32,8 @@ def create_app(
     streams: ResumableStreams,
     config: ApiConfig,
     metrics: MetricsSink,
+    pages: Pages,
     stream_settings: StreamSettings | None = None,
-    pages: Pages | None = None,
 ) -> Starlette:
     """The ASGI application of one ingress replica: one process, one event loop."""
     settings = stream_settings or StreamSettings(config.heartbeat_s, config.slow_reader_bytes)
@@ -58,4 +58,4 @@ def create_app(
         endpoint("/v1/models/{model:path}", models.handle_one, "GET", "HEAD"),
         *probes(service.state, service.sampling_defaults),
     ]
-    return application(routes, metrics, pages or Pages(config))
+    return application(routes, metrics, pages)

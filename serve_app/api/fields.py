@@ -72,10 +72,7 @@ def _up_to_the_first_wrong(value: Any) -> Any:
     return value[: wrong + 1]
 
 
-Stops = Annotated[tuple[str, ...], BeforeValidator(_stops)]
-LogitBias = Annotated[tuple[tuple[int, float], ...], BeforeValidator(_logit_bias)]
 MaxTokens = Annotated[int, AfterValidator(_limit)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Messages = Annotated[list[dict[str, Any]], BeforeValidator(_up_to_the_first_wrong)]
 
 
@@ -102,7 +99,7 @@ class SamplingFields(RequestModel):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     """-1 is none. Any other negative seed is the same as the unsigned one with its 64 bits."""
-    stop: Stops = ()
+    stop: Annotated[tuple[str, ...], BeforeValidator(_stops)] = ()
     cache_salt: str | None = Field(None, min_length=1, max_length=MAX_CACHE_SALT_CHARS)
     """As in `GenerationRequest`: an extension, as in vLLM."""
 
@@ -135,12 +132,12 @@ class OpenAIFields(SamplingFields, OpenModel):
     repeat_penalty: float | None = Field(None, ge=0.01, le=100)
     """llama.cpp's and Ollama's name of `repetition_penalty`."""
     n: int | None = Field(None, ge=1, le=MAX_CHOICES_PER_PROMPT)
-    logit_bias: LogitBias = ()
+    logit_bias: Annotated[tuple[tuple[int, float], ...], BeforeValidator(_logit_bias)] = ()
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     min_tokens: int | None = Field(None, ge=0)
     ignore_eos: bool | None = None
-    stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS)
+    stop_token_ids: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS)
 
     def params(self, *, max_tokens: int | None, logprobs: int | None) -> CompletionParams:
         """What was asked for; the arguments are what the two schemas write differently. Raises `ApiError`."""

@@ -80,9 +80,9 @@ class OpenAIFormat(WireFormat):
     def entry(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
         """The entry of choice `index` in a whole answer, from all that it gained."""
 
-    @abstractmethod
     def opening(self, index: int) -> str:
-        """The JSON of choice `index`'s entry before its first token, or ""."""
+        """The JSON of choice `index`'s entry before its first token; "": there is none."""
+        return ""
 
     @abstractmethod
     def pieces(self, delta: Delta) -> Iterable[str]:

@@ -23,8 +23,6 @@ from serve_app.core import ModelCard
 from serve_app.generation.request import MAX_CHOICES, Prompt
 from serve_app.generation.text import Delta
 
-PromptItem = str | tuple[int, ...]
-
 
 def _prompts(value: Any) -> Any:
     """A string, token ids, or a list of either -> a tuple of strings and tuples of ids."""
@@ -49,7 +47,7 @@ def _are_ids(value: Any) -> bool:
 class CompletionRequest(OpenAIFields):
     """The body."""
 
-    prompt: Annotated[tuple[PromptItem, ...], BeforeValidator(_prompts)]
+    prompt: Annotated[tuple[str | tuple[int, ...], ...], BeforeValidator(_prompts)]
     max_tokens: MaxTokens | None = None
     """Left out: all that is left of the context (OpenAI's own default of 16 surprises everybody)."""
     logprobs: Annotated[int | None, BeforeValidator(_logprobs)] = Field(None, ge=0, le=5)
@@ -99,10 +97,6 @@ class TextFormat(OpenAIFormat):
         text = "".join(text for delta in deltas for text in delta.texts)
         logprobs = self._logprobs(deltas)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": deltas[-1].finish_reason}
-
-    def opening(self, index: int) -> str:
-        """See `OpenAIFormat`: nothing."""
-        return ""
 
     def pieces(self, delta: Delta) -> Iterable[str]:
         """See `OpenAIFormat`."""
