@@ -5,7 +5,6 @@ Knows no replica: the service does the work.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from typing import Any, cast
@@ -15,7 +14,7 @@ from pydantic import Field
 from serve_app.api.errors import bad_request
 from serve_app.api.fields import MaxTokens, Messages, OpenAIFields, validate_open
 from serve_app.api.http.endpoint import Call
-from serve_app.api.http.sse import json_text, one_line
+from serve_app.api.http.sse import json_text
 from serve_app.api.openai.chunks import OpenAIFormat, finite
 from serve_app.api.unknown_fields import UnknownFields
 from serve_app.api.wire import ParsedRequest
@@ -41,11 +40,6 @@ class ChatRequest(OpenAIFields):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
 
-    @property
-    def max_tokens_param(self) -> str:
-        """The name by which the caller knows its limit."""
-        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
-
 
 class ChatFormat(OpenAIFormat):
     """The chat endpoint's."""
@@ -68,17 +62,12 @@ class ChatFormat(OpenAIFormat):
         resolved = self._service.resolve(
             card, [prompt], params, request_id=call.record.request_id, remaining_s=call.remaining_s()
         )
-        return self._parsed(resolved, request, request.max_tokens_param)
+        limit = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
+        return self._parsed(resolved, request, limit)
 
-    def entry(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
+    def content(self, text: str) -> dict[str, Any]:
         """See `OpenAIFormat`."""
-        text = "".join(text for delta in deltas for text in delta.texts)
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": text, "refusal": None, "annotations": []},
-            "logprobs": self._logprobs(deltas),
-            "finish_reason": deltas[-1].finish_reason,
-        }
+        return {"message": {"role": "assistant", "content": text, "refusal": None, "annotations": []}}
 
     def opening(self, index: int) -> str:
         """See `OpenAIFormat`."""
@@ -89,18 +78,14 @@ class ChatFormat(OpenAIFormat):
         """See `OpenAIFormat`."""
         start = f'{{"index": {delta.choice}, "delta": '
         text = "".join(delta.texts)
-        if delta.logprobs:
-            logprobs = one_line(json.dumps(self._logprobs([delta]), ensure_ascii=False))
+        if text or delta.logprobs:
+            logprobs = self._logprobs_json(delta) if delta.logprobs else "null"
             yield f'{start}{{"content": {json_text(text)}}}, "logprobs": {logprobs}, "finish_reason": null}}'
-        elif text:
-            yield f'{start}{{"content": {json_text(text)}}}, "logprobs": null, "finish_reason": null}}'
         if delta.finish_reason is not None:
             yield f'{start}{{}}, "logprobs": null, "finish_reason": "{delta.finish_reason}"}}'
 
-    def _logprobs(self, deltas: Sequence[Delta]) -> dict[str, Any] | None:
-        """OpenAI's ChoiceLogprobs, or None when none were asked for."""
-        if all(delta.logprobs is None for delta in deltas):
-            return None
+    def logprobs(self, deltas: Sequence[Delta]) -> dict[str, Any]:
+        """See `OpenAIFormat`: OpenAI's ChoiceLogprobs."""
         content = [
             {
                 **self._token(told.token_id, told.logprobs.logprob),

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 from serve_app.api.errors import api_error
 from serve_app.api.fields import OpenAIFields, StreamOptions
+from serve_app.api.http.sse import one_line
 from serve_app.api.wire import ParsedRequest, WireFormat, usage_document
 from serve_app.chat.token_texts import TokenTexts
 from serve_app.core import RequestError
@@ -72,13 +73,30 @@ class OpenAIFormat(WireFormat):
     def _whole(self, envelope: Mapping[str, object], gained: Sequence[Sequence[Delta]], usage: Usage) -> dict[str, Any]:
         return {
             **envelope,
-            "choices": [self.entry(index, of_choice) for index, of_choice in enumerate(gained)],
+            "choices": [self._entry(index, of_choice) for index, of_choice in enumerate(gained)],
             "usage": usage_document(usage),
         }
 
-    @abstractmethod
-    def entry(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
+    def _entry(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
         """The entry of choice `index` in a whole answer, from all that it gained."""
+        return {
+            "index": index,
+            **self.content("".join(text for delta in deltas for text in delta.texts)),
+            "logprobs": None if all(delta.logprobs is None for delta in deltas) else self.logprobs(deltas),
+            "finish_reason": deltas[-1].finish_reason,
+        }
+
+    def _logprobs_json(self, delta: Delta) -> str:
+        """The `logprobs` of a chunk."""
+        return one_line(json.dumps(self.logprobs([delta]), ensure_ascii=False))
+
+    @abstractmethod
+    def content(self, text: str) -> dict[str, Any]:
+        """The field of an entry in a whole answer that has the text."""
+
+    @abstractmethod
+    def logprobs(self, deltas: Sequence[Delta]) -> dict[str, Any]:
+        """The `logprobs` of an entry, where they were asked for."""
 
     def opening(self, index: int) -> str:
         """The JSON of choice `index`'s entry before its first token; "": there is none."""
@@ -125,14 +143,12 @@ class ChunkWriter(EventWriter):
         return b"data: " + api_error(error).body() + b"\n\n"
 
     def _chunks(self, pieces: Iterable[str]) -> list[bytes]:
-        end = self._usage_so_far() if self._continuous_usage else self._end
+        end = self._end
+        if self._continuous_usage:  # without the cache hits, which count when the prompt is done
+            prompt, all_ = self._prompt_tokens, self._prompt_tokens + self._completion_tokens
+            counts = f'"prompt_tokens": {prompt}, "completion_tokens": {all_ - prompt}, "total_tokens": {all_}'
+            end = f'], "usage": {{{counts}}}}}\n\n'
         return [f"{self._head}{piece}{end}".encode() for piece in pieces if piece]
-
-    def _usage_so_far(self) -> str:
-        """Without the cache hits, which count when the prompt is done."""
-        prompt, completion = self._prompt_tokens, self._completion_tokens
-        counts = f'"prompt_tokens": {prompt}, "completion_tokens": {completion}, "total_tokens": {prompt + completion}'
-        return f'], "usage": {{{counts}}}}}\n\n'
 
 
 def finite(logprob: float) -> float:
