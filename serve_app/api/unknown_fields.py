@@ -219,15 +219,11 @@ def refuse_if_not_served(name: str, value: Any) -> None:
     if neutral is None or value is None:
         return
     off = neutral if name in _ON_BY_DEFAULT else (*neutral, *_EMPTY)
-    if not any(_same(value, harmless) for harmless in off):
+    # Of equal ones a boolean is no number: True == 1 in Python.
+    if not any(value == harmless and isinstance(value, bool) == isinstance(harmless, bool) for harmless in off):
         raise unsupported(name)
 
 
 def unsupported(name: str, hint: str = "It is not supported by this server.") -> ApiError:
     """400 for a field that would change the answer and can't be served."""
     return bad_request(f"The parameter '{name}' can't be used: {hint}", param=name, code="unsupported_parameter")
-
-
-def _same(value: Any, harmless: Any) -> bool:
-    """Equal, and neither a boolean for a number nor the reverse (True == 1 in Python)."""
-    return bool(value == harmless) and isinstance(value, bool) == isinstance(harmless, bool)

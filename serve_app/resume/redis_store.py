@@ -253,15 +253,12 @@ class RedisJournalStore:
     async def _client(self) -> Redis | RedisCluster:
         """A cluster's nodes answer only for their own keys, and name the others: that takes another client."""
         if self._redis is None:
-            is_cluster = await _is_cluster(self._single)
+            try:
+                info = await self._single.info("cluster")
+                # Servers that speak Redis's protocol and know no cluster may not say.
+                is_cluster = bool(info.get("cluster_enabled"))
+            except NoPermissionError:  # a user that may not ask; a cluster's would need it
+                is_cluster = False
             if self._redis is None:  # nobody has found it out meanwhile
                 self._redis = RedisCluster.from_url(self._url, **self._options) if is_cluster else self._single
         return self._redis
-
-
-async def _is_cluster(redis: Redis) -> bool:
-    try:
-        info = await redis.info("cluster")
-    except NoPermissionError:  # a user that may not ask; a cluster's would need it
-        return False
-    return bool(info.get("cluster_enabled"))  # servers that speak Redis's protocol and know no cluster may not say

@@ -47,7 +47,8 @@ class OwnedJournal:
         self._records = list(records)
         self._written = len(self._records)
         self._unwritten: list[tuple[int, Reply]] = []
-        self._action = LeaseAction.HOLD
+        self.action = LeaseAction.HOLD
+        """What becomes of the lease once all is written. Nothing may be written after any other than HOLD."""
         self._renewed_at = float("-inf")
         self._wake = wake
         self.settled = asyncio.Event()
@@ -64,21 +65,16 @@ class OwnedJournal:
             self._unwritten.append((choice, reply))
             self._wake()
 
-    def end(self, action: LeaseAction) -> None:
-        """What becomes of the journal once all is written. Nothing may be written after this."""
-        self._action = action
-        self._wake()
-
     def due(self, now: float, renew_s: float) -> bool:
         """Whether it has something to write, or a lease to renew."""
-        return bool(self._unwritten) or self._action is not LeaseAction.HOLD or now - self._renewed_at >= renew_s
+        return bool(self._unwritten) or self.action is not LeaseAction.HOLD or now - self._renewed_at >= renew_s
 
     def append(self) -> Append:
         """What to write now."""
         if self._unwritten:
             self._records.append(encode_replies(self._unwritten))
             self._unwritten.clear()
-        return Append(self.stream_id, self.owner, self._written, tuple(self._records[self._written :]), self._action)
+        return Append(self.stream_id, self.owner, self._written, tuple(self._records[self._written :]), self.action)
 
     def take(self, append: Append, result: AppendResult, now: float) -> None:
         """The store's answer to `append`."""
@@ -155,7 +151,8 @@ class JournalWriter:
 
     async def end(self, journal: OwnedJournal, action: LeaseAction, within_s: float) -> None:
         """Write what is left to be written, and leave the journal to others after at most so long."""
-        journal.end(action)
+        journal.action = action
+        self._due.set()
         try:
             async with asyncio.timeout(within_s):
                 await journal.settled.wait()
