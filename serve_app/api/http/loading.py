@@ -27,4 +27,4 @@ def create_loading_app(
         stage = await state()
         raise not_ready(stage if isinstance(stage, LoadStage) else LoadStage("loading the tokenizer"))
 
-    return application([*probes(state), route("/{path:path}", refuse)], metrics, pages)
+    return application([*probes(state, {}), route("/{path:path}", refuse)], metrics, pages)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Awaitable, Callable
 
 import msgspec
 from starlette.requests import Request
@@ -16,10 +15,7 @@ from serve_app.core import LoadStage, ModelCard
 _READY_RETRY_AFTER_S = "2"
 
 
-def probes(
-    state: Callable[[], Awaitable[ModelCard | LoadStage]],
-    generation: Mapping[str, float] = MappingProxyType({}),
-) -> list[Route]:
+def probes(state: Callable[[], Awaitable[ModelCard | LoadStage]], generation: dict[str, float]) -> list[Route]:
     """The routes of both. `generation`: the sampling parameters of requests that don't give them."""
 
     async def health(request: Request) -> Response:
@@ -30,7 +26,7 @@ def probes(
         """200 with the model's card and sampling defaults when it can serve; 503 with the stage and how far before."""
         now = await state()
         if isinstance(now, ModelCard):
-            return _json({"status": "ready", "model": msgspec.to_builtins(now), "generation": dict(generation)}, 200)
+            return _json({"status": "ready", "model": msgspec.to_builtins(now), "generation": generation}, 200)
         document = {"status": "failed" if now.error else "loading", **msgspec.to_builtins(now)}
         return _json(document, 503, {"retry-after": _READY_RETRY_AFTER_S})
 
