@@ -23,7 +23,7 @@ from serve_app.resume.records import StreamDocument, write_document
 from serve_app.resume.refusals import JournalsFull, Refused, StreamGone
 from serve_app.resume.stream_id import loggable
 from serve_app.resume.transcript import Transcript
-from serve_app.resume.writer import OwnedJournal
+from serve_app.resume.writer import OwnedJournal, new_owner
 
 
 class ResumableStream:
@@ -76,7 +76,7 @@ class ResumableStream:
         Raises `Refused`, `JournalsFull` and `StoreUnavailable`, and leaves nothing behind then.
         """
         writer = self._context.writer
-        journal = writer.own(self.id, writer.new_owner(), write_document(self.document))
+        journal = writer.own(self.id, new_owner(), write_document(self.document))
         # Beside the first step of the model, which takes longer.
         self._creation = asyncio.create_task(writer.create(journal), name="journal creation")
         self._start(journal)
@@ -128,9 +128,7 @@ class ResumableStream:
         try:
             while not self.finished:
                 journal = journal or await self._follower.run(self._attendance)
-                if journal is None:
-                    break
-                if not await self._own(journal):
+                if journal is None or not await self._own(journal):
                     break
                 journal = journal if journal.lease is not LeaseStatus.LOST else None
         except Refused as refused:

@@ -7,7 +7,6 @@ journals back. Knows no ids and no text.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import secrets
 from collections.abc import Callable, Sequence
@@ -27,6 +26,11 @@ from serve_app.resume.stream_id import loggable
 logger = logging.getLogger(__name__)
 
 RENEWALS_PER_LEASE = 4
+
+
+def new_owner() -> str:
+    """A name that no other lease of any journal has."""
+    return secrets.token_hex(16)
 
 
 class OwnedJournal:
@@ -111,17 +115,11 @@ class JournalWriter:
         self._store = store
         self._renew_s = lease_s / RENEWALS_PER_LEASE
         self._tick_s = tick_s
-        self._process = secrets.token_hex(8)
-        self._counter = itertools.count()
         self._owned: dict[str, OwnedJournal] = {}
         """By owner."""
         self._due = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._reachable = True
-
-    def new_owner(self) -> str:
-        """A name that no other lease of any journal has."""
-        return f"{self._process}-{next(self._counter)}"
 
     def own(self, stream_id: str, owner: str, document: bytes, records: Sequence[bytes] = ()) -> OwnedJournal:
         """The journal that `owner` is about to create, or has just acquired with these `records`."""
