@@ -1,6 +1,6 @@
 """The journals of resumable streams in Redis, for services whose streams outlive a Ray cluster.
 
-Promises the rules of `memory_journals`, each call one atomic script, by Redis's clock. What goes wrong reaches callers
+Promises the rules of `memory_store`, each call one atomic script, by Redis's clock. What goes wrong reaches callers
 as `StoreUnavailable`, without the stream's id.
 
 On a Redis Cluster all keys are on one node: they have one hash tag, since the limits count all journals, and whoever
