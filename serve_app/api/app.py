@@ -5,12 +5,14 @@ Promises OpenAI's error shape on every path and method. Knows no Ray: whoever ru
 
 from __future__ import annotations
 
+from functools import partial
+
 from starlette.applications import Starlette
 from starlette.routing import Route
 
 from serve_app.api.http.endpoint import Admission, Endpoint, Handler
 from serve_app.api.http.pages import Pages
-from serve_app.api.http.probes import Probes
+from serve_app.api.http.probes import probes
 from serve_app.api.http.routing import application, route
 from serve_app.api.http.sse import StreamSettings
 from serve_app.api.native import NativeFormat
@@ -30,8 +32,8 @@ def create_app(
     streams: ResumableStreams,
     config: ApiConfig,
     metrics: MetricsSink,
+    pages: Pages,
     stream_settings: StreamSettings | None = None,
-    pages: Pages | None = None,
 ) -> Starlette:
     """The ASGI application of one ingress replica: one process, one event loop."""
     settings = stream_settings or StreamSettings(config.heartbeat_s, config.slow_reader_bytes)
@@ -41,19 +43,19 @@ def create_app(
     chat = ChatFormat(service, refuse_unknown_fields=refuse_unknown_fields)
     text = TextFormat(service, refuse_unknown_fields=refuse_unknown_fields)
     resume = Resume(service, streams, (native, chat, text), settings)
-    respond = Responder(service, resume, settings)
-    models, probes = Models(service), Probes(service.state, service.sampling_defaults)
+    responder = Responder(service, resume, settings)
+    models = Models(service)
 
     def endpoint(path: str, handler: Handler, *methods: str) -> Route:
         return route(path, Endpoint(path, handler, admission, config), *methods)
 
     routes = [
-        endpoint("/stream", respond.handler(native), "GET", "POST"),
-        endpoint("/v1/chat/completions", respond.handler(chat), "POST"),
-        endpoint("/v1/completions", respond.handler(text), "POST"),
+        endpoint("/stream", partial(responder.answer, native), "GET", "POST"),
+        endpoint("/v1/chat/completions", partial(responder.answer, chat), "POST"),
+        endpoint("/v1/completions", partial(responder.answer, text), "POST"),
         endpoint(ENDPOINT, resume.handle, "GET"),
         endpoint("/v1/models", models.handle_list, "GET", "HEAD"),
         endpoint("/v1/models/{model:path}", models.handle_one, "GET", "HEAD"),
-        *probes.routes(),
+        *probes(service.state, service.sampling_defaults),
     ]
-    return application(routes, metrics, pages or Pages(config))
+    return application(routes, metrics, pages)

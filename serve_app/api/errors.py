@@ -11,10 +11,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 from starlette.responses import Response
 
 from serve_app.core import FailureCode, RequestError
@@ -108,11 +106,6 @@ def api_error(error: RequestError) -> ApiError:
     return ApiError(status, error.message, type=kind, param=error.param, code=error.code, retry_after_s=retry_after_s)
 
 
-def not_found(path: str) -> ApiError:
-    """404 for a path that is not served."""
-    return ApiError(404, f"Nothing is served at {path[:_LONGEST_FIELD_NAME]}.", code="not_found")
-
-
 def internal_error(request_id: str) -> ApiError:
     """500; what happened stands in the log under the request's id."""
     message = f"Internal error. The server's log has the details of request {request_id}."
@@ -122,21 +115,15 @@ def internal_error(request_id: str) -> ApiError:
 def from_validation(error: ValidationError) -> ApiError:
     """What a client is told of a body that does not fit its schema: its first error, with the field's name."""
     details = error.errors(include_url=False, include_input=False)[0]
-    param = _field_name(details["loc"])
-    match details["type"]:
-        case "missing":
-            return bad_request(
-                f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter"
-            )
-        case "unsupported_parameter":
-            message = f"The parameter '{param}' can't be used: {_sentence(details)}"
-            return bad_request(message, param=param, code="unsupported_parameter")
-        case kind if kind.endswith(("_type", "_parsing")):
-            message = f"Invalid type for '{param}': {_sentence(details)}"
-            return bad_request(message, param=param, code="invalid_type")
-        case _:
-            message = f"Invalid value for '{param}': {_sentence(details)}" if param else _sentence(details)
-            return bad_request(message, param=param or None, code="invalid_value")
+    kind, param = details["type"], _field_name(details["loc"])
+    what = details["msg"] if details["msg"].endswith(".") else f"{details['msg']}."
+    if kind == "missing":
+        message, code = f"Missing required parameter: '{param}'.", "missing_required_parameter"
+    elif kind.endswith(("_type", "_parsing")):
+        message, code = f"Invalid type for '{param}': {what}", "invalid_type"
+    else:
+        message, code = f"Invalid value for '{param}': {what}", "invalid_value"
+    return bad_request(message, param=param, code=code)
 
 
 def _field_name(location: tuple[int | str, ...]) -> str:
@@ -144,9 +131,3 @@ def _field_name(location: tuple[int | str, ...]) -> str:
     for part in location:
         name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else part
     return name if len(name) <= _LONGEST_FIELD_NAME else name[:_LONGEST_FIELD_NAME] + "..."
-
-
-def _sentence(details: ErrorDetails) -> str:
-    context: dict[str, Any] = details.get("ctx", {})
-    message = str(context["error"]) if "error" in context else details["msg"]
-    return message if message.endswith(".") else f"{message}."

@@ -72,10 +72,7 @@ def _up_to_the_first_wrong(value: Any) -> Any:
     return value[: wrong + 1]
 
 
-Stops = Annotated[tuple[str, ...], BeforeValidator(_stops)]
-LogitBias = Annotated[tuple[tuple[int, float], ...], BeforeValidator(_logit_bias)]
 MaxTokens = Annotated[int, AfterValidator(_limit)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Messages = Annotated[list[dict[str, Any]], BeforeValidator(_up_to_the_first_wrong)]
 
 
@@ -102,17 +99,14 @@ class SamplingFields(RequestModel):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     """-1 is none. Any other negative seed is the same as the unsigned one with its 64 bits."""
-    stop: Stops = ()
+    stop: Annotated[tuple[str, ...], BeforeValidator(_stops)] = ()
     cache_salt: str | None = Field(None, min_length=1, max_length=MAX_CACHE_SALT_CHARS)
     """As in `GenerationRequest`: an extension, as in vLLM."""
 
     def sampling(self) -> dict[str, Any]:
         """As arguments of `CompletionParams`."""
-        named = {name: getattr(self, name) for name in _SAMPLING}
+        named = {name: getattr(self, name) for name in SamplingFields.model_fields}
         return {**named, "cache_salt": self.cache_salt or ""}
-
-
-_SAMPLING = tuple(name for name in SamplingFields.model_fields if name != "cache_salt")
 
 
 class OpenModel(RequestModel):
@@ -138,12 +132,12 @@ class OpenAIFields(SamplingFields, OpenModel):
     repeat_penalty: float | None = Field(None, ge=0.01, le=100)
     """llama.cpp's and Ollama's name of `repetition_penalty`."""
     n: int | None = Field(None, ge=1, le=MAX_CHOICES_PER_PROMPT)
-    logit_bias: LogitBias = ()
+    logit_bias: Annotated[tuple[tuple[int, float], ...], BeforeValidator(_logit_bias)] = ()
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     min_tokens: int | None = Field(None, ge=0)
     ignore_eos: bool | None = None
-    stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS)
+    stop_token_ids: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS)
 
     def params(self, *, max_tokens: int | None, logprobs: int | None) -> CompletionParams:
         """What was asked for; the arguments are what the two schemas write differently. Raises `ApiError`."""
@@ -163,17 +157,6 @@ class OpenAIFields(SamplingFields, OpenModel):
             stop_token_ids=tuple(self.stop_token_ids or ()),
         )
 
-    @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with a chunk that has the usage."""
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
-
-    @property
-    def continuous_usage(self) -> bool:
-        """Whether every chunk has the usage so far."""
-        options = self.stream_options
-        return options is not None and bool(options.include_usage and options.continuous_usage_stats)
-
 
 Model = TypeVar("Model", bound=RequestModel)
 
@@ -181,18 +164,13 @@ Model = TypeVar("Model", bound=RequestModel)
 def validate(model: type[Model], data: Mapping[str, Any], *, from_text: bool = False) -> Model:
     """`data` as a `model`. `from_text`: the values are strings of a query. Raises `ApiError`."""
     if model.model_config.get("extra") == "forbid":
-        _refuse_unknown(model, data)
+        for name in data:
+            if name not in model.model_fields:  # pydantic would describe each of 400,000 first
+                raise unknown_parameter(name)
     try:
         return model.model_validate(data, strict=False if from_text else None)
     except ValidationError as error:
         raise from_validation(error) from None
-
-
-def _refuse_unknown(model: type[BaseModel], data: Mapping[str, Any]) -> None:
-    """Raise `ApiError` for the first field that the model lacks: pydantic would describe each of 400,000 first."""
-    for name in data:
-        if name not in model.model_fields:
-            raise unknown_parameter(name)
 
 
 Open = TypeVar("Open", bound=OpenModel)
@@ -210,12 +188,8 @@ def _judge(part: OpenModel, prefix: str, unknown: UnknownFields) -> None:
     for name, value in (part.model_extra or {}).items():
         if not prefix:
             refuse_if_not_served(name, value)
-        if value is not None and (prefix or not _is_judged(name)):
+        if value is not None and (prefix or (name not in NO_EFFECT and name not in NOT_SERVED)):
             unknown.add(prefix + name)
     for name in type(part).model_fields:
         if isinstance(inner := getattr(part, name), OpenModel):
             _judge(inner, f"{prefix}{name}.", unknown)
-
-
-def _is_judged(name: str) -> bool:
-    return name in NO_EFFECT or name in NOT_SERVED

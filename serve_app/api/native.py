@@ -17,8 +17,7 @@ from serve_app.api.fields import NO_LIMIT, MaxTokens, Messages, SamplingFields, 
 from serve_app.api.http.endpoint import Call
 from serve_app.api.http.sse import json_text
 from serve_app.api.resume import RESUME_QUERY
-from serve_app.api.usage import usage_document
-from serve_app.api.wire import ParsedRequest, WireFormat
+from serve_app.api.wire import ParsedRequest, WireFormat, usage_document
 from serve_app.core import FinishReason, RequestError
 from serve_app.generation.completion import Usage
 from serve_app.generation.events import EventWriter

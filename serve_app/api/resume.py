@@ -17,9 +17,10 @@ from starlette.responses import Response
 
 from serve_app.api.errors import SERVER_ERROR, ApiError, bad_request
 from serve_app.api.http.endpoint import Call
-from serve_app.api.http.sse import EventStream, StreamSettings, event_stream
+from serve_app.api.http.sse import EventStream, StreamSettings
 from serve_app.api.wire import ParsedRequest, WireFormat
 from serve_app.core import FailureCode, Fingerprint, ModelCard, not_ready
+from serve_app.generation.events import EventWriter
 from serve_app.generation.service import CompletionService
 from serve_app.observability.logs import RequestRecord
 from serve_app.resume.event_log import Mark
@@ -100,7 +101,7 @@ class Resume:
         self._fingerprint = request.fingerprint
         stream_id = self._streams.new_id()
         document = StreamDocument(request, _caller(stream_id, call), wire.name, parsed.settings)
-        stream = self._streams.new(stream_id, document, self._transcript(document, wire))
+        stream = self._streams.new(stream_id, document, self._transcript(document))
         return await self._answer(call.record, stream, None)
 
     async def _rest(self, call: Call, stream_id: str, mark: Mark) -> Response | EventStream:
@@ -110,7 +111,7 @@ class Resume:
         if not hmac.compare_digest(stream.document.caller, _caller(stream_id, call)):
             message = "This stream belongs to other credentials; send the Authorization header that opened it."
             raise ApiError(404, message, code="stream_not_found")
-        if stream.finished and mark.position >= len(stream.events):
+        if stream.finished and mark.position >= len(stream.feed.events):
             await stream.feed.check(mark, 0)
             call.record.outcome = "delivered"
             return Response(status_code=204, headers={STREAM_ID_HEADER: stream_id})
@@ -119,14 +120,13 @@ class Resume:
     async def _answer(self, record: RequestRecord, stream: ResumableStream, mark: Mark | None) -> EventStream:
         """The events from the reader's mark on; None: of a stream that is to begin."""
         document = stream.document
-        writer = self._wire_format(document).writer(document.request, document.settings)
-        return await event_stream(
+        return await EventStream(
             _chunks(record, stream, mark, self._settings.slow_reader_bytes),
-            on_error=writer.failed,
+            on_error=self._writer(document).failed,
             settings=self._settings,
             headers={STREAM_ID_HEADER: stream.id, "x-seed": str(document.request.seed)},
             paced=True,
-        )
+        ).opened()
 
     async def _model(self) -> Fingerprint:
         """The weights that are served. Raises `ApiError` 503 when no replica was ever up while this process was."""
@@ -142,25 +142,24 @@ class Resume:
         if document.request.fingerprint != fingerprint:
             message = "The model was replaced after this stream began, and it can't be continued. Send it again."
             raise ApiError(410, message, type=SERVER_ERROR, code=str(FailureCode.WRONG_WEIGHTS))
-        return self._transcript(document, self._wire_format(document))
+        return self._transcript(document)
 
-    def _transcript(self, document: StreamDocument, wire: WireFormat) -> Transcript:
-        new_writer = partial(wire.writer, document.request, document.settings)
-        return Transcript(document.request, self._service.tokenizer, new_writer)
+    def _transcript(self, document: StreamDocument) -> Transcript:
+        return Transcript(document.request, self._service.tokenizer, partial(self._writer, document))
 
-    def _wire_format(self, document: StreamDocument) -> WireFormat:
+    def _writer(self, document: StreamDocument) -> EventWriter:
         """Raises `StreamGone` for a format of another version of this program."""
         wire = self._formats.get(document.wire_format)
         if wire is None:
             raise StreamGone
-        return wire
+        return wire.writer(document.request, document.settings)
 
 
 async def _chunks(
     record: RequestRecord, stream: ResumableStream, mark: Mark | None, max_lag_bytes: int
 ) -> AsyncGenerator[bytes, None]:
     """Events with their ids. Empty first, once it is certain that there will be some: headers go out then."""
-    transcript = stream.transcript
+    transcript = stream.feed.transcript
     with stream.attended():
         if mark is None:
             await stream.begin()

@@ -33,6 +33,16 @@ class ParsedRequest:
     """What the caller called its limit of tokens."""
 
 
+def usage_document(usage: Usage) -> dict[str, object]:
+    """OpenAI's usage object, which the native format uses too, as JSON."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+
+
 class WireFormat(ABC):
     """One endpoint's."""
 

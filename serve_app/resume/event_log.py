@@ -40,18 +40,15 @@ class EventMemory:
         """`max_log_bytes`: of one stream."""
         self.max_log_bytes = max_log_bytes
         self._max_bytes = max_bytes
-        self._logs: WeakSet[EventLog] = WeakSet()
+        self.logs: WeakSet[EventLog] = WeakSet()
+        """Those that are counted: each as long as anybody holds it."""
         self._room_bytes = max_bytes
         """That may be added before all are measured again."""
 
     @property
     def kept_bytes(self) -> int:
         """Of all streams that somebody generates, follows or reads here."""
-        return sum(log.kept_bytes for log in self._logs)
-
-    def join(self, log: EventLog) -> None:
-        """Count this one too, as long as anybody holds it."""
-        self._logs.add(log)
+        return sum(log.kept_bytes for log in self.logs)
 
     def grew(self, size_bytes: int) -> None:
         """A log has become larger by so much."""
@@ -62,7 +59,7 @@ class EventMemory:
     def _make_room(self) -> None:
         kept_bytes, wanted_bytes = self.kept_bytes, int(self._max_bytes * (1 - _ROOM))
         while kept_bytes > wanted_bytes:
-            largest = max(self._logs, key=lambda log: log.kept_bytes)
+            largest = max(self.logs, key=lambda log: log.kept_bytes)
             forgotten_bytes = largest.forget(largest.kept_bytes // 2)
             if not forgotten_bytes:  # all keep only their newest
                 break
@@ -82,7 +79,7 @@ class EventLog:
         """Bytes of the first k events."""
         self._digests = array("I", [0])
         """After the first k events."""
-        memory.join(self)
+        memory.logs.add(self)
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -132,8 +129,7 @@ class Replay:
     """Events that are no longer kept, made again one after the other for one reader."""
 
     def __init__(self, events: Iterator[Event]) -> None:
-        self._events = events
-        self._position = 0
+        self._events = enumerate(events, 1)
 
     async def piece(self, start: int, size_bytes: int) -> list[Event]:
         """As `EventLog.piece`; `start` is what the piece before ended with. Lets others run meanwhile.
@@ -142,14 +138,13 @@ class Replay:
         """
         found: list[Event] = []
         found_bytes = 0
-        for event in self._events:
-            self._position += 1
-            if self._position > start:
+        for position, event in self._events:
+            if position > start:
                 found.append(event)
                 found_bytes += len(event.content)
             if found_bytes >= size_bytes:
                 break
-            if self._position % _REPLAYED_AT_ONCE == 0:
+            if position % _REPLAYED_AT_ONCE == 0:
                 await asyncio.sleep(0)
         if not found:
             raise LookupError(f"event {start} is not made again")

@@ -18,7 +18,7 @@ from serve_app.resume.journal_store import JournalView
 from serve_app.resume.records import StreamDocument, write_document
 from serve_app.resume.refusals import StreamChanged, StreamGone
 from serve_app.resume.stream_id import loggable
-from serve_app.resume.writer import OwnedJournal
+from serve_app.resume.writer import OwnedJournal, new_owner
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +47,10 @@ class Follower:
         context, writer = self._context, self._context.writer
         while attendance.readers:
             await self.feed(await context.look(self._id, len(self.records), FOLLOW_WAIT_S))
-            owner = writer.new_owner()
-            if not self._feed.finished and await context.reach(partial(context.store.acquire, self._id, owner)):
+            if self._feed.finished:
+                break
+            owner = new_owner()
+            if await context.reach(partial(context.store.acquire, self._id, owner)):
                 # The old owner may have written between the two, and the document is needed to write it again.
                 await self.feed(await context.look(self._id, len(self.records)))
                 tokens = self._feed.transcript.tokens
@@ -56,8 +58,6 @@ class Follower:
                 journal = writer.own(self._id, owner, write_document(self._document), self.records)
                 writer.keep(journal)
                 return journal
-            if self._feed.finished:
-                break
         return None
 
     async def feed(self, view: JournalView) -> None:

@@ -17,7 +17,7 @@ from serve_app.resume.journal_store import Append, AppendResult, JournalLimits, 
 
 @dataclass(slots=True)
 class _Journal:
-    owner: str | None
+    owner: str
     document: bytes
     created: float
     leased_until: float
@@ -42,8 +42,7 @@ class MemoryJournals:
 
     def create(self, stream_id: str, owner: str, document: bytes) -> LeaseStatus:
         """See `JournalStore.create`."""
-        now = self._clock()
-        self._expire(now)
+        now = self.expire()
         there = self._journals.get(stream_id)
         if there is not None:
             if there.owner != owner:
@@ -58,8 +57,7 @@ class MemoryJournals:
 
     def append(self, append: Append) -> AppendResult:
         """One of `JournalStore.append`."""
-        now = self._clock()
-        self._expire(now)
+        now = self.expire()
         journal = self._journals.get(append.stream_id)
         if journal is not None and journal.owner != append.owner:
             return AppendResult(LeaseStatus.LOST)
@@ -86,8 +84,7 @@ class MemoryJournals:
 
     def read(self, stream_id: str, position: int) -> JournalView | None:
         """See `JournalStore.read`; does not wait."""
-        now = self._clock()
-        self._expire(now)
+        now = self.expire()
         journal = self._journals.get(stream_id)
         if journal is None:
             return None
@@ -117,16 +114,15 @@ class MemoryJournals:
         journal = self._journals.get(stream_id)
         return 0.0 if journal is None else max(0.0, journal.leased_until - self._clock())
 
-    def expire(self) -> None:
-        """Forget what has expired; every other call does it too."""
-        self._expire(self._clock())
-
-    def _expire(self, now: float) -> None:
+    def expire(self) -> float:
+        """Forget what has expired, as other calls do too; the time by which that was judged."""
+        now = self._clock()
         while self._journals:
             stream_id, oldest = next(iter(self._journals.items()))
             if now < oldest.touched + self.limits.expiry_s:
-                return
+                break
             self._drop(stream_id)
+        return now
 
     def _make_room(self, size_bytes: int, journals: int, now: float) -> bool:
         """Drop journals that nobody owns, those longest untouched first, until that much more fits."""

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import aclosing
+from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
@@ -25,31 +26,21 @@ from serve_app.resume.writer import OwnedJournal
 logger = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class Owner:
     """One lease of one stream's journal, and the generations that it is written from."""
 
-    def __init__(
-        self,
-        context: StreamContext,
-        document: StreamDocument,
-        feed: EventFeed,
-        attendance: Attendance,
-        journal: OwnedJournal,
-        *,
-        began_at: float,
-        accepted: bool,
-        on_accepted: Callable[[], None] = lambda: None,
-    ) -> None:
-        """`began_at`: when the stream did, by the loop's clock. `accepted`: a replica had accepted it already."""
-        self.journal = journal
-        self.accepted = accepted
-        self._context = context
-        self._document = document
-        self._feed = feed
-        self._attendance = attendance
-        self._began_at = began_at
-        self._on_accepted = on_accepted
-        self._patience: asyncio.Timeout | None = None
+    context: StreamContext
+    document: StreamDocument
+    feed: EventFeed
+    attendance: Attendance
+    journal: OwnedJournal
+    began_at: float
+    """When the stream did, by the loop's clock."""
+    accepted: bool
+    """A replica has accepted it."""
+    on_accepted: Callable[[], None]
+    _patience: asyncio.Timeout | None = field(default=None, init=False)
 
     async def run(self) -> None:
         """Until the end, until nobody wants the stream, or until another owner has it. Raises `Refused`."""
@@ -64,12 +55,12 @@ class Owner:
         except Refused:
             raise
         except Exception:
-            request_id = self._document.request.request_id
+            request_id = self.document.request.request_id
             logger.exception("request %s failed in the middle of its stream", request_id)
             message = f"Internal error. The server's log has the details of request {request_id}."
             failure = Failure(FailureCode.ENGINE_FAILED, message)
             if not self.accepted:
-                raise Refused(failure) from None
+                raise Refused.of(failure) from None
             self._fail(failure)
         finally:
             self._patience = self.journal.on_news = None
@@ -77,7 +68,7 @@ class Owner:
     @property
     def wanted(self) -> bool:
         """Somebody reads the stream, or did so a moment ago."""
-        return bool(self._attendance.readers) or self._attendance.patience_s(self.journal.last_read) > 0
+        return bool(self.attendance.readers) or self.attendance.patience_s(self.journal.last_read) > 0
 
     def judge(self) -> None:
         """Stop generating when another owner has the journal, or once nobody has wanted the stream for long."""
@@ -87,16 +78,16 @@ class Owner:
         now = asyncio.get_running_loop().time()
         if self.journal.lease is LeaseStatus.LOST:
             patience.reschedule(now)
-        elif self._attendance.readers or not self.accepted:  # whoever begins it waits until it is accepted
+        elif self.attendance.readers or not self.accepted:  # whoever begins it waits until it is accepted
             patience.reschedule(None)
         else:
-            patience.reschedule(now + self._attendance.patience_s(self.journal.last_read))
+            patience.reschedule(now + self.attendance.patience_s(self.journal.last_read))
 
     async def _generate(self) -> None:
-        transcript = self._feed.transcript
-        generations = Generations(self._context.client, self._context.failover)
-        age_s = asyncio.get_running_loop().time() - self._began_at
-        for request in self._document.request.requests:
+        transcript = self.feed.transcript
+        generations = Generations(self.context.client, self.context.failover)
+        age_s = asyncio.get_running_loop().time() - self.began_at
+        for request in self.document.request.requests:
             if not transcript.ended(request.choice):
                 if request.remaining_s is not None:
                     request = replace(request, remaining_s=max(0.0, request.remaining_s - age_s))
@@ -105,7 +96,7 @@ class Owner:
             async for choice, reply in replies:
                 if isinstance(reply, Failure):
                     if not self.accepted:
-                        raise Refused(reply)
+                        raise Refused.of(reply)
                     self._fail(reply)
                     return
                 self._accept()
@@ -116,14 +107,14 @@ class Owner:
     def _accept(self) -> None:
         if not self.accepted:
             self.accepted = True
-            self._on_accepted()
-            self._attendance.restart()
+            self.on_accepted()
+            self.attendance.restart()
 
     def _take(self, choice: int, batch: TokenBatch) -> None:
         if batch.token_ids or batch.finish_reason is not None:
             self.journal.write(choice, batch)
-            self._feed.push(choice, batch)
+            self.feed.push(choice, batch)
 
     def _fail(self, failure: Failure) -> None:
         self.journal.write(0, failure)
-        self._feed.fail(failure)
+        self.feed.fail(failure)

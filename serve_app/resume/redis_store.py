@@ -1,6 +1,6 @@
 """The journals of resumable streams in Redis, for services whose streams outlive a Ray cluster.
 
-Promises the rules of `memory_journals`, each call one atomic script, by Redis's clock. What goes wrong reaches callers
+Promises the rules of `memory_store`, each call one atomic script, by Redis's clock. What goes wrong reaches callers
 as `StoreUnavailable`, without the stream's id.
 
 On a Redis Cluster all keys are on one node: they have one hash tag, since the limits count all journals, and whoever
@@ -209,10 +209,13 @@ class RedisJournalStore:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + wait_s
         while True:
-            view = await self._look(stream_id, position)
+            answer = await self._run(_READ, [stream_id], [stream_id, position])
+            if answer is None:
+                return None
+            document, finished, leased, age_ms, records = answer
             left_s = deadline - loop.time()
-            if view is None or view.records or view.finished or not view.leased or left_s <= 0:
-                return view
+            if records or finished or not leased or left_s <= 0:
+                return JournalView(document, tuple(records), bool(finished), bool(leased), age_ms / 1000)
             await asyncio.sleep(min(POLL_S, left_s))
 
     async def acquire(self, stream_id: str, owner: str) -> bool:
@@ -230,13 +233,6 @@ class RedisJournalStore:
         if isinstance(self._redis, RedisCluster):
             await self._redis.aclose()
 
-    async def _look(self, stream_id: str, position: int) -> JournalView | None:
-        answer = await self._run(_READ, [stream_id], [stream_id, position])
-        if answer is None:
-            return None
-        document, finished, leased, age_ms, records = answer
-        return JournalView(document, tuple(records), bool(finished), bool(leased), age_ms / 1000)
-
     async def _run(self, script: str, stream_ids: Sequence[str], arguments: Sequence[Any]) -> Any:
         """What the script answers. Raises `StoreUnavailable`."""
         script = _PRELUDE + script
@@ -249,28 +245,20 @@ class RedisJournalStore:
             except NoScriptError:
                 return await redis.eval(script, *given)
         except (RedisError, RedisClusterException, OSError, TimeoutError) as error:
-            raise _unavailable(error, stream_ids) from None  # its traceback would show what was sent
+            said = str(error) or type(error).__name__
+            for stream_id in stream_ids:  # errors of Redis may quote the command that failed
+                said = said.replace(stream_id, loggable(stream_id))
+            raise StoreUnavailable(f"Redis: {said}") from None  # its traceback would show what was sent
 
     async def _client(self) -> Redis | RedisCluster:
         """A cluster's nodes answer only for their own keys, and name the others: that takes another client."""
         if self._redis is None:
-            is_cluster = await _is_cluster(self._single)
+            try:
+                info = await self._single.info("cluster")
+                # Servers that speak Redis's protocol and know no cluster may not say.
+                is_cluster = bool(info.get("cluster_enabled"))
+            except NoPermissionError:  # a user that may not ask; a cluster's would need it
+                is_cluster = False
             if self._redis is None:  # nobody has found it out meanwhile
                 self._redis = RedisCluster.from_url(self._url, **self._options) if is_cluster else self._single
         return self._redis
-
-
-async def _is_cluster(redis: Redis) -> bool:
-    try:
-        info = await redis.info("cluster")
-    except NoPermissionError:  # a user that may not ask; a cluster's would need it
-        return False
-    return bool(info.get("cluster_enabled"))  # servers that speak Redis's protocol and know no cluster may not say
-
-
-def _unavailable(error: Exception, stream_ids: Sequence[str]) -> StoreUnavailable:
-    """Errors of Redis may quote the command that failed."""
-    said = str(error) or type(error).__name__
-    for stream_id in stream_ids:
-        said = said.replace(stream_id, loggable(stream_id))
-    return StoreUnavailable(f"Redis: {said}")

@@ -10,14 +10,11 @@ RequestError
 
 from __future__ import annotations
 
-from serve_app.core import Failure, FailureCode, RequestError
+from serve_app.core import FailureCode, RequestError
 
 
 class Refused(RequestError):
     """A new stream ended before a replica had accepted it."""
-
-    def __init__(self, failure: Failure) -> None:
-        super().__init__(failure.message, code=failure.code, retry_after_s=failure.retry_after_s)
 
 
 class JournalsFull(RequestError):

@@ -41,7 +41,7 @@ class ResumableStreams:
         memory = EventMemory(settings.max_event_bytes, settings.max_stream_event_bytes)
         self._context = StreamContext(client, failover or FailoverSettings(), store, writer, settings, memory)
         self._streams: dict[str, ResumableStream] = {}
-        """Those that this process generates or follows."""
+        """Those that this process generates or follows; each enters and leaves by itself."""
         self._finished: WeakValueDictionary[str, ResumableStream] = WeakValueDictionary()
         """Found in the store with all their events, as long as somebody reads them."""
 
@@ -49,11 +49,6 @@ class ResumableStreams:
     def new_id() -> str:
         """See `stream_id`."""
         return new_stream_id()
-
-    @property
-    def event_bytes(self) -> int:
-        """Of the events that are kept here."""
-        return self._context.memory.kept_bytes
 
     def __len__(self) -> int:
         """Streams that are generated or followed here."""
@@ -65,7 +60,7 @@ class ResumableStreams:
 
     def new(self, stream_id: str, document: StreamDocument, transcript: Transcript) -> ResumableStream:
         """A new stream; its `begin` starts it."""
-        return ResumableStream(stream_id, document, transcript, self._context, self)
+        return ResumableStream(stream_id, document, transcript, self._context, self._streams)
 
     async def find(self, stream_id: str, make: Callable[[StreamDocument], Transcript]) -> ResumableStream:
         """The stream, whoever owns it. `make` gives an empty transcript for a document, or raises.
@@ -97,23 +92,7 @@ class ResumableStreams:
     def _here(self, stream_id: str) -> ResumableStream | None:
         """The object that this process has for the stream, if all events are there or are still got."""
         stream = self._streams.get(stream_id) or self._finished.get(stream_id)
-        return stream if stream is not None and stream.lives else None
-
-    def enter(self, stream: ResumableStream) -> None:
-        """Called by a stream whose task starts."""
-        self._streams[stream.id] = stream
-
-    def leave(self, stream: ResumableStream) -> None:
-        """Called by a stream whose task ends."""
-        if self._streams.get(stream.id) is stream:  # another object for it may have come meanwhile
-            del self._streams[stream.id]
-
-    def limit_unattended(self) -> None:
-        """Stop those streams that have been without a reader longest, beyond the limit."""
-        left = [(since, stream) for stream in self._streams.values() if (since := stream.unattended_since) is not None]
-        left.sort(key=lambda item: item[0])
-        for _, stream in left[: max(0, len(left) - self._context.settings.max_unattended)]:
-            stream.give_up()
+        return stream if stream is not None and (stream.finished or not stream.feed.closed) else None
 
     async def aclose(self) -> None:
         """Stop all, so that other ingresses take them over at once."""

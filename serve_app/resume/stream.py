@@ -11,12 +11,10 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import Context
-from typing import Protocol
 
 from serve_app.core import RequestError
 from serve_app.resume.attendance import Attendance
 from serve_app.resume.context import StreamContext
-from serve_app.resume.event_log import EventLog
 from serve_app.resume.feed import EventFeed
 from serve_app.resume.follower import Follower
 from serve_app.resume.journal_store import JournalView, LeaseAction, LeaseStatus, StoreUnavailable
@@ -25,23 +23,7 @@ from serve_app.resume.records import StreamDocument, write_document
 from serve_app.resume.refusals import JournalsFull, Refused, StreamGone
 from serve_app.resume.stream_id import loggable
 from serve_app.resume.transcript import Transcript
-from serve_app.resume.writer import OwnedJournal
-
-
-class Registry(Protocol):
-    """Where a stream is found while this process generates or follows it."""
-
-    def enter(self, stream: ResumableStream) -> None:
-        """A task of this process works for it now."""
-        ...
-
-    def leave(self, stream: ResumableStream) -> None:
-        """It no longer does."""
-        ...
-
-    def limit_unattended(self) -> None:
-        """A reader has gone: perhaps there are too many streams without one."""
-        ...
+from serve_app.resume.writer import OwnedJournal, new_owner
 
 
 class ResumableStream:
@@ -53,15 +35,16 @@ class ResumableStream:
         document: StreamDocument,
         transcript: Transcript,
         context: StreamContext,
-        registry: Registry,
+        running: dict[str, ResumableStream],
     ) -> None:
+        """`running`: those for which a task of this process works. This one is there as long as its own task runs."""
         self.id = stream_id
         self.document = document
         self.feed = EventFeed(transcript, context.memory)
         self._attendance = Attendance(context.settings.grace_s, self._judge)
         self._follower = Follower(stream_id, document, self.feed, context)
         self._context = context
-        self._registry = registry
+        self._running = running
         self._owner: Owner | None = None
         """While this process generates the stream."""
         self._task: asyncio.Task[None] | None = None
@@ -74,29 +57,9 @@ class ResumableStream:
         """It was refused, or whoever began it did not wait: its journal is to be forgotten."""
 
     @property
-    def transcript(self) -> Transcript:
-        """What it says."""
-        return self.feed.transcript
-
-    @property
-    def events(self) -> EventLog:
-        """Those that are there."""
-        return self.feed.events
-
-    @property
     def finished(self) -> bool:
         """All events are there."""
         return self.feed.finished
-
-    @property
-    def lives(self) -> bool:
-        """All events are there, or a task gets more of them."""
-        return self.finished or not self.feed.closed
-
-    @property
-    def unattended_since(self) -> float | None:
-        """When the last reader here went, if this process generates for nobody."""
-        return self._attendance.left_at if self._owner is not None and not self._attendance.readers else None
 
     @contextmanager
     def attended(self) -> Iterator[None]:
@@ -105,11 +68,7 @@ class ResumableStream:
             with self._attendance.attended():
                 yield
         finally:
-            self._registry.limit_unattended()
-
-    def give_up(self) -> None:
-        """Stop generating as soon as nobody reads."""
-        self._attendance.give_up()
+            self._limit_unattended()
 
     async def begin(self) -> None:
         """A new stream: generate it. Returns when a replica has accepted it and the journal is there.
@@ -117,7 +76,7 @@ class ResumableStream:
         Raises `Refused`, `JournalsFull` and `StoreUnavailable`, and leaves nothing behind then.
         """
         writer = self._context.writer
-        journal = writer.own(self.id, writer.new_owner(), write_document(self.document))
+        journal = writer.own(self.id, new_owner(), write_document(self.document))
         # Beside the first step of the model, which takes longer.
         self._creation = asyncio.create_task(writer.create(journal), name="journal creation")
         self._start(journal)
@@ -153,12 +112,12 @@ class ResumableStream:
 
     async def aclose(self) -> None:
         """Stop at once; another ingress may take the stream over."""
-        if self._task is not None and not self._task.done():
+        if self._task is not None:
             self._task.cancel()
             await asyncio.wait({self._task})
 
     def _start(self, journal: OwnedJournal | None) -> None:
-        self._registry.enter(self)
+        self._running[self.id] = self
         # A context of its own: Serve cancels all that was called in the context of a request when its client goes.
         name = f"stream {loggable(self.id)}"
         self._task = asyncio.create_task(self._run(journal), name=name, context=Context())
@@ -169,9 +128,7 @@ class ResumableStream:
         try:
             while not self.finished:
                 journal = journal or await self._follower.run(self._attendance)
-                if journal is None:
-                    break
-                if not await self._own(journal):
+                if journal is None or not await self._own(journal):
                     break
                 journal = journal if journal.lease is not LeaseStatus.LOST else None
         except Refused as refused:
@@ -212,7 +169,8 @@ class ResumableStream:
                 action = LeaseAction.DROP if self._dropped else last
                 await self._context.writer.end(journal, action, self._context.settings.settle_s)
         finally:
-            self._registry.leave(self)
+            if self._running.get(self.id) is self:  # another object for the stream may have come meanwhile
+                del self._running[self.id]
 
     async def _is_created(self, journal: OwnedJournal) -> bool:
         """Whether the store has the journal, or is to get it again."""
@@ -221,6 +179,14 @@ class ResumableStream:
         await asyncio.wait({self._creation})
         failed = self._creation.cancelled() or self._creation.exception() is not None
         return not failed and journal.lease is not LeaseStatus.FULL
+
+    def _limit_unattended(self) -> None:
+        """Of those that this process generates for nobody, stop the ones longest without a reader, beyond the limit."""
+        owned = (stream._attendance for stream in self._running.values() if stream._owner is not None)
+        unread = [attendance for attendance in owned if not attendance.readers]
+        unread.sort(key=lambda attendance: attendance.left_at)
+        for attendance in unread[: max(0, len(unread) - self._context.settings.max_unattended)]:
+            attendance.give_up()
 
     def _accept(self) -> None:
         if not self._accepted.done():

@@ -97,9 +97,10 @@ class Transcript:
         more = True
         while more:
             more = False
-            for choice in range(self._request.choices):
-                batch = None if other._completion.ended(choice) else self._next_batch(choice, other._outputs[choice])
-                if batch is not None:
+            for choice, (output, known) in enumerate(zip(self._outputs, other._outputs, strict=True)):
+                if known.finish_reason is not None or other._completion.ended(choice):
+                    continue
+                if (batch := _turn(output, len(known))) is not None:
                     more = True
                     yield from other.push(choice, batch)
         if self._failure is not None:
@@ -134,7 +135,7 @@ class Transcript:
 
     def _next_delta(self, choice: int) -> Delta | None:
         """What the choice says in its turn; None when that has not come yet."""
-        batch = self._next_turn(choice)
+        batch = _turn(self._outputs[choice], self._told[choice])
         if batch is None:
             return None
         if batch.token_ids:
@@ -143,13 +144,6 @@ class Transcript:
         elif batch.finish_reason is not None:
             self._roll(b"%d %b" % (choice, batch.finish_reason.encode()))
         return self._completion.push(choice, batch)
-
-    def _next_turn(self, choice: int) -> TokenBatch | None:
-        return _turn(self._outputs[choice], self._told[choice])
-
-    def _next_batch(self, choice: int, known: OutputTokens) -> TokenBatch | None:
-        """What of this choice follows what is `known`, which ends with the same last word."""
-        return None if known.finish_reason is not None else _turn(self._outputs[choice], len(known))
 
     def _roll(self, told: bytes) -> None:
         self._digest = crc32(told, self._digest)

@@ -7,7 +7,6 @@ journals back. Knows no ids and no text.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import secrets
 from collections.abc import Callable, Sequence
@@ -26,10 +25,12 @@ from serve_app.resume.stream_id import loggable
 
 logger = logging.getLogger(__name__)
 
-TICK_S = 0.1
-"""Between two calls to the store. What an owner that dies has not written yet is generated again; and readers at
-another ingress are this far behind. A call costs about 1 ms of CPU over all processes (an actor's; 10 journals)."""
 RENEWALS_PER_LEASE = 4
+
+
+def new_owner() -> str:
+    """A name that no other lease of any journal has."""
+    return secrets.token_hex(16)
 
 
 class OwnedJournal:
@@ -50,10 +51,12 @@ class OwnedJournal:
         self._records = list(records)
         self._written = len(self._records)
         self._unwritten: list[tuple[int, Reply]] = []
-        self._action = LeaseAction.HOLD
+        self.action = LeaseAction.HOLD
+        """What becomes of the lease once all is written. Nothing may be written after any other than HOLD."""
         self._renewed_at = float("-inf")
         self._wake = wake
-        self._settled = asyncio.Event()
+        self.settled = asyncio.Event()
+        """Nothing more will be written: all is, or the lease is lost."""
 
     @property
     def written_records(self) -> list[bytes]:
@@ -62,34 +65,20 @@ class OwnedJournal:
 
     def write(self, choice: int, reply: Reply) -> None:
         """Add what a choice says; it goes out with the next tick, if anything can."""
-        if not self.is_settled:
+        if not self.settled.is_set():
             self._unwritten.append((choice, reply))
             self._wake()
 
-    def end(self, action: LeaseAction) -> None:
-        """What becomes of the journal once all is written. Nothing may be written after this."""
-        self._action = action
-        self._wake()
-
-    @property
-    def is_settled(self) -> bool:
-        """Nothing more will be written: all is, or the lease is lost."""
-        return self._settled.is_set()
-
-    async def settled(self) -> None:
-        """Wait until the end is written, or can't be any more."""
-        await self._settled.wait()
-
     def due(self, now: float, renew_s: float) -> bool:
         """Whether it has something to write, or a lease to renew."""
-        return bool(self._unwritten) or self._action is not LeaseAction.HOLD or now - self._renewed_at >= renew_s
+        return bool(self._unwritten) or self.action is not LeaseAction.HOLD or now - self._renewed_at >= renew_s
 
     def append(self) -> Append:
         """What to write now."""
         if self._unwritten:
             self._records.append(encode_replies(self._unwritten))
             self._unwritten.clear()
-        return Append(self.stream_id, self.owner, self._written, tuple(self._records[self._written :]), self._action)
+        return Append(self.stream_id, self.owner, self._written, tuple(self._records[self._written :]), self.action)
 
     def take(self, append: Append, result: AppendResult, now: float) -> None:
         """The store's answer to `append`."""
@@ -100,14 +89,14 @@ class OwnedJournal:
         if result.lease is LeaseStatus.HELD:
             self._written = append.position + len(append.records)
             if append.action is not LeaseAction.HOLD:
-                self._settled.set()
+                self.settled.set()
         elif result.lease is LeaseStatus.GONE:
             self._written = 0  # it was created again: to be written from the start
             self._wake()
         else:
             name = loggable(self.stream_id)
             logger.warning("the journal of stream %s can't be written any more: %s", name, result.lease)
-            self._settled.set()
+            self.settled.set()
             if result.lease is LeaseStatus.FULL:
                 self._records.clear()  # they are nowhere else, so nobody can go on with them
                 self._written = 0
@@ -122,21 +111,15 @@ class OwnedJournal:
 class JournalWriter:
     """The one writer of a process, for the callers of one event loop. Its task runs while there is a journal."""
 
-    def __init__(self, store: JournalStore, lease_s: float, tick_s: float = TICK_S) -> None:
+    def __init__(self, store: JournalStore, lease_s: float, tick_s: float) -> None:
         self._store = store
         self._renew_s = lease_s / RENEWALS_PER_LEASE
         self._tick_s = tick_s
-        self._process = secrets.token_hex(8)
-        self._counter = itertools.count()
         self._owned: dict[str, OwnedJournal] = {}
         """By owner."""
         self._due = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._reachable = True
-
-    def new_owner(self) -> str:
-        """A name that no other lease of any journal has."""
-        return f"{self._process}-{next(self._counter)}"
 
     def own(self, stream_id: str, owner: str, document: bytes, records: Sequence[bytes] = ()) -> OwnedJournal:
         """The journal that `owner` is about to create, or has just acquired with these `records`."""
@@ -166,10 +149,11 @@ class JournalWriter:
 
     async def end(self, journal: OwnedJournal, action: LeaseAction, within_s: float) -> None:
         """Write what is left to be written, and leave the journal to others after at most so long."""
-        journal.end(action)
+        journal.action = action
+        self._due.set()
         try:
             async with asyncio.timeout(within_s):
-                await journal.settled()
+                await journal.settled.wait()
         except TimeoutError:
             logger.warning("the end of stream %s could not be written to its journal", loggable(journal.stream_id))
         finally:
@@ -198,7 +182,7 @@ class JournalWriter:
                 if result.lease is LeaseStatus.GONE:
                     result = await self._create_again(journal)
                 journal.take(append, result, loop.time())
-                if journal.is_settled:
+                if journal.settled.is_set():
                     self.forget(journal)
             self._reachable = True
         except StoreUnavailable as error:

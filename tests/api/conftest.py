@@ -131,7 +131,7 @@ async def make_app(tokenizer: ChatTokenizer, eos: int, metrics: MemoryMetrics) -
         settings = None
         if stream is not None:
             settings = StreamSettings(**{"slow_reader_bytes": api_config.slow_reader_bytes, **stream})  # type: ignore[arg-type]
-        return create_app(service, streams, api_config, metrics, settings, Pages(api_config, bound_to))
+        return create_app(service, streams, api_config, metrics, Pages(api_config, bound_to), settings)
 
     yield make
     for streams in made:

@@ -343,7 +343,7 @@ async def test_a_long_journal_is_taken_in_while_others_run(make_ingress: MakeIng
     stream = await make_ingress().find(stream_id)
     running.cancel()
     assert stream.finished
-    assert len(stream.events) == 2002
+    assert len(stream.feed.events) == 2002
     assert turns > 2000 / 50
 
 
@@ -366,7 +366,7 @@ async def test_all_readers_of_a_finished_stream_share_what_was_made_of_its_journ
     del found
     await asyncio.sleep(0)  # the loop lets go of the tasks that found it
     gc.collect()
-    assert other.streams.event_bytes == 0, "nothing is held for nobody"
+    assert other.streams._context.memory.kept_bytes == 0, "nothing is held for nobody"
 
 
 async def test_a_reader_elsewhere_follows_the_owner_and_keeps_it_going(
@@ -505,7 +505,7 @@ async def test_a_bug_ends_the_stream_with_an_error(
     with stream.attended():
         while not stream.finished:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
-    assert stream.events.piece(len(stream.events) - 1, 1)[0].content == b"engine_failed"
+    assert stream.feed.events.piece(len(stream.feed.events) - 1, 1)[0].content == b"engine_failed"
     assert any(record.exc_info for record in caplog.records)
     await stream.closed()
     with pytest.raises(ZeroDivisionError):  # whoever reads it meets the bug again
@@ -543,16 +543,16 @@ async def test_what_is_no_longer_kept_is_made_again(make_ingress: MakeIngress, m
     async def watch() -> None:
         nonlocal most_bytes
         while True:
-            most_bytes = max(most_bytes, one.streams.event_bytes)
+            most_bytes = max(most_bytes, one.streams._context.memory.kept_bytes)
             await asyncio.sleep(0.001)
 
     watching = asyncio.create_task(watch())
     answers = await asyncio.gather(*(one.rest(stream.id) for stream in streams))
     assert answers == [EXPECTED] * 5
-    assert all(stream.events.kept_bytes <= 30 for stream in streams)
+    assert all(stream.feed.events.kept_bytes <= 30 for stream in streams)
     later = await one.begin()
     await one.rest(later.id, until=20)
-    assert later.events.first > 5
+    assert later.feed.events.first > 5
     answers = await asyncio.gather(*(one.rest(later.id, start) for start in (0, 3, 15, 25)))
     assert answers == [EXPECTED[start:] for start in (0, 3, 15, 25)]
     again = await make_ingress(max_stream_event_bytes=10).rest(later.id)

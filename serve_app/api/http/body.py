@@ -48,11 +48,11 @@ async def read_json_object(
         raise _too_large(max_bytes)
     incoming = _Incoming(receive, max_bytes)
     promptly_s = min(PROMPTLY_S, BODY_TIMEOUT_S)
-    if not await _within(promptly_s, incoming):
+    if not await incoming.read(promptly_s):
         client = scope.get("client")
         try:
             with slow_bodies.place(client[0] if client else None):
-                if not await _within(BODY_TIMEOUT_S - promptly_s, incoming):
+                if not await incoming.read(BODY_TIMEOUT_S - promptly_s):
                     raise _too_slow(f"The request body did not arrive within {BODY_TIMEOUT_S:g} s.")
         except TooManySlowBodies:
             message = f"The request body did not arrive within {promptly_s:g} s, and too many others are slow too."
@@ -70,31 +70,26 @@ class _Incoming:
         self._max_bytes = max_bytes
         self.chunks: list[bytes] = []
 
-    async def read(self) -> None:
-        """Return when all of it is there."""
+    async def read(self, within_s: float) -> bool:
+        """Whether all of it came within this time."""
         more = True
-        while more:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                raise ClientGone
-            chunk: bytes = message.get("body", b"")
-            self._left -= len(chunk)
-            if self._left < 0:
-                raise _too_large(self._max_bytes)
-            self.chunks.append(chunk)
-            more = message.get("more_body", False)
-
-
-async def _within(seconds: float, incoming: _Incoming) -> bool:
-    """Whether all of the body came within this time."""
-    try:
-        async with asyncio.timeout(seconds) as deadline:
-            await incoming.read()
-    except TimeoutError:
-        if not deadline.expired():
-            raise
-        return False
-    return True
+        try:
+            async with asyncio.timeout(within_s) as deadline:
+                while more:
+                    message = await self._receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGone
+                    chunk: bytes = message.get("body", b"")
+                    self._left -= len(chunk)
+                    if self._left < 0:
+                        raise _too_large(self._max_bytes)
+                    self.chunks.append(chunk)
+                    more = message.get("more_body", False)
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            return False
+        return True
 
 
 def _decode(body: bytes, content_type: str) -> dict[str, Any]:

@@ -11,16 +11,14 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.datastructures import Headers, QueryParams
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serve_app.api.errors import api_error
-from serve_app.api.http import inline
 from serve_app.api.http.body import ClientGone, read_json_object
-from serve_app.api.http.inline import Result
 from serve_app.api.http.slow_bodies import SlowBodies
 from serve_app.api.http.sse import EventStream
 from serve_app.config import ApiConfig
@@ -30,6 +28,12 @@ from serve_app.observability.metrics import REQUESTS_IN_PROGRESS, MetricsSink
 
 RECORD = "serve_app.record"
 """Where the request's `RequestRecord` is in the ASGI scope."""
+INLINE_BYTES = 20_000
+"""Of a request that is worked on in the loop: to encode so much text takes about 10 ms, all else less."""
+ITEM_BYTES = 50
+"""What an item of a list costs besides its text, as bytes of text: a message, which goes through the template."""
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +51,16 @@ class Call:
     size_bytes: int
     """Of the body, or of the query of a GET."""
 
-    async def run(self, work: Callable[[], Result], *, items: int = 0) -> Result:
-        """What `work` makes of this request, in the loop or in a thread by the request's size; see `inline.run`."""
-        return await inline.run(work, self.size_bytes, items=items)
+    async def run(self, work: Callable[[], _Result], *, items: int = 0) -> _Result:
+        """What `work` makes of this request: in the event loop while that is short, else in a thread.
+
+        The loop has every stream of this process to move. What decides is the size of the whole request, which is known
+        before anybody has looked into it; `items` are those of its longest list. A thread helps with work that lets go
+        of the interpreter: Python code, and the tokenizer.
+        """
+        if self.size_bytes + ITEM_BYTES * items <= INLINE_BYTES:
+            return work()
+        return await asyncio.to_thread(work)
 
     def remaining_s(self) -> float:
         """Seconds left of the request's time."""

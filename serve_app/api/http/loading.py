@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serve_app.api.http.pages import Pages
-from serve_app.api.http.probes import Probes
+from serve_app.api.http.probes import probes
 from serve_app.api.http.routing import application, route
 from serve_app.core import LoadStage, ModelCard, not_ready
 from serve_app.observability.metrics import MetricsSink
@@ -27,4 +27,4 @@ def create_loading_app(
         stage = await state()
         raise not_ready(stage if isinstance(stage, LoadStage) else LoadStage("loading the tokenizer"))
 
-    return application([*Probes(state).routes(), route("/{path:path}", refuse)], metrics, pages)
+    return application([*probes(state, {}), route("/{path:path}", refuse)], metrics, pages)

@@ -114,8 +114,9 @@ def _without_slash_at_its_end(scope: Scope) -> str:
     """Take it from the path to be routed, and return that path, below the application's own prefix."""
     root = scope.get("root_path", "")
     path: str = scope["path"]
-    below = path[len(root) :] if path.startswith(root) else path
+    prefix = root if path.startswith(root) else ""
+    below = path[len(prefix) :]
     if len(below) > 1 and below.endswith("/"):
         below = below.rstrip("/") or "/"
-        scope["path"] = path[: len(root)] + below if path.startswith(root) else below
+        scope["path"] = prefix + below
     return below

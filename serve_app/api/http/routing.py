@@ -16,14 +16,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from serve_app.api.errors import ApiError, not_found
+from serve_app.api.errors import ApiError
 from serve_app.api.http.endpoint import RECORD
 from serve_app.api.http.middleware import RequestScope
 from serve_app.api.http.pages import Pages
 from serve_app.observability.logs import RequestRecord
 from serve_app.observability.metrics import MetricsSink
-
-Answer = Callable[[Request], Awaitable[Response]]
 
 
 def application(routes: Sequence[Route], metrics: MetricsSink, pages: Pages) -> Starlette:
@@ -37,7 +35,7 @@ def application(routes: Sequence[Route], metrics: MetricsSink, pages: Pages) -> 
     return app
 
 
-def route(path: str, endpoint: Answer | ASGIApp, *methods: str) -> Route:
+def route(path: str, endpoint: Callable[[Request], Awaitable[Response]] | ASGIApp, *methods: str) -> Route:
     """One path; without methods it takes each. Given to `Route`, GET would bring HEAD, which generates for nobody."""
     made = Route(path, endpoint)
     made.methods = set(methods) or None
@@ -49,7 +47,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     record: RequestRecord = request.scope[RECORD]
     if error.status_code == 404:
-        answer = not_found(request.url.path)
+        answer = ApiError(404, f"Nothing is served at {request.url.path[:100]}.", code="not_found")
     else:
         methods = sorted({*(error.headers or {}).get("Allow", "").split(", "), "OPTIONS"} - {""})
         allow = {"allow": ", ".join(methods)}

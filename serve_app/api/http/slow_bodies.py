@@ -29,8 +29,8 @@ class SlowBodies:
     def __init__(self, limit: int = MAX_SLOW, per_client: int = MAX_SLOW_PER_CLIENT) -> None:
         self._limit = limit
         self._per_client = per_client
-        self._waiting = 0
-        self._by_client: Counter[str] = Counter()
+        self._waiting: Counter[str | None] = Counter()
+        """By client; None counts all whose client is not known."""
 
     @contextmanager
     def place(self, address: str | None) -> Iterator[None]:
@@ -39,19 +39,15 @@ class SlowBodies:
         Raises `TooManySlowBodies`.
         """
         client = _client(address)
-        if self._waiting >= self._limit or (client is not None and self._by_client[client] >= self._per_client):
+        if self._waiting.total() >= self._limit or (client is not None and self._waiting[client] >= self._per_client):
             raise TooManySlowBodies
-        self._waiting += 1
-        if client is not None:
-            self._by_client[client] += 1
+        self._waiting[client] += 1
         try:
             yield
         finally:
-            self._waiting -= 1
-            if client is not None:
-                self._by_client[client] -= 1
-                if not self._by_client[client]:
-                    del self._by_client[client]
+            self._waiting[client] -= 1
+            if not self._waiting[client]:
+                del self._waiting[client]
 
 
 def _client(address: str | None) -> str | None:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from json.encoder import encode_basestring
 
 from starlette.types import Receive, Scope, Send
@@ -66,44 +66,39 @@ class StreamSettings:
     """How long a client may take to read what is left when the stream has ended."""
 
 
+@dataclass(eq=False)
 class EventStream:
     """An ASGI response: the events of `chunks`, then the end. Closes `chunks` whatever happens."""
 
-    def __init__(
-        self,
-        first: bytes,
-        chunks: AsyncGenerator[bytes, None],
-        *,
-        on_error: Callable[[RequestError], bytes],
-        settings: StreamSettings,
-        headers: Mapping[str, str],
-        paced: bool,
-    ) -> None:
-        """`first` was taken from `chunks`; `on_error` renders an error that comes after the headers are out.
+    chunks: AsyncGenerator[bytes, None]
+    on_error: Callable[[RequestError], bytes]
+    """Renders an error that comes after the headers are out."""
+    settings: StreamSettings
+    headers: Mapping[str, str]
+    paced: bool = False
+    """A chunk is taken only when the client has read most of what went before; what is there from the start of a long
+    stream must not count as unread at once."""
+    error: ApiError | None = field(default=None, init=False)
+    """What ended the stream before its time, once it has."""
+    _first: bytes = field(default=b"", init=False)
 
-        `paced`: a chunk is taken only when the client has read most of what went before; what is there from the start
-        of a long stream must not count as unread at once.
-        """
-        self._first = first
-        self._chunks = chunks
-        self._on_error = on_error
-        self._settings = settings
-        self._paced = paced
-        self._headers = [*_HEADERS, *((name.encode(), value.encode()) for name, value in headers.items())]
-        self.error: ApiError | None = None
-        """What ended the stream before its time, once it has."""
+    async def opened(self) -> EventStream:
+        """This, once its first chunk is there. Raises an error that comes before, so that it has a real HTTP status."""
+        self._first = await anext(self.chunks)
+        return self
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises `ClientGone` when the client takes nothing more. Whoever calls watches `receive` and cancels."""
-        async with aclosing(self._chunks):
-            writer = _Writer(send, self._headers, self._settings, capped=not self._paced)
+        async with aclosing(self.chunks):
+            headers = [*_HEADERS, *((name.encode(), value.encode()) for name, value in self.headers.items())]
+            writer = _Writer(send, headers, self.settings, capped=not self.paced)
             try:
                 async with asyncio.TaskGroup() as tasks:
                     sending = tasks.create_task(writer.run(), name="event writer")
                     await self._write_all(writer)
-                    await self._chunks.aclose()  # the work ends here, not when a slow client has read the rest
-                    writer.end(self._on_error(self.error) if self.error is not None else b"")
-                    await asyncio.wait({sending}, timeout=self._settings.drain_s)
+                    await self.chunks.aclose()  # the work ends here, not when a slow client has read the rest
+                    writer.end(self.on_error(self.error) if self.error is not None else b"")
+                    await asyncio.wait({sending}, timeout=self.settings.drain_s)
                     if not sending.done():
                         raise ClientGone if self.error is None else ClientGone(self.error.outcome)
             except BaseExceptionGroup as group:
@@ -114,9 +109,9 @@ class EventStream:
     async def _write_all(self, writer: _Writer) -> None:
         try:
             writer.write(self._first)
-            async for chunk in self._chunks:
+            async for chunk in self.chunks:
                 writer.write(chunk)
-                if self._paced:
+                if self.paced:
                     await writer.room()
         except RequestError as error:
             self.error = api_error(error)
@@ -125,19 +120,6 @@ class EventStream:
         except Exception:
             self.error = internal_error(request_id_var.get())
             logger.exception("request %s failed in the middle of its stream", request_id_var.get())
-
-
-async def event_stream(
-    chunks: AsyncGenerator[bytes, None],
-    *,
-    on_error: Callable[[RequestError], bytes],
-    settings: StreamSettings,
-    headers: Mapping[str, str],
-    paced: bool = False,
-) -> EventStream:
-    """A response whose first chunk is there, so that an error before it is a real HTTP status: it is raised here."""
-    first = await anext(chunks)
-    return EventStream(first, chunks, on_error=on_error, settings=settings, headers=headers, paced=paced)
 
 
 class _Writer:

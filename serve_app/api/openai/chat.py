@@ -5,22 +5,20 @@ Knows no replica: the service does the work.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from pydantic import Field
 
 from serve_app.api.errors import bad_request
 from serve_app.api.fields import MaxTokens, Messages, OpenAIFields, validate_open
 from serve_app.api.http.endpoint import Call
-from serve_app.api.http.sse import json_text, one_line
-from serve_app.api.openai.chat_options import chat_options
+from serve_app.api.http.sse import json_text
 from serve_app.api.openai.chunks import OpenAIFormat, finite
 from serve_app.api.unknown_fields import UnknownFields
 from serve_app.api.wire import ParsedRequest
-from serve_app.chat.options import ChatOptions
+from serve_app.chat.options import MAX_VALUE_CHARS, ChatOptions, TemplateValue, is_template_value
 from serve_app.generation.request import CompletionParams
 from serve_app.generation.text import Delta
 
@@ -42,11 +40,6 @@ class ChatRequest(OpenAIFields):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
 
-    @property
-    def max_tokens_param(self) -> str:
-        """The name by which the caller knows its limit."""
-        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
-
 
 class ChatFormat(OpenAIFormat):
     """The chat endpoint's."""
@@ -58,28 +51,23 @@ class ChatFormat(OpenAIFormat):
 
     async def parse(self, call: Call) -> ParsedRequest:
         """See `WireFormat`."""
-        unknown = self._unknown_fields(call)
+        unknown = UnknownFields(call.record, refused=self._refuse_unknown_fields)
         request = await call.run(partial(validate_open, ChatRequest, call.body or {}, unknown))
         params = _params(request)
         card = await self._service.ready_model(request.model)
         messages = request.messages
-        options = await call.run(partial(_options, request, self._service.template_variables, unknown))
+        options = await call.run(partial(chat_options, request, self._service.template_variables, unknown))
         render = partial(self._service.render_chat, card, messages, options, unknown.add_in)
         prompt = await call.run(render, items=len(messages))
         resolved = self._service.resolve(
             card, [prompt], params, request_id=call.record.request_id, remaining_s=call.remaining_s()
         )
-        return self._parsed(resolved, request, request.max_tokens_param)
+        limit = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
+        return self._parsed(resolved, request, limit)
 
-    def entry(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
+    def content(self, text: str) -> dict[str, Any]:
         """See `OpenAIFormat`."""
-        text = "".join(text for delta in deltas for text in delta.texts)
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": text, "refusal": None, "annotations": []},
-            "logprobs": self._logprobs(deltas),
-            "finish_reason": deltas[-1].finish_reason,
-        }
+        return {"message": {"role": "assistant", "content": text, "refusal": None, "annotations": []}}
 
     def opening(self, index: int) -> str:
         """See `OpenAIFormat`."""
@@ -90,18 +78,14 @@ class ChatFormat(OpenAIFormat):
         """See `OpenAIFormat`."""
         start = f'{{"index": {delta.choice}, "delta": '
         text = "".join(delta.texts)
-        if delta.logprobs:
-            logprobs = one_line(json.dumps(self._logprobs([delta]), ensure_ascii=False))
+        if text or delta.logprobs:
+            logprobs = self._logprobs_json(delta) if delta.logprobs else "null"
             yield f'{start}{{"content": {json_text(text)}}}, "logprobs": {logprobs}, "finish_reason": null}}'
-        elif text:
-            yield f'{start}{{"content": {json_text(text)}}}, "logprobs": null, "finish_reason": null}}'
         if delta.finish_reason is not None:
             yield f'{start}{{}}, "logprobs": null, "finish_reason": "{delta.finish_reason}"}}'
 
-    def _logprobs(self, deltas: Sequence[Delta]) -> dict[str, Any] | None:
-        """OpenAI's ChoiceLogprobs, or None when none were asked for."""
-        if all(delta.logprobs is None for delta in deltas):
-            return None
+    def logprobs(self, deltas: Sequence[Delta]) -> dict[str, Any]:
+        """See `OpenAIFormat`: OpenAI's ChoiceLogprobs."""
         content = [
             {
                 **self._token(told.token_id, told.logprobs.logprob),
@@ -133,12 +117,31 @@ def _params(request: ChatRequest) -> CompletionParams:
     return request.params(max_tokens=max_tokens, logprobs=logprobs)
 
 
-def _options(request: ChatRequest, known: frozenset[str], unknown: UnknownFields) -> ChatOptions:
-    return chat_options(
-        request.chat_template_kwargs or {},
-        {name: getattr(request, name) for name in ("reasoning_effort", "verbosity", "enable_thinking")},
-        add_generation_prompt=request.add_generation_prompt,
-        continue_final_message=bool(request.continue_final_message),
-        known=known,
-        unknown=unknown,
-    )
+def chat_options(request: ChatRequest, known: Collection[str], unknown: UnknownFields) -> ChatOptions:
+    """How the request's prompt is written. Raises `ApiError`.
+
+    A field sets the variable of its name, unless `chat_template_kwargs` do. `known`: the variables that the template
+    leaves to its callers. What it does not know is ignored and named.
+    """
+    if request.add_generation_prompt and request.continue_final_message:
+        message = "add_generation_prompt begins a new answer, so it can't be combined with continue_final_message."
+        raise bad_request(message, param="continue_final_message", code="invalid_value")
+    variables: dict[str, TemplateValue] = {}
+    named = {
+        name: (f"chat_template_kwargs.{name}", value) for name, value in (request.chat_template_kwargs or {}).items()
+    }
+    for name in ("reasoning_effort", "verbosity", "enable_thinking"):
+        named.setdefault(name, (name, getattr(request, name)))
+    for name, (param, value) in named.items():
+        if value is None:
+            continue
+        if name not in known:
+            unknown.add(param)
+        elif not is_template_value(value):
+            message = f"A number, a boolean or a text of at most {MAX_VALUE_CHARS} characters is expected."
+            raise bad_request(f"Invalid value for '{param}': {message}", param=param, code="invalid_value")
+        else:
+            variables[name] = cast(TemplateValue, value)
+    continues = bool(request.continue_final_message)
+    begins = not continues if request.add_generation_prompt is None else request.add_generation_prompt
+    return ChatOptions(variables, begins, continues)

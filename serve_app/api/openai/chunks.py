@@ -16,13 +16,11 @@ from functools import partial
 from typing import Any, ClassVar
 
 from serve_app.api.errors import api_error
-from serve_app.api.fields import OpenAIFields
-from serve_app.api.http.endpoint import Call
-from serve_app.api.unknown_fields import UnknownFields
-from serve_app.api.usage import usage_document
-from serve_app.api.wire import ParsedRequest, WireFormat
+from serve_app.api.fields import OpenAIFields, StreamOptions
+from serve_app.api.http.sse import one_line
+from serve_app.api.wire import ParsedRequest, WireFormat, usage_document
 from serve_app.chat.token_texts import TokenTexts
-from serve_app.core import Fingerprint, RequestError
+from serve_app.core import RequestError
 from serve_app.generation.completion import Usage
 from serve_app.generation.events import EventWriter
 from serve_app.generation.request import ResolvedRequest
@@ -42,27 +40,30 @@ class OpenAIFormat(WireFormat):
     """`object` of a chunk."""
     id_prefix: ClassVar[str]
 
-    def __init__(self, service: CompletionService, *, refuse_unknown_fields: bool = False) -> None:
+    def __init__(self, service: CompletionService, *, refuse_unknown_fields: bool) -> None:
         """Unknown fields are ignored, and named in the answer, unless they are to be refused."""
         self._service = service
         self._refuse_unknown_fields = refuse_unknown_fields
         self._tokens = TokenTexts(service.tokenizer)
 
-    def _unknown_fields(self, call: Call) -> UnknownFields:
-        """What becomes of the unknown fields of this request."""
-        return UnknownFields(call.record, refused=self._refuse_unknown_fields)
-
     def _parsed(self, resolved: ResolvedRequest, fields: OpenAIFields, max_tokens_param: str) -> ParsedRequest:
-        """`settings`: `envelope`, the same in every chunk, `usage`: whether the usage is wanted at the end, and
-        `continuous_usage`: whether in every chunk."""
-        stream = bool(fields.stream)
-        envelope = _envelope(resolved, self.chunk_kind if stream else self.whole_kind, self.id_prefix)
+        """`settings`: `envelope`, the fields around the choices in every chunk, `usage`: whether the usage is wanted at
+        the end, and `continuous_usage`: whether in every chunk."""
+        envelope = {
+            "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
+            "object": self.chunk_kind if fields.stream else self.whole_kind,
+            "created": int(time.time()),
+            "model": resolved.model,
+            # As OpenAI names a backend configuration: same fingerprint, same seed, same answer.
+            "system_fingerprint": "fp_" + hashlib.sha256(resolved.fingerprint.encode()).hexdigest()[:10],
+        }
+        options = fields.stream_options or StreamOptions()
         settings = {
             "envelope": envelope,
-            "usage": fields.include_usage,
-            "continuous_usage": fields.continuous_usage,
+            "usage": bool(options.include_usage),
+            "continuous_usage": bool(options.include_usage and options.continuous_usage_stats),
         }
-        whole = None if stream else partial(self._whole, envelope)
+        whole = None if fields.stream else partial(self._whole, envelope)
         return ParsedRequest(resolved, whole, settings, max_tokens_param)
 
     def writer(self, request: ResolvedRequest, settings: Mapping[str, Any]) -> EventWriter:
@@ -72,17 +73,34 @@ class OpenAIFormat(WireFormat):
     def _whole(self, envelope: Mapping[str, object], gained: Sequence[Sequence[Delta]], usage: Usage) -> dict[str, Any]:
         return {
             **envelope,
-            "choices": [self.entry(index, of_choice) for index, of_choice in enumerate(gained)],
+            "choices": [self._entry(index, of_choice) for index, of_choice in enumerate(gained)],
             "usage": usage_document(usage),
         }
 
-    @abstractmethod
-    def entry(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
+    def _entry(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
         """The entry of choice `index` in a whole answer, from all that it gained."""
+        return {
+            "index": index,
+            **self.content("".join(text for delta in deltas for text in delta.texts)),
+            "logprobs": None if all(delta.logprobs is None for delta in deltas) else self.logprobs(deltas),
+            "finish_reason": deltas[-1].finish_reason,
+        }
+
+    def _logprobs_json(self, delta: Delta) -> str:
+        """The `logprobs` of a chunk."""
+        return one_line(json.dumps(self.logprobs([delta]), ensure_ascii=False))
 
     @abstractmethod
+    def content(self, text: str) -> dict[str, Any]:
+        """The field of an entry in a whole answer that has the text."""
+
+    @abstractmethod
+    def logprobs(self, deltas: Sequence[Delta]) -> dict[str, Any]:
+        """The `logprobs` of an entry, where they were asked for."""
+
     def opening(self, index: int) -> str:
-        """The JSON of choice `index`'s entry before its first token, or ""."""
+        """The JSON of choice `index`'s entry before its first token; "": there is none."""
+        return ""
 
     @abstractmethod
     def pieces(self, delta: Delta) -> Iterable[str]:
@@ -125,30 +143,12 @@ class ChunkWriter(EventWriter):
         return b"data: " + api_error(error).body() + b"\n\n"
 
     def _chunks(self, pieces: Iterable[str]) -> list[bytes]:
-        end = self._usage_so_far() if self._continuous_usage else self._end
+        end = self._end
+        if self._continuous_usage:  # without the cache hits, which count when the prompt is done
+            prompt, all_ = self._prompt_tokens, self._prompt_tokens + self._completion_tokens
+            counts = f'"prompt_tokens": {prompt}, "completion_tokens": {all_ - prompt}, "total_tokens": {all_}'
+            end = f'], "usage": {{{counts}}}}}\n\n'
         return [f"{self._head}{piece}{end}".encode() for piece in pieces if piece]
-
-    def _usage_so_far(self) -> str:
-        """Without the cache hits, which count when the prompt is done."""
-        prompt, completion = self._prompt_tokens, self._completion_tokens
-        counts = f'"prompt_tokens": {prompt}, "completion_tokens": {completion}, "total_tokens": {prompt + completion}'
-        return f'], "usage": {{{counts}}}}}\n\n'
-
-
-def _envelope(request: ResolvedRequest, kind: str, id_prefix: str) -> dict[str, object]:
-    """The fields around the choices, the same in every chunk of a stream."""
-    return {
-        "id": f"{id_prefix}-{uuid.uuid4().hex}",
-        "object": kind,
-        "created": int(time.time()),
-        "model": request.model,
-        "system_fingerprint": system_fingerprint(request.fingerprint),
-    }
-
-
-def system_fingerprint(fingerprint: Fingerprint) -> str:
-    """The weights as OpenAI names a backend configuration: same fingerprint, same seed, same answer."""
-    return "fp_" + hashlib.sha256(fingerprint.encode()).hexdigest()[:10]
 
 
 def finite(logprob: float) -> float:

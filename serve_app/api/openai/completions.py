@@ -5,7 +5,6 @@ Knows no replica: the service does the work.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Annotated, Any
@@ -15,15 +14,13 @@ from pydantic_core import PydanticCustomError
 
 from serve_app.api.fields import MaxTokens, OpenAIFields, validate_open
 from serve_app.api.http.endpoint import Call
-from serve_app.api.http.sse import json_text, one_line
+from serve_app.api.http.sse import json_text
 from serve_app.api.openai.chunks import OpenAIFormat, finite
-from serve_app.api.unknown_fields import unsupported
+from serve_app.api.unknown_fields import UnknownFields, unsupported
 from serve_app.api.wire import ParsedRequest
 from serve_app.core import ModelCard
 from serve_app.generation.request import MAX_CHOICES, Prompt
 from serve_app.generation.text import Delta
-
-PromptItem = str | tuple[int, ...]
 
 
 def _prompts(value: Any) -> Any:
@@ -49,7 +46,7 @@ def _are_ids(value: Any) -> bool:
 class CompletionRequest(OpenAIFields):
     """The body."""
 
-    prompt: Annotated[tuple[PromptItem, ...], BeforeValidator(_prompts)]
+    prompt: Annotated[tuple[str | tuple[int, ...], ...], BeforeValidator(_prompts)]
     max_tokens: MaxTokens | None = None
     """Left out: all that is left of the context (OpenAI's own default of 16 surprises everybody)."""
     logprobs: Annotated[int | None, BeforeValidator(_logprobs)] = Field(None, ge=0, le=5)
@@ -71,7 +68,7 @@ class TextFormat(OpenAIFormat):
 
     async def parse(self, call: Call) -> ParsedRequest:
         """See `WireFormat`."""
-        unknown = self._unknown_fields(call)
+        unknown = UnknownFields(call.record, refused=self._refuse_unknown_fields)
         request = await call.run(partial(validate_open, CompletionRequest, call.body or {}, unknown))
         params = request.params(max_tokens=request.max_tokens, logprobs=request.logprobs)
         if request.best_of not in (None, params.n):
@@ -94,34 +91,21 @@ class TextFormat(OpenAIFormat):
             for item in request.prompt
         ]
 
-    def entry(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
+    def content(self, text: str) -> dict[str, Any]:
         """See `OpenAIFormat`."""
-        text = "".join(text for delta in deltas for text in delta.texts)
-        logprobs = self._logprobs(deltas)
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": deltas[-1].finish_reason}
-
-    def opening(self, index: int) -> str:
-        """See `OpenAIFormat`: nothing."""
-        return ""
+        return {"text": text}
 
     def pieces(self, delta: Delta) -> Iterable[str]:
         """See `OpenAIFormat`."""
         text = "".join(delta.texts)
         if text or delta.logprobs or delta.finish_reason is not None:
-            logprobs = "null"
-            if delta.logprobs:
-                logprobs = one_line(json.dumps(self._logprobs([delta]), ensure_ascii=False))
+            logprobs = self._logprobs_json(delta) if delta.logprobs else "null"
             reason = "null" if delta.finish_reason is None else f'"{delta.finish_reason}"'
             start = f'{{"index": {delta.choice}, "text": {json_text(text)}'
             yield f'{start}, "logprobs": {logprobs}, "finish_reason": {reason}}}'
 
-    def _logprobs(self, deltas: Sequence[Delta]) -> dict[str, list[Any]] | None:
-        """Four lists side by side, or None when none were asked for.
-
-        `text_offset` counts characters from the start of the answer.
-        """
-        if all(delta.logprobs is None for delta in deltas):
-            return None
+    def logprobs(self, deltas: Sequence[Delta]) -> dict[str, Any]:
+        """See `OpenAIFormat`: four lists side by side. `text_offset` counts characters from the start of the answer."""
         lists: dict[str, list[Any]] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
         for told in (told for delta in deltas for told in delta.logprobs or ()):
             text, logprob = self._tokens.text(told.token_id), finite(told.logprobs.logprob)

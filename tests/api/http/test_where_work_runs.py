@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from serve_app.api import fields, native, respond
 from serve_app.api.errors import ApiError
-from serve_app.api.http.inline import INLINE_BYTES, INLINE_ENTRIES
+from serve_app.api.http.endpoint import INLINE_BYTES
 from serve_app.api.openai import chat, completions
 from serve_app.chat.prompts import PromptFormatter
 from serve_app.chat.tokenizer import ChatTokenizer
@@ -150,7 +150,7 @@ async def test_a_long_answer_is_written_in_a_thread_and_is_the_same(
     long = (await api.post("/v1/chat/completions", json=body)).json()
     assert where["_whole"] == {"thread"}
     entries = sum(len(choice["logprobs"]["content"]) for choice in long["choices"]) * 21
-    assert entries > INLINE_ENTRIES
+    assert entries > respond.INLINE_ENTRIES
     where.clear()
     monkeypatch.setattr(respond, "INLINE_ENTRIES", entries * 2)
     whole = (await api.post("/v1/chat/completions", json=body)).json()
