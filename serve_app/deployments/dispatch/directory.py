@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from serve_app.core import Fingerprint, GenerationRequest
+from serve_app.deployments.dispatch.channel_wire import ChannelAddress
 
 SILENT_FOR_S = 60.0
 """How long a replica that fell silent, or is out of order, gets no requests, if there is another and it says nothing
@@ -68,7 +69,8 @@ class ReplicaDirectory:
     """
 
     def __init__(self) -> None:
-        self._live: Mapping[str, Fingerprint | None] = {}
+        self.live: Mapping[str, Fingerprint | None] = {}
+        """Replicas that take requests, with their weights. A draining one is not among them."""
         self._numerics_ids: Mapping[str, str] = {}
         self._channels: Mapping[str, str] = {}
         self._silent_until: dict[str, float] = {}
@@ -76,11 +78,6 @@ class ReplicaDirectory:
         self._attempts: dict[int, Attempt] = {}
         self._moving_until: dict[tuple[str, int], float] = {}
         self._listeners: list[Callable[[], object]] = []
-
-    @property
-    def live(self) -> Mapping[str, Fingerprint | None]:
-        """Replicas that take requests, with their weights. A draining one is not among them."""
-        return self._live
 
     def update(
         self,
@@ -94,7 +91,7 @@ class ReplicaDirectory:
         known = {replica: how for replica, how in self._numerics_ids.items() if replica in left}
         self._numerics_ids = {**known, **(numerics_ids or {})}
         self._channels = channels or {}
-        self._live = live
+        self.live = live
         for listener in list(self._listeners):
             try:
                 listener()
@@ -105,9 +102,9 @@ class ReplicaDirectory:
         """Call this after each `update`, on whichever thread that is."""
         self._listeners.append(listener)
 
-    def channel(self, replica: str) -> str:
-        """Where token channels of a live replica are had; empty where there are none."""
-        return self._channels.get(replica, "")
+    def channel(self, replica: str) -> ChannelAddress | None:
+        """Where token channels of a live replica are had; None where there are none."""
+        return ChannelAddress.parse(self._channels.get(replica, ""))
 
     @contextmanager
     def track(self, request: GenerationRequest) -> Iterator[Attempt]:
@@ -192,7 +189,7 @@ class ReplicaDirectory:
 
     def should_leave(self, attempt: Attempt) -> bool:
         """Whether its replica is going and another can continue it: asked after each reply. It must leave on True."""
-        live, here = self._live, attempt.replica  # the router's thread may put others in their places meanwhile
+        live, here = self.live, attempt.replica  # the router's thread may put others in their places meanwhile
         if here is None or here in live:
             return False
         if not any(self._continues(attempt, here, other, weights) for other, weights in live.items()):
