@@ -20,10 +20,11 @@ class OtherTokens(BatchError):
 class OutputTokens:
     """The output of one choice, in order. With the request it is the whole state of a generation."""
 
-    __slots__ = ("_request", "finish_reason", "logprobs", "stats", "token_ids")
+    __slots__ = ("_request", "_with_logprobs", "finish_reason", "logprobs", "stats", "token_ids")
 
     def __init__(self, request: GenerationRequest) -> None:
         self._request = request
+        self._with_logprobs = request.sampling.logprobs is not None
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         """One per token when they were asked for, else empty."""
@@ -73,7 +74,3 @@ class OutputTokens:
             last = self.token_ids[-1] if self.token_ids else None
             self.finish_reason = self._request.finish_reason(len(self.token_ids), last)
         return self.finish_reason is not None
-
-    @property
-    def _with_logprobs(self) -> bool:
-        return self._request.sampling.logprobs is not None

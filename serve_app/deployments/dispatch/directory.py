@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
 
 from serve_app.core import Fingerprint, GenerationRequest
 from serve_app.deployments.dispatch.channel_wire import ChannelAddress
@@ -23,14 +22,6 @@ MOVING_AT_ONCE = 2
 wait while the prompts of all are computed again."""
 MOVE_S = 10.0
 """A stream that has not arrived after this long no longer keeps others from moving."""
-
-
-class Call(Protocol):
-    """Serve's, of a request that a replica has."""
-
-    def cancel(self) -> object:
-        """End it there."""
-        ...
 
 
 class Attempt:
@@ -46,8 +37,8 @@ class Attempt:
         """The replica at which it was before it waited for another."""
         self.taken = False
         """That replica is known to have it. As long as it isn't, Serve may send it to another."""
-        self.call: Call | None = None
-        """What Serve has of it then."""
+        self.call: object = None
+        """Serve's, by which it can be cancelled then."""
         self.sendings = 0
         """How often the router has handed it to a replica."""
         self.begun: int | None = None
@@ -127,7 +118,7 @@ class ReplicaDirectory:
             attempt.replica = replica  # first: what an earlier one says from here on is not of this sending
             attempt.sendings += 1
 
-    def taken(self, request: object, replica: str, call: Call) -> bool:
+    def taken(self, request: object, replica: str, call: object) -> bool:
         """This replica has it, and the router is done with it. False when it was given up: `call` is to be cancelled.
 
         Serve forgets to, where that happens between its taking note of the replica's answer and its caller's.
