@@ -162,6 +162,7 @@ class Generation:
         try:
             failure = await self._attempt(isolated=history.isolate)
         except ReplicaLost as lost:
+            _raise_if_cancelled()
             if len(self._output) > known:
                 history.progress()
             else:
@@ -176,7 +177,10 @@ class Generation:
         return failure.message
 
     async def _attempt(self, *, isolated: bool) -> Failure | None:
-        """One attempt to its end; None when the choice is finished. Raises `ReplicaLost`."""
+        """One attempt to its end; None when the choice is finished.
+
+        Raises `ReplicaLost`, also where a client made that of this task's own cancellation.
+        """
         loop = asyncio.get_running_loop()
         silence_s = self._settings.silence_s
         remaining_s = None if self._deadline is None else max(0.0, self._deadline - loop.time())
@@ -202,17 +206,11 @@ class Generation:
             if not silence.expired():
                 raise
             raise ReplicaLost(f"nothing came for {silence_s:g} s", taken=heard) from None
-        except ReplicaLost:
-            _raise_if_cancelled()
-            raise
         except BatchError as error:
-            _raise_if_cancelled()
             raise ReplicaLost(f"the replica sent an invalid batch: {error}") from error
         except asyncio.CancelledError:
-            # A replica's own cancellation arrives as a bare CancelledError: nobody has cancelled this task.
-            _raise_if_cancelled()
+            # A replica's own cancellation arrives as a bare CancelledError too.
             raise ReplicaLost("the replica cancelled the attempt") from None
-        _raise_if_cancelled()
         raise ReplicaLost("the attempt ended without a last batch")
 
     def _receive(self, batch: TokenBatch) -> None:
