@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from serve_app.core import Fingerprint, GenerationRequest
 from serve_app.deployments.dispatch.channel_wire import ChannelAddress
@@ -24,27 +25,25 @@ MOVE_S = 10.0
 """A stream that has not arrived after this long no longer keeps others from moving."""
 
 
+@dataclass(slots=True, eq=False)
 class Attempt:
     """Where one attempt is: at no replica as long as it waits for a place."""
 
-    __slots__ = ("begun", "call", "deaths", "left", "replica", "request", "sendings", "taken")
-
-    def __init__(self, request: GenerationRequest) -> None:
-        self.request = request
-        self.replica: str | None = None
-        """The id of the replica that it was sent to."""
-        self.left: str | None = None
-        """The replica at which it was before it waited for another."""
-        self.taken = False
-        """That replica is known to have it. As long as it isn't, Serve may send it to another."""
-        self.call: object = None
-        """Serve's, by which it can be cancelled then."""
-        self.sendings = 0
-        """How often the router has handed it to a replica."""
-        self.begun: int | None = None
-        """The sending of which tokens have come through a channel."""
-        self.deaths = 0
-        """Replicas that died when it was on its way to them."""
+    request: GenerationRequest
+    replica: str | None = None
+    """The id of the replica that it was sent to."""
+    left: str | None = None
+    """The replica at which it was before it waited for another."""
+    taken: bool = False
+    """That replica is known to have it. As long as it isn't, Serve may send it to another."""
+    call: object = None
+    """Serve's, by which it can be cancelled then."""
+    sendings: int = 0
+    """How often the router has handed it to a replica."""
+    begun: int | None = None
+    """The sending of which tokens have come through a channel."""
+    deaths: int = 0
+    """Replicas that died when it was on its way to them."""
 
     @property
     def stream(self) -> tuple[str, int]:
