@@ -99,15 +99,9 @@ def _fits(needs: Resources, free: Resources) -> bool:
 
 def replica_options(replicas: ReplicasConfig, surge_percent: int = 0) -> dict[str, Any]:
     """`replicas` as the options of a Serve deployment; `surge_percent` unless it says its own."""
-    options: dict[str, Any] = {
-        "ray_actor_options": {
-            "num_cpus": replicas.num_cpus,
-            "num_gpus": replicas.num_gpus,
-            "resources": replicas.resources,
-        },
-        "max_ongoing_requests": replicas.max_ongoing_requests,
-        "max_queued_requests": replicas.max_queued_requests,
-        "graceful_shutdown_timeout_s": replicas.graceful_shutdown_timeout_s,
+    same_names = {"max_ongoing_requests", "max_queued_requests", "graceful_shutdown_timeout_s"}
+    options = replicas.model_dump(include=same_names) | {
+        "ray_actor_options": replicas.model_dump(include={"num_cpus", "num_gpus", "resources"}),
         "max_surge_percent": surge_percent if replicas.max_surge_percent is None else replicas.max_surge_percent,
     }
     scaling = replicas.autoscaling
@@ -115,13 +109,9 @@ def replica_options(replicas: ReplicasConfig, surge_percent: int = 0) -> dict[st
         return options | {"num_replicas": replicas.num_replicas or 1}
     return options | {
         "autoscaling_config": AutoscalingConfig(
-            min_replicas=scaling.min_replicas,
-            max_replicas=scaling.max_replicas,
             # Where none is the minimum, one starts all the same: the model's card has to become known, and a mistake
             # in the config has to show now and not at the first request.
             initial_replicas=max(1, scaling.min_replicas),
-            target_ongoing_requests=scaling.target_ongoing_requests,
-            upscale_delay_s=scaling.upscale_delay_s,
-            downscale_delay_s=scaling.downscale_delay_s,
+            **scaling.model_dump(),
         )
     }

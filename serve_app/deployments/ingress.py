@@ -26,12 +26,12 @@ from serve_app.deployments.garbage import freeze
 from serve_app.deployments.journal_actor import open_streams
 from serve_app.deployments.logs import use_serve_log
 from serve_app.deployments.metrics import RayMetrics
-from serve_app.deployments.ray_internals import AsgiDeployment
+from serve_app.deployments.ray_internals import AsgiDeployment, http_host
 from serve_app.deployments.revisions import settled
 from serve_app.deployments.serve_settings import missing
-from serve_app.deployments.status.banner import banner, listens_on, log_folder, say, service_url
+from serve_app.deployments.status.banner import banner, log_folder, say, service_url
 from serve_app.deployments.status.progress import ProgressBoard, Reporter
-from serve_app.deployments.status.readiness import Readiness, answers
+from serve_app.deployments.status.readiness import Readiness, answers, deployment_status
 from serve_app.models.cache import cache_directory
 from serve_app.models.model_error import ModelError
 from serve_app.observability.metrics import JOURNAL_BYTES, JOURNALS, REQUESTS_IN_PROGRESS
@@ -72,7 +72,7 @@ class Ingress(AsgiDeployment):
         self._client = RayReplicaClient(model_server, readiness)
         self._metrics = RayMetrics()
         self._text_stage: LoadStage | None = LoadStage("loading the tokenizer")
-        self._pages = Pages(config.api, await asyncio.to_thread(listens_on))
+        self._pages = Pages(config.api, await asyncio.to_thread(http_host) or "127.0.0.1")
         self._front = _Front(create_loading_app(self._state, self._metrics, self._pages))
         self._streams: ResumableStreams | None = None
         tried = asyncio.Event()
@@ -95,7 +95,7 @@ class Ingress(AsgiDeployment):
 
         Raises `RuntimeError` when the new model can't be served: Serve then keeps what it has.
         """
-        while await asyncio.to_thread(_answers, self._app_name, deployment):
+        while answers(await asyncio.to_thread(deployment_status, self._app_name, deployment)):
             state = await self._state()
             if isinstance(state, ModelCard):
                 return
@@ -241,12 +241,6 @@ def _with_disconnects(receive: Receive) -> Receive:
 def _speaks_for_all() -> bool:
     """Whether this replica does, at the moment, what one of the replicas should do. Serve moves its rank on."""
     return serve.get_replica_context().rank.rank == 0
-
-
-def _answers(app_name: str, deployment: str) -> bool:
-    """Whether any replica of this deployment takes requests now. Blocks for a round trip."""
-    application = serve.status().applications.get(app_name)
-    return answers(application.deployments.get(deployment) if application else None)
 
 
 def _without_second_request_id(scope: Scope, send: Send) -> Send:

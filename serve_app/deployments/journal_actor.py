@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import RayError
 
 from serve_app.config import AppConfig
 from serve_app.generation.replica import ReplicaClient
@@ -42,46 +42,38 @@ START_TIMEOUT_S = 60.0
 """Of a call that may have to start the actor: a process and its imports, 1 to 3 s on the 2-core machine."""
 
 
-class JournalActor:
-    """What runs in the actor."""
+class JournalActor(MemoryJournalStore):
+    """What runs in the actor. A call that only counts or takes a lease does not keep it from ending."""
 
     def __init__(self, limits: JournalLimits) -> None:
-        self._store = MemoryJournalStore(limits)
+        super().__init__(limits)
         self._called_at = time.monotonic()
         self._tidying = asyncio.get_running_loop().create_task(self._tidy())
 
     async def configure(self, limits: JournalLimits) -> None:
         """Of the application as it is configured now; whoever speaks last is right."""
-        self._store.journals.limits = limits
+        self.journals.limits = limits
 
     async def create(self, stream_id: str, owner: str, document: bytes) -> LeaseStatus:
         """See `JournalStore`."""
         self._called_at = time.monotonic()
-        return await self._store.create(stream_id, owner, document)
+        return await super().create(stream_id, owner, document)
 
     async def append(self, appends: Sequence[Append]) -> list[AppendResult]:
         """See `JournalStore`."""
         self._called_at = time.monotonic()
-        return await self._store.append(appends)
+        return await super().append(appends)
 
-    async def read(self, stream_id: str, position: int, wait_s: float) -> JournalView | None:
+    async def read(self, stream_id: str, position: int, wait_s: float = 0.0) -> JournalView | None:
         """See `JournalStore`."""
         self._called_at = time.monotonic()
-        return await self._store.read(stream_id, position, wait_s)
-
-    async def acquire(self, stream_id: str, owner: str) -> bool:
-        """See `JournalStore`."""
-        return await self._store.acquire(stream_id, owner)
-
-    async def size(self) -> tuple[int, int]:
-        """See `JournalStore`. Whoever only counts does not keep the actor from ending."""
-        return await self._store.size()
+        return await super().read(stream_id, position, wait_s)
 
     async def _tidy(self) -> None:
         while True:
-            await asyncio.sleep(min(60.0, self._store.journals.limits.expiry_s))
-            self._store.journals.expire()
-            if not len(self._store.journals) and time.monotonic() - self._called_at > IDLE_EXIT_S:
+            await asyncio.sleep(min(60.0, self.journals.limits.expiry_s))
+            self.journals.expire()
+            if not len(self.journals) and time.monotonic() - self._called_at > IDLE_EXIT_S:
                 ray.kill(ray.get_runtime_context().current_actor)
 
 
@@ -112,8 +104,7 @@ class RayJournalStore:
 
     async def acquire(self, stream_id: str, owner: str) -> bool:
         """See `JournalStore`."""
-        answer: bool = await self._call(lambda actor: actor.acquire.remote(stream_id, owner), start=False)
-        return bool(answer)
+        return bool(await self._call(lambda actor: actor.acquire.remote(stream_id, owner), start=False))
 
     async def size(self) -> tuple[int, int]:
         """See `JournalStore`."""
@@ -139,7 +130,7 @@ class RayJournalStore:
                     self._actor = None
                     if last:
                         raise
-        except (RayError, GetTimeoutError, TimeoutError, ValueError) as error:
+        except (RayError, TimeoutError, ValueError) as error:
             raise StoreUnavailable(f"the journal actor: {type(error).__name__}") from error
 
     def _connect(self, start: bool) -> Any:

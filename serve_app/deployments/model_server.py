@@ -81,7 +81,38 @@ class ModelServer:
         self, config: AppConfig, report: Reporter, before_isolated: Callable[[GenerationRequest], None]
     ) -> tuple[Engine, ModelCard]:
         """All that takes long, on a thread of its own. Raises `ModelError` and `EngineError`."""
-        return _start_engine(config, report, before_isolated)
+        report(LoadStage("starting torch"))
+        # Here and not above: seconds of imports that only a replica needs, not whoever wires the application.
+        import torch
+
+        from serve_app.engine.cpu.threads import default_threads
+        from serve_app.engine.engine import Engine
+        from serve_app.models.cache import cache_directory
+        from serve_app.models.loader import load
+        from serve_app.models.source import resolve
+
+        # The engine's thread computes with `threads`; a second pool beside it would slow both (see `Engine`).
+        torch.set_num_threads(1)
+        resources: dict[str, float] = ray.get_runtime_context().get_assigned_resources()  # type: ignore[no-untyped-call]
+        cache = cache_directory(config.cache_dir)
+        files = resolve(config.model, cache, progress=report)
+        loaded = load(files, config.model, has_gpu=resources.get("GPU", 0) > 0, progress=report)
+        replicas = config.model_server
+        only_replica = replicas.autoscaling is None and replicas.num_replicas in (None, 1)
+        given_cpus = resources.get("CPU", 1)
+        threads = config.engine.threads or default_threads(given_cpus=given_cpus, only_replica=only_replica)
+        engine = Engine(
+            loaded.model,
+            config.engine.model_copy(update={"threads": threads, "gpu_memory_fraction": config.gpu_memory_fraction}),
+            context_tokens=loaded.context_tokens,
+            fingerprint=loaded.fingerprint,
+            dtype=loaded.dtype,
+            on_stage=report,
+            before_isolated=before_isolated,
+            kernel_cache=cache / "kernels",
+        )
+        freeze()
+        return engine, _card(loaded, engine)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Reply, None]:
         """The replies of one attempt; see `generation.replica.ReplicaClient.open`."""
@@ -140,43 +171,6 @@ def _channel_host() -> str | None:
     if sum(node["Alive"] for node in ray.nodes()) == 1:  # type: ignore[no-untyped-call]
         return "127.0.0.1"
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-
-
-def _start_engine(
-    config: AppConfig, report: Reporter, before_isolated: Callable[[GenerationRequest], None]
-) -> tuple[Engine, ModelCard]:
-    """All that takes long, on a thread of its own. Raises `ModelError` and `EngineError`."""
-    report(LoadStage("starting torch"))
-    # Here and not above: seconds of imports that only a replica needs, not whoever wires the application.
-    import torch
-
-    from serve_app.engine.cpu.threads import default_threads
-    from serve_app.engine.engine import Engine
-    from serve_app.models.cache import cache_directory
-    from serve_app.models.loader import load
-    from serve_app.models.source import resolve
-
-    # The engine's thread computes with `threads`; a second pool beside it would slow both (see `Engine`).
-    torch.set_num_threads(1)
-    resources: dict[str, float] = ray.get_runtime_context().get_assigned_resources()  # type: ignore[no-untyped-call]
-    cache = cache_directory(config.cache_dir)
-    files = resolve(config.model, cache, progress=report)
-    loaded = load(files, config.model, has_gpu=resources.get("GPU", 0) > 0, progress=report)
-    replicas = config.model_server
-    only_replica = replicas.autoscaling is None and replicas.num_replicas in (None, 1)
-    threads = config.engine.threads or default_threads(given_cpus=resources.get("CPU", 1), only_replica=only_replica)
-    engine = Engine(
-        loaded.model,
-        config.engine.model_copy(update={"threads": threads, "gpu_memory_fraction": config.gpu_memory_fraction}),
-        context_tokens=loaded.context_tokens,
-        fingerprint=loaded.fingerprint,
-        dtype=loaded.dtype,
-        on_stage=report,
-        before_isolated=before_isolated,
-        kernel_cache=cache / "kernels",
-    )
-    freeze()
-    return engine, _card(loaded, engine)
 
 
 def _card(loaded: LoadedModel, engine: Engine) -> ModelCard:

@@ -75,7 +75,10 @@ def serve_details() -> dict[str, Any]:
 
 
 def http_host() -> str | None:
-    """The host that Serve's proxies listen on. Blocks for a round trip."""
+    """The host that Serve's proxies listen on, which a config's `args` do not know; None: Serve's default, 127.0.0.1.
+
+    Blocks for a round trip.
+    """
     host: str | None = cast("Any", _get_global_client()).http_config.host
     return host
 

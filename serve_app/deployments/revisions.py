@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import re
 
-from ray import serve
-
 from serve_app.config import AppConfig, ModelConfig
 from serve_app.deployments.status.progress import ProgressBoard
-from serve_app.deployments.status.readiness import answers
+from serve_app.deployments.status.readiness import answers, deployment_status
 from serve_app.models.cache import Progress
 from serve_app.models.source import SourceKind, source_kind
 
@@ -35,16 +33,10 @@ def settled(
         # By the name, also where the commit is known: so this machine's cache remembers what the name stood for.
         _, found = hub.fetch(model, tokenizer_only=True, progress=progress)
         name = f"{model.source}@{model.revision or 'main'}"
-        return board.settle_commit(name, found, lambda: _serves(app_name, model_deployment))
+        return board.settle_commit(name, found, lambda: answers(deployment_status(app_name, model_deployment)))
 
     model = config.model
     pins = {"revision": commit(model)}
     if model.tokenizer is not None:
         pins["tokenizer_revision"] = commit(ModelConfig(source=model.tokenizer, revision=model.tokenizer_revision))
     return config.model_copy(update={"model": model.model_copy(update=pins)})
-
-
-def _serves(app_name: str, deployment: str) -> bool:
-    """Whether any replica with the weights takes requests now."""
-    application = serve.status().applications.get(app_name)
-    return answers(application.deployments.get(deployment) if application else None)

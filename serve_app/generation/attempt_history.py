@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from serve_app.backoff import backoff_s
 from serve_app.core import Failure, FailureCode
 
 _NO_PLACE_NOW = frozenset({FailureCode.OVERLOADED, FailureCode.NOT_READY})
@@ -34,10 +33,6 @@ class FailoverSettings:
     first_backoff_s: float = 0.02
     """Before the second attempt. Resubmitting on a Serve handle reaches a live replica in under 20 ms."""
     max_backoff_s: float = 2.0
-
-    def backoff_s(self, attempt: int) -> float:
-        """Pause after the `attempt`-th attempt in a row (from 1)."""
-        return backoff_s(attempt, self.first_backoff_s, self.max_backoff_s)
 
 
 class AttemptHistory:
@@ -68,8 +63,15 @@ class AttemptHistory:
         self._lost += counts
         self._implicated += implicated
         if self._implicated >= self._settings.max_implicated:
-            return _poison(self._implicated)
-        return _given_up(self._lost) if self._lost >= self._settings.max_attempts else None
+            blamed = f"{self._implicated} model replicas died while they computed only this request."
+            return Failure(FailureCode.POISON, f"This request was refused: {blamed}")
+        if self._lost < self._settings.max_attempts:
+            return None
+        message = (
+            "The model's replica was lost and the answer could not be continued "
+            f"(tried {self._lost} times). Repeat the request."
+        )
+        return Failure(FailureCode.REPLICA_LOST, message, retry_after_s=1.0)
 
     def refused(self, failure: Failure, *, accepted: bool) -> Failure | None:
         """Note a replica's refusal; what the choice fails with when it is not to be repeated."""
@@ -78,14 +80,3 @@ class AttemptHistory:
             self._mismatches += 1
             return failure if self._mismatches >= self._settings.max_mismatches else None
         return None if accepted and failure.code in _NO_PLACE_NOW else failure
-
-
-def _given_up(attempts: int) -> Failure:
-    tried = "once" if attempts == 1 else f"{attempts} times"
-    message = f"The model's replica was lost and the answer could not be continued (tried {tried}). Repeat the request."
-    return Failure(FailureCode.REPLICA_LOST, message, retry_after_s=1.0)
-
-
-def _poison(replicas: int) -> Failure:
-    message = f"This request was refused: {replicas} model replicas died while they computed only this request."
-    return Failure(FailureCode.POISON, message)

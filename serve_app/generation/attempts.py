@@ -10,10 +10,11 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, closing
-from types import TracebackType
+from typing import Self
 
 from msgspec.structs import replace
 
+from serve_app.backoff import backoff_s
 from serve_app.core import Failure, FailureCode, GenerationRequest, GenerationStats, Reply, TokenBatch
 from serve_app.generation.attempt_history import AttemptHistory, FailoverSettings
 from serve_app.generation.output_tokens import BatchError, OutputTokens
@@ -75,9 +76,7 @@ class Generation:
         self._task.add_done_callback(lambda _: self._changed.set())
         return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *exc: object) -> None:
         await self.aclose()
 
     async def aclose(self) -> None:
@@ -134,8 +133,9 @@ class Generation:
             self._failure = Failure(FailureCode.DEADLINE_EXCEEDED, message)
 
     async def _run_attempts(self) -> None:
-        history = AttemptHistory(self._settings)
-        while not self._is_complete():  # an earlier generation, or a lost attempt, brought all but the last word
+        settings = self._settings
+        history = AttemptHistory(settings)
+        while not self._output.complete():  # an earlier generation, or a lost attempt, brought all but the last word
             known = len(self._output)
             reason = await self._attempt_noted(history)
             if reason is None and history.attempts:
@@ -151,7 +151,7 @@ class Generation:
                 reason,
                 ", in steps of its own" if history.isolate else "",
             )
-            await asyncio.sleep(self._settings.backoff_s(history.attempts))
+            await asyncio.sleep(backoff_s(history.attempts, settings.first_backoff_s, settings.max_backoff_s))
 
     async def _attempt_noted(self, history: AttemptHistory) -> str | None:
         """One attempt, and in `history` how it ended; why it did not finish the choice, if it did not.
@@ -162,6 +162,7 @@ class Generation:
         try:
             failure = await self._attempt(isolated=history.isolate)
         except ReplicaLost as lost:
+            _raise_if_cancelled()
             if len(self._output) > known:
                 history.progress()
             else:
@@ -176,10 +177,15 @@ class Generation:
         return failure.message
 
     async def _attempt(self, *, isolated: bool) -> Failure | None:
-        """One attempt to its end; None when the choice is finished. Raises `ReplicaLost`."""
+        """One attempt to its end; None when the choice is finished.
+
+        Raises `ReplicaLost`, also where a client made that of this task's own cancellation.
+        """
         loop = asyncio.get_running_loop()
         silence_s = self._settings.silence_s
-        request = self._next_request(isolated=isolated)
+        remaining_s = None if self._deadline is None else max(0.0, self._deadline - loop.time())
+        known = tuple(self._output.token_ids)
+        request = replace(self._request, output_token_ids=known, isolated=isolated, remaining_s=remaining_s)
         heard = False
         try:
             async with aclosing(self._client.open(request)) as replies, asyncio.timeout(None) as silence:
@@ -200,24 +206,12 @@ class Generation:
             if not silence.expired():
                 raise
             raise ReplicaLost(f"nothing came for {silence_s:g} s", taken=heard) from None
-        except ReplicaLost:
-            _raise_if_cancelled()
-            raise
         except BatchError as error:
-            _raise_if_cancelled()
             raise ReplicaLost(f"the replica sent an invalid batch: {error}") from error
         except asyncio.CancelledError:
-            # A replica's own cancellation arrives as a bare CancelledError: nobody has cancelled this task.
-            _raise_if_cancelled()
+            # A replica's own cancellation arrives as a bare CancelledError too.
             raise ReplicaLost("the replica cancelled the attempt") from None
-        _raise_if_cancelled()
         raise ReplicaLost("the attempt ended without a last batch")
-
-    def _next_request(self, *, isolated: bool) -> GenerationRequest:
-        request = replace(self._request, output_token_ids=tuple(self._output.token_ids), isolated=isolated)
-        if self._deadline is None:
-            return request
-        return replace(request, remaining_s=max(0.0, self._deadline - asyncio.get_running_loop().time()))
 
     def _receive(self, batch: TokenBatch) -> None:
         self._output.append(batch)
@@ -228,12 +222,6 @@ class Generation:
                 self._request = replace(self._request, numerics_id=batch.stats.numerics_id)
         if self._has_news or not self._announced:
             self._changed.set()
-
-    def _is_complete(self) -> bool:
-        """Whether what was delivered is already the whole answer, so that only the last word was lost."""
-        if self._output.finish_reason is None:
-            self._output.finish_reason = self._output.ends_here()
-        return self._output.finish_reason is not None
 
     def _log_continued(self) -> None:
         request, stats = self._request, self._latest_stats
@@ -271,14 +259,12 @@ class Generations:
         """Have this choice generated too, from `prior` on (see `Generation`). Before the block is entered."""
         self._running[request.choice] = Generation(self._client, request, self._changed, self._settings, prior)
 
-    async def __aenter__(self) -> Generations:
+    async def __aenter__(self) -> Self:
         for generation in self._running.values():
             await generation.__aenter__()
         return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *exc: object) -> None:
         await asyncio.gather(*(generation.aclose() for generation in self._running.values()))
 
     async def stop(self, choice: int) -> None:

@@ -67,13 +67,9 @@ class Completion:
         return all(self._ended)
 
     @property
-    def cached_prompt_tokens(self) -> int:
-        """As in `Usage`."""
-        counted = self._stats[:: self.request.choices_per_prompt]
-        return sum(stats.cached_prompt_tokens for stats in counted if stats is not None)
-
-    @property
     def usage(self) -> Usage:
         """What was counted so far."""
+        counted = self._stats[:: self.request.choices_per_prompt]
+        cached = sum(stats.cached_prompt_tokens for stats in counted if stats is not None)
         tokens = sum(text.tokens for text in self._texts)
-        return Usage(self.request.prompt_tokens, self.cached_prompt_tokens, tokens)
+        return Usage(self.request.prompt_tokens, cached, tokens)

@@ -20,10 +20,11 @@ class OtherTokens(BatchError):
 class OutputTokens:
     """The output of one choice, in order. With the request it is the whole state of a generation."""
 
-    __slots__ = ("_request", "finish_reason", "logprobs", "stats", "token_ids")
+    __slots__ = ("_request", "_with_logprobs", "finish_reason", "logprobs", "stats", "token_ids")
 
     def __init__(self, request: GenerationRequest) -> None:
         self._request = request
+        self._with_logprobs = request.sampling.logprobs is not None
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         """One per token when they were asked for, else empty."""
@@ -48,32 +49,28 @@ class OutputTokens:
             raise OtherTokens(f"the tokens from position {first} differ from those that were received before")
         new_ids = batch.token_ids[known:]
         if new_ids:
-            self._add(batch, new_ids, known)
+            limit = self._request.max_new_tokens
+            if len(self.token_ids) + len(new_ids) > limit:
+                raise BatchError(f"the batch exceeds the limit of {limit} tokens")
+            if self._with_logprobs:
+                if batch.logprobs is None or len(batch.logprobs) != len(batch.token_ids):
+                    raise BatchError("tokens came without their logprobs")
+                self.logprobs.extend(batch.logprobs[known:])
+            self.token_ids.extend(new_ids)
         if self.stats is None:
             self.stats = batch.stats
         if batch.finish_reason is not None:
             self.finish_reason = batch.finish_reason
         return len(new_ids)
 
-    def _add(self, batch: TokenBatch, new_ids: tuple[int, ...], known: int) -> None:
-        limit = self._request.max_new_tokens
-        if len(self.token_ids) + len(new_ids) > limit:
-            raise BatchError(f"the batch exceeds the limit of {limit} tokens")
-        if self._with_logprobs:
-            if batch.logprobs is None or len(batch.logprobs) != len(batch.token_ids):
-                raise BatchError("tokens came without their logprobs")
-            self.logprobs.extend(batch.logprobs[known:])
-        self.token_ids.extend(new_ids)
-
     def tokens(self, first: int, end: int | None = None) -> TokenBatch:
         """Those from position `first` to `end`, or all from there, without what came with them."""
         logprobs = tuple(self.logprobs[first:end]) if self._with_logprobs else None
         return TokenBatch(first, tuple(self.token_ids[first:end]), logprobs)
 
-    def ends_here(self) -> FinishReason | None:
-        """Why what is there is the whole output already, though no batch has said so; None when it isn't."""
-        return self._request.finish_reason(len(self.token_ids), self.token_ids[-1] if self.token_ids else None)
-
-    @property
-    def _with_logprobs(self) -> bool:
-        return self._request.sampling.logprobs is not None
+    def complete(self) -> bool:
+        """Whether what is there is the whole output, also when no batch has said so: its last word was lost then."""
+        if self.finish_reason is None:
+            last = self.token_ids[-1] if self.token_ids else None
+            self.finish_reason = self._request.finish_reason(len(self.token_ids), last)
+        return self.finish_reason is not None

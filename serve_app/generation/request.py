@@ -112,8 +112,8 @@ class ResolvedRequest(Struct, frozen=True):
 
 
 def resolve(
-    card: ModelCard,
     defaults: GenerationDefaults,
+    card: ModelCard,
     prompts: Sequence[Prompt],
     params: CompletionParams,
     *,
@@ -129,11 +129,13 @@ def resolve(
     # A tokenizer may know more ids than the model has; the engine would refuse them.
     eos = () if params.ignore_eos else (token_id for token_id in defaults.eos_token_ids if token_id < card.vocab_size)
     stop_token_ids = tuple(sorted({*params.stop_token_ids, *eos}))
+    limit = params.default_max_tokens if params.max_tokens is None else params.max_tokens
     requests: list[GenerationRequest] = []
     cut_to: int | None = None
     for prompt in prompts:
         _check_ids(card, prompt.ids, prompt.param)
-        max_new_tokens = _max_new_tokens(_room(card, prompt), params)
+        room = _room(card, prompt)
+        max_new_tokens = room if limit is None else min(room, limit)
         if params.max_tokens is not None and max_new_tokens < params.max_tokens:
             cut_to = max_new_tokens if cut_to is None else min(cut_to, max_new_tokens)
         if sampling.min_tokens > max_new_tokens:
@@ -184,11 +186,6 @@ def _room(card: ModelCard, prompt: Prompt) -> int:
     if len(prompt.ids) >= limit:
         raise context_exceeded(limit, len(prompt.ids), prompt.param)
     return limit - len(prompt.ids)
-
-
-def _max_new_tokens(room: int, params: CompletionParams) -> int:
-    limit = params.default_max_tokens if params.max_tokens is None else params.max_tokens
-    return room if limit is None else min(room, limit)
 
 
 def _invalid(message: str, param: str) -> RequestError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict
-from types import TracebackType
+from functools import partial
 
 from serve_app.chat.conversation import Unknown, refuse_unknown
 from serve_app.chat.options import DEFAULT_OPTIONS, ChatOptions
@@ -19,7 +19,7 @@ from serve_app.generation.attempt_history import FailoverSettings
 from serve_app.generation.attempts import Generations
 from serve_app.generation.completion import Completion, Usage
 from serve_app.generation.replica import ReplicaClient
-from serve_app.generation.request import CompletionParams, Prompt, ResolvedRequest, resolve
+from serve_app.generation.request import Prompt, ResolvedRequest, resolve
 from serve_app.generation.text import Delta
 
 _LONGEST_NAME = 100
@@ -39,20 +39,20 @@ class CompletionService:
     ) -> None:
         """`aliases`: other names that the model answers to."""
         self._aliases = aliases
-        self.tokenizer: ChatTokenizer = formatter.tokenizer
         self._client = client
         self._formatter = formatter
-        self._defaults = defaults
         self._failover = failover or FailoverSettings()
+        self.tokenizer: ChatTokenizer = formatter.tokenizer
+        self.template_variables = formatter.template_variables
+        """Variables of the model's chat template that a caller may set."""
+        self.sampling_defaults = {name: value for name, value in asdict(defaults).items() if name != "eos_token_ids"}
+        """The sampling parameters of requests that don't give them."""
+        self.resolve = partial(resolve, defaults)
+        """Everything about a request resolved and checked; see `generation.request.resolve`."""
 
     async def state(self) -> ModelCard | LoadStage:
         """The card of the model when it can serve, or how far it is."""
         return await self._client.model()
-
-    @property
-    def sampling_defaults(self) -> dict[str, float]:
-        """The sampling parameters of requests that don't give them."""
-        return {name: value for name, value in asdict(self._defaults).items() if name != "eos_token_ids"}
 
     async def ready_model(self, name: str | None = None) -> ModelCard:
         """The card. Raises `RequestError` while there is no model to serve, and when it has another `name`.
@@ -66,11 +66,6 @@ class CompletionService:
             message = f"The model '{name[:_LONGEST_NAME]}' does not exist; GET /v1/models lists what is served."
             raise RequestError(message, code="model_not_found", param="model")
         return state
-
-    @property
-    def template_variables(self) -> frozenset[str]:
-        """Variables of the model's chat template that a caller may set."""
-        return self._formatter.template_variables
 
     def render_chat(
         self,
@@ -88,62 +83,35 @@ class CompletionService:
         ids = self._formatter.render_text(text, parse_special=parse_special, context_tokens=card.context_tokens)
         return Prompt(tuple(ids), True, "prompt")
 
-    def resolve(
-        self,
-        card: ModelCard,
-        prompts: Sequence[Prompt],
-        params: CompletionParams,
-        *,
-        request_id: str,
-        remaining_s: float,
-    ) -> ResolvedRequest:
-        """Everything about a request resolved and checked. Raises `RequestError`."""
-        return resolve(card, self._defaults, prompts, params, request_id=request_id, remaining_s=remaining_s)
-
     def start(self, request: ResolvedRequest) -> RunningCompletion:
         """The answer; entering it starts the work. Raises `PromptError` for stop strings that can't be used."""
-        completion = Completion(request, self.tokenizer)
-        return RunningCompletion(completion, Generations(self._client, self._failover))
+        return RunningCompletion(self._client, self._failover, Completion(request, self.tokenizer))
 
 
-class RunningCompletion:
-    """One request under way. An async context manager; leaving it cancels what still runs."""
+class RunningCompletion(Generations):
+    """One request under way, told as text. Leaving it cancels what still runs."""
 
-    def __init__(self, completion: Completion, generations: Generations) -> None:
+    def __init__(self, client: ReplicaClient, settings: FailoverSettings, completion: Completion) -> None:
+        super().__init__(client, settings)
         self._completion = completion
-        self._generations = generations
         for request in completion.request.requests:
-            generations.add(request)
-
-    async def __aenter__(self) -> RunningCompletion:
-        await self._generations.__aenter__()
-        return self
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self._generations.__aexit__(exc_type, exc, traceback)
+            self.add(request)
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """What each choice gains, as it comes; every choice ends with a finish reason.
 
         Raises `RequestError` when a choice can't go on; what came before stays valid.
         """
-        async with aclosing(self._generations.replies()) as replies:
+        async with aclosing(self.replies()) as replies:
             async for choice, reply in replies:
                 if isinstance(reply, Failure):
                     raise RequestError.of(reply)
                 delta = self._completion.push(choice, reply)
                 if delta.finish_reason is not None and reply.finish_reason is None:
-                    await self._generations.stop(choice)  # a stop string: the model would go on
+                    await self.stop(choice)  # a stop string: the model would go on
                 yield delta
 
     @property
     def usage(self) -> Usage:
         """What was counted so far."""
         return self._completion.usage
-
-    @property
-    def outcome(self) -> str:
-        """The finish reason that came last."""
-        return self._completion.outcome

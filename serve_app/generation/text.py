@@ -114,7 +114,12 @@ class ChoiceText:
                 return self._delta(batch, texts, FinishReason.STOP)
         if batch.finish_reason is None:
             return self._delta(batch, texts, None)
-        return self._finish(batch, texts, batch.finish_reason)
+        text, stopped = self._show(self._detokenizer.flush(), self.tokens + len(texts), last=True)
+        if texts:
+            texts[-1] += text
+        elif text:
+            texts.append(text)
+        return self._delta(batch, texts, FinishReason.STOP if stopped else batch.finish_reason)
 
     def _show(self, text: str, tokens: int, *, last: bool = False) -> tuple[str, bool]:
         """What of the text that is certain after `tokens` can be shown, and whether a stop string ends it."""
@@ -124,14 +129,6 @@ class ChoiceText:
             shown += self._stops.flush()
         self._logprobs.out(shown)
         return shown, stopped
-
-    def _finish(self, batch: TokenBatch, texts: list[str], reason: FinishReason) -> Delta:
-        text, stopped = self._show(self._detokenizer.flush(), self.tokens + len(texts), last=True)
-        if texts:
-            texts[-1] += text
-        elif text:
-            texts.append(text)
-        return self._delta(batch, texts, FinishReason.STOP if stopped else reason)
 
     def _delta(self, batch: TokenBatch, texts: list[str], reason: FinishReason | None) -> Delta:
         token_ids = batch.token_ids[: len(texts)]

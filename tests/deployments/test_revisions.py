@@ -12,9 +12,8 @@ from fake_replica import card
 
 from serve_app.config import AppConfig, ModelConfig
 from serve_app.core import LoadStage
-from serve_app.deployments import revisions
 from serve_app.deployments.revisions import settled
-from serve_app.deployments.status import progress
+from serve_app.deployments.status import progress, readiness
 from serve_app.deployments.status.progress import ProgressBoard
 from serve_app.models import hub
 
@@ -53,7 +52,7 @@ def ignore(_: LoadStage) -> None:
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     FakeKeyValueStore().used_by(progress, monkeypatch)
     cluster = Cluster()
-    for module in (progress, revisions):
+    for module in (progress, readiness):
         monkeypatch.setattr(module, "serve", cluster)
     monkeypatch.setattr(hub, "fetch", cluster.fetch)
     return cluster

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from itertools import pairwise
 
 import pytest
 from fake_replica import ALIVE, FakeReplica, Script, counts, fails, generation_request, says, tokens
@@ -401,10 +402,18 @@ async def test_closing_one_choice_does_not_end_the_others() -> None:
     assert ids([reply for position, reply in seen if position == 1]) == TEN
 
 
-def test_backoff_doubles_up_to_its_cap() -> None:
-    settings = FailoverSettings(first_backoff_s=0.1, max_backoff_s=1.0)
-    assert 0.05 <= settings.backoff_s(1) <= 0.15
-    assert 0.5 <= settings.backoff_s(1000) <= 1.5
+async def test_pauses_between_attempts_grow_up_to_their_cap() -> None:
+    opened_at: list[float] = []
+
+    def script(request: GenerationRequest) -> list[BaseException]:
+        opened_at.append(asyncio.get_running_loop().time())
+        return [ReplicaLost("killed")]
+
+    await replies(FakeReplica([script]), FailoverSettings(first_backoff_s=0.1, max_backoff_s=1.0))
+    pauses_s = [later - earlier for earlier, later in pairwise(opened_at)]
+    assert len(pauses_s) == FailoverSettings().max_attempts - 1
+    assert 0.05 <= pauses_s[0] <= 0.15
+    assert 0.5 <= pauses_s[-1] <= 1.5
 
 
 async def test_a_last_word_that_comes_with_tokens_while_the_reader_is_busy_is_handed_out() -> None:

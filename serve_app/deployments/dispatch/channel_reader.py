@@ -7,7 +7,6 @@ tokens may have been in a channel that broke is told so. Knows no text.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -35,15 +34,10 @@ class ChannelReader:
         """`address_of` a replica's channels; `ingress_id` is "" where nobody can be told apart: no channels."""
         self._address_of = address_of
         self._ingress_id = ingress_id
-        self._numbers = itertools.count(1)
         self._attempts: dict[int, tuple[Attempt, Inbox]] = {}
         self._channels: dict[str, _Channel] = {}
         self._opening: dict[str, asyncio.Task[None]] = {}
         self._not_before: dict[str, float] = {}
-
-    def next_number(self) -> int:
-        """Of an attempt."""
-        return next(self._numbers)
 
     @contextmanager
     def inbox(self, attempt: Attempt) -> Iterator[Inbox]:
@@ -59,18 +53,14 @@ class ChannelReader:
     def connect(self, replicas: Iterable[str]) -> None:
         """Open channels to those of these replicas to which there are none, before their first replies are due."""
         for replica in replicas:
-            self._connect(replica)
-
-    def _connect(self, replica: str) -> None:
-        if not self._ingress_id or replica in self._channels or replica in self._opening:
-            return
-        if time.monotonic() < self._not_before.get(replica, 0.0):
-            return
-        if (address := self._address_of(replica)) is None:
-            return
-        # It belongs to no request, whoever started it.
-        task = asyncio.create_task(self._open(replica, address), name=f"channel {replica}", context=Context())
-        self._opening[replica] = task
+            if not self._ingress_id or replica in self._channels or replica in self._opening:
+                continue
+            if time.monotonic() < self._not_before.get(replica, 0.0):
+                continue
+            if (address := self._address_of(replica)) is not None:
+                # It belongs to no request, whoever started it.
+                task = asyncio.create_task(self._open(replica, address), name=f"channel {replica}", context=Context())
+                self._opening[replica] = task
 
     def drop(self, replica: str) -> None:
         """This replica says nothing any more: it is frozen or cut off, and so is its channel."""

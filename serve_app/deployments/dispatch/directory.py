@@ -10,9 +10,10 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
+from dataclasses import dataclass
 
 from serve_app.core import Fingerprint, GenerationRequest
+from serve_app.deployments.dispatch.channel_wire import ChannelAddress
 
 SILENT_FOR_S = 60.0
 """How long a replica that fell silent, or is out of order, gets no requests, if there is another and it says nothing
@@ -24,35 +25,25 @@ MOVE_S = 10.0
 """A stream that has not arrived after this long no longer keeps others from moving."""
 
 
-class Call(Protocol):
-    """Serve's, of a request that a replica has."""
-
-    def cancel(self) -> object:
-        """End it there."""
-        ...
-
-
+@dataclass(slots=True, eq=False)
 class Attempt:
     """Where one attempt is: at no replica as long as it waits for a place."""
 
-    __slots__ = ("begun", "call", "deaths", "left", "replica", "request", "sendings", "taken")
-
-    def __init__(self, request: GenerationRequest) -> None:
-        self.request = request
-        self.replica: str | None = None
-        """The id of the replica that it was sent to."""
-        self.left: str | None = None
-        """The replica at which it was before it waited for another."""
-        self.taken = False
-        """That replica is known to have it. As long as it isn't, Serve may send it to another."""
-        self.call: Call | None = None
-        """What Serve has of it then."""
-        self.sendings = 0
-        """How often the router has handed it to a replica."""
-        self.begun: int | None = None
-        """The sending of which tokens have come through a channel."""
-        self.deaths = 0
-        """Replicas that died when it was on its way to them."""
+    request: GenerationRequest
+    replica: str | None = None
+    """The id of the replica that it was sent to."""
+    left: str | None = None
+    """The replica at which it was before it waited for another."""
+    taken: bool = False
+    """That replica is known to have it. As long as it isn't, Serve may send it to another."""
+    call: object = None
+    """Serve's, by which it can be cancelled then."""
+    sendings: int = 0
+    """How often the router has handed it to a replica."""
+    begun: int | None = None
+    """The sending of which tokens have come through a channel."""
+    deaths: int = 0
+    """Replicas that died when it was on its way to them."""
 
     @property
     def stream(self) -> tuple[str, int]:
@@ -68,7 +59,8 @@ class ReplicaDirectory:
     """
 
     def __init__(self) -> None:
-        self._live: Mapping[str, Fingerprint | None] = {}
+        self.live: Mapping[str, Fingerprint | None] = {}
+        """Replicas that take requests, with their weights. A draining one is not among them."""
         self._numerics_ids: Mapping[str, str] = {}
         self._channels: Mapping[str, str] = {}
         self._silent_until: dict[str, float] = {}
@@ -76,11 +68,6 @@ class ReplicaDirectory:
         self._attempts: dict[int, Attempt] = {}
         self._moving_until: dict[tuple[str, int], float] = {}
         self._listeners: list[Callable[[], object]] = []
-
-    @property
-    def live(self) -> Mapping[str, Fingerprint | None]:
-        """Replicas that take requests, with their weights. A draining one is not among them."""
-        return self._live
 
     def update(
         self,
@@ -94,7 +81,7 @@ class ReplicaDirectory:
         known = {replica: how for replica, how in self._numerics_ids.items() if replica in left}
         self._numerics_ids = {**known, **(numerics_ids or {})}
         self._channels = channels or {}
-        self._live = live
+        self.live = live
         for listener in list(self._listeners):
             try:
                 listener()
@@ -105,9 +92,9 @@ class ReplicaDirectory:
         """Call this after each `update`, on whichever thread that is."""
         self._listeners.append(listener)
 
-    def channel(self, replica: str) -> str:
-        """Where token channels of a live replica are had; empty where there are none."""
-        return self._channels.get(replica, "")
+    def channel(self, replica: str) -> ChannelAddress | None:
+        """Where token channels of a live replica are had; None where there are none."""
+        return ChannelAddress.parse(self._channels.get(replica, ""))
 
     @contextmanager
     def track(self, request: GenerationRequest) -> Iterator[Attempt]:
@@ -130,7 +117,7 @@ class ReplicaDirectory:
             attempt.replica = replica  # first: what an earlier one says from here on is not of this sending
             attempt.sendings += 1
 
-    def taken(self, request: object, replica: str, call: Call) -> bool:
+    def taken(self, request: object, replica: str, call: object) -> bool:
         """This replica has it, and the router is done with it. False when it was given up: `call` is to be cancelled.
 
         Serve forgets to, where that happens between its taking note of the replica's answer and its caller's.
@@ -192,7 +179,7 @@ class ReplicaDirectory:
 
     def should_leave(self, attempt: Attempt) -> bool:
         """Whether its replica is going and another can continue it: asked after each reply. It must leave on True."""
-        live, here = self._live, attempt.replica  # the router's thread may put others in their places meanwhile
+        live, here = self.live, attempt.replica  # the router's thread may put others in their places meanwhile
         if here is None or here in live:
             return False
         if not any(self._continues(attempt, here, other, weights) for other, weights in live.items()):

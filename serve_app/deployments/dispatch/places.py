@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from bisect import insort
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from serve_app.backoff import backoff_s
 
@@ -41,13 +41,12 @@ class _Place:
     accepted: bool = False
 
 
-@dataclass(slots=True, order=True)
+@dataclass(slots=True, eq=False)
 class _Waiter:
     order: tuple[bool, float]
-    number: int
-    key: str = field(compare=False)
-    choose: Choose = field(compare=False)
-    found: asyncio.Future[str | None] = field(compare=False)
+    key: str
+    choose: Choose
+    found: asyncio.Future[str | None]
 
 
 class Places:
@@ -59,7 +58,6 @@ class Places:
         self._replicas: dict[str, _Replica] = {}
         self._places: dict[str, _Place] = {}
         self._waiters: list[_Waiter] = []
-        self._arrivals = 0
         self._failures = 0
         self._timer: asyncio.Handle | None = None
 
@@ -83,9 +81,8 @@ class Places:
             if not place.accepted:
                 replica = place.replica
                 replica.others = max(replica.others, replica.limit - replica.ours)
-        self._arrivals += 1
-        waiter = _Waiter(order, self._arrivals, key, choose, asyncio.get_running_loop().create_future())
-        insort(self._waiters, waiter)
+        waiter = _Waiter(order, key, choose, asyncio.get_running_loop().create_future())
+        insort(self._waiters, waiter, key=lambda one: one.order)  # behind those of the same order
         self._hand_out()
         try:
             return await waiter.found

@@ -7,6 +7,7 @@ attempt is cancelled on its replica. Knows no text; the journal, the deadline an
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -21,7 +22,6 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from serve_app.core import Failure, FailureCode, GenerationRequest, LoadStage, ModelCard, Reply, TokenBatch
 from serve_app.deployments.dispatch.channel_reader import ChannelReader
-from serve_app.deployments.dispatch.channel_wire import ChannelAddress
 from serve_app.deployments.dispatch.directory import Attempt, replica_directory
 from serve_app.deployments.dispatch.inbox import Inbox
 from serve_app.deployments.dispatch.liveness import own_name
@@ -54,7 +54,9 @@ class RayReplicaClient:
         self._directory = replica_directory(model_server.app_name, model_server.deployment_name)
         self._poison = PoisonNotes(model_server.app_name)
         self._ingress_id = own_name()
-        self._channels = ChannelReader(self._channel_of, self._ingress_id)
+        self._channels = ChannelReader(self._directory.channel, self._ingress_id)
+        self._numbers = itertools.count(1)
+        """Of attempts."""
         self._reading: set[asyncio.Task[None]] = set()
         self._connects = False
 
@@ -71,7 +73,7 @@ class RayReplicaClient:
         can continue it.
         """
         self._connect()
-        request = replace(request, ingress_id=self._ingress_id, attempt=self._channels.next_number())
+        request = replace(request, ingress_id=self._ingress_id, attempt=next(self._numbers))
         with self._directory.track(request) as attempt, self._channels.inbox(attempt) as inbox:
             response = call_detached(lambda: self._generate.remote(request))
             reading = asyncio.create_task(_read(response, inbox), name=f"attempt {request.attempt}")
@@ -166,9 +168,6 @@ class RayReplicaClient:
         self._reading.discard(reading)
         if _broke(reading):
             inbox.fail()
-
-    def _channel_of(self, replica: str) -> ChannelAddress | None:
-        return ChannelAddress.parse(self._directory.channel(replica))
 
     async def _lost(self, reason: str, attempt: Attempt, *, taken: bool | None = None) -> ReplicaLost:
         """`taken` unless it was at no replica, if that is not said."""

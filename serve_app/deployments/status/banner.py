@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from serve_app.core import ModelCard
-from serve_app.deployments.ray_internals import http_host, serve_details
+from serve_app.deployments.ray_internals import serve_details
 
 SILENCE = "SERVE_APP_BANNER"
 """Environment variable: 0 leaves the banner out, for whoever started `serve run` and says it itself."""
@@ -71,11 +71,6 @@ def service_url(app_name: str) -> str:
     host, port = options.get("host") or "127.0.0.1", options.get("port", 8000)
     route_prefix = details["applications"][app_name]["route_prefix"]
     return address(host, port, route_prefix, https=bool(options.get("ssl_certfile")))
-
-
-def listens_on() -> str:
-    """The host that Serve's proxies listen on, which a config's `args` do not know. Blocks for a round trip."""
-    return http_host() or "127.0.0.1"
 
 
 def log_folder() -> Path:

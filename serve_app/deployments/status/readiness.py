@@ -65,6 +65,12 @@ def _stage_by_serve(message: str) -> str | None:
     return None
 
 
+def deployment_status(app_name: str, deployment: str) -> DeploymentStatusOverview | None:
+    """What Serve says of a deployment; None while it knows none of this name. Blocks for a round trip."""
+    application = serve.status().applications.get(app_name)
+    return application.deployments.get(deployment) if application else None
+
+
 def answers(deployment: DeploymentStatusOverview | None) -> bool:
     """Whether any replica of this deployment takes requests."""
     states = deployment.replica_states.items() if deployment is not None else ()
@@ -114,6 +120,5 @@ class Readiness:
         return self._answer
 
     def _look(self) -> ModelCard | LoadStage:
-        application = serve.status().applications.get(self._app_name)
-        deployment = application.deployments.get(self._deployment_name) if application else None
+        deployment = deployment_status(self._app_name, self._deployment_name)
         return judge(deployment, self._board.card(), self._board.stage(), may_sleep=self._may_sleep)

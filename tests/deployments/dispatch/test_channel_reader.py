@@ -51,12 +51,13 @@ class Channels:
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
+        self._numbers = itertools.count(1)
         self.replicas = {"a": Replica("secret-of-a"), "b": Replica("secret-of-b")}
         self.reader = ChannelReader(lambda name: self.replicas[name].address, "me")
 
     def send(self, replica: str, first_index: int = 0) -> tuple[int, Inbox]:
         """An attempt that is at this replica, which has not answered; its number and inbox."""
-        number = self.reader.next_number()
+        number = next(self._numbers)
         attempt = Attempt(replace(generation_request(), attempt=number, output_token_ids=tuple(range(first_index))))
         attempt.replica = replica
         return number, self._stack.enter_context(self.reader.inbox(attempt))
