@@ -58,7 +58,7 @@ def kernels(device: str) -> None:
     import torch
 
     from serve_app.engine.attention.base import AttentionParams
-    from serve_app.engine.attention.check import check_attention
+    from serve_app.engine.attention.kernel_check import check_attention
     from serve_app.engine.attention.varlen import VarlenAttention
     from serve_app.engine.cuda.attention import TritonAttention
     from serve_app.engine.kv_cache import LayerShape

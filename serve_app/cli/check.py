@@ -180,7 +180,7 @@ def _slow_kernels(file: ConfigFile) -> list[str]:
     if all(_on_gpu(app.config) or not app.config.engine.cpu_kernels for app in file.apps):
         return []
     from serve_app.engine.cpu.compiler import compiler_command
-    from serve_app.engine.errors import EngineError
+    from serve_app.engine.engine_error import EngineError
 
     try:
         compiler_command()

@@ -28,7 +28,7 @@ from serve_app.deployments.logs import use_serve_log
 from serve_app.deployments.metrics import RayMetrics
 from serve_app.deployments.revisions import settled
 from serve_app.deployments.status.progress import ProgressBoard, Reporter
-from serve_app.engine.errors import EngineError
+from serve_app.engine.engine_error import EngineError
 from serve_app.models.model_error import ModelError
 from serve_app.observability.metrics import ACCEPTED_TOKENS, CACHE_USE, DRAFTED_TOKENS, RUNNING, WAITING, MetricsSink
 

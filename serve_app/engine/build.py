@@ -25,7 +25,7 @@ from serve_app.engine.cpu.library import Kernels, load_kernels
 from serve_app.engine.cpu.linear import pack_linears
 from serve_app.engine.cpu.widen import HALVES, widen
 from serve_app.engine.cuda.attention import TritonAttention
-from serve_app.engine.errors import EngineError, UnsupportedModelError
+from serve_app.engine.engine_error import EngineError, UnsupportedModelError
 from serve_app.engine.host_memory import page_out_mapped_weights
 from serve_app.engine.kernel_trial import Trial, try_apart
 from serve_app.engine.kv_budget import allocate, count_pages

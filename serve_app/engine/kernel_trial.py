@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from serve_app.engine.attention.base import AttentionBackend
-from serve_app.engine.attention.check import check_attention
+from serve_app.engine.attention.kernel_check import check_attention
 from serve_app.engine.model_runner import AttentionLayer
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from serve_app.config import GPU_MEMORY_FRACTION, EngineConfig
-from serve_app.engine.errors import EngineError
+from serve_app.engine.engine_error import EngineError
 from serve_app.engine.kv_cache import KVCache
 from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.recording import graph_bytes

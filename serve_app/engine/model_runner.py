@@ -30,7 +30,7 @@ from serve_app.engine.attention.base import (
 from serve_app.engine.attention.plain import plain_attention
 from serve_app.engine.cpu.linear import PackedLinear
 from serve_app.engine.cuda.graphs import StepGraphs
-from serve_app.engine.errors import EngineError, UnsupportedModelError
+from serve_app.engine.engine_error import EngineError, UnsupportedModelError
 from serve_app.engine.inputs import StepInputs
 from serve_app.engine.kv_cache import KVCache, LayerShape
 from serve_app.engine.scheduler import Chunk

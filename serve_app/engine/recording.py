@@ -8,8 +8,8 @@ import time
 from serve_app.config import EngineConfig
 from serve_app.engine.attention.base import TabledAttention
 from serve_app.engine.cuda.capture import CudaCapture
-from serve_app.engine.cuda.check import RecordingCheck
 from serve_app.engine.cuda.graphs import StepGraphs, step_shapes
+from serve_app.engine.cuda.recording_check import RecordingCheck
 from serve_app.engine.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)

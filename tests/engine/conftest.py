@@ -13,7 +13,7 @@ from serve_app.config import EngineConfig
 from serve_app.engine import build
 from serve_app.engine.cpu.library import Kernels, load_kernels
 from serve_app.engine.engine import Engine
-from serve_app.engine.errors import EngineError
+from serve_app.engine.engine_error import EngineError
 
 
 @pytest.fixture

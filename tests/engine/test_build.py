@@ -17,7 +17,7 @@ from serve_app.engine.attention.base import AttentionParams
 from serve_app.engine.attention.plain import PlainAttention
 from serve_app.engine.attention.sdpa import SdpaAttention
 from serve_app.engine.engine import Engine
-from serve_app.engine.errors import EngineError, UnsupportedModelError
+from serve_app.engine.engine_error import EngineError, UnsupportedModelError
 from serve_app.engine.kv_cache import KVCache, LayerShape, PagePool
 from serve_app.engine.load_check import check_model
 from serve_app.engine.model_runner import AttentionLayer, ModelRunner

@@ -14,7 +14,7 @@ from tiny_models import prompts_of, request_for, tiny_model, tokens_of
 
 from serve_app.core import SamplingParams
 from serve_app.engine.attention.base import AttentionParams
-from serve_app.engine.attention.check import check_attention
+from serve_app.engine.attention.kernel_check import check_attention
 from serve_app.engine.attention.varlen import VarlenAttention
 from serve_app.engine.engine import Engine
 from serve_app.engine.kv_cache import LayerShape

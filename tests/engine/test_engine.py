@@ -48,7 +48,7 @@ from serve_app.engine.attention.base import AttentionParams, Span
 from serve_app.engine.attention.plain import PlainAttention
 from serve_app.engine.attention.sdpa import SdpaAttention
 from serve_app.engine.engine import Engine
-from serve_app.engine.errors import EngineError, UnsupportedModelError
+from serve_app.engine.engine_error import EngineError, UnsupportedModelError
 
 MakeEngine = Callable[..., Engine]
 LENGTHS = (1, 2, 3, 5, 8, 13, 16, 17, 21, 30, 31, 33, 47, 64, 80, 100)

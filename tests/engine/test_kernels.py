@@ -10,7 +10,7 @@ import torch
 from triton_interpreter import teach_bfloat16
 
 from serve_app.engine.attention.base import AttentionBackend, AttentionParams, Span, contiguous_runs
-from serve_app.engine.attention.check import LONG_TOKENS, check_attention
+from serve_app.engine.attention.kernel_check import LONG_TOKENS, check_attention
 from serve_app.engine.attention.plain import PlainAttention
 from serve_app.engine.attention.sdpa import SdpaAttention
 from serve_app.engine.cuda import attention as triton_attention

@@ -9,7 +9,7 @@ from tiny_models import tiny_model
 from serve_app.engine import model_runner
 from serve_app.engine.attention.base import AttentionParams, Span, visible
 from serve_app.engine.attention.plain import plain_attention
-from serve_app.engine.errors import EngineError
+from serve_app.engine.engine_error import EngineError
 from serve_app.engine.model_runner import ModelRunner, _Probe
 
 TOKENS = 2048

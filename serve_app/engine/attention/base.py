@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from serve_app.engine.errors import UnsupportedModelError
+from serve_app.engine.engine_error import UnsupportedModelError
 from serve_app.engine.kv_cache import KVCache, LayerShape
 
 ATTENTION_NAME = "serve_app_paged"

@@ -15,7 +15,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from serve_app.engine.errors import EngineError
+from serve_app.engine.engine_error import EngineError
 
 SOURCES = sorted(Path(__file__).with_name("kernels").glob("*.cpp"))
 HEADERS = sorted(Path(__file__).with_name("kernels").glob("*.h"))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.engine.cpu.compiler import Compiler, compiler_command, processor_key
-from serve_app.engine.errors import EngineError
+from serve_app.engine.engine_error import EngineError
 from serve_app.private_files import make_private_folder, open_own_file
 
 logger = logging.getLogger(__name__)

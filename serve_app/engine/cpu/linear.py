@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from serve_app.engine.cpu.library import Kernels, LinearPart
 from serve_app.engine.cpu.widen import HALVES
-from serve_app.engine.errors import EngineError
+from serve_app.engine.engine_error import EngineError
 from serve_app.engine.host_memory import ask_for_huge_pages
 
 logger = logging.getLogger(__name__)

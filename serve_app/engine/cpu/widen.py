@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from serve_app.engine.errors import EngineError
+from serve_app.engine.engine_error import EngineError
 from serve_app.memory import available_memory_bytes
 
 HALVES = (torch.bfloat16, torch.float16)

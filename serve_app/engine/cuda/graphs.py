@@ -16,7 +16,7 @@ import torch
 
 from serve_app.engine.attention.base import AttentionParams, TabledAttention
 from serve_app.engine.cuda.capture import Capture, Replay
-from serve_app.engine.errors import first_line
+from serve_app.engine.engine_error import first_line
 from serve_app.engine.inputs import StepInputs
 from serve_app.engine.kv_cache import KVCache
 

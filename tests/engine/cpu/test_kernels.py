@@ -28,12 +28,12 @@ from transformers import HunYuanMoEV1Config, HunYuanMoEV1ForCausalLM
 from serve_app.config import EngineConfig
 from serve_app.core import GenerationRequest, SamplingParams, TokenBatch
 from serve_app.engine.attention.base import AttentionParams
-from serve_app.engine.attention.check import check_attention
+from serve_app.engine.attention.kernel_check import check_attention
 from serve_app.engine.cpu.attention import CpuAttention
 from serve_app.engine.cpu.library import Kernels, load_kernels
 from serve_app.engine.cpu.linear import PackedLinear, pack_linears
 from serve_app.engine.engine import Engine
-from serve_app.engine.errors import EngineError, UnsupportedModelError
+from serve_app.engine.engine_error import EngineError, UnsupportedModelError
 from serve_app.engine.kv_cache import LayerShape
 
 MakeEngine = Callable[..., Engine]

@@ -14,7 +14,7 @@ from tiny_models import tiny_model
 from serve_app.engine.cpu.compiler import Compiler, compiler_command, processor_key
 from serve_app.engine.cpu.library import Kernels, load_kernels
 from serve_app.engine.engine import Engine
-from serve_app.engine.errors import EngineError
+from serve_app.engine.engine_error import EngineError
 
 COPY = 'cp "$LIBRARY" "$out"'
 """In place of compiling, which takes seconds."""

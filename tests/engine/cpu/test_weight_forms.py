@@ -14,7 +14,7 @@ from torch import nn
 
 from serve_app.engine.cpu.library import Kernels
 from serve_app.engine.cpu.linear import Form, PackedLinear, pack_linears, smallest_form
-from serve_app.engine.errors import EngineError
+from serve_app.engine.engine_error import EngineError
 
 OUT, INNER = 70, 512
 FORMS = {

@@ -17,7 +17,7 @@ from serve_app.engine.cpu.library import Kernels
 from serve_app.engine.cpu.linear import Form, PackedLinear
 from serve_app.engine.cpu.widen import WideEmbedding, widen
 from serve_app.engine.engine import Engine
-from serve_app.engine.errors import EngineError
+from serve_app.engine.engine_error import EngineError
 
 MakeEngine = Callable[..., Engine]
 FORMS = {torch.bfloat16: Form.BFLOAT16, torch.float16: Form.FLOAT16}

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from serve_app.engine.attention import check
+from serve_app.engine.attention import kernel_check
 from serve_app.engine.attention.base import AttentionBackend, AttentionParams, Span, contiguous_runs
-from serve_app.engine.attention.check import check_attention
+from serve_app.engine.attention.kernel_check import check_attention
 from serve_app.engine.attention.plain import PlainAttention
 from serve_app.engine.attention.sdpa import SdpaAttention
 from serve_app.engine.attention.varlen import VarlenAttention
@@ -158,7 +158,7 @@ def test_a_fault_that_only_a_wait_tells_of_is_found_by_the_check(monkeypatch: py
         if waits == launch:
             raise RuntimeError("CUDA error: an illegal memory access was encountered\nand a hint")
 
-    monkeypatch.setattr(check, "_wait_for", wait)
+    monkeypatch.setattr(kernel_check, "_wait_for", wait)
     found = check_attention(SdpaAttention(), LAYER, 4, AttentionParams(0.25))
     assert found == "it failed: CUDA error: an illegal memory access was encountered"
 
@@ -166,6 +166,6 @@ def test_a_fault_that_only_a_wait_tells_of_is_found_by_the_check(monkeypatch: py
 def test_it_waits_for_the_gpu_of_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    check._wait_for(torch.device("cpu"))
-    check._wait_for(torch.device("cuda", 1))
+    kernel_check._wait_for(torch.device("cpu"))
+    kernel_check._wait_for(torch.device("cuda", 1))
     assert waited == [torch.device("cuda", 1)]

@@ -13,7 +13,7 @@ import torch
 
 from serve_app.engine.attention.base import AttentionBackend, AttentionParams, Span, contiguous_runs
 from serve_app.engine.attention.plain import PlainAttention
-from serve_app.engine.errors import first_line
+from serve_app.engine.engine_error import first_line
 from serve_app.engine.kv_cache import LayerShape
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
