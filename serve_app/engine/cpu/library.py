@@ -82,9 +82,9 @@ class Kernels:
             found.argtypes, found.restype = arguments, returns
             return found
 
+        self.pack = function("pack", _pointer, _int, _int, _int, _int, _int, _pointer)
         self.form = function("form", _pointer, _int, _int, _int, _int, returns=_int)
         self.packed_bytes = function("packed_bytes", _int, _int, _int, returns=_int)
-        self.pack = function("pack", _pointer, _int, _int, _int, _int, _int, _pointer)
         self.linear = function("linear", _pointer, _int, _pointer, _int, _int, _int)
         self.gated = function("gated", _pointer, _int, _pointer, _pointer, _int, _pointer, _int, _int)
         self.rms_norm = function("rms_norm", _pointer, _pointer, _float, _pointer, _int, _int)
