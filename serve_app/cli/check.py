@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serve_app.cli.announce import address
 from serve_app.cli.command_error import CommandError
 from serve_app.cli.config_file import ConfigFile, ServedApp, load
 from serve_app.cli.environment import own_cluster, server_environment
@@ -20,6 +19,7 @@ from serve_app.cli.ray_address import stale_address
 from serve_app.cli.ray_token import ALLOW_OPEN, cluster_token
 from serve_app.config import AppConfig, ReplicasConfig
 from serve_app.demo_config import DEMO_CONFIG
+from serve_app.deployments.status import banner
 from serve_app.memory import available_memory_bytes
 from serve_app.processors import schedulable_cpus
 
@@ -48,7 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"Application {name!r} is not serve_app's; its args were not checked.")
     memory_bytes = 0
     for app in file.apps:
-        print(f"\n{app.name or 'application'} at {address(file, file.host, file.port)}")
+        url = banner.address(file.host, file.port, app.route_prefix, https=file.https)
+        print(f"\n{app.name or 'application'} at {url}")
         lines, plan = look_up(app)
         if plan is not None:
             lines += _replica_lines(app.config, plan)

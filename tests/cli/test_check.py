@@ -42,6 +42,19 @@ def write(tmp_path: Path, **args: object) -> str:
     return str(path)
 
 
+def test_each_application_is_named_with_its_own_address(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Path(write(tmp_path, model={"source": str(model)}))
+    document = yaml.safe_load(config.read_text())
+    document["applications"] += [document["applications"][0] | {"name": "b", "route_prefix": "/b"}]
+    config.write_text(yaml.safe_dump(document))
+    assert main(["check", str(config)]) == 0
+    output = capsys.readouterr().out
+    assert "a at http://127.0.0.1:8000\n" in output
+    assert "b at http://127.0.0.1:8000/b\n" in output
+
+
 def test_it_says_what_a_replica_needs(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write(tmp_path, model={"source": str(model)}, engine={"kv_cache_memory": "1MiB", "max_running": 100})
     assert main(["check", config]) == 0
