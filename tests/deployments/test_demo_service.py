@@ -94,5 +94,5 @@ async def test_a_disconnect_stops_the_engine(url: str) -> None:
     async with asyncio.timeout(60):
         while (after := await handle.stats.remote()).running:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-    assert after.output_tokens - before.output_tokens < ASKED / 2
+    assert after.counters.output_tokens - before.counters.output_tokens < ASKED / 2
     assert after.used_pages == 0

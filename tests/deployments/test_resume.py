@@ -127,7 +127,7 @@ async def running() -> int:
 async def output_tokens() -> int:
     """That the model replica has computed since its start."""
     handle = serve.get_deployment_handle("ModelServer", APP)
-    return int((await handle.stats.remote()).output_tokens)
+    return int((await handle.stats.remote()).counters.output_tokens)
 
 
 async def test_an_ingress_that_is_killed_costs_a_pause(
