@@ -1,6 +1,6 @@
 """Wires the deployments together: `import_path: serve_app.app:build` in a Serve config; its `args` are an `AppConfig`.
 
-Promises that nothing is fetched, loaded or opened here. Serve calls it in a process of its own, once per deploy.
+`build` fetches, loads and opens nothing. Serve calls it in a process of its own, once per deploy.
 """
 
 # No `from __future__ import annotations`: Serve reads the annotation of `args` to make an AppConfig of the YAML.
@@ -21,14 +21,14 @@ from serve_app.deployments.model_server import ModelServer
 from serve_app.deployments.ray_internals import free_resources
 
 HEALTH_CHECK_PERIOD_S = 2.0
-"""Three failed checks replace a replica; one of a dead process does. A check costs a millisecond."""
+"""Serve replaces a replica after three failed checks, or after one if its process is dead. A check costs 1 ms."""
 HEALTH_CHECK_TIMEOUT_S = 10.0
-"""A replica that is frozen or cut off is replaced after three of them. Its streams have left it after 5 s."""
+"""Serve replaces a frozen or cut-off replica after three such timeouts. Its streams leave it after 5 s already."""
 SURGE_PERCENT = 25
-"""Rounded up by Serve: one extra replica up to four, two up to eight."""
+"""Extra replicas during an update. Serve rounds up: one extra for up to four replicas, two for up to eight."""
 
 Resources = Mapping[str, float]
-"""Of Ray: name -> amount."""
+"""Name of a Ray resource -> amount."""
 
 
 def build(args: AppConfig) -> serve.Application:
@@ -43,9 +43,9 @@ def build(args: AppConfig) -> serve.Application:
             "request_router_kwargs": {"shared": _may_be_several(args.ingress)},
         },
     )(ModelServer)
-    # Serve's own count of tries stays for both. Of a new version, every death of a replica during an update counts as
-    # one, and when they are used up Serve replaces no replica any more, not even the last: with a single try, a kill in
-    # an update was an outage until the next deploy. What is known to fail again fails at once each time.
+    # `max_constructor_retry_count` keeps Serve's default. During an update each death of a new version's replica counts
+    # as a try, and after the last try Serve replaces no replica any more: with a single try, a kill in an update was an
+    # outage until the next deploy. A model that a replica has refused fails at once in later tries.
     ingress = serve.deployment(name="Ingress", **replica_options(args.ingress, surge_percent) | health)(Ingress)
     return ingress.bind(args, model_server.bind(args))
 
@@ -61,10 +61,10 @@ def _may_be_several(replicas: ReplicasConfig) -> bool:
 
 
 def _room_for_one_more(args: AppConfig) -> bool:
-    """Whether one more replica of both deployments is sure to find a place in what the cluster has free now.
+    """Whether one more replica of each deployment is sure to fit into what the cluster's nodes have free now.
 
-    Without a cluster, as in a check of a config, yes. Knows no node that an autoscaler would add: who needs one sets
-    `max_surge_percent`.
+    True without a cluster, as in a check of a config. Nodes that an autoscaler would add do not count: set
+    `max_surge_percent` to use them.
     """
     if not ray.is_initialized():
         return True
@@ -72,10 +72,10 @@ def _room_for_one_more(args: AppConfig) -> bool:
 
 
 def room_for_both(one: Resources, other: Resources, free_by_node: Sequence[Resources]) -> bool:
-    """Whether both find a node whichever Ray gives to the first of them.
+    """Whether both replicas find a node, in either order and on whichever node Ray places the first.
 
-    A sum over the nodes would not do: an update whose new replica fits on no single node waits for it for ever, with
-    the new ingress waiting for the new model and the old ones, which take the room, for both.
+    The sum over all nodes does not tell. If a new replica fits on no single node, an update waits for ever: the new
+    ingress waits for the new model, and the old replicas keep their resources until the new ones are up.
     """
 
     def second_fits_wherever_first_is(first: Resources, second: Resources) -> bool:
@@ -98,7 +98,7 @@ def _fits(needs: Resources, free: Resources) -> bool:
 
 
 def replica_options(replicas: ReplicasConfig, surge_percent: int = 0) -> dict[str, Any]:
-    """`replicas` as the options of a Serve deployment; `surge_percent` unless it says its own."""
+    """`replicas` as options of a Serve deployment; `surge_percent` applies if its `max_surge_percent` is not set."""
     same_names = {"max_ongoing_requests", "max_queued_requests", "graceful_shutdown_timeout_s"}
     options = replicas.model_dump(include=same_names) | {
         "ray_actor_options": replicas.model_dump(include={"num_cpus", "num_gpus", "resources"}),
@@ -109,8 +109,8 @@ def replica_options(replicas: ReplicasConfig, surge_percent: int = 0) -> dict[st
         return options | {"num_replicas": replicas.num_replicas or 1}
     return options | {
         "autoscaling_config": AutoscalingConfig(
-            # Where none is the minimum, one starts all the same: the model's card has to become known, and a mistake
-            # in the config has to show now and not at the first request.
+            # One replica starts even if the minimum is 0: the ingresses need the model's card, and a mistake in the
+            # config has to show now and not at the first request.
             initial_replicas=max(1, scaling.min_replicas),
             **scaling.model_dump(),
         )

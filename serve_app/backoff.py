@@ -1,6 +1,6 @@
 """How long to wait before something is tried again. Knows no clock.
 
-The client has the same in `client.protocol`, since it imports nothing of the server.
+`client.protocol` has its own copy of the formula, since the client imports nothing of the server.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import random
 
 
 def backoff_s(failures: int, first_s: float, longest_s: float) -> float:
-    """Seconds to wait after so many failures in a row (from 1): doubling from `first_s` up to `longest_s`.
+    """Seconds to wait after `failures` failures in a row (from 1): doubling from `first_s` up to `longest_s`.
 
-    Jittered by half each way, so that those who failed together don't come back together.
+    A random factor of 0.5 to 1.5 keeps callers that failed together from trying again together.
     """
     return random.uniform(0.5, 1.5) * min(longest_s, first_s * 2.0 ** min(failures - 1, 30))

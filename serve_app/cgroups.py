@@ -1,6 +1,6 @@
-"""Which control groups this process is in: those of a container, and those that the container is in as far as it sees.
+"""The control groups (cgroups) that this process is in, as far up the hierarchy as a container can see.
 
-Versions 1 and 2, nested as they come. Imports no other room.
+Reads versions 1 and 2. Imports nothing else of serve_app.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class ControlGroup:
     folder: Path
 
     def read(self, name: str) -> str | None:
-        """A file's text without the newline; None where there is none, as of a group that a container does not see."""
+        """A file's text, stripped; None if it can't be read, as for a group that is not visible in a container."""
         try:
             return (self.folder / name).read_text().strip()
         except OSError:
@@ -39,7 +39,7 @@ def control_groups(controller: str, proc: Path = PROC, cgroups: Path = CGROUPS) 
         if controllers == "":
             root, version = cgroups, 2
         elif controller in controllers.split(","):
-            # Controllers of one hierarchy are mounted under both names, or under the first alone.
+            # Controllers that share a hierarchy are mounted under their joined names (`cpu,cpuacct`) or under one.
             together = cgroups / controllers
             root, version = together if together.is_dir() else cgroups / controller, 1
         else:

@@ -1,6 +1,6 @@
 """The pydantic models of `configs/*.yaml`'s `args`: every field documented, unknown fields refused.
 
-Imports no other room. Reads no file and no environment: values only.
+Imports nothing else of serve_app. Reads no file and no environment variable.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _HOST_NAME = re.compile(r"\*|(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")
 def parse_bytes(value: Any) -> int:
     """'2GiB', '500 MB' or a number of bytes -> bytes. Raises ValueError, which says what to write.
 
-    `ByteSize` alone reads the beginning of what is no size: of "1,5GiB" one byte.
+    `ByteSize` alone also accepts text that only begins with a size: it reads "1,5GiB" as 1 byte.
     """
     try:
         if isinstance(value, str) and not _SIZE.fullmatch(value):
@@ -46,7 +46,7 @@ class _Config(BaseModel):
         frozen=True,
         allow_inf_nan=False,
         use_attribute_docstrings=True,
-        hide_input_in_errors=True,  # which may hold the password of `streams.store`
+        hide_input_in_errors=True,  # the input may hold the password of `streams.store`
     )
 
 
@@ -163,10 +163,10 @@ class EngineConfig(_Config):
 
 
 class AutoscalingConfig(_Config):
-    """Replicas between two bounds, by the streams each has in progress."""
+    """A number of replicas between two bounds, which follows the streams in progress."""
 
     min_replicas: int = Field(default=1, ge=0)
-    """0 lets the last one go; the first request then waits for a start."""
+    """0 lets the last replica stop; the next request then waits for a replica to start."""
     max_replicas: int = Field(default=4, ge=1)
     """Ray must have the CPUs and GPUs for all of them, or an autoscaler that gets them."""
     target_ongoing_requests: float = Field(default=16, gt=0)
@@ -190,7 +190,7 @@ class ReplicasConfig(_Config):
     num_replicas: int | None = Field(default=None, ge=1)
     """A fixed number. Give this or `autoscaling`; neither means 1."""
     autoscaling: AutoscalingConfig | None = None
-    """Between two numbers, by the streams in progress."""
+    """A number between two bounds, which follows the streams in progress."""
     num_cpus: float = Field(default=1, ge=0)
     """CPUs that each replica takes from Ray; a fraction shares one."""
     num_gpus: float = Field(default=0, ge=0)
@@ -205,8 +205,8 @@ class ReplicasConfig(_Config):
     """How long a replica that has to stop may take to finish its streams. Streams that another replica can continue
     move there at once."""
     max_surge_percent: int | None = Field(default=None, ge=0, le=100)
-    """Extra replicas while an update rolls out, at least one: the new one is up before an old one goes. 0: the old one
-    goes first. Default: 25 if the cluster has room for one more of each deployment at the time, else 0."""
+    """Extra replicas during an update, in percent and at least one: a new replica is up before an old one stops. 0: an
+    old one stops first. Default: 25 if the cluster has room for one more of each deployment at the time, else 0."""
 
     @model_validator(mode="after")
     def _one_way(self) -> ReplicasConfig:

@@ -1,6 +1,7 @@
-"""What all rooms share: the messages between an ingress and a model server, and the error that answers a request.
+"""Shared by all of serve_app: the messages between an ingress and a model server, and the error that answers a request.
 
-Messages are immutable, hold ids and numbers and never text, and cross process boundaries. Imports no other room.
+Messages are immutable, hold ids and numbers and never text, and cross process boundaries. Imports nothing else of
+serve_app.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ SAMPLING_BOUNDS: Mapping[str, tuple[float, float]] = {
     "frequency_penalty": (-100, 100),
     "min_tokens": (0, math.inf),
 }
-"""What a sampler can honour. What callers may ask for is narrower: OpenAI's bounds, in `api.fields`."""
+"""Bounds of what a sampler can compute. Callers are held to narrower ones: OpenAI's, in `api.fields`."""
 
 
 class SamplingParams(Struct, frozen=True):
@@ -74,7 +75,7 @@ class SamplingParams(Struct, frozen=True):
     """Both over the output only, as OpenAI defines them."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     min_tokens: int = 0
-    """Stop ids can't be chosen before this many output tokens; the ingress has stop strings wait as well."""
+    """Stop ids can't be chosen before this many output tokens; the ingress ignores stop strings until then."""
     logprobs: int | None = None
     """None: no logprobs. k >= 0: the chosen token's, and the k most likely ones."""
 
@@ -92,7 +93,7 @@ class SamplingParams(Struct, frozen=True):
 class GenerationRequest(Struct, frozen=True):
     """One choice of one request: all that a replica needs to produce the rest of its output.
 
-    An attempt that starts with k `output_token_ids` behaves as the attempt that made them.
+    An attempt that starts with k `output_token_ids` continues as the attempt that made them would have.
     """
 
     request_id: str
@@ -100,15 +101,15 @@ class GenerationRequest(Struct, frozen=True):
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     max_new_tokens: int
-    """Of the whole output, `output_token_ids` included."""
+    """Limit of the whole output, `output_token_ids` included."""
     stop_token_ids: tuple[int, ...] = ()
     """Any of these ends the output (it is emitted, counted, and has no text). EOS is among them unless ignored."""
     output_token_ids: tuple[int, ...] = ()
     """Already delivered by an earlier attempt; empty on the first."""
     numerics_id: str = ""
-    """Names how the replica that made `output_token_ids` computes, if it is batch-invariant. A replica of the same name
-    continues them bit for bit; another one of the same weights continues them only where there is none. Empty: any
-    replica may."""
+    """Identifies the arithmetic of the replica that made `output_token_ids`, if it is batch-invariant. A replica with
+    the same `numerics_id` continues the output bit for bit; another one with the same weights continues it only if
+    there is no such replica. Empty: any replica with these weights may continue it."""
     choice: int = 0
     isolated: bool = False
     """Compute it in engine steps of its own until its first new token: it may have killed replicas, and must not take
@@ -117,14 +118,14 @@ class GenerationRequest(Struct, frozen=True):
     """Name of the ingress process that waits for the reply: the replica stops when that process dies. Empty:
     unknown."""
     attempt: int = 0
-    """Which of that process's attempts this is."""
+    """Number of this attempt in the process `ingress_id`, from 1; 0: not numbered."""
     cache_salt: str = ""
     """Requests share cached prefixes only with requests of the same salt."""
     remaining_s: float | None = None
     """Time left, recomputed at each hop (clocks of two machines are never compared). None: no limit."""
 
     def finish_reason(self, output_tokens: int, last_token_id: int | None) -> FinishReason | None:
-        """Why an output of so many tokens ends with its last one; None when it goes on."""
+        """Why an output of `output_tokens` tokens ends with `last_token_id`; None if it goes on."""
         if last_token_id in self.stop_token_ids and output_tokens > self.sampling.min_tokens:
             return FinishReason.STOP
         return FinishReason.LENGTH if output_tokens >= self.max_new_tokens else None
@@ -151,7 +152,7 @@ class GenerationStats(Struct, frozen=True, array_like=True):
     decode_s: float = 0.0
     preemptions: int = 0
     numerics_id: str = ""
-    """Names how the replica computes, if it is batch-invariant; see `GenerationRequest`."""
+    """Identifies the replica's arithmetic, if it is batch-invariant; see `GenerationRequest`."""
 
 
 class TokenBatch(Struct, frozen=True, array_like=True, tag=0):
@@ -161,13 +162,13 @@ class TokenBatch(Struct, frozen=True, array_like=True, tag=0):
     """Position of the first token of this batch in the output (0 is the first token after the prompt)."""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] | None = None
-    """One per token, when the request asked."""
+    """One per token, if the request asked for logprobs."""
     finish_reason: FinishReason | None = None
     stats: GenerationStats | None = None
 
 
 class Failure(Struct, frozen=True, array_like=True, tag=1):
-    """An error that is an answer: it travels in the stream, since exception types differ by transport. It ends it."""
+    """An error as the last reply of a stream. It is no exception, since exception types differ by transport."""
 
     code: FailureCode
     message: str
@@ -187,12 +188,12 @@ _REPLIES = msgspec.msgpack.Decoder(list[tuple[int, Reply]])
 
 
 def encode_replies(replies: Sequence[tuple[int, Reply]]) -> bytes:
-    """Numbered replies as one message, or as one record of a journal; 2 us for 32 batches of a token (AVX2)."""
+    """Numbered replies as one message, or as one journal record; takes 2 us for 32 one-token batches (AVX2)."""
     return _ENCODER.encode(replies)
 
 
 def decode_replies(content: bytes | memoryview) -> list[tuple[int, Reply]]:
-    """What `encode_replies` was given, to the last bit of a float. Raises `MessageError`."""
+    """The replies that `encode_replies` was given, floats bit for bit. Raises `MessageError`."""
     try:
         return _REPLIES.decode(content)
     except (msgspec.MsgspecError, ValueError) as error:
@@ -200,7 +201,7 @@ def decode_replies(content: bytes | memoryview) -> list[tuple[int, Reply]]:
 
 
 class RequestError(Exception):
-    """One request can't be answered, or not to its end. Any room raises it; `api` gives it a status and a shape."""
+    """One request can't be answered, or not to its end. Any module may raise it; `api` makes an HTTP error of it."""
 
     def __init__(
         self, message: str, *, code: str | None, param: str | None = None, retry_after_s: float | None = None
@@ -229,7 +230,7 @@ class GenerationDefaults:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     eos_token_ids: tuple[int, ...] = ()
-    """Sorted; empty when the model says none."""
+    """Sorted; empty if the model defines none."""
 
 
 class ModelCard(Struct, frozen=True):
@@ -268,7 +269,7 @@ _LOADING_RETRY_AFTER_S = 5.0
 
 
 def not_ready(stage: LoadStage) -> RequestError:
-    """There is no model to answer with, yet or for good."""
+    """The error while no model can answer: a temporary one while it loads, a final one if loading failed."""
     if stage.error is not None:
         return RequestError(f"The model could not be loaded: {stage.error}", code=FailureCode.NOT_READY)
     message = f"The model is not ready yet ({stage.stage}); GET /ready says how far it is."

@@ -1,4 +1,4 @@
-"""The config of the demo, which the package brings: what is served where no other is named."""
+"""The demo's config, which is part of the package and is served if no other config is given."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DEMO_CONFIG = Path(__file__).with_name("demo.yaml")
 
 
 def demo_arguments() -> dict[str, Any]:
-    """The `args` of its application."""
+    """The `args` of the demo's application."""
     (application,) = yaml.safe_load(DEMO_CONFIG.read_text(encoding="utf-8"))["applications"]
     arguments: dict[str, Any] = application["args"]
     return arguments

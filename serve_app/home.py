@@ -1,6 +1,6 @@
-"""Where this user's folders are, for users without a home too: a container may run as a number that nobody knows.
+"""Where this user's folders are, also for users without a home: a container may run as a user id without an account.
 
-Imports no other room but `private_files`.
+Imports nothing else of serve_app but `private_files`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from serve_app.private_files import make_private_folder
 
 
 def home() -> Path:
-    """The user's home, or a folder of the temporary ones that is theirs alone where none is known.
+    """The user's home; if none is known, a private folder of this user in the temporary directory.
 
-    Raises OSError when that folder is another user's, or can't be made.
+    Raises OSError when that folder belongs to another user or can't be made.
     """
     try:
         return Path.home()
@@ -31,7 +31,7 @@ def ensure_home() -> None:
 
 
 def user_folder(named: str | None, xdg: str, usual: str) -> Path:
-    """Where files of a kind are kept: the folder that was `named`, else $`xdg`/serve_app, else ~/`usual`/serve_app.
+    """The folder for one kind of file: `named` if it is given, else $`xdg`/serve_app, else ~/`usual`/serve_app.
 
     Raises OSError as `home` does.
     """
@@ -43,7 +43,7 @@ def user_folder(named: str | None, xdg: str, usual: str) -> Path:
 
 
 def expanded(text: str) -> Path:
-    """The path with a leading `~` or `~user` replaced; of a user who isn't known it stays as it is."""
+    """The path with a leading `~` or `~user` replaced; unchanged if that user isn't known."""
     head, _, rest = text.partition("/")
     if head == "~":
         return home() / rest

@@ -1,7 +1,7 @@
-"""A time limit that is put off again and again, as by each token of a stream, and hardly ever reached.
+"""A time limit that is postponed again and again, e.g. by each token of a stream, and hardly ever reached.
 
 `loop.call_later` and `cancel` for each token cost more than the rest of its way through a queue. This keeps one timer
-that looks, when it goes off, whether the limit was put off meanwhile. Knows no stream; imports no other room.
+that checks, when it fires, whether the limit was postponed meanwhile. Imports nothing else of serve_app.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import asyncio
 from collections.abc import Callable
 
 TICK_S = 0.5
-"""How often one that judges others looks whether it stood still itself."""
+"""How often a timeout with `ignores_stalls` checks whether its own event loop stood still."""
 STALL_S = 0.1
-"""A timer that goes off so late says that the loop, or the process, stood still: what came meanwhile is unread."""
+"""A timer that fires this late shows that the loop or the process stood still: what arrived meanwhile is unread."""
 
 
 class IdleTimeout:
-    """For the callers of one event loop."""
+    """One such time limit. All calls come from one event loop."""
 
     __slots__ = ("_due", "_ignores_stalls", "_looks_at", "_loop", "_on_time", "_set_at", "_spared", "_timer")
 
@@ -36,21 +36,21 @@ class IdleTimeout:
         self._spared = False
         self._timer: asyncio.Handle | None = None
         self._looks_at = 0.0
-        """When the timer goes off. uvloop's handle does not know: one whose moment has passed has no `when()`."""
+        """When the timer fires, by the loop's clock. uvloop's handle has no `when()` once that time has passed."""
 
     def set(self, delay_s: float) -> None:
-        """The limit is `delay_s` from now, whatever it was."""
+        """Set the limit to `delay_s` from now, whatever it was."""
         self._set_at = now = self._loop.time()
         self._due = now + delay_s
         self._spared = False
         self._look_again(now, self._due)
 
     def clear(self) -> None:
-        """There is no limit for now. The timer stays: it is likely to be wanted again before it goes off."""
+        """Remove the limit but not the timer: a new limit is likely to be set before the timer fires."""
         self._due = None
 
     def close(self) -> None:
-        """There is no limit any more, and no timer."""
+        """Remove the limit and the timer."""
         self._due = None
         if self._timer is not None:
             self._timer.cancel()
@@ -70,10 +70,10 @@ class IdleTimeout:
         if self._due is None:
             return
         now = self._loop.time()
-        late_s = now - max(self._looks_at, self._set_at)  # a stall before the limit was set is none of its own
+        late_s = now - max(self._looks_at, self._set_at)  # a stall before the limit was set doesn't count
         if self._ignores_stalls and late_s > STALL_S:
             self._due += late_s
-            if not self._spared:  # once: turns that are always late would put it off for ever
+            if not self._spared:  # only once: a loop that is always late would postpone it for ever
                 self._spared = True
                 self._due = max(self._due, now + STALL_S)
         if now < self._due:
@@ -109,5 +109,5 @@ class TimedWaiter:
             self._waiting.set_result(None)
 
     def close(self) -> None:
-        """Nobody waits any more: no timer stays behind."""
+        """Cancel the timer. Called when the task waits no more."""
         self._timeout.close()

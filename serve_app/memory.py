@@ -1,6 +1,7 @@
-"""How much main memory a process may still take: for those who would rather refuse than be killed.
+"""How much main memory this process may still take, so that it can refuse a model instead of being killed.
 
-Linux promises memory that it doesn't have, and kills who then writes to it. Imports no other room but `cgroups`.
+Linux grants memory that it doesn't have, and kills the process that then writes to it. Imports nothing else of
+serve_app but `cgroups`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from serve_app.cgroups import CGROUPS, PROC, ControlGroup, control_groups
 
 
 def available_memory_bytes(proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None:
-    """Main memory this process could still take: the machine's and every control group's above it.
+    """Main memory this process could still take: the least of what the machine and its control groups have left.
 
     None when the system doesn't tell (macOS has no counterpart in the standard library).
     """
@@ -33,7 +34,7 @@ def _free_of_group(group: ControlGroup) -> int | None:
 
     None when it has no limit (or, in a container, isn't visible).
     """
-    # Above `memory.high` nothing is killed, but everything is slowed down until it is below it again.
+    # Above `memory.high` the kernel kills nothing, but it slows the group's processes down.
     names = ("memory.max", "memory.high") if group.version == 2 else ("memory.limit_in_bytes",)
     limits = [int(limit) for name in names if (limit := group.read(name)) not in (None, "max")]
     used = group.read("memory.current" if group.version == 2 else "memory.usage_in_bytes")
@@ -43,6 +44,7 @@ def _free_of_group(group: ControlGroup) -> int | None:
     inactive = int(stat.get("inactive_file", stat.get("total_inactive_file", 0)))
     active = int(stat.get("active_file", stat.get("total_active_file", 0)))
     mapped = int(stat.get("file_mapped", stat.get("total_mapped_file", 0)))
-    # Files that were read twice, as a checkpoint is, are active, and dropped too unless they are weights in use.
+    # Cached files that were read twice, as a checkpoint is, count as active. The kernel can drop them too, unless they
+    # are mapped (weights in use).
     droppable = max(inactive, inactive + active - mapped)
     return max(min(limits) - int(used) + droppable, 0)

@@ -12,7 +12,10 @@ _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def make_private_folder(folder: Path) -> None:
-    """Make the folder with mode 0700 unless it is there. Raises OSError when it can't be made or is another user's."""
+    """Make the folder with mode 0700; an existing one loses the rights of other users.
+
+    Raises OSError when the folder can't be made or belongs to another user.
+    """
     try:
         found = folder.lstat()
     except FileNotFoundError:
@@ -28,10 +31,9 @@ def make_private_folder(folder: Path) -> None:
 
 
 def open_own_file(path: Path) -> int:
-    """A descriptor of a regular file of this user that nobody else may write, for reading.
+    """A read-only descriptor of a regular file that belongs to this user and that no other user may write.
 
-    Raises OSError where there is none such. What is read through the descriptor is the file that was looked at,
-    whatever becomes of its name.
+    Raises OSError for any other file. The descriptor stays with the checked file, even if the path is replaced.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     found = os.fstat(descriptor)

@@ -1,6 +1,6 @@
-"""How many CPUs this process may use: of those of the machine the ones that it is allowed, and their time.
+"""How many CPUs this process may use, by its CPU affinity and by the quotas of its control groups.
 
-A container sees all CPUs of its host. Imports no other room but `cgroups`.
+A container sees all CPUs of its host. Imports nothing else of serve_app but `cgroups`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from serve_app.cgroups import CGROUPS, PROC, ControlGroup, control_groups
 
 
 def usable_cpus(proc: Path = PROC, cgroups: Path = CGROUPS) -> float:
-    """CPUs' worth of time: what the affinity or a cpuset allows, and no more than any control group's quota."""
+    """The CPUs, in fractions too: what the affinity or a cpuset allows, and no more than any control group's quota."""
     quotas = [quota for group in control_groups("cpu", proc, cgroups) if (quota := _quota(group)) is not None]
     return min([float(len(allowed_cpus())), *quotas])
 
 
 def schedulable_cpus(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
-    """The same as Ray is told it, which counts whole CPUs: a part of one counts as one."""
+    """`usable_cpus` rounded up to whole CPUs, at least 1, because Ray counts whole CPUs."""
     return max(1, math.ceil(usable_cpus(proc, cgroups)))
 
 
@@ -31,7 +31,7 @@ def allowed_cpus() -> set[int]:
 
 
 def _quota(group: ControlGroup) -> float | None:
-    """CPUs' worth of time in each period; None without a limit."""
+    """The group's quota of CPU time per period, in CPUs; None without a limit."""
     if group.version == 2:
         quota, _, period = (group.read("cpu.max") or "max").partition(" ")
     else:

@@ -1,6 +1,6 @@
 """Every private name of transformers that this project uses, each behind one small function.
 
-Private is what begins with an underscore, and what a module holds that transformers' documentation does not mention.
+A name is private if it begins with an underscore or if transformers' documentation does not mention it.
 tests/test_transformers_internals.py checks each name on the installed version, and that no other module uses one.
 transformers is imported when a function is called: some of its modules need torch, which a process that only handles
 text does without.
@@ -20,7 +20,7 @@ def render_template(template: str, messages: Sequence[Mapping[str, object]], var
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    render: Any = render_jinja_template  # the annotations are those of a tokenizer's arguments
+    render: Any = render_jinja_template  # its annotations fit neither these arguments nor its result
     texts, _ = render([[dict(message) for message in messages]], chat_template=template, **variables)
     return str(texts[0])
 
@@ -55,9 +55,9 @@ def gguf_settings_read(model_type: str, architecture: str) -> set[str]:
 
 
 def reports_gguf_tensors(architecture: str) -> bool:
-    """Whether transformers reads GGUF files of this architecture with the newer of its readers.
+    """Whether transformers reads GGUF files of this architecture with the newer of its two readers.
 
-    The loading report of that one names every tensor that a file lacks or that the model has no place for.
+    Only the newer reader's loading report names every tensor that a file lacks or that the model has no place for.
     """
     from transformers.integrations.gguf.utils import is_gguf_arch_supported
 
@@ -65,7 +65,7 @@ def reports_gguf_tensors(architecture: str) -> bool:
 
 
 def gguf_tensor_names(model: Any, architecture: str) -> dict[str, str]:
-    """Name in a GGUF file -> name of the parameter, as the older reader has them for this model."""
+    """Name in a GGUF file -> name of the model's parameter, as transformers' older GGUF reader maps them."""
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
     processor: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)

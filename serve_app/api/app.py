@@ -1,6 +1,6 @@
 """The HTTP application: which path goes where.
 
-Promises OpenAI's error shape on every path and method. Knows no Ray: whoever runs it gives a service and a sink.
+Promises OpenAI's error shape on every path and method. Knows no Ray: its caller provides the service and the sink.
 """
 
 from __future__ import annotations

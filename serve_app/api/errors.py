@@ -1,7 +1,7 @@
 """What an error looks like to a client: one table from codes to HTTP statuses, and OpenAI's error object.
 
-    RequestError      what any room raises: `api_error` finds its status by its code
-    └── ApiError      what is wrong with the HTTP request itself: it has its status
+    RequestError      raised anywhere in the service: `api_error` looks up its HTTP status by its code
+    └── ApiError      raised by the API itself: it has its HTTP status
 
 Promises that no traceback, path or prompt leaves the server. Knows no endpoint.
 """
@@ -34,17 +34,18 @@ _STATUSES: Mapping[str, tuple[int, str]] = {
     "stream_changed": (410, INVALID_REQUEST),
     "stream_gone": (410, INVALID_REQUEST),
 }
-"""By code. Any other is 400: the request itself is wrong."""
+"""(HTTP status, OpenAI's error type) by code. Any other code is 400: the request itself is wrong."""
 _RETRIED = frozenset({FailureCode.OVERLOADED, FailureCode.WRONG_WEIGHTS, FailureCode.REPLICA_LOST})
-"""Codes whose cause is mostly gone a moment later: a client is told to wait `_RETRY_AFTER_S`, if no time was named."""
+"""Codes of errors that are usually over a moment later. The client is told to wait `_RETRY_AFTER_S` before it retries,
+unless the error has its own `retry_after_s`."""
 _RETRY_AFTER_S = 1.0
 
 _LONGEST_FIELD_NAME = 100
-"""Characters of a client's own field name that an error repeats."""
+"""An error message repeats at most this many characters of a field name that the client sent."""
 
 
 class ApiError(RequestError):
-    """An answer that is an error: an HTTP status before the response has begun, an event in the stream after."""
+    """An error for the client: an HTTP error response or, once a stream has begun, an event in the stream."""
 
     def __init__(
         self,
@@ -57,7 +58,7 @@ class ApiError(RequestError):
         retry_after_s: float | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        """`type` is OpenAI's word for whose fault it is; the rest is as in `RequestError`."""
+        """`type`: OpenAI's error type. `code`, `param` and `retry_after_s`: see `RequestError`."""
         super().__init__(message, code=code, param=param, retry_after_s=retry_after_s)
         self.status = status
         self.type = type
@@ -79,7 +80,8 @@ class ApiError(RequestError):
         if self.retry_after_s is not None:
             headers = headers | {"retry-after": str(max(1, math.ceil(self.retry_after_s)))}
         elif self.status >= 500:
-            # openai-python repeats every 5xx twice unless told not to: another 600 s after a missed deadline.
+            # openai-python retries every 5xx twice unless this header forbids it; after a missed deadline a retry can
+            # take another 600 s.
             headers = headers | {"x-should-retry": "false"}
         return Response(self.body(), self.status, headers, media_type="application/json")
 
@@ -90,13 +92,13 @@ def bad_request(message: str, *, param: str | None = None, code: str | None = No
 
 
 def unknown_parameter(name: str) -> ApiError:
-    """400 for a field that nobody knows."""
+    """400 for an unknown field."""
     param = _field_name((name,))
     return bad_request(f"Unknown parameter: '{param}'.", param=param, code="unknown_parameter")
 
 
 def api_error(error: RequestError) -> ApiError:
-    """What a client is told of an error that another room has raised."""
+    """The HTTP error for an error that any part of the service has raised."""
     if isinstance(error, ApiError):
         return error
     status, kind = _STATUSES.get(error.code or "", (400, INVALID_REQUEST))
@@ -107,13 +109,13 @@ def api_error(error: RequestError) -> ApiError:
 
 
 def internal_error(request_id: str) -> ApiError:
-    """500; what happened stands in the log under the request's id."""
+    """500. The log has the cause, under the request's id."""
     message = f"Internal error. The server's log has the details of request {request_id}."
     return ApiError(500, message, type=SERVER_ERROR, code="internal_error")
 
 
 def from_validation(error: ValidationError) -> ApiError:
-    """What a client is told of a body that does not fit its schema: its first error, with the field's name."""
+    """400 for a body that does not fit its schema: reports the first validation error, with the field's name."""
     details = error.errors(include_url=False, include_input=False)[0]
     kind, param = details["type"], _field_name(details["loc"])
     what = details["msg"] if details["msg"].endswith(".") else f"{details['msg']}."

@@ -17,7 +17,7 @@ from serve_app.api.unknown_fields import NO_EFFECT, NOT_SERVED, UnknownFields, r
 from serve_app.generation.request import CompletionParams
 
 NO_LIMIT = -1
-"""As `max_tokens`: all that is left of the context, as other servers mean it."""
+"""As `max_tokens`: all that is left of the context. Other servers give -1 the same meaning."""
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1000
 MAX_CHOICES_PER_PROMPT = 8
@@ -55,7 +55,7 @@ def _logit_bias(value: Any) -> Any:
 
 
 def _limit(value: int) -> int:
-    """At least one token, or `NO_LIMIT`: of an answer of none, OpenAI and vLLM want to know nothing either."""
+    """Accept at least one token, or `NO_LIMIT`. OpenAI and vLLM refuse 0 too."""
     if value == 0 or value < NO_LIMIT:
         raise PydanticCustomError("limit_value", "It must be at least 1, or -1 for the rest of the context.")
     return value
@@ -64,7 +64,7 @@ def _limit(value: int) -> int:
 def _up_to_the_first_wrong(value: Any) -> Any:
     """A list without what comes after the first item that is no object.
 
-    Pydantic describes each wrong item: a million of them in 10 s, in which no other thread runs either.
+    Pydantic would describe each wrong item. For a million items this takes 10 s, during which no other thread runs.
     """
     if not isinstance(value, list):
         return value
@@ -85,7 +85,7 @@ class RequestModel(BaseModel):
 class SamplingFields(RequestModel):
     """How tokens are chosen, where the answer stops, and whose cache its prompt may use.
 
-    Null or left out: what the model says, else OpenAI's default.
+    A field that is null or left out has the model's default, or OpenAI's if the model has none.
     """
 
     temperature: float | None = Field(None, ge=0, le=2)
@@ -101,7 +101,7 @@ class SamplingFields(RequestModel):
     """-1 is none. Any other negative seed is the same as the unsigned one with its 64 bits."""
     stop: Annotated[tuple[str, ...], BeforeValidator(_stops)] = ()
     cache_salt: str | None = Field(None, min_length=1, max_length=MAX_CACHE_SALT_CHARS)
-    """As in `GenerationRequest`: an extension, as in vLLM."""
+    """See `GenerationRequest`. An extension that vLLM has too."""
 
     def sampling(self) -> dict[str, Any]:
         """As arguments of `CompletionParams`."""
@@ -110,7 +110,7 @@ class SamplingFields(RequestModel):
 
 
 class OpenModel(RequestModel):
-    """A part of a request to OpenAI's endpoints: it keeps what it doesn't know, for `validate_open` to judge."""
+    """A part of a request to OpenAI's endpoints. It keeps unknown fields: `validate_open` refuses or reports them."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -125,7 +125,10 @@ class StreamOptions(OpenModel):
 
 
 class OpenAIFields(SamplingFields, OpenModel):
-    """What /v1/chat/completions and /v1/completions share. The last three are extensions, as in vLLM."""
+    """The fields that /v1/chat/completions and /v1/completions share.
+
+    `min_tokens`, `ignore_eos` and `stop_token_ids` are extensions that vLLM has too.
+    """
 
     model: str | None = None
     """Left out or empty: the one model that is served."""
@@ -140,7 +143,10 @@ class OpenAIFields(SamplingFields, OpenModel):
     stop_token_ids: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS)
 
     def params(self, *, max_tokens: int | None, logprobs: int | None) -> CompletionParams:
-        """What was asked for; the arguments are what the two schemas write differently. Raises `ApiError`."""
+        """The parameters of the request. Its schema gives the arguments, which the two schemas write differently.
+
+        Raises `ApiError`.
+        """
         if self.repeat_penalty is not None and self.repetition_penalty not in (None, self.repeat_penalty):
             raise bad_request("Give repetition_penalty or repeat_penalty, not both.", param="repeat_penalty")
         sampling = self.sampling()
@@ -165,7 +171,7 @@ def validate(model: type[Model], data: Mapping[str, Any], *, from_text: bool = F
     """`data` as a `model`. `from_text`: the values are strings of a query. Raises `ApiError`."""
     if model.model_config.get("extra") == "forbid":
         for name in data:
-            if name not in model.model_fields:  # pydantic would describe each of 400,000 first
+            if name not in model.model_fields:  # pydantic would first describe each of 400,000 unknown fields
                 raise unknown_parameter(name)
     try:
         return model.model_validate(data, strict=False if from_text else None)
@@ -177,14 +183,14 @@ Open = TypeVar("Open", bound=OpenModel)
 
 
 def validate_open(model: type[Open], data: Mapping[str, Any], unknown: UnknownFields) -> Open:
-    """`data` as a `model` that may have more fields. Raises `ApiError`, also for one that can't be ignored."""
+    """`data` as a `model`. Unknown fields go to `unknown`. Raises `ApiError`, also for one that can't be ignored."""
     request = validate(model, data)
     _judge(request, "", unknown)
     return request
 
 
 def _judge(part: OpenModel, prefix: str, unknown: UnknownFields) -> None:
-    """Refuse or name the fields that `part` and what is in it don't know. Null is as good as left out."""
+    """Refuse or report the unknown fields of `part` and of the models inside it. Null counts as left out."""
     for name, value in (part.model_extra or {}).items():
         if not prefix:
             refuse_if_not_served(name, value)

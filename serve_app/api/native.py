@@ -29,12 +29,12 @@ DEFAULT_MAX_TOKENS = 256
 
 
 class PromptDocument(SamplingFields):
-    """What a client sends. Exactly one of `prompt` and `messages`."""
+    """The body of POST /stream, with exactly one of `prompt` and `messages`."""
 
     prompt: str | None = None
     """Text to be continued."""
     messages: Messages | None = None
-    """A chat: {role, content} each; the server writes the model's prompt."""
+    """A chat: a list of {role, content}. The server renders it as the model's prompt."""
     max_tokens: MaxTokens | None = None
     """Default 256. It is cut to what is left of the context."""
     parse_special: bool = False
@@ -42,7 +42,7 @@ class PromptDocument(SamplingFields):
 
 
 class QueryDocument(SamplingFields):
-    """The same from a query string: no messages."""
+    """The query of GET /stream: the fields of `PromptDocument` except `messages`."""
 
     prompt: str
     max_tokens: MaxTokens | None = None
@@ -50,7 +50,7 @@ class QueryDocument(SamplingFields):
 
 
 class NativeFormat(WireFormat):
-    """The format of both methods."""
+    """The wire format of POST /stream and GET /stream."""
 
     name = "stream"
 
@@ -126,7 +126,7 @@ class NativeWriter(EventWriter):
         return []
 
     def gained(self, delta: Delta) -> list[bytes]:
-        """Text that became certain after its token came goes out under that token's id again."""
+        """One event for each text. A text that comes without a new token has the id of the last token again."""
         token_ids = delta.token_ids
         if len(delta.texts) > len(token_ids):
             token_ids = (*token_ids, self._last_token_id)
@@ -139,10 +139,10 @@ class NativeWriter(EventWriter):
         ]
 
     def ended(self, usage: Usage) -> list[bytes]:
-        """The last event."""
+        """The `done` event."""
         document = {"finish_reason": self._finish_reason, "usage": usage_document(usage), "seed": self._seed}
         return [f"event: done\ndata: {json.dumps(document)}\n\n".encode()]
 
     def failed(self, error: RequestError) -> bytes:
-        """The last event of a stream in trouble."""
+        """The `error` event, which ends the stream."""
         return b"event: error\ndata: " + api_error(error).body() + b"\n\n"

@@ -1,4 +1,4 @@
-"""How a request is answered, decided once for every wire format: whole, as a stream, or as one that can be resumed.
+"""Decides for every wire format how a request is answered: as one document, as a stream or as a resumable stream.
 
 Promises the same text each way. Knows no wire format.
 """
@@ -64,7 +64,7 @@ class Responder:
 async def _events(
     running: RunningCompletion, writer: EventWriter, record: RequestRecord
 ) -> AsyncGenerator[bytes, None]:
-    """The events of a completion, joined as they come."""
+    """The events of a completion. Those of one delta are joined into one chunk."""
     started = False
     try:
         async with running, aclosing(running.deltas()) as deltas:
@@ -93,7 +93,7 @@ async def _whole(running: RunningCompletion, request: ResolvedRequest, whole: Wh
 
     def written() -> bytes:
         document = whole(gained, usage)
-        # Of a large document piece by piece: the whole at once is one call, in which no other thread runs.
+        # A large document is encoded piece by piece, since no other thread runs during a single `encode` call.
         pieces = [_JSON.encode(document)] if in_loop else _JSON.iterencode(document)
         return "".join(pieces).encode()
 

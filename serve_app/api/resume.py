@@ -1,4 +1,4 @@
-"""Resuming over HTTP: who asks for it, ids of events, and answers to `Last-Event-ID`.
+"""Resuming over HTTP: requests for a resumable stream, event ids, and answers to `Last-Event-ID`.
 
 Promises that a caller gets only streams that were opened with the same credentials, and that every refusal says
 whether to try again. Knows no store and no owner: `resume.registry` does.
@@ -37,17 +37,18 @@ LAST_EVENT_ID_HEADER = "last-event-id"
 ENDPOINT = "/v1/streams/{stream_id}"
 
 _RETRY = b"retry: 1000\n"
-"""How long an EventSource waits before it connects again; left to itself 3 to 5 s."""
+"""Milliseconds that an EventSource waits before it reconnects. Its own default is 3 to 5 s."""
 _STREAM_ID = re.compile(r"[A-Za-z0-9_-]{22}")
 _EVENT_ID = re.compile(r"([A-Za-z0-9_-]{22}):([0-9]{1,9})(?::([0-9a-f]{8}))?")
-"""Stream, number of the next event, digest of the text so far; earlier versions gave no digest."""
+"""Stream id, index of the next event, digest of the text so far. Event ids of earlier versions have no digest."""
 _CHECK_WAIT_S = 5.0
-"""How long an answer waits for the events that its reader has already and this process has not: so long a refusal is a
-real status. Of a stream whose ingress died it takes a lease (1 s) and the computation of its last 0.1 s."""
+"""How long an answer waits if its reader already has events that this process does not have yet. If the stream is
+refused within this time, the refusal gets its HTTP status. If the stream's ingress died, the events are here after a
+lease (1 s) and the time to generate the last 0.1 s again."""
 
 
 class Resume:
-    """What the endpoints that stream do for callers that ask for resume."""
+    """Opens and continues resumable streams, for all endpoints that stream."""
 
     def __init__(
         self,
@@ -61,7 +62,7 @@ class Resume:
         self._formats = {wire.name: wire for wire in formats}
         self._settings = settings
         self._fingerprint: Fingerprint | None = None
-        """Of the model as last seen: a stream may be resumed while no replica of it is up."""
+        """The model's, as last seen: a stream may be resumed while no replica of the model is up."""
 
     def wanted(self, call: Call) -> bool:
         """Whether the caller asks for a stream that can be resumed. Raises `ApiError`."""
@@ -74,9 +75,9 @@ class Resume:
         return "1" in asked.values()
 
     async def continued(self, call: Call) -> Response | EventStream | None:
-        """The rest of the stream whose last event the caller names; None when it asks for a new one.
+        """The rest of the stream that the caller names in `Last-Event-ID`; None when it asks for a new stream.
 
-        So a client that can only repeat its request (EventSource, fetch-event-source) continues too.
+        A client that can only repeat its request (EventSource, fetch-event-source) can thus continue a stream too.
         """
         last_event_id = call.headers.get(LAST_EVENT_ID_HEADER)
         if not last_event_id or not self.wanted(call):
@@ -118,7 +119,7 @@ class Resume:
         return await self._answer(call.record, stream, mark)
 
     async def _answer(self, record: RequestRecord, stream: ResumableStream, mark: Mark | None) -> EventStream:
-        """The events from the reader's mark on; None: of a stream that is to begin."""
+        """A response with the events from `mark` on. None: the stream has yet to begin."""
         document = stream.document
         return await EventStream(
             _chunks(record, stream, mark, self._settings.slow_reader_bytes),
@@ -129,7 +130,7 @@ class Resume:
         ).opened()
 
     async def _model(self) -> Fingerprint:
-        """The weights that are served. Raises `ApiError` 503 when no replica was ever up while this process was."""
+        """The fingerprint of the served weights. Raises `RequestError` (503) if this process never saw a replica up."""
         state = await self._service.state()
         if isinstance(state, ModelCard):
             self._fingerprint = state.fingerprint
@@ -138,7 +139,10 @@ class Resume:
         return self._fingerprint
 
     def _found(self, document: StreamDocument, fingerprint: Fingerprint) -> Transcript:
-        """Of a stream that began elsewhere. Raises `ApiError` and `StreamGone`."""
+        """An empty transcript for a stream that was found in the store.
+
+        Raises `ApiError` if the model was replaced since, and `StreamGone`.
+        """
         if document.request.fingerprint != fingerprint:
             message = "The model was replaced after this stream began, and it can't be continued. Send it again."
             raise ApiError(410, message, type=SERVER_ERROR, code=str(FailureCode.WRONG_WEIGHTS))
@@ -148,7 +152,7 @@ class Resume:
         return Transcript(document.request, self._service.tokenizer, partial(self._writer, document))
 
     def _writer(self, document: StreamDocument) -> EventWriter:
-        """Raises `StreamGone` for a format of another version of this program."""
+        """Raises `StreamGone` for a wire format that only another version of this program has."""
         wire = self._formats.get(document.wire_format)
         if wire is None:
             raise StreamGone
@@ -158,7 +162,7 @@ class Resume:
 async def _chunks(
     record: RequestRecord, stream: ResumableStream, mark: Mark | None, max_lag_bytes: int
 ) -> AsyncGenerator[bytes, None]:
-    """Events with their ids. Empty first, once it is certain that there will be some: headers go out then."""
+    """Events with their ids. The first chunk is empty and lets the headers go out: it is certain that events follow."""
     transcript = stream.feed.transcript
     with stream.attended():
         if mark is None:
@@ -167,20 +171,20 @@ async def _chunks(
             await stream.feed.check(mark, _CHECK_WAIT_S)
         seen = 0 if mark is None else transcript.tokens
         yield b""
-        yield _RETRY  # no event of its own, but a field of the first one
+        yield _RETRY  # a field of the first event, not an event of its own
         async with aclosing(stream.feed.read(mark or Mark(), max_lag_bytes)) as pieces:
             async for first, events in pieces:
                 if transcript.tokens > seen:
                     record.saw_tokens(transcript.tokens - seen)
                     seen = transcript.tokens
-                if mark is None:  # the prompt counts for the request that brought it
+                if mark is None:  # cached tokens count only for the request with the prompt
                     record.cached_prompt_tokens = transcript.cached_prompt_tokens
                 yield _numbered(stream.id, first, events)
         record.outcome = transcript.outcome
 
 
 def _numbered(stream_id: str, first: int, events: Sequence[Event]) -> bytes:
-    """Each event with the mark of a client that has it: the index of the one after it, and the digest of the text."""
+    """Each event with its id: the stream's, the index of the event after it, and the digest of the text up to it."""
     start = f"id: {stream_id}:".encode()
     return b"".join(
         b"%b%d:%08x\n%b" % (start, index, digest, content) for index, (content, digest) in enumerate(events, first + 1)
@@ -188,7 +192,7 @@ def _numbered(stream_id: str, first: int, events: Sequence[Event]) -> bytes:
 
 
 def _parse_event_id(last_event_id: str) -> tuple[str, Mark]:
-    """(stream id, where its reader stands). Raises `ApiError`."""
+    """(stream id, the reader's mark). Raises `ApiError`."""
     match = _EVENT_ID.fullmatch(last_event_id)
     if match is None:
         message = "Last-Event-ID is not the id of an event of this service."
@@ -197,7 +201,10 @@ def _parse_event_id(last_event_id: str) -> tuple[str, Mark]:
 
 
 def _caller(stream_id: str, call: Call) -> str:
-    """Who may have the stream: a digest, so that the store holds no key, and another one for each stream."""
+    """Who may read the stream, as a digest of their credentials.
+
+    The store thus holds no API key, and the digest differs from stream to stream.
+    """
     scheme, _, token = call.headers.get("authorization", "").strip().partition(" ")
     credentials = token.strip() if scheme.lower() == "bearer" else f"{scheme} {token}"
     return hmac.digest(stream_id.encode(), credentials.encode(), hashlib.sha256).hex()

@@ -1,7 +1,7 @@
 """Request fields that are not served: refused where they would change the answer, else ignored and named.
 
-Promises that a field is never ignored in silence: `X-Ignored-Fields` and the log's line have its name, which is text of
-a client and is made safe for both. Knows no endpoint.
+Promises that an unknown field is never ignored in silence: its name is in the header `X-Ignored-Fields` and in the
+access log. The name is a client's text, and is made safe for both. Knows no endpoint.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NO_EFFECT = frozenset(
         "prediction",
     }
 )
-"""Fields of OpenAI's own that change nothing in an answer, or only its speed: taken, whatever they hold."""
+"""OpenAI's fields that change nothing in an answer, or only its speed: accepted with any value, and not reported."""
 
 NOT_SERVED: Mapping[str, tuple[Any, ...]] = {
     # Tools, media and services around a model
@@ -47,7 +47,7 @@ NOT_SERVED: Mapping[str, tuple[Any, ...]] = {
     "safe_prompt": (),
     "prompt_mode": (),
     "watermark": (),
-    # Other ways to say what the prompt is; "messages" and "prompt" at the endpoint that takes the other one
+    # Other forms of the prompt; "messages" and "prompt" are here for the endpoint that takes the other one
     "messages": (),
     "prompt": (),
     "add_special_tokens": (),
@@ -162,13 +162,13 @@ NOT_SERVED: Mapping[str, tuple[Any, ...]] = {
     "return_tokens_as_token_ids": (),
 }
 """Fields of OpenAI's or of other servers' (vLLM, SGLang, TGI, llama.cpp, Ollama, text-generation-webui, Mistral, ...)
-that would change an answer in a way that is not served -> the values, besides null, false and what is empty, that would
-not. Where another field is needed for one to mean anything (`dry_base`, `mirostat_tau`, `length_penalty`), only that
-other one stands here."""
+that would change an answer in a way that is not served -> their harmless values, besides null, false and empty ones. A
+field without effect unless another one is set (`dry_base`, `mirostat_tau`, `length_penalty`) is not listed; only that
+other one is."""
 
 _EMPTY: tuple[Any, ...] = (False, "", [], {})
 _ON_BY_DEFAULT = frozenset({"add_bos_token", "do_sample", "skip_special_tokens"})
-"""Of these false is no default."""
+"""Fields that are true by default: for these, false is not harmless."""
 
 _MAX_NAMES = 20
 _MAX_NAME_CHARS = 64
@@ -177,15 +177,15 @@ _INDEX = re.compile(r"\[\d+\]")
 
 
 class UnknownFields:
-    """What becomes of the fields of one request that nobody knows."""
+    """Refuses the unknown fields of one request, or records their names."""
 
     def __init__(self, record: RequestRecord, *, refused: bool) -> None:
-        """`record` gets their names, for the log and the header. `refused`: each is an error instead."""
+        """`record` gets the names, for the log and the header. `refused`: an unknown field is an error instead."""
         self._record = record
         self._refused = refused
 
     def add(self, name: str) -> None:
-        """One more, as `stream_options.x`. Raises `ApiError` when unknown fields are refused."""
+        """Add an unknown field, e.g. `stream_options.x`. Raises `ApiError` when unknown fields are refused."""
         if self._refused:
             raise unknown_parameter(name)
         names = self._record.ignored_fields
@@ -196,14 +196,14 @@ class UnknownFields:
             names.append(safe if len(names) < _MAX_NAMES else _MORE)
 
     def add_in(self, where: str, field: str) -> None:
-        """The same of a field inside of another one."""
+        """Add the unknown field `field` inside the field `where`. Raises `ApiError` as `add` does."""
         self.add(f"{where}.{field}")
 
 
 def safe_name(name: str) -> str:
     """A field's name for a header and a line of the log: short, ASCII, no spaces, commas or quotes.
 
-    All messages count as one: `messages[3].id` is `messages[].id`.
+    Without list indices, so that a field that many messages have is named once: `messages[3].id` is `messages[].id`.
     """
     cut = _INDEX.sub("[]", name[: 2 * _MAX_NAME_CHARS])
     safe = quote(cut[:_MAX_NAME_CHARS], safe="[]", errors="replace")
@@ -211,12 +211,12 @@ def safe_name(name: str) -> str:
 
 
 def refuse_if_not_served(name: str, value: Any) -> None:
-    """Raises `ApiError` when the field asks for what would change the answer and is not served."""
+    """Raise `ApiError` if this value of the field would change the answer in a way that is not served."""
     neutral = NOT_SERVED.get(name)
     if neutral is None or value is None:
         return
     off = neutral if name in _ON_BY_DEFAULT else (*neutral, *_EMPTY)
-    # Of equal ones a boolean is no number: True == 1 in Python.
+    # A boolean must not match a number, although True == 1 in Python.
     if not any(value == harmless and isinstance(value, bool) == isinstance(harmless, bool) for harmless in off):
         raise unsupported(name)
 

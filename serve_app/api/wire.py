@@ -17,7 +17,7 @@ from serve_app.generation.request import ResolvedRequest
 from serve_app.generation.text import Delta
 
 Whole = Callable[[Sequence[Sequence[Delta]], Usage], dict[str, Any]]
-"""Makes one document of all that each choice has gained. May run in a thread."""
+"""Makes one document from the deltas of each choice and the usage. May run in a thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class ParsedRequest:
     settings: dict[str, Any] = field(default_factory=dict)
     """JSON: what the format's writer needs besides the request. It is kept with a stream that can be resumed."""
     max_tokens_param: str = "max_tokens"
-    """What the caller called its limit of tokens."""
+    """The name of the field in which the caller gave its token limit."""
 
 
 def usage_document(usage: Usage) -> dict[str, object]:
@@ -44,10 +44,10 @@ def usage_document(usage: Usage) -> dict[str, object]:
 
 
 class WireFormat(ABC):
-    """One endpoint's."""
+    """The wire format of one endpoint."""
 
     name: ClassVar[str]
-    """Kept with streams that can be resumed: it may not change."""
+    """Stored with resumable streams, so it must not change."""
 
     @abstractmethod
     async def parse(self, call: Call) -> ParsedRequest:
@@ -55,4 +55,4 @@ class WireFormat(ABC):
 
     @abstractmethod
     def writer(self, request: ResolvedRequest, settings: Mapping[str, Any]) -> EventWriter:
-        """Writes the events of one stream, from the first on."""
+        """A writer for the events of one stream, from the first on."""

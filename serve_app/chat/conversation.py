@@ -1,7 +1,7 @@
 """The messages of a chat as callers send them, checked: known roles, safe names, valid text.
 
-Promises that only `str` fields go on to a template: a dict's keys can't be told from the template's own text. Knows no
-tokenizer and no template.
+Promises that only `str` fields go on to a template: when a template prints a dict, its keys can't be told from the
+template's own text. Knows no tokenizer and no template.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _NOT_SERVED = {
     "prefix": "send continue_final_message with the request instead.",
     "partial": "send continue_final_message with the request instead.",
 }
-"""Fields of other servers' messages that would change the prompt -> what is said of them."""
+"""Fields of other servers' messages that would change the prompt -> what the error says."""
 _OFF: tuple[object, ...] = (None, False, "", [], {})
 _REASONING_PARTS = frozenset({"thinking", "redacted_thinking", "reasoning"})
-"""Parts of an assistant's content that hold what it thought before it answered."""
+"""Types of the parts of an assistant's content that hold its reasoning."""
 _SHOWN_CHARACTERS = 40
 """How much of a caller's own wrong value an error repeats."""
 
@@ -44,11 +44,11 @@ class ChatMessage:
 
 
 Unknown = Callable[[str, str], None]
-"""Told of each field that nobody knows: where it is (`messages[3]`) and its name."""
+"""Called for each unknown field, with its place (`messages[3]`) and its name."""
 
 
 def refuse_unknown(where: str, field: str) -> None:
-    """The strict one: raises `PromptError`."""
+    """The strict kind of `Unknown`: raises `PromptError`."""
     raise PromptError(f"{where} has an unknown field {_shown(field)}.", param=where, code="unknown_parameter")
 
 
@@ -57,8 +57,8 @@ def parse_messages(raw: Sequence[Mapping[str, object]], unknown: Unknown = refus
 
     `content` is a string or a list of `{"type": "text", "text": ...}` parts, which are joined by newlines (as vLLM and
     llama.cpp do; so two parts can't join into one token either). A field that is null or empty counts as absent,
-    because clients send back whole assistant messages (`"refusal": null`). A field that nobody knows is for `unknown`
-    to judge; what an assistant thought before an answer (`reasoning_content`) is one of those. Raises `PromptError`.
+    because clients send back whole assistant messages (`"refusal": null`). `unknown` is called for each unknown field,
+    also for an assistant's reasoning (`reasoning_content`). Raises `PromptError`.
     """
     if not isinstance(raw, Sequence) or isinstance(raw, str | bytes) or not raw:
         raise PromptError("messages must be a list with at least one message.", param="messages")
@@ -121,7 +121,7 @@ def _parse_content(raw: object, where: str, role: Role, unknown: Unknown) -> str
 
 
 def _parse_part(raw: object, where: str, role: Role, unknown: Unknown) -> str | None:
-    """The part's text; None for one that is left aside."""
+    """The part's text; None for a reasoning part that `unknown` has accepted."""
     if not isinstance(raw, Mapping):
         raise PromptError(f'{where} must be an object such as {{"type": "text", "text": "Hi"}}.', param=where)
     kind = raw.get("type")

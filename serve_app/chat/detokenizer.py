@@ -1,4 +1,4 @@
-"""Ids to text as they come, one at a time.
+"""Turns token ids into text one at a time, as the model generates them.
 
 Promises that the pieces concatenated are the text of the whole, that a piece is never taken back, and that a token
 costs the same however long the answer is. Knows no stop strings.
@@ -25,7 +25,7 @@ class Detokenizer(Protocol):
     """The text of one output.
 
     The pieces of all `push`es and the `flush` concatenated are `tokenizer.decode(output)`, or, with `prompt_ids`,
-    `decode(prompt + output)` less what it has in common with `decode(prompt)` from the start. That is all of
+    `decode(prompt + output)` without the beginning that it shares with `decode(prompt)`. It shares all of
     `decode(prompt)`, unless the output completes a character that the prompt left unfinished.
     """
 
@@ -39,7 +39,7 @@ class Detokenizer(Protocol):
 
 
 def new_detokenizer(tokenizer: ChatTokenizer, prompt_ids: Sequence[int] = ()) -> Detokenizer:
-    """The detokenizer of one output. Raises `TokenizerError` for a decoder that can't be followed.
+    """The detokenizer of one output. Raises `TokenizerError` for a decoder that can't be streamed.
 
     `prompt_ids`: of a raw prompt, which the output continues; empty for a chat, whose answer stands alone. Only the
     prompt's last few tokens are read.
@@ -64,7 +64,7 @@ class _ByteLevel:
         tail = b""
         for token_id in reversed(prompt_ids):
             tail = self._bytes(token_id) + tail
-            if len(tail) >= 4:  # a character's lead byte, if it still waits for more, is among the last three
+            if len(tail) >= 4:  # the lead byte of an unfinished character is among the last three bytes
                 break
         self._decoder.decode(tail)
         self._shown = "\ufffd" if self._decoder.getstate()[0] else ""
@@ -90,7 +90,7 @@ class _ByteLevel:
 
 
 class _Tokenwise:
-    """Decodes a window: the last token whose text is out, and what came since.
+    """Decodes a window: the last token whose text was given out, and the tokens after it.
 
     Byte tokens wait for the end of their run: ByteFallback decodes a run as a whole, and one wrong byte at its end
     turns all of it into U+FFFD, so until then nothing in it is certain.

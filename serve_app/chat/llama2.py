@@ -23,7 +23,7 @@ TAGS = (_BEGIN_INST, _END_INST, "<<SYS>>", "<</SYS>>")
 _GOLDEN_TEXT = "[INST] Hi [/INST]"
 _GOLDEN_IDS = [1, 518, 25580, 29962, 6324, 518, 29914, 25580, 29962]
 _LLAMA_TOKENS = {1: "<s>", 2: "</s>", 518: "▁[", 25580: "INST", 6324: "▁Hi", 29962: "]", 29914: "/"}
-"""Tokens at these ids make a vocabulary Llama's (Llama-2 and its relatives: Code Llama, Vicuna, TinyLlama)."""
+"""A vocabulary with these tokens is Llama's (of Llama-2 and its relatives: Code Llama, Vicuna, TinyLlama)."""
 
 
 class Llama2Format:
@@ -45,7 +45,7 @@ class Llama2Format:
         check_golden_ids(tokenizer)
 
     variables: frozenset[str] = frozenset()
-    """None: this format has no template."""
+    """Empty, since this format has no template."""
 
     def encode(self, messages: Sequence[ChatMessage], options: ChatOptions = DEFAULT_OPTIONS) -> list[int]:
         """The prompt's ids. Raises `PromptError` for turns out of order or for a tag under `reject`."""
@@ -63,9 +63,9 @@ class Llama2Format:
 
 
 def check_golden_ids(tokenizer: ChatTokenizer) -> None:
-    """A tokenizer with Llama's vocabulary must encode as Meta's does; conversions have got the first space wrong.
+    """Raise `TokenizerError` when a tokenizer with Llama's vocabulary doesn't encode as Meta's does.
 
-    Any other vocabulary has no golden ids and passes. Raises `TokenizerError`.
+    Some converted tokenizers get the first space wrong. Any other vocabulary has no golden ids and passes.
     """
     if any(tokenizer.token_at(token_id) != token for token_id, token in _LLAMA_TOKENS.items()):
         return
@@ -78,8 +78,8 @@ def check_golden_ids(tokenizer: ChatTokenizer) -> None:
 
 
 def _turns(messages: Sequence[ChatMessage], *, open_answer: bool) -> list[str]:
-    """The stripped texts of user, assistant, user, ... with the system text folded into the first. Ends with a user's,
-    or with an `open_answer` to it.
+    """The stripped texts of user, assistant, user, ... with the system text folded into the first. The last text is a
+    user's, or with `open_answer` the assistant's.
 
     Stripped after folding, as Meta does: the system text keeps its own spaces.
     """

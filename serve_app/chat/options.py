@@ -1,6 +1,6 @@
 """What a caller may choose about how a chat is written, besides its messages.
 
-Promises values that no template can be harmed by: no containers, no long texts. Knows no template.
+Promises values that can't harm a template: no containers, no long texts. Knows no template.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class ChatOptions:
     """The defaults are those of a chat that wants an answer."""
 
     variables: Mapping[str, TemplateValue] = field(default_factory=dict)
-    """Of the template's own, e.g. `enable_thinking`. The texts among them are treated as a user's: data."""
+    """Variables of the template's own, e.g. `enable_thinking`. Strings among them are treated like a user's text."""
     add_generation_prompt: bool = True
     """End the prompt with what begins an assistant's answer."""
     continue_final_message: bool = False
@@ -28,5 +28,5 @@ DEFAULT_OPTIONS = ChatOptions()
 
 
 def is_template_value(value: object) -> bool:
-    """Whether a caller may give a template this."""
+    """Whether a caller may give a template this value."""
     return value is None or isinstance(value, int | float) or (isinstance(value, str) and len(value) <= MAX_VALUE_CHARS)

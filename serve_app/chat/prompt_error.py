@@ -1,6 +1,6 @@
-"""What the caller has to change before messages or a prompt become ids.
+"""The error for messages or a prompt that can't be turned into ids.
 
-Promises that every message is one a client may see. Knows no HTTP.
+Promises that a client may see every error's text. Knows no HTTP.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class PromptError(RequestError):
 
 
 def context_exceeded(context_tokens: int, prompt_tokens: int, param: str, *, counted: str = "") -> PromptError:
-    """A prompt that leaves no room for an answer, in the words by which gateways know one (OpenAI's).
+    """The error for a prompt that leaves no room for an answer, in OpenAI's words, by which gateways recognise it.
 
     `counted`: "at least " for a count that is a lower bound.
     """

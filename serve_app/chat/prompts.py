@@ -1,4 +1,4 @@
-"""What a request says -> the ids of its prompt: the door to this room for everything that starts a generation.
+"""Turns the messages or the raw prompt of a request into ids: whatever starts a generation uses this module.
 
 Promises ids that leave room for an answer, or a `PromptError`. Knows no HTTP.
 """
@@ -22,7 +22,7 @@ class ChatFormat(Protocol):
     """How one family of models writes a chat."""
 
     variables: frozenset[str]
-    """Those that `ChatOptions.variables` may set."""
+    """Names that `ChatOptions.variables` may set."""
 
     def encode(self, messages: Sequence[ChatMessage], options: ChatOptions = DEFAULT_OPTIONS) -> list[int]:
         """The prompt's ids, BOS included where the format has one. Raises `PromptError`."""
@@ -33,12 +33,12 @@ class PromptFormatter:
     """Turns messages and raw prompts into ids. Safe to use from any number of threads at once."""
 
     def __init__(self, tokenizer: ChatTokenizer, config: ChatConfig) -> None:
-        """In the format that the config names; `auto` is `llama2` only when the template contains `<<SYS>>`.
+        """Uses the format that the config names; `auto` is `llama2` only when the template contains `<<SYS>>`.
 
         Raises `TokenizerError` when the model can't be served in that format or its text can't be streamed,
         `ValueError` when the tokenizer was loaded without the config's template.
         """
-        new_detokenizer(tokenizer)  # says now, not at the first answer, when this tokenizer's text can't be streamed
+        new_detokenizer(tokenizer)  # raises for text that can't be streamed: now, and not at the first answer
         template = tokenizer.template
         if config.template is not None and config.template != template:
             raise ValueError("load the tokenizer with the config's template: its control tokens depend on it")
@@ -65,8 +65,8 @@ class PromptFormatter:
     ) -> list[int]:
         """The ids of a chat, from the request's `messages` as decoded from JSON.
 
-        With `context_tokens`, prompts that leave no room for an answer in the context are refused, the hopeless ones
-        before they are encoded. `unknown` is as in `parse_messages`. Raises `PromptError`.
+        With `context_tokens`, prompts that leave no room for an answer in the context are refused, obviously too long
+        ones before they are encoded. `unknown` is as in `parse_messages`. Raises `PromptError`.
         """
         if self._chat_format is None:
             raise PromptError(
@@ -96,7 +96,7 @@ class PromptFormatter:
 
 
 def _require_open_end(messages: Sequence[ChatMessage]) -> None:
-    """Only what the assistant has begun can be continued as the assistant's."""
+    """Raise `PromptError` unless the last message is one that the assistant has begun."""
     where, last = f"messages[{len(messages) - 1}]", messages[-1]
     if last.role != "assistant":
         raise PromptError("continue_final_message needs an assistant's message at the end.", param=where)

@@ -1,6 +1,6 @@
 """Runs a chat template: messages in, text out.
 
-Promises that whatever the template says against the messages reaches the caller. Knows no ids.
+Promises that the caller gets the template's own words when it refuses the messages. Knows no ids.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TemplateMessage = Mapping[str, object]
 
 _OURS = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
 _RENDERERS = frozenset({"conversations", "chat_template", "return_assistant_tokens_mask"})
-"""Arguments of transformers' function that are no variables."""
+"""Arguments of transformers' `render_jinja_template` that are not variables of the template."""
 _GLOBALS = frozenset(DEFAULT_NAMESPACE) | {"raise_exception", "strftime_now"}
 """Functions that Jinja and transformers give to every template."""
 
@@ -64,9 +64,9 @@ def render(
     """The text of the prompt, by default up to where the assistant's answer begins.
 
     `special_tokens` are the variables a template expects, e.g. `bos_token`. With `continue_final_message` the caller
-    cuts the text where the last message ends. Rendered in transformers' sandbox, without its tokenizer: that one is
-    changed by every call and so can't be shared between threads. Raises `PromptError` with the template's own words
-    when it refuses the messages, `TokenizerError` when it is no template at all.
+    cuts the text where the last message ends. The template runs in transformers' sandbox, but without transformers'
+    tokenizer, which every call changes, so that threads can't share it. Raises `PromptError` with the template's own
+    words when it refuses the messages, `TokenizerError` when it is no template at all.
     """
     variables: dict[str, object] = {
         **options.variables,
@@ -80,12 +80,12 @@ def render(
     except TemplateError as error:
         reason = error.message or type(error).__name__
         raise PromptError(f"The model's chat template refuses these messages: {reason}", param="messages") from error
-    except (TypeError, ValueError, LookupError, ArithmeticError) as error:  # Python's own, from the template's code
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:  # Python errors in the template's code
         raise PromptError(f"The model's chat template fails on these messages: {error}", param="messages") from error
 
 
 def try_render(template: str, messages: Sequence[TemplateMessage], special_tokens: Mapping[str, str]) -> str:
-    """What a trial shows, to learn about a template: nothing when it refuses the trial, which is an answer too.
+    """The text that a template makes of trial messages; "" when it refuses them.
 
     Raises `TokenizerError` when it is no template at all.
     """

@@ -1,4 +1,4 @@
-"""Messages to ids through the model's own Hugging Face chat template, so that text stays text.
+"""Turns messages into ids through the model's own Hugging Face chat template, so that text stays text.
 
 Promises the ids of transformers' `apply_chat_template` for ordinary messages, and that no message adds a control token
 or a turn marker to those the template writes. Knows no HTTP.
@@ -38,9 +38,9 @@ class ChatTemplate:
     2. What is not a whole control token in one text can still become one: fields that join ("<|im_" before "end|>"), a
        template that changes case or cuts. So the control ids of the prompt must be those of the same messages made
        harmless; else the request is refused.
-    3. Turn markers that are ordinary text are refused or broken in user and system texts (see `turn_markers`), and
-       what the template makes of the texts must have as many of them as of texts without. What the assistant said is
-       taken as it is.
+    3. Turn markers that are ordinary text are refused or broken in user and system texts (see `turn_markers`), and the
+       prompt must have as many of them as the prompt of the same messages made harmless. The assistant's texts are
+       taken as they are.
 
     Reasoning models' templates cut `<think>...</think>` out of earlier answers, by string operations that marks would
     disturb. So in the assistant's words non-special control tokens are left alone at first, and fenced only when that
@@ -64,7 +64,7 @@ class ChatTemplate:
         self._markers = TurnMarkers(markers, tokenizer, policy=tags, owner="this model's chat template")
         self._without_markers = _Disarmed(markers)
         self.variables = own_variables(self._template) - tokenizer.special_tokens.keys()
-        """Those that `ChatOptions.variables` may set."""
+        """Names that `ChatOptions.variables` may set."""
         if markers:
             logger.info("turn markers of the chat template that are ordinary text: %s", " ".join(markers))
 
@@ -94,7 +94,7 @@ class ChatTemplate:
         )
 
     def _check_markers(self, messages: Sequence[ChatMessage], options: ChatOptions) -> None:
-        """Raises `PromptError` when the template makes turn markers of what other people than the model have said."""
+        """Raises `PromptError` when the template makes a turn marker of any text but the assistant's."""
         harmless = [m if m.role == "assistant" else self._without_markers.message(m) for m in messages]
         harmless_options = self._without_markers.options(options)
         if (harmless, harmless_options) == (messages, options):
@@ -111,7 +111,7 @@ class ChatTemplate:
         return self._tokenizer.encode_pieces(self._pieces(messages, options, lenient=lenient))
 
     def _pieces(self, messages: Sequence[ChatMessage], options: ChatOptions, *, lenient: bool) -> list[Piece]:
-        """`lenient`: let the template see `<think>` in the assistant's own words as it is, to cut or keep it."""
+        """The rendered prompt. `lenient`: leave `<think>` in the assistant's texts for the template to cut or keep."""
         start, end, cut = _unused_marks(messages)
         fenced = self._fenced(messages, start, end, lenient=lenient)
         if options.continue_final_message:
@@ -142,7 +142,7 @@ class ChatTemplate:
         return fenced
 
     def _split(self, text: str, start: str, end: str) -> list[Piece]:
-        """A rendered text at its marks. A mark that the template cut from its partner still parts what it stands in."""
+        """Splits a rendered text at its marks, also at a mark whose partner the template has cut away."""
         first, *rest = text.split(start)
         pieces = [Piece(part, literal=False) for part in first.split(end)]
         for stretch in rest:
@@ -173,7 +173,7 @@ class ChatTemplate:
 
 
 class _Disarmed:
-    """Messages that can neither begin nor end any of some tokens."""
+    """Makes messages harmless: no text in them can begin or end one of the given tokens."""
 
     def __init__(self, tokens: Iterable[str]) -> None:
         self._tokens = tuple(tokens)
@@ -183,11 +183,11 @@ class _Disarmed:
         self._harmless = str.maketrans(dict.fromkeys("".join(edges), self._filler))
 
     def message(self, message: ChatMessage) -> ChatMessage:
-        """The message made harmless; the same if it is.
+        """The message made harmless; an equal one if it is harmless already.
 
-        Not emptied, as templates drop or refuse empty messages, and not replaced, as some look for words in it
-        ("/no_think"): only the characters that the tokens begin or end with give way. A text that is the inside of
-        one ("user" in "<|user|>") gives way wholly, and so does a name.
+        Only characters that a token begins or ends with are replaced by a filler, because templates drop or refuse
+        empty messages, and some look for words in them ("/no_think"). A text that is the inside of a token ("user" in
+        "<|user|>") is replaced wholly, and so is a name.
         """
         if not self._tokens:
             return message
@@ -195,7 +195,7 @@ class _Disarmed:
         return replace(message, content=self._text(message.content), name=name)
 
     def options(self, options: ChatOptions) -> ChatOptions:
-        """The same of the texts among the template's variables."""
+        """The options with the strings among the template's variables made harmless."""
         variables = {
             name: self._text(value) if isinstance(value, str) else value for name, value in options.variables.items()
         }
@@ -209,7 +209,7 @@ class _Disarmed:
 
 
 def _unused_marks(messages: Sequence[ChatMessage]) -> tuple[str, str, str]:
-    """The start and the end of a fence, and where an open message is cut."""
+    """Three marks that no message has: the start and the end of a fence, and where an open message is cut."""
     unused = [mark for mark in _MARKS if not any(mark in message.content for message in messages)]
     if len(unused) < 3:
         raise PromptError("The messages use every Unicode noncharacter from U+FDD0 to U+FDEF.", param="messages")
@@ -219,7 +219,7 @@ def _unused_marks(messages: Sequence[ChatMessage]) -> tuple[str, str, str]:
 def _open_end(text: str, cut: str) -> str:
     """The text up to where the last message ends, which `cut` and a space mark.
 
-    A template that trims messages takes the space away, and then trims the end of this one: as transformers does.
+    When the template trims messages the space is gone; then the end of this message is trimmed, as transformers does.
     """
     before, mark, after = text.rpartition(cut)
     if not mark:

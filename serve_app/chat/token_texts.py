@@ -1,6 +1,6 @@
 """How a single token is shown beside its logprob: a text for people, and its bytes.
 
-Promises that bytes are the token's own also where no text can be: a part of a character. Knows no answer.
+Promises the token's own bytes also for a part of a character, which has no text. Knows no answer.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from serve_app.chat.tokenizer import ChatTokenizer
 
 
 class TokenTexts:
-    """For the tokens of one tokenizer."""
+    """Texts and bytes of the tokens of one tokenizer."""
 
     def __init__(self, tokenizer: ChatTokenizer) -> None:
         self._tokenizer = tokenizer
@@ -18,7 +18,7 @@ class TokenTexts:
         self._byte_fallback = "ByteFallback" in tokenizer.decoder_kinds
 
     def text(self, token_id: int) -> str:
-        """The token's own text; U+FFFD where it is a part of a character, the name of a special token."""
+        """The token's own text; U+FFFD for a part of a character, the token's name for a special token."""
         token = self._tokenizer.token_at(token_id)
         if token is not None and token in self._tokenizer.skipped_tokens:
             return token
@@ -27,7 +27,7 @@ class TokenTexts:
         return f" {text}" if token is not None and token.startswith("▁") and not text.startswith(" ") else text
 
     def utf8(self, token_id: int) -> bytes | None:
-        """Its bytes, of a special token those of its name; None for an id without a token."""
+        """The token's bytes; those of its name for a special token, None for an id without a token."""
         token = self._tokenizer.token_at(token_id)
         if token is None:
             return None

@@ -68,11 +68,11 @@ class ChatTokenizer:
         self.special_tokens = dict(special_tokens)
         """Variables for the template, e.g. `bos_token`."""
         self.skipped_tokens = frozenset(token["content"] for token in description["added_tokens"] if token["special"])
-        """Those that `decode` leaves out: the special ones. A model's `<think>` often isn't one."""
+        """Tokens that `decode` leaves out: the special ones. A model's `<think>` often isn't special."""
         self.control_tokens = control
         unknown = self._literal_encoder.encode(_RARE_TEXT, add_special_tokens=False).ids
         self.control_ids = frozenset(vocabulary[token] for token in control).difference(unknown)
-        """Ids that no text may give. The token for unknown characters is not among them: text does give that one."""
+        """Ids that text must not become. The id for unknown characters is not among them: text does become that."""
         self.bos_token_id: int | None = vocabulary.get(special_tokens.get("bos_token", ""))
         self.eos_token_id: int | None = vocabulary.get(special_tokens.get("eos_token", ""))
         self.adds_bos = adds_bos and self.bos_token_id is not None
@@ -83,7 +83,7 @@ class ChatTokenizer:
         self.decoder_kinds = _decoder_kinds(description["decoder"])
         """How token strings become text: the types of the decoders that the tokenizer's decoder is made of."""
         self.own_texts = self._own_texts(description)
-        """Added tokens whose text the decoder would garble: their strings are text, not bytes in GPT-2's letters."""
+        """Id -> text of the added tokens that the decoder would garble: it reads their text as GPT-2's byte letters."""
 
     @classmethod
     def load(cls, folder: Path, *, trust_remote_code: bool = False, template: str | None = None) -> ChatTokenizer:
@@ -143,7 +143,7 @@ class ChatTokenizer:
         return "".join(self._decode(list(some)) if text is None else text * len(list(some)) for text, some in stretches)
 
     def normalized(self, text: str) -> str:
-        """The text as it is split and looked up: texts that are the same then have the same ids."""
+        """The text as the tokenizer normalises it before it splits it: texts that are then equal have the same ids."""
         return text if self._normalizer is None else str(self._normalizer.normalize_str(text))
 
     def visible_token(self, token_id: int) -> str | None:
@@ -157,10 +157,10 @@ class ChatTokenizer:
         return token
 
     def fewest_tokens(self, text: str) -> int:
-        """A lower bound on the tokens of `text`, without the work of encoding it: as if all were the longest there is.
+        """A lower bound on the tokens of `text`, without encoding it: as if each were the vocabulary's longest.
 
-        It counts what the tokenizer drops (SmolLM2's has no token for the byte 0x06) or shortens (normalising composed
-        characters, to a third at most) as if it stayed; prompts mostly of such text may be refused without need.
+        Text that the tokenizer drops (SmolLM2's has no token for the byte 0x06) or shortens (composed characters, to a
+        third at most) is counted in full; prompts mostly of such text may be refused without need.
         """
         return -(-len(text) // self.longest_token_chars)
 
@@ -168,7 +168,7 @@ class ChatTokenizer:
         return self._encoder.decode(ids, skip_special_tokens=True)
 
     def _own_texts(self, description: Mapping[str, Any]) -> Mapping[int, str]:
-        """See `own_texts`. A string that the model's vocabulary has too may come from the model's merges: it is bytes.
+        """See `own_texts`. A string that is in the model's vocabulary, too, may come from merges: it stands for bytes.
 
         Only the byte-level decoder reads letters as other letters ("đ" as the byte 0x0F).
         """
@@ -190,9 +190,9 @@ class ChatTokenizer:
         return ids
 
     def _encode_later(self, text: str, *, literal: bool) -> list[int]:
-        """SentencePiece models put a space before whatever they are given; so give them a newline and take it away.
+        """The ids of a piece that is not the first: encoded after a newline, whose ids are then removed.
 
-        The same device as in transformers' `encode_marked_chat`.
+        Without it SentencePiece models would put a space before the piece (as in transformers' `encode_marked_chat`).
         """
         ids = self._encode(f"\n{text}", literal=literal)
         if ids[: len(self._newline_ids)] == self._newline_ids:
@@ -203,8 +203,8 @@ class ChatTokenizer:
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids of a text, while other threads run.
 
-    `encode` would hold Python's lock for as long as it takes: with 640,000 characters in a thread, the event loop stood
-    still for 2 s. A batch, if only of one, lets go of it.
+    `encode` holds Python's global lock until it is done: with 640,000 characters in a thread, the event loop stood
+    still for 2 s. `encode_batch_fast` releases the lock, even for a single text.
     """
     ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
     return ids
@@ -221,8 +221,8 @@ def _decoder_kinds(decoder: Mapping[str, Any] | None) -> frozenset[str]:
 def _copy(description: Mapping[str, Any], control: frozenset[str], *, as_text: bool) -> Tokenizer:
     """A tokenizer that reads control tokens as tokens or as text.
 
-    Control tokens are matched in the text as it is, never in its normalised form: else a look-alike (fullwidth
-    letters under NFKC) would become one without being the string that `templates` looks for.
+    Control tokens are matched in the text as it is, never in its normalised form: else a look-alike (fullwidth letters
+    under NFKC) would become a control token, and `templates` would not find it.
     """
     added = []
     for token in description["added_tokens"]:

@@ -1,8 +1,8 @@
 """Turn markers that are ordinary text: `[INST]`, `<|user|>` where it is no token of its own, `### Instruction:`.
 
 No tokenizer can keep such a marker in a message from being read as a turn, so messages that contain one are refused or
-the marker is broken. Promises that only what is distinctive counts: bracketed, or behind a run of hashes. Words
-("USER:", "Human:") are not, since nobody could write about a user. Knows no Jinja.
+the marker is broken. Promises that only distinctive text counts as a marker: in brackets, or after a run of hashes.
+Plain words ("USER:", "Human:") don't count, or nobody could write about a user. Knows no Jinja.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class TurnMarkers:
     def __init__(
         self, markers: Iterable[str], tokenizer: ChatTokenizer, *, policy: Literal["reject", "escape"], owner: str
     ) -> None:
-        """`owner`: whose they are, for the caller ("the Llama-2 chat format")."""
+        """`owner`: what the markers belong to, for error messages ("the Llama-2 chat format")."""
         self.markers = tuple(markers)
         self._tokenizer = tokenizer
         self._policy = policy
@@ -41,8 +41,8 @@ class TurnMarkers:
     def guarded(self, message: ChatMessage, where: str) -> ChatMessage:
         """The message with its markers broken by a zero-width joiner; `where` is the field of its text.
 
-        The assistant's are the model's own words, sent back, and stay. Raises `PromptError` under `reject`, and for a
-        marker that only the tokenizer's normalisation makes one.
+        An assistant's message keeps its markers: they are the model's own words, sent back. Raises `PromptError` under
+        `reject`, and for text that only the tokenizer's normalisation turns into a marker.
         """
         if message.role == "assistant" or not any(self.count(message.content)):
             return message
@@ -70,9 +70,9 @@ class TurnMarkers:
 def find_turn_markers(show: Callable[[Sequence[ChatMessage]], str], control_tokens: Iterable[str]) -> tuple[str, ...]:
     """The markers that a template writes for each turn, or next to a system text.
 
-    `show` gives what the template makes of a trial, or "" when it refuses it. Control tokens don't count: no text can
-    become one. Nor does what is written once, whatever the number of turns, as a preamble's headings are; and a heading
-    next to a system text only where turns have headings too.
+    `show` gives the text that the template makes of a trial, or "" when it refuses it. Control tokens don't count: no
+    text can become one. Text that is written once for any number of turns, such as a preamble's headings, doesn't count
+    either. A heading next to a system text counts only where turns have headings too.
     """
     longest_first = sorted(control_tokens, key=len, reverse=True)
     parting = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
@@ -100,10 +100,10 @@ def _found(pieces: Iterable[str]) -> list[str]:
 
 
 def _pattern(tokenizer: ChatTokenizer, marker: str) -> re.Pattern[str]:
-    """Of the marker as the tokenizer reads it inside a text: some put a space before what they are given."""
+    """Matches the marker as it is inside a normalised text; a tokenizer may put a space before the text it is given."""
     read = tokenizer.normalized(f"x{marker}").partition("x")[2]
-    if not read:  # to this tokenizer it is nothing, wherever it stands
+    if not read:  # normalisation removes the marker: it can't occur
         return re.compile(r"(?!)")
-    # More hashes, or a longer word, are other tokens.
+    # With more hashes, or a longer last word, it would be other tokens and not this marker.
     before, after = "(?<!#)" if read.startswith("#") else "", r"(?!\w)" if read[-1].isalnum() else ""
     return re.compile(before + re.escape(read) + after)

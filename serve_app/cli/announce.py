@@ -1,6 +1,6 @@
-"""What the terminal says when a service is ready, and where that is.
+"""What the terminal shows when a service is ready, and the service's address.
 
-Prints the card that the server itself gives of its model; makes no claims of its own.
+All that is said of the model comes from the model card that the server sends.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ def ready(file: ConfigFile, url: str, serve_pid: int, state: Readiness) -> None:
 
 
 def _log_folder(serve_pid: int) -> Path:
-    """Ray names a session's folder after the process that started it; without one the cluster is someone else's.
+    """Serve's logs in the folder of the Ray session that process `serve_pid` started: its name ends with that id.
 
-    A Ray of our own always has $RAY_TMPDIR (`ray_folder`).
+    Without such a folder the service joined a running cluster, and the answer is `LATEST_LOGS`. A Ray of our own
+    always has $RAY_TMPDIR (`ray_folder`).
     """
     sessions = Path(os.environ.get(PLACE, "/tmp"), "ray").glob(f"session_*_{serve_pid}")
     return next((session / "logs" / "serve" for session in sessions), banner.LATEST_LOGS)

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = Options(temperature=arguments.temperature, max_tokens=arguments.max_tokens, seed=arguments.seed)
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # pasted bytes that are no text must not end the program
+            stream.reconfigure(errors="replace")  # pasted bytes that can't be decoded must not end the program
     try:
         client = Client(arguments.url)
     except ValueError as error:
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class Conversation:
-    """The turns so far; an answer joins them as far as it came."""
+    """The turns so far. An answer that was cut short is kept as far as it came."""
 
     def __init__(self, client: Client, options: Options, system: str | None) -> None:
         self._client = client
@@ -73,9 +73,9 @@ class Conversation:
         self._turns.clear()
 
     def ask(self, text: str) -> bool:
-        """Print the answer as it comes. False when there was none; the question is then forgotten.
+        """Print the answer as it comes. False when it failed; a question without any answer is forgotten.
 
-        Raises KeyboardInterrupt when the user ends the answer; what came of it is kept.
+        Raises KeyboardInterrupt when the user ends the answer.
         """
         question = Message(role="user", content=text)
         system = [Message(role="system", content=self.system)] if self.system else []
@@ -139,7 +139,7 @@ def _answer_lines(conversation: Conversation) -> int:
 
 def _talk(conversation: Conversation) -> None:
     """Prompt, answer, repeat."""
-    # A script's background jobs ignore SIGINT, and so does a terminal that one of them opened. A person types here.
+    # A program inherits an ignored SIGINT from a script's background job, or from a terminal that such a job opened.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with contextlib.suppress(ImportError):  # some builds of Python lack it
         import readline  # noqa: F401  (its import is what gives input() editing and history)
@@ -181,7 +181,7 @@ def _read_message() -> str:
 
 
 def _command(text: str, conversation: Conversation) -> bool:
-    """Carry out a command; False for text that is none."""
+    """Carry out a command; False for text that is not a command."""
     name, _, rest = text.partition(" ")
     if name == "/system" and rest.strip():
         conversation.system = rest.strip()

@@ -38,12 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print what is wrong, or what it needs. What this machine lacks is a warning: the file may be for another."""
+    """Print what a valid file needs. What this machine lacks is only a warning: the file may be for another machine."""
     file = load(Path(arguments.config))
     print(f"{file.path} is valid.")
     environment = server_environment(os.environ)
     if not own_cluster(environment):
-        cluster_token(environment, allow_open=arguments.allow_open_cluster)  # refuses one without a token
+        cluster_token(environment, allow_open=arguments.allow_open_cluster)  # raises for a cluster without a token
     for name in file.foreign:
         print(f"Application {name!r} is not serve_app's; its args were not checked.")
     memory_bytes = 0
@@ -70,10 +70,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def look_up(app: ServedApp) -> tuple[list[str], MemoryPlan | None]:
-    """What is known of an application's model, and what a replica of it takes; None when its size can't be known yet.
+    """Lines about an application's model, and the memory of one replica; None when its size can't be known yet.
 
-    A hub model that is not on this machine is planned by its config, which is fetched. Raises CommandError for a model
-    that can't be served.
+    For a hub model that is not on this machine, the config is fetched and the size computed from it. Raises
+    CommandError for a model that can't be served.
     """
     # Seconds of imports, which a config with mistakes should not wait for.
     from serve_app.engine.kv_budget import CPU_KV_CACHE_BYTES
@@ -98,7 +98,7 @@ def look_up(app: ServedApp) -> tuple[list[str], MemoryPlan | None]:
         plan = plan_replica(files, model, has_gpu=on_gpu, kv_cache_bytes=budget)
     except ModelError as error:
         raise CommandError(f"application {app.name!r}: {error}", status=2) from error
-    # As the engine does, which takes no more than its requests can fill.
+    # The engine, too, allocates no more KV cache than `max_running` requests of full length can fill.
     useful = plan.context_tokens * engine.max_running * plan.kv_bytes_per_token
     return [said], replace(plan, kv_cache_bytes=min(budget, useful))
 
@@ -125,7 +125,7 @@ def size(bytes_: int) -> str:
 
 
 def streams(kv_tokens: int, context_tokens: int, max_running: int) -> str:
-    """How many streams of how many tokens a replica holds: at the full context, and with all its places taken."""
+    """How many streams a replica holds: at the full context length, and how long `max_running` streams can be."""
     longest = min(context_tokens, kv_tokens)
     alone = min(kv_tokens // longest, max_running) if longest else 0
     shared = min(kv_tokens // max_running, context_tokens)
@@ -148,7 +148,7 @@ def _replicas(replicas: ReplicasConfig) -> str:
 
 
 def shortages(file: ConfigFile) -> list[str]:
-    """What the smallest number of replicas needs and this machine has not: Ray would wait for it for ever."""
+    """CPUs and GPUs that the smallest number of replicas needs and this machine lacks: Ray would wait forever."""
     deployments = [part for app in file.apps for part in (app.config.model_server, app.config.ingress)]
     needed_cpus = sum(_least(part) * part.num_cpus for part in deployments)
     needed_gpus = sum(_least(part) * part.num_gpus for part in deployments)
@@ -166,7 +166,7 @@ def shortages(file: ConfigFile) -> list[str]:
 
 
 def _memory_shortage(needed_bytes: int) -> list[str]:
-    """What the smallest number of replicas on CPUs needs and this machine has not: the system would kill them."""
+    """A warning when the smallest number of CPU replicas needs more memory than is free: the system would kill them."""
     free = available_memory_bytes()
     if free is None or needed_bytes <= free:
         return []
@@ -177,7 +177,7 @@ def _memory_shortage(needed_bytes: int) -> list[str]:
 
 
 def _slow_kernels(file: ConfigFile) -> list[str]:
-    """Why models on a CPU would be served by torch's kernels and not by ours."""
+    """A warning when our CPU kernels can't be compiled here, so that models on a CPU would use torch's."""
     if all(_on_gpu(app.config) or not app.config.engine.cpu_kernels for app in file.apps):
         return []
     from serve_app.engine.cpu.compiler import compiler_command
@@ -196,7 +196,7 @@ def _least(replicas: ReplicasConfig) -> int:
 
 
 def _gpus() -> int:
-    """NVIDIA's own count; 0 where its driver is not installed."""
+    """The number of GPUs that nvidia-smi lists; 0 where it is not installed or fails."""
     if shutil.which("nvidia-smi") is None:
         return 0
     listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=30, check=False)

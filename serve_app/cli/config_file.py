@@ -63,7 +63,7 @@ class ConfigFile:
 
 
 def load(path: FilePath) -> ConfigFile:
-    """Read and validate. Raises CommandError, with all the problems, one a line, and when it can't be read at all."""
+    """Read and validate a file. Raises CommandError when it can't be read, or with all its problems, one a line."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -122,7 +122,7 @@ def _problems(data: Any) -> Iterator[Problem]:
 
 
 def _route_problems(prefix: Any, path: Path) -> Iterator[Problem]:
-    """What Serve says of a route only when the application starts."""
+    """Mistakes in a route prefix that Serve reports only when the application starts."""
     if isinstance(prefix, str) and not prefix.startswith("/"):
         yield Problem(path, f"{prefix!r} must begin with a slash")
     elif isinstance(prefix, str) and prefix != "/" and prefix.endswith("/"):
@@ -139,7 +139,7 @@ def _port_problems(data: dict[str, Any]) -> Iterator[Problem]:
 
 
 def _schema_problems(schema: type[BaseModel], data: Any, path: Path) -> Iterator[Problem]:
-    """What pydantic says against `data`, each with a path into the document, and the unknown fields."""
+    """The unknown fields of `data`, and pydantic's validation errors with paths into the document."""
     if not isinstance(data, dict):
         yield Problem(path, f"must be a mapping, not {data!r}")
         return
@@ -149,7 +149,7 @@ def _schema_problems(schema: type[BaseModel], data: Any, path: Path) -> Iterator
     except ValidationError as invalid:
         messages: dict[Path, list[str]] = {}
         for error in invalid.errors(include_url=False):
-            if error["type"] != "extra_forbidden":  # found above, also where the schema itself would let it pass
+            if error["type"] != "extra_forbidden":  # reported above, also where the schema allows it
                 place = error["loc"] if error["type"] == "missing" else _existing(data, error["loc"])
                 messages.setdefault(place, []).append(error["msg"].removeprefix("Value error, "))
         for place, said in messages.items():
@@ -158,7 +158,7 @@ def _schema_problems(schema: type[BaseModel], data: Any, path: Path) -> Iterator
 
 
 def _existing(data: Any, loc: Path) -> Path:
-    """The part of pydantic's location that stands in the document: it also names the branches of unions."""
+    """The part of pydantic's location that exists in the document; pydantic also names the branches of unions."""
     path: list[str | int] = []
     for part in loc:
         try:

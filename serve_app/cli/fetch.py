@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def fetch(config: AppConfig) -> ModelFiles:
-    """Make sure that the model is on this machine, showing how far it is. Raises CommandError."""
+    """Make sure that the model is on this machine, and show the progress. Raises CommandError."""
     with ProgressLine() as line:
         try:
             files = resolve(config.model, cache_directory(config.cache_dir), progress=line.show)

@@ -1,7 +1,7 @@
-"""Serve's HAProxy for `serve-app serve`: the bundled program behind a launcher that rewrites its configuration, its
-files where only this user can reach them, and on free ports, as several services on one machine need.
+"""Sets up Serve's HAProxy for `serve-app serve`: a launcher that rewrites its configuration before it starts the
+bundled program, a folder for its files that only this user can enter, and free ports for each service of a machine.
 
-Serve's Python proxy costs more CPU for each streamed token, and takes all that a slow reader leaves.
+Serve's Python proxy costs more CPU for each streamed token, and buffers all that a slow reader has not taken yet.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from serve_app.deployments.client_address import SECRET
 
 ENABLE = "RAY_SERVE_ENABLE_HA_PROXY"
 LOG_TARGET = "RAY_SERVE_HAPROXY_LOG_TARGET"
-"""Set by who wants HAProxy's own log of requests; Serve's default is the machine's syslog."""
+"""A user who wants HAProxy's own log of requests sets this; Serve's default is the machine's syslog."""
 PORTS = range(20_000, 30_000)
-"""Where ports are taken from. They are bound seconds later; meanwhile Ray's processes bind what the kernel gives them
-(from 32,768 on), its workers 10,002 to 19,999, and Serve's replicas 30,000 to 31,000."""
+"""Candidates for HAProxy's ports, which are bound seconds later. Ports that other processes may bind meanwhile lie
+outside: the kernel's ephemeral ports (from 32,768), Ray's workers (10,002 to 19,999), Serve's replicas (30,000 to
+31,000)."""
 
 _LAUNCHER = """\
 #!/bin/sh
@@ -51,7 +52,7 @@ _PATHS = {
     "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
     "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "server-state",
 }
-"""Ray's variables for HAProxy's files, which would else be in one folder under /tmp for all users of the machine."""
+"""Ray's variables for the paths of HAProxy's files, which all users share in one folder under /tmp by default."""
 
 
 def bundled_haproxy() -> Path | None:
@@ -70,10 +71,10 @@ def wanted_haproxy(current: Mapping[str, str]) -> Path | None:
 
 
 def haproxy_environment(current: Mapping[str, str], launcher: Path, folder: Path) -> dict[str, str]:
-    """What a service with a Ray of its own needs beside `current`; nothing where HAProxy can't be used or isn't wanted.
+    """The variables that a service with its own Ray adds to `current`; none where HAProxy isn't usable or wanted.
 
-    Writes the launcher, whose folder must exist and allow programs. `folder`, which nobody else can enter, gets all
-    other files.
+    Writes `launcher`, whose folder must exist and allow programs to run. All other files go into `folder`, which no
+    other user may enter.
     """
     program = wanted_haproxy(current)
     if program is None:
@@ -97,12 +98,12 @@ def haproxy_environment(current: Mapping[str, str], launcher: Path, folder: Path
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(launcher),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
-        # Where HAProxy sends requests while no ingress replica runs. Serve's proxies of all services on a machine would
-        # share one port (SO_REUSEPORT): a service that starts would hand its requests to another, which answers them.
+        # Serve's own proxy, which gets HAProxy's requests while no ingress replica runs. On the default port it would
+        # share the port with other services' proxies (SO_REUSEPORT): they would answer a starting service's requests.
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(grpc_fallback),
-        # As it has on a cluster, for load balancers of others to notice that an ingress replica goes: ours is told at
-        # once. Ctrl-C would take so long.
+        # By default an ingress replica that stops waits 30 s for external load balancers to notice, and Ctrl-C would
+        # take as long. Our HAProxy is told at once.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         SECRET: secret,
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(BUFFER_BYTES),
@@ -111,7 +112,7 @@ def haproxy_environment(current: Mapping[str, str], launcher: Path, folder: Path
 
 
 def _free_ports(count: int) -> list[int]:
-    """Different ones, drawn by lot, that nobody has bound. Raises CommandError when there are not so many."""
+    """`count` different ports, chosen at random, that nobody has bound. Raises CommandError when there are too few."""
     free: list[int] = []
     for port in random.sample(PORTS, len(PORTS)):
         with socket.socket() as probe:

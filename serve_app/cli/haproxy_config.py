@@ -12,9 +12,9 @@ from serve_app.api.errors import INVALID_REQUEST, SERVER_ERROR, ApiError
 from serve_app.deployments.client_address import HEADER
 
 BUFFER_BYTES = 131_072
-"""`tune.bufsize`: what HAProxy can hold of a request line and its headers. What is longer still, more than 100 headers,
-what is no HTTP at all, and headers that never end get the 400 and 408 in HTML that are built into HAProxy: 2.8 has no
-setting for them (haproxy/haproxy#3032)."""
+"""`tune.bufsize`: the longest request line with headers that HAProxy can hold. Longer ones, more than 100 headers, what
+is not HTTP, and headers that never end get the 400 and 408 in HTML that are built into HAProxy: 2.8 has no setting for
+them (haproxy/haproxy#3032)."""
 MAX_URL_BYTES = 32_768
 MAX_HEADER_BYTES = 32_768
 """Of all headers together."""
@@ -23,10 +23,10 @@ HEADER_TIMEOUT_S = 10
 
 REWRITTEN = "# Rewritten by serve-app"
 _METHODS = "GET HEAD POST PUT PATCH DELETE OPTIONS TRACE"
-"""What the servers behind HAProxy can parse; they answer others with text."""
+"""Methods that the servers behind HAProxy can parse; they answer others with plain text."""
 _RETRY = {"Retry-After": "1"}
 _NO_RETRY = {"x-should-retry": "false"}
-"""As the API's own errors: openai-python repeats every 5xx twice unless told not to."""
+"""The API's own errors have this header, too: openai-python repeats every 5xx twice unless told not to."""
 _CLOSE = {"Connection": "close"}
 _OWN_ERRORS: tuple[tuple[int, str, str, Mapping[str, str]], ...] = (
     (400, "The request is not valid HTTP.", "invalid_http", _CLOSE),
@@ -45,24 +45,24 @@ _OWN_ERRORS: tuple[tuple[int, str, str, Mapping[str, str]], ...] = (
 def _error(
     status: int, message: str, code: str, headers: Mapping[str, str], *, keyword: str = "http-request return"
 ) -> str:
-    """A line that has HAProxy answer with OpenAI's error object. In single quotes HAProxy takes all but these as is."""
+    """A configuration line by which HAProxy answers with OpenAI's error object."""
     kind = SERVER_ERROR if status >= 500 else INVALID_REQUEST
     body = ApiError(status, message, type=kind, code=code).body().decode()
-    assert not {"'", "~", "&", "\\"} & set(body)  # which quoting here or in sed's scripts would not survive
+    assert not {"'", "~", "&", "\\"} & set(body)  # not safe in HAProxy's quotes or in sed's scripts
     extra = "".join(f" hdr {name} '{value}'" for name, value in headers.items())
     return f"    {keyword} status {status} content-type application/json string '{body}'{extra}"
 
 
 def rewriting(loopback_ports: Iterable[int], client_secret: str, *, logs_requests: bool) -> str:
-    """The script for every configuration. `loopback_ports`: those that only this machine needs.
+    """The sed script for every configuration. `loopback_ports`: ports that shall listen on 127.0.0.1 only.
 
-    `client_secret` comes before each client's address in the header that tells an ingress of it. Unless
+    `client_secret` comes before the client's address in the header that tells an ingress that address. Unless
     `logs_requests`, no request line goes to the system's log: it may hold a prompt, or a stream's id.
     """
     ports = "|".join(str(port) for port in loopback_ports)
     defaults = [
         f"    timeout http-request {HEADER_TIMEOUT_S}s",
-        "    option http-ignore-probes",  # a browser's connection in reserve gets no 408 for a request it never made
+        "    option http-ignore-probes",  # no 408 on a connection that a browser opened in advance
         *(_error(*row, keyword="http-error") for row in _OWN_ERRORS),
     ]
     allow = {"Allow": "GET, HEAD, OPTIONS, POST"}
@@ -87,7 +87,7 @@ def rewriting(loopback_ports: Iterable[int], client_secret: str, *, logs_request
             *([] if logs_requests else ["/^[[:space:]]*log .* local0 /d"]),
             _after("^defaults$", defaults),
             _after("^frontend http_frontend$", rules),
-            # of /-/healthz and /-/routes
+            # The answers of /-/healthz and /-/routes.
             rf's~^    http-request return status 503 content-type text/plain string ".*" if ~{unavailable} if ~',
             "",
         ]
@@ -95,7 +95,7 @@ def rewriting(loopback_ports: Iterable[int], client_secret: str, *, logs_request
 
 
 def unknown_path(*, starting: bool) -> str:
-    """The script for what HAProxy answers where no application is: while Serve has not told it of any, come again."""
+    """The sed script for the answer where no application is: 503 while HAProxy knows none (`starting`), else 404."""
     if starting:
         line = _error(503, "The service is starting.", "not_ready", _RETRY)
     else:

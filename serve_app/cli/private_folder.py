@@ -19,7 +19,7 @@ from pathlib import Path
 from serve_app.cli.command_error import CommandError
 
 _PLACE_BYTES = 16
-"""Longest path of the folder around it: Ray adds the 56 letters of a node's id, HAProxy the end of a temporary name."""
+"""Longest path of the parent folder: to a socket's path Ray adds a node id (56 bytes), HAProxy a temporary suffix."""
 _REMOVAL_S = 5.0
 """How long processes of a service that has ended may still write into its folder."""
 _RETRY_S = 0.1
@@ -31,11 +31,11 @@ def private_folder(note: Path) -> Iterator[Path]:
 
     `note` is a file that names it meanwhile. Raises `CommandError` where no folder can be made.
     """
-    remove_noted(note)  # of a service that was killed
+    remove_noted(note)  # the folder of a service that was killed
     place = tempfile.gettempdir()
     folder = Path(place if len(os.fsencode(place)) <= _PLACE_BYTES else "/tmp", f"sa-{secrets.token_hex(4)}")
     try:
-        note.write_text(str(folder), encoding="utf-8")  # first: a crash between the two leaves nothing unknown
+        note.write_text(str(folder), encoding="utf-8")  # before the folder: no crash leaves one that no note names
         folder.mkdir(mode=0o700)  # fails where anything has the name
     except OSError as error:
         raise CommandError(f"{folder} can't be made ({error.strerror}); HAProxy needs it for its sockets") from error
@@ -56,7 +56,7 @@ def remove_noted(note: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         if folder.exists():
             if time.monotonic() > deadline:
-                return  # the note stays for the next look
+                return  # the note stays for the next attempt
             time.sleep(_RETRY_S)
     note.unlink(missing_ok=True)
 

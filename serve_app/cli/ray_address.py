@@ -1,7 +1,7 @@
-"""The address that Ray's programs go to by default, of the cluster that was started last on this machine.
+"""The address that Ray's programs use by default: that of the cluster that was started last on this machine.
 
 `ray start` writes it into a file and only `ray stop` removes it. A cluster that was killed leaves it behind, and
-`serve run` then waits minutes for the dead cluster. Knows no Ray: it reads Ray's file and knocks at the address.
+`serve run` then waits minutes for the dead cluster. Knows no Ray: it reads Ray's file and connects to the address.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ PLACE = "RAY_TMPDIR"
 _SYSTEMS = Path("/tmp")
 _LONGEST_WITHIN = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/dash_MetricsHead"
 _SOCKET_BYTES = 107
-"""Longest path of a Unix socket on Linux; macOS has 103, and there it is short: the folder lies in /tmp."""
+"""Longest path of a Unix socket on Linux. macOS allows 103 bytes; there the folder is in /tmp and its path is short."""
 MAX_BYTES = _SOCKET_BYTES - len(_LONGEST_WITHIN)
 
 

@@ -21,19 +21,19 @@ MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PAT
 ALLOW_OPEN = "--allow-open-cluster"
 _ANSWERS_WITHIN_S = 5.0
 _TOKEN_BYTES = 32
-# Calls without an effect: of Ray's control store, and of the server for clients from elsewhere (ray://).
+# Calls without side effects: to Ray's control store, and to the server of Ray Client (ray://).
 _CONTROL_STORE_CALL = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 _CLIENT_SERVER_CALL = "/ray.rpc.RayletDriver/ClusterInfo"
 
 
 def own_token(environment: Mapping[str, str], fallback: Path) -> dict[str, str]:
-    """What a Ray of our own needs beside `environment` to have a token, in a file of mode 600.
+    """The variables that a Ray of our own adds to `environment` to use a token, which is kept in a file of mode 600.
 
-    It is Ray's own file in the home folder, so that `ray` and `serve` find it, or `fallback` where that can't be
-    written or read. Nothing is changed for a user who has set a token, a place for it or another mode. Raises
-    CommandError when no place can be used, or the user's own holds no token.
+    The file is Ray's default in the home folder, so that `ray` and `serve` find it, or `fallback` where that can't be
+    written or read. A token, a file for it or another mode that the user has set is kept. Raises CommandError when
+    neither file can be used, or the user's own holds no token.
     """
-    # To Ray, too, an empty variable is none.
+    # Ray, too, treats an empty variable as not set.
     if environment.get(MODE, "token").lower() != "token" or environment.get(TOKEN):
         return {}
     if named := environment.get(TOKEN_PATH):
@@ -58,12 +58,12 @@ def own_token(environment: Mapping[str, str], fallback: Path) -> dict[str, str]:
 
 
 def token_file(environment: Mapping[str, str]) -> Path:
-    """Where Ray reads the token from when no variable has it. The user has a home: `main` has made sure of it."""
+    """The file from which Ray reads the token when no variable holds it. The user has a home: `main` ensures that."""
     return Path(environment.get(TOKEN_PATH) or Path.home() / ".ray" / "auth_token")
 
 
 def _make(path: Path) -> None:
-    """Write a new token unless there is one; let nobody else read it. Raises OSError as `_keep` does, too."""
+    """Write a new token unless there is one; let nobody else read it. Raises OSError, also where `_keep` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -79,11 +79,11 @@ def _make(path: Path) -> None:
 
 
 def _keep(path: Path) -> None:
-    """Let nobody else read it: Ray writes the file with the mode that the umask leaves, 0644 as a rule.
+    """Let nobody else read the token at `path`: Ray itself makes the file with the umask's mode, usually 0644.
 
-    Raises OSError unless it is a file with something in it, for this user to read: root's, which sudo has left, is not.
+    Raises OSError unless it is a file, is not empty, and this user can read it; one that sudo left to root fails.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe is refused, and not waited for
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe must not block
     try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
@@ -93,16 +93,16 @@ def _keep(path: Path) -> None:
         if found.st_uid == os.geteuid() and found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             os.fchmod(descriptor, 0o600)
     except OSError as error:
-        if error.errno != errno.EROFS:  # a secret that a container was given, for whoever runs in it
+        if error.errno != errno.EROFS:  # a container's secret on a read-only mount stays as it is
             raise
     finally:
         os.close(descriptor)
 
 
 def cluster_token(environment: Mapping[str, str], *, allow_open: bool) -> dict[str, str]:
-    """What is needed beside `environment` on a running cluster that asks for a token.
+    """The variables to add to `environment` for a running cluster that asks for a token.
 
-    Raises CommandError for a cluster that asks for none, unless `allow_open`, and where the token is not at hand.
+    Raises CommandError for a cluster that asks for none, unless `allow_open`, and when there is no token to send.
     """
     address = environment["RAY_ADDRESS"]
     asks = asks_for_token(address, environment)
@@ -128,7 +128,7 @@ def asks_for_token(address: str, environment: Mapping[str, str]) -> bool | None:
 
     None where that can't be found out.
     """
-    import grpc  # not for a Ray of our own
+    import grpc  # imported late: a Ray of our own does not need it
 
     if address == "auto":
         try:

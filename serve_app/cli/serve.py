@@ -63,21 +63,21 @@ def run(arguments: argparse.Namespace) -> int:
         remove_what_crashes_left()
         if own_cluster(environment):  # on a running cluster the port and the weights are needed on its nodes, not here
             require_free(host, port)
-            if missing := shortages(file):  # Ray would wait for a machine that has it, for ever
+            if missing := shortages(file):  # Ray would wait forever for a machine that has them
                 raise CommandError("; ".join(missing))
             environment |= ray_cpus(environment, schedulable_cpus(), os.cpu_count() or 1)
-            os.environ.update(folder := ray_folder(environment))  # this process names the logs in it
+            os.environ.update(folder := ray_folder(environment))  # for `announce`, which looks for logs there
             environment |= folder
             environment |= own_token(environment, state_directory() / "ray_auth_token")
             environment |= _proxy_of(host, environment)
-            _fetch_models(file)  # after all that may be refused: it takes long
+            _fetch_models(file)  # after the checks above, because it takes long
             if wanted_haproxy(environment):
                 haproxy_folder = until_the_end.enter_context(private_folder(held.note))
                 environment |= haproxy_environment(environment, held.launcher, haproxy_folder)
                 until_the_end.callback(held.launcher.unlink, missing_ok=True)
         path = _derived_config(file, host, port) if (host, port) != (file.host, file.port) else file.path
         with _Stopping() as stopping:
-            # A session of its own keeps the terminal's Ctrl-C to this process, which passes it on once.
+            # In a session of its own the child does not get the terminal's Ctrl-C; this process passes it on once.
             child = subprocess.Popen(
                 [*SERVE_RUN, str(path)],
                 env=environment,
@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _look_for_cluster(environment: Mapping[str, str]) -> None:
     """Raise CommandError when the cluster to serve on does not answer: Ray would wait minutes for it.
 
-    A service with a Ray of its own starts all the same, and the user is told of the address that Ray has kept.
+    A service with a Ray of its own starts all the same, with a note on the stale address that Ray has kept.
     """
     stale = stale_address(environment)
     if own_cluster(environment):
@@ -130,7 +130,7 @@ def require_free(host: str, port: int) -> None:
 
 
 def _proxy_of(host: str, environment: Mapping[str, str]) -> dict[str, str]:
-    """Serve's Python proxy for an address of IPv6: HAProxy would look for the ingress replicas at 127.0.0.1."""
+    """Turns HAProxy off for an IPv6 `host`: HAProxy would look for the ingress replicas at 127.0.0.1."""
     if ":" not in host:
         return {}
     if environment.get(HA_PROXY) == "1":
@@ -139,8 +139,8 @@ def _proxy_of(host: str, environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _fetch_models(file: ConfigFile) -> None:
-    """Fetch here, where the terminal shows it, and where a refusal comes before Ray has started."""
-    from serve_app.cli.fetch import fetch  # not for a port that is taken
+    """Fetch before Ray starts, so that the terminal shows the progress and an error comes early."""
+    from serve_app.cli.fetch import fetch  # imported late: not needed when a check before fails
 
     for app in file.apps:
         fetch(app.config)
@@ -156,7 +156,7 @@ def _derived_config(file: ConfigFile, host: str, port: int) -> Path:
 
 
 def _watch(child: subprocess.Popen[bytes], file: ConfigFile, url: str, stopping: _Stopping) -> bool:
-    """Until the service is ready or ends, show its stages. Returns whether it failed for good (and was stopped)."""
+    """Show the service's stages until it is ready or ends. Returns whether it failed for good (and was stopped)."""
     if file.https:
         print(f"serving {file.path} on {url}; /ready there says when the model is loaded")
         return False
@@ -184,8 +184,8 @@ def _watch(child: subprocess.Popen[bytes], file: ConfigFile, url: str, stopping:
 class _Stopping:
     """Passes a stop on to `serve run`: the first as SIGINT, which lets streams finish, further ones as SIGTERM.
 
-    Entered before the child starts: a signal that has a handler here is at its default there, also where a shell
-    started this program with SIGINT ignored, as it does with jobs in the background of a script.
+    Enter it before the child starts. A signal with a handler here has its default action in the child, while one that
+    is ignored here stays ignored there, as SIGINT is when a script's shell starts this program in the background.
     """
 
     def __init__(self) -> None:
@@ -195,7 +195,7 @@ class _Stopping:
         """How many signals have come."""
 
     def of(self, child: subprocess.Popen[bytes]) -> None:
-        """From now on `child` is what is stopped; a signal that came before reaches it now."""
+        """Pass signals on to `child` from now on; one that came before goes to it at once, as SIGINT."""
         self._child = child
         if self.begun:
             child.send_signal(signal.SIGINT)

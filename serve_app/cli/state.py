@@ -1,10 +1,10 @@
 """Which services `serve-app serve` has started on this machine: one small file per port, in the user's state folder.
 
-A file counts only while its lock is held, by the process that it names or by the one that watches it. So a crash
-leaves nothing that `stop` would believe, and a process id that was given to someone else is never signalled.
+A file counts only while its lock is held, by the process that it names or by the one that watches it. So `stop` ignores
+what a crash has left, and never signals a process id that another process has been given since.
 
-The locks are the system's own and not filelock's, which has none that a child process goes on holding after its parent
-has died, and none on a file whose text others read under a shared lock.
+The locks are flock's, not filelock's: a child process must go on holding its parent's lock after the parent has died,
+and others must read the locked file under a shared lock. filelock offers neither.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from serve_app.cli.private_folder import remove_noted
 from serve_app.home import user_folder
 
 _PATIENCE_S = 0.2
-"""How long a claim waits for those who only look, which takes them a moment."""
+"""How long a claim waits for readers, which hold a shared lock for a moment."""
 _RETRY_S = 0.01
 _NOTE = ".folder"
 _LAUNCHER = ".haproxy"
@@ -46,20 +46,20 @@ class RunningServer:
 
     port: int
     pid: int
-    """Of `serve run`; SIGINT makes it shut down Serve and its own Ray."""
+    """The process of `serve run`; SIGINT makes it shut down Serve and its own Ray."""
     config: str
 
 
 class Claim:
-    """This process's hold on one port's file."""
+    """This process's exclusive lock on one port's file."""
 
     def __init__(self, port: int, path: Path, file: TextIO) -> None:
         self._port = port
         self._file = file
         self.note = path.with_suffix(_NOTE)
-        """Where the service's private folder is written down."""
+        """The file that holds the path of the service's private folder."""
         self.launcher = path.with_suffix(_LAUNCHER)
-        """The program that starts the service's HAProxy: here, since /tmp may run no programs."""
+        """The script that starts the service's HAProxy. It is not in /tmp, which may not allow programs to run."""
         self.descriptor = file.fileno()
         """To hand to the child, so that the lock outlives this process if the child does."""
 
@@ -114,7 +114,7 @@ def running_servers() -> list[RunningServer]:
 
 
 def remove_what_crashes_left() -> None:
-    """Remove private folders of this user's services that have ended and could not do it themselves."""
+    """Remove the private folders and launchers that this user's crashed services have left."""
     for note in (state_directory() / "servers").glob(f"*{_NOTE}"):
         try:
             file = note.with_suffix(".json").open("a+", encoding="utf-8")
@@ -136,7 +136,7 @@ def _hold(file: TextIO) -> bool:
 
 
 def _lock(file: TextIO, kind: int) -> bool:
-    """Exclusive to hold it, shared to look: who looks is not taken for a holder by another who does."""
+    """Whether the lock was free: exclusive for a claim, shared for readers, which don't block each other."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -13,7 +13,7 @@ from serve_app.cli.command_error import CommandError
 from serve_app.cli.state import RunningServer, remove_what_crashes_left, running_servers
 
 _POLL_S = 0.1
-_TERMINATE_S = 10.0  # what SIGTERM gets before SIGKILL: Ray's own exit takes 2 to 5 s on the 2-core machine
+_TERMINATE_S = 10.0  # from SIGTERM to SIGKILL: Ray's own exit takes 2 to 5 s on the 2-core machine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Stop what was asked for, and wait until it is gone."""
+    """Stop the chosen services, and wait until they have ended."""
     chosen = _choose(running_servers(), arguments.port, arguments.all)
     for server in chosen:
         print(f"stopping the service on port {server.port} (process {server.pid})")

@@ -20,7 +20,7 @@ class YamlError(Exception):
     def __init__(self, message: str, line: int | None) -> None:
         super().__init__(message)
         self.line = line
-        """1 for the first; None when the parser did not say."""
+        """The line, from 1; None when the parser did not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Document:
     """The line, from 1, of each key and list item."""
 
     def line_of(self, path: Path) -> int | None:
-        """The line of the value at `path`, or of the nearest thing around it."""
+        """The line of the value at `path`, or of the innermost list or mapping around it that has one."""
         for length in range(len(path), -1, -1):
             if path[:length] in self.lines:
                 return self.lines[path[:length]]
@@ -57,7 +57,7 @@ def parse(text: str) -> Document:
 
 
 def _collect(node: yaml.Node, path: Path, lines: dict[Path, int], around: frozenset[int]) -> None:
-    """Note the lines below `node`. `around` holds the ids of the nodes it stands in, so that a loop is seen."""
+    """Note the lines below `node`. `around` holds the ids of the nodes that contain it, so that a cycle is detected."""
     if id(node) in around:
         raise YamlError("an anchor contains itself", node.start_mark.line + 1)
     around |= {id(node)}

@@ -22,7 +22,7 @@ from serve_app.client.resume import SILENCE_S, Position
 
 
 class AsyncStream(AsyncIterator[ModelOutputDocument]):
-    """One answer, document by document. The request is sent when the first is asked for.
+    """One answer, document by document. The request is sent when the first document is asked for.
 
     Raises the errors of `serve_app.client.errors` while it is iterated. To leave the loop early, iterate
     inside `async with client.stream(...) as stream` or call `aclose()`: that ends the work on the server at once.
@@ -63,9 +63,9 @@ class AsyncClient:
         timeout_s: float = 600.0,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        """`timeout_s` bounds silence, not a whole answer.
+        """`timeout_s` limits how long the server may send nothing, not how long an answer takes.
 
-        Raises ValueError when `base_url` is no address, or can't be reached by the environment's proxy settings.
+        Raises ValueError when `base_url` is not an HTTP URL, or the environment's proxy settings can't be used.
         """
         self._http = protocol.open_http(httpx.AsyncClient, base_url, headers, timeout_s, transport)
         self._retries = retries
@@ -82,8 +82,8 @@ class AsyncClient:
     ) -> AsyncStream:
         """Stream the continuation of `prompt` or the answer to `messages` (exactly one of them).
 
-        `resume`: after a lost connection go on where the stream was; every document still comes once. The server then
-        generates for a while (`streams.grace_s`) after the stream was closed here, too.
+        `resume`: after a lost connection go on where the stream was; every document still comes once. With it the
+        server also generates for a while (`streams.grace_s`) after the stream was closed here.
         """
         body = protocol.stream_body(prompt, messages, options)
         headers = protocol.request_headers(request_id, resume=resume)
@@ -98,7 +98,7 @@ class AsyncClient:
         resume: bool = False,
         **options: Unpack[Options],
     ) -> Completion:
-        """The same as `stream`, joined."""
+        """The whole answer that `stream` would give in pieces."""
         async with self.stream(
             prompt=prompt, messages=messages, request_id=request_id, resume=resume, **options
         ) as stream:
@@ -108,7 +108,7 @@ class AsyncClient:
         return protocol.joined(documents, stream.done)
 
     async def models(self) -> tuple[Model, ...]:
-        """What the server serves."""
+        """The models that the server serves."""
         response = await self._send(self._http.build_request("GET", "/v1/models"))
         try:
             async with aclosing(response):
@@ -128,7 +128,7 @@ class AsyncClient:
     async def wait_until_ready(
         self, timeout_s: float = 600.0, poll_s: float = 0.5, progress: Callable[[Readiness], None] | None = None
     ) -> Readiness:
-        """Ask again each `poll_s` until the server is ready; `progress` hears every answer.
+        """Ask every `poll_s` seconds until the server is ready; `progress` is called with every answer.
 
         Raises NotReady when `timeout_s` has passed, ServerError when loading failed for good, and ConnectionLost
         when nothing listens at the address.
@@ -159,7 +159,7 @@ class AsyncClient:
     async def _items(
         self, body: dict[str, Any], headers: dict[str, str], *, resume: bool
     ) -> AsyncGenerator[ModelOutputDocument | Done, None]:
-        """The documents of one stream, over as many connections as it takes where it is to `resume`."""
+        """The documents of one stream; with `resume`, over as many connections as it takes."""
         position = Position()
         timeout = protocol.timeout(self._timeout_s, SILENCE_S if resume else math.inf)
         send = self._send
@@ -178,17 +178,17 @@ class AsyncClient:
                 if pause_s is None:
                     raise
             await asyncio.sleep(pause_s)
-            send = self._send_once  # the position counts the attempts from here on
+            send = self._send_once  # from here on `position` limits the attempts
             rest_headers = headers | position.headers
             request = self._http.build_request("GET", position.path, headers=rest_headers, timeout=timeout)
 
     async def _documents(
         self, response: httpx.Response, position: Position
     ) -> AsyncGenerator[ModelOutputDocument | Done, None]:
-        """What comes over one connection. Raises ConnectionLost when that ends before the stream does."""
+        """The documents of one connection. Raises ConnectionLost when it ends before the stream does."""
         request_id = response.headers.get("x-request-id")
         done = False
-        source: Any = EventSource(response)  # says of only one of its two methods that it returns a generator
+        source: Any = EventSource(response)  # only its asynchronous method is typed as a generator
         async with aclosing(response), aclosing(source.aiter_sse()) as events:
             try:
                 async for event in events:
@@ -204,7 +204,7 @@ class AsyncClient:
             raise protocol.ended_early()
 
     async def _send(self, request: httpx.Request) -> httpx.Response:
-        """The response to read from, its status 200; whatever can be repeated is, here and only here."""
+        """The response to read from, with status 200. Repeats a request where `protocol.retry_delay_s` allows it."""
         attempt = 0
         while True:
             try:

@@ -1,6 +1,6 @@
 """The documents that cross the wire, as the client sees them: what a caller sends, and what it gets.
 
-Fields a newer server adds are ignored; a missing or mistyped one that is documented is a ServerError.
+Fields that a newer server adds are ignored. A documented field that is missing or mistyped raises ServerError.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""What can go wrong between a caller and the server, as one hierarchy: ServeAppError is all of it.
+"""The errors of a request to the server, all derived from ServeAppError.
 
-An APIError is the server's own answer; a ConnectionLost is the lack of one. Knows no HTTP library.
+An APIError is an error that the server sent; a ConnectionLost means that an answer is missing or incomplete. Knows no
+HTTP library.
 """
 
 from __future__ import annotations
 
 
 class ServeAppError(Exception):
-    """Anything this client raises on purpose."""
+    """Any error of a request to the server."""
 
 
 class ConnectionLost(ServeAppError):

@@ -32,7 +32,7 @@ from serve_app.client.errors import (
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 CONNECT_TIMEOUT_S = 5.0
-LONGEST_RETRY_AFTER_S = 30.0  # asked to wait longer, the caller is told instead of being kept
+LONGEST_RETRY_AFTER_S = 30.0  # for a longer Retry-After the error is raised at once
 FIRST_BACKOFF_S = 0.25
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 
@@ -42,7 +42,7 @@ Http = TypeVar("Http", httpx.Client, httpx.AsyncClient)
 def open_http(
     kind: type[Http], base_url: str, headers: Mapping[str, str] | None, timeout_s: float, transport: Any
 ) -> Http:
-    """httpx's client. Raises ValueError for an address that is none, and for proxy settings that it can't use."""
+    """A client of httpx. Raises ValueError when `base_url` is no HTTP URL or the proxy settings can't be used."""
     parts = urlsplit(base_url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{base_url!r} is not an address; write e.g. {DEFAULT_URL}")
@@ -69,7 +69,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def timeout(timeout_s: float, silence_s: float = math.inf) -> httpx.Timeout:
-    """Of one request: `timeout_s` for each step but to connect; `silence_s` to read, where that is less."""
+    """The timeout of one request: `timeout_s` for each step except connecting; `silence_s` to read, if that is less."""
     return httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S, read=min(timeout_s, silence_s))
 
 
@@ -80,7 +80,7 @@ def stream_body(prompt: str | None, messages: Sequence[Message] | None, options:
 
 
 def request_headers(request_id: str | None, *, resume: bool) -> dict[str, str]:
-    """`X-Request-Id`, when the caller chose one; whether the stream is to be resumable."""
+    """`X-Request-Id` when the caller chose one, and `X-Stream-Resume` when the stream shall be resumable."""
     headers = {} if request_id is None else {"X-Request-Id": request_id}
     return headers | {"X-Stream-Resume": "1"} if resume else headers
 
@@ -88,8 +88,7 @@ def request_headers(request_id: str | None, *, resume: bool) -> dict[str, str]:
 def read_event(event: ServerSentEvent, request_id: str | None) -> ModelOutputDocument | Done | None:
     """What an event of /stream means; None for one that this client does not know. Raises StreamError on an error.
 
-    httpx-sse also yields an event without data for each comment that follows an id, as a heartbeat does: it means
-    nothing.
+    httpx-sse yields an event without data for a comment, such as a heartbeat, that follows an id; it is ignored.
     """
     if not event.data or event.event not in ("message", "done", "error"):
         return None
@@ -108,7 +107,7 @@ def read_event(event: ServerSentEvent, request_id: str | None) -> ModelOutputDoc
 def joined(documents: Sequence[ModelOutputDocument], done: Done) -> Completion:
     """A whole answer from its documents.
 
-    Text that became certain only as the answer ended comes in one more document, which repeats the last id.
+    Text that became certain only as the answer ended comes in one more document, which repeats the last token's id.
     """
     text = "".join(document.generated_text for document in documents)
     token_ids = tuple(document.token_id for document in documents[: done.usage.completion_tokens])
@@ -116,7 +115,7 @@ def joined(documents: Sequence[ModelOutputDocument], done: Done) -> Completion:
 
 
 def read_models(content: bytes) -> tuple[Model, ...]:
-    """The answer of /v1/models. Raises ServerError when it is none."""
+    """The models in the answer of /v1/models. Raises ServerError when the answer is not a list of models."""
     entries = _json_object(content).get("data")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ServerError("the server's /v1/models is not a list of models; is this a serve_app?")
@@ -126,7 +125,7 @@ def read_models(content: bytes) -> tuple[Model, ...]:
 def read_readiness(status: int, content: bytes) -> Readiness:
     """The answer of /ready: 200 when ready, 503 with the stage before.
 
-    A 503 with the API's error object is the proxy's, which has no application to ask yet: no stage, and no failure.
+    A 503 with the API's error object comes from a proxy without an application yet: it gives no stage and no failure.
     """
     body = _json_object(content)
     if status not in (200, 503) or not body:
@@ -178,8 +177,8 @@ def ended_early() -> ConnectionLost:
 def retry_delay_s(error: Overloaded | ConnectionLost, attempt: int, retries: int) -> float | None:
     """Seconds to wait before attempt number `attempt` + 1 (the first is 0), or None to give up.
 
-    Only for errors before the first delivered byte. Repeated are refusals for lack of room, and connections that
-    failed at once; not a read that timed out, since the server may be at work on it.
+    Only for errors before the first delivered byte. Refusals by a full or loading server and failed connections are
+    retried. Timeouts are not, since the server may be at work on the request.
     """
     if attempt >= retries or isinstance(error.__cause__, httpx.TimeoutException):
         return None
@@ -187,9 +186,10 @@ def retry_delay_s(error: Overloaded | ConnectionLost, attempt: int, retries: int
 
 
 def backoff_s(error: ServeAppError, failures: int, first_s: float, longest_s: float) -> float | None:
-    """Seconds to wait after so many failures in a row (from 1), the last of them `error`: what the server asks for.
+    """Seconds to wait after that many `failures` in a row (from 1), the last of them `error`.
 
-    None when it asks for too long. Else doubling, capped, jittered by half each way.
+    The server's Retry-After counts first; None when it is longer than LONGEST_RETRY_AFTER_S. Without one, the time
+    doubles from `first_s` up to `longest_s`, with a random factor between 0.5 and 1.5.
     """
     if isinstance(error, Overloaded) and error.retry_after_s is not None:
         return error.retry_after_s if error.retry_after_s <= LONGEST_RETRY_AFTER_S else None
@@ -205,7 +205,7 @@ def _message_and_code(body: Mapping[str, Any]) -> tuple[str | None, str | None]:
 
 
 def _json_object(content: bytes) -> dict[str, Any]:
-    """An error page may come from something in between, so anything that is no JSON object counts as empty."""
+    """The JSON object in `content`; empty for anything else, such as a proxy's error page."""
     try:
         body = json.loads(content)
     except ValueError:

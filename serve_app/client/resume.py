@@ -13,11 +13,11 @@ from serve_app.client.protocol import backoff_s
 SILENCE_S = 30.0
 """A connection without a byte for this long is dead: the server sends a heartbeat each 10 s."""
 ATTEMPTS = 10
-"""In a row, without one new event. With the pauses between them that is about 25 s."""
+"""Most attempts in a row without a new event. The pauses between them are about 25 s together."""
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 5.0
 _PASSING = frozenset({"slow_reader", "journal_unavailable"})
-"""Errors in a stream that say nothing about the stream itself."""
+"""Codes of errors after which the stream may still be there to be resumed."""
 
 
 class Position:
@@ -31,7 +31,7 @@ class Position:
 
     @property
     def path(self) -> str:
-        """Of the rest of the stream."""
+        """The URL path of the rest of the stream."""
         return f"/v1/streams/{self._stream_id}"
 
     @property
@@ -40,11 +40,11 @@ class Position:
         return {"Last-Event-ID": self._last_event_id} if self._last_event_id else {}
 
     def began(self, headers: Mapping[str, str]) -> None:
-        """The headers of a response are there."""
+        """Take the stream's id from the headers of a response."""
         self._stream_id = headers.get("x-stream-id", self._stream_id)
 
     def take(self, event_id: str) -> bool:
-        """Whether the event with this id is a new one. Of one without an id that can't be known: it is taken."""
+        """Whether the event with this id is new, and so to be delivered. An event without an id counts as new."""
         if event_id and event_id == self._last_event_id:
             return False
         self._last_event_id = event_id or self._last_event_id
@@ -66,7 +66,7 @@ def _may_pass(error: ServeAppError) -> bool:
     if isinstance(error, StreamError):
         return error.code in _PASSING
     if isinstance(error, BadRequest):
-        return error.status == 404 and error.code is None  # of a proxy that has just started, and has no routes yet
+        return error.status == 404 and error.code is None  # from a proxy that has just started, and has no routes yet
     if isinstance(error, ServerError):
         return error.status is not None and error.status >= 500
     return isinstance(error, ConnectionLost)

@@ -1,1 +1,1 @@
-"""What Ray Serve runs; the only importers of ray."""
+"""The deployments that Ray Serve runs. Only this package and `app` import ray."""

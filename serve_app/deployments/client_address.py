@@ -1,6 +1,6 @@
-"""Whose request it is, as far as an ingress can know: behind HAProxy it sees HAProxy's address.
+"""The address of the client that sent a request. Behind HAProxy an ingress itself sees only HAProxy's address.
 
-Promises an address that the client could not choose, or none. `X-Forwarded-For` is not believed: anybody can send it.
+Promises an address that the client could not choose, or None. `X-Forwarded-For` is ignored: anybody can send it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from starlette.types import Scope
 
 SECRET = "SERVE_APP_CLIENT_SECRET"
-"""Environment variable: what HAProxy, where `serve-app serve` has set it up, puts before the address in the header."""
+"""Environment variable: the secret that HAProxy, as `serve-app serve` configures it, puts before the address in the
+header."""
 HEADER = "x-serve-app-client"
 _HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
 
@@ -25,7 +26,7 @@ class ClientAddresses:
         self._prefix = f"{secret} ".encode() if secret else None
 
     def correct(self, scope: Scope) -> None:
-        """Set `client`. Of Serve's Python proxy it is right already."""
+        """Set the scope's `client`. With Serve's Python proxy it is right already."""
         if not self._behind_haproxy:
             return
         scope["client"] = None

@@ -1,7 +1,7 @@
-"""The deployment that speaks HTTP: text lives here. Up long before the model, and says how far that is.
+"""The deployment that speaks HTTP and handles text. It is up long before the model, and reports the loading.
 
 Promises an answer to every request from the start: the application's, or 503 with the stage while the tokenizer or
-the model is not there. Wires the rooms together; what they do is theirs.
+the model is not loaded. Only connects the other packages of serve_app.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
-"""Between two looks at the model while whoever started the service waits for its banner."""
+"""Interval of checks whether the model can serve, while the banner or an update waits for it."""
 METRICS_PERIOD_S = 2.0
-"""Between two reports of gauges. To count the journals is one call to their store."""
+"""Interval of reports of gauges. To count the journals is one call to their store."""
 RETRY_S = 30.0
-"""After a tokenizer that could not be fetched: the network may come back."""
+"""Pause after a failed try to load the tokenizer: the network may come back."""
 
 
 @serve.ingress()
@@ -56,7 +56,7 @@ class Ingress(AsgiDeployment):
     """One replica, on a CPU. Holds no state that outlives a request."""
 
     async def __init__(self, config: AppConfig, model_server: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
-        """Return at once while no model is there, to say how far it is; else when this replica can serve it.
+        """Return at once on a first start, to report how far the model is; else when this replica can serve the model.
 
         Raises `RuntimeError` in an update whose model can't be served.
         """
@@ -86,7 +86,7 @@ class Ingress(AsgiDeployment):
             await self._let_others_answer(replica.deployment)
 
     async def __del__(self) -> None:
-        """Awaited by Serve when this replica goes: streams that were left without a client may go on elsewhere."""
+        """Awaited by Serve when this replica stops: other ingresses may take its resumable streams over."""
         if self._streams is not None:
             await self._streams.aclose()
 
@@ -108,19 +108,19 @@ class Ingress(AsgiDeployment):
         return self._front
 
     async def _state(self) -> ModelCard | LoadStage:
-        """Of the model and of this replica's tokenizer together."""
+        """The state of the model and of this replica's tokenizer together."""
         text, state = self._text_stage, await self._client.model()
         if text is None or (isinstance(state, LoadStage) and state.error):
             return state
-        # Of two that load, the one that knows how far it is: the other waits for it to fetch the demo model.
+        # If both load, report the one that has a fraction: it fetches the demo model, and the other waits for that.
         if isinstance(state, ModelCard) or text.error or (text.fraction is not None and state.fraction is None):
             return text
         return state
 
     async def _load_text(self, tried: asyncio.Event) -> None:
-        """Make the application, which needs what turns text into ids, and put it in the place of the loading one.
+        """Load the tokenizer, make the application, and put it in the place of the loading application.
 
-        `tried` is set after the first attempt, however it ended; it is repeated until one succeeds.
+        Repeats that until it succeeds. `tried` is set after the first attempt, however it ended.
         """
         while self._text_stage is not None:
             try:
@@ -157,7 +157,7 @@ class Ingress(AsgiDeployment):
         self._text_stage = stage
 
     async def _announce(self) -> None:
-        """Tell the terminal once that the model can serve. Why it can't, the model server logs itself."""
+        """Print the banner once the model can serve. If it can't, the model server logs why."""
         while True:
             state = await self._state()
             if isinstance(state, ModelCard):
@@ -165,7 +165,7 @@ class Ingress(AsgiDeployment):
             await asyncio.sleep(POLL_S)
         try:
             url = await asyncio.to_thread(service_url, self._app_name)
-        except Exception:  # whatever Serve's inner call says: a greeting is not worth a replica
+        except Exception:  # Serve's private call may raise anything; the service runs without its banner
             logger.exception("the service's URL is not known")
             return
         if settings := missing():
@@ -178,13 +178,13 @@ class Ingress(AsgiDeployment):
     async def _report_metrics(self) -> None:
         while True:
             self._metrics.repeat(REQUESTS_IN_PROGRESS)
-            # Asked each time: another replica takes the place of one that went.
+            # Checked each time: when the replica that reports stops, Serve gives its rank to another one.
             if self._streams is not None and _speaks_for_all():
                 try:
                     journals, size_bytes = await self._streams.journals()
                     self._metrics.gauge(JOURNALS, journals)
                     self._metrics.gauge(JOURNAL_BYTES, size_bytes)
-                except StoreUnavailable as error:  # said louder by the calls that need the store
+                except StoreUnavailable as error:  # `JournalWriter` logs a warning
                     logger.debug("the journals can't be counted: %s", error)
             await asyncio.sleep(METRICS_PERIOD_S)
 
@@ -205,8 +205,8 @@ class _Front:
 
 
 def _load_tokenizer(config: AppConfig, report: Reporter) -> tuple[PromptFormatter, GenerationDefaults]:
-    """What turns text into ids, and what requests leave out. Raises `ModelError`."""
-    # Here and not above: transformers takes seconds, and the replica should answer before.
+    """The prompt formatter, and the sampling parameters of requests that give none. Raises `ModelError`."""
+    # Imported here: transformers takes seconds, and the replica should answer before that.
     from serve_app.chat.prompts import PromptFormatter
     from serve_app.chat.tokenizer import ChatTokenizer
     from serve_app.chat.tokenizer_error import TokenizerError
@@ -227,7 +227,7 @@ def _load_tokenizer(config: AppConfig, report: Reporter) -> tuple[PromptFormatte
 
 
 def _with_disconnects(receive: Receive) -> Receive:
-    """`receive` reads from the proxy over Ray: when the client goes, or the proxy, that call may fail with it."""
+    """`receive`, which reads from the proxy over Ray. Ray's error when client or proxy is gone becomes a disconnect."""
 
     async def receive_or_disconnect() -> Message:
         try:
@@ -239,7 +239,7 @@ def _with_disconnects(receive: Receive) -> Receive:
 
 
 def _speaks_for_all() -> bool:
-    """Whether this replica does, at the moment, what one of the replicas should do. Serve moves its rank on."""
+    """Whether this replica has rank 0, and so does what only one replica should do. Serve may reassign ranks."""
     return serve.get_replica_context().rank.rank == 0
 
 

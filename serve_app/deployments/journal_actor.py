@@ -1,7 +1,7 @@
 """The journals of resumable streams in one detached actor: started when first needed, ended when long unneeded.
 
-Promises that they outlive ingress replicas and redeploys (deployment actors don't), and that what goes wrong with the
-actor reaches callers as `StoreUnavailable`. When it dies, its journals are gone; their owners write them again.
+Promises that the journals outlive ingress replicas and redeploys (deployment actors don't), and that the actor's errors
+reach callers as `StoreUnavailable`. When the actor dies, its journals are gone; their owners write them again.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from serve_app.resume.registry import ResumableStreams
 
 NAMESPACE = "serve_app"
 VERSION = 2
-"""Of the actor's methods and what they take. It outlives redeploys, so another version needs another actor."""
+"""Version of the actor's methods and their arguments. An actor outlives redeploys, so each version has its own."""
 MAX_CALLS = 10_000
-"""At a time: each reader at another ingress than the owner's is a call that waits."""
+"""Calls at a time. Each reader at an ingress other than the owner's is one waiting call."""
 IDLE_EXIT_S = 3600.0
-"""Without a journal and a call for this long the actor ends: `serve shutdown` leaves it behind."""
+"""The actor ends after this long without a journal and a call, because `serve shutdown` does not end it."""
 CALL_TIMEOUT_S = 5.0
 START_TIMEOUT_S = 60.0
-"""Of a call that may have to start the actor: a process and its imports, 1 to 3 s on the 2-core machine."""
+"""For a call that may have to start the actor: a process and its imports, 1 to 3 s on the 2-core machine."""
 
 
 class JournalActor(MemoryJournalStore):
-    """What runs in the actor. A call that only counts or takes a lease does not keep it from ending."""
+    """The actor's class. Calls of `size` and `acquire` do not keep an idle actor from ending."""
 
     def __init__(self, limits: JournalLimits) -> None:
         super().__init__(limits)
@@ -51,7 +51,7 @@ class JournalActor(MemoryJournalStore):
         self._tidying = asyncio.get_running_loop().create_task(self._tidy())
 
     async def configure(self, limits: JournalLimits) -> None:
-        """Of the application as it is configured now; whoever speaks last is right."""
+        """Set the limits of the application's current config; the last call wins."""
         self.journals.limits = limits
 
     async def create(self, stream_id: str, owner: str, document: bytes) -> LeaseStatus:
@@ -112,7 +112,7 @@ class RayJournalStore:
         return answer or (0, 0)
 
     async def aclose(self) -> None:
-        """Nothing to let go of: the actor is not this process's."""
+        """Does nothing: the actor outlives this process."""
 
     async def _call(self, call: Callable[[Any], Awaitable[Any]], *, start: bool, wait_s: float = 0.0) -> Any:
         """The actor's answer; None when there is no actor and `start` is false. Raises `StoreUnavailable`."""
@@ -126,7 +126,7 @@ class RayJournalStore:
                     async with asyncio.timeout(CALL_TIMEOUT_S + wait_s):
                         return await call(self._actor)
                 except RayError:
-                    # It has died, perhaps long ago. All calls may be repeated, and a new actor is as good.
+                    # The actor has died, perhaps long ago. Every call may be repeated, also on a new actor.
                     self._actor = None
                     if last:
                         raise
@@ -159,7 +159,7 @@ class RayJournalStore:
 def open_streams(client: ReplicaClient, app_config: AppConfig, app_name: str) -> ResumableStreams:
     """The resumable streams of an ingress replica, with their journals where the config says.
 
-    Raises `ModelError` when that takes a package that is not installed, and for a URL that can't be read.
+    Raises `ModelError` when Redis is configured and its package is not installed, and for an invalid URL.
     """
     config = app_config.streams
     limits = JournalLimits(max_journals=config.max_streams, max_bytes=config.max_bytes, expiry_s=config.expiry_s)
@@ -180,7 +180,7 @@ def open_streams(client: ReplicaClient, app_config: AppConfig, app_name: str) ->
             raise ModelError("streams.store is Redis, which needs: pip install 'serve_app[redis]'.") from error
         try:
             store = RedisJournalStore(config.store, limits)
-        except ValueError:  # which may quote a part of the password
+        except ValueError:  # its text may quote a part of the password
             raise ModelError(
                 "streams.store is not a valid URL: write redis://[user:password@]host:port/0, with special characters "
                 "of the password percent-encoded."

@@ -12,11 +12,11 @@ import os
 from serve_app.deployments.ray_internals import is_access_line
 
 QUIET = {"transformers": logging.ERROR, "huggingface_hub": logging.ERROR, "httpx": logging.WARNING}
-"""Libraries whose advice is for people who write programs with them, and the level from which they are heard."""
+"""Libraries whose log lines are advice for programmers, and the lowest level that is logged of each."""
 
 
 def use_serve_log() -> None:
-    """Send this process's `serve_app` log lines to Serve's handlers. For the start of a replica's constructor.
+    """Send this process's `serve_app` log lines to Serve's handlers. Call it first in a replica's constructor.
 
     Serve's own access line of each call is left out: the ingress writes one per request that says more.
     """
@@ -28,6 +28,6 @@ def use_serve_log() -> None:
     ours.propagate = False
     for name, level in QUIET.items():
         logging.getLogger(name).setLevel(level)
-    # Read when these are imported, which a replica does later. Bars are for terminals; stages are logged instead.
+    # The libraries read these when a replica imports them later. Stages are logged in place of progress bars.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

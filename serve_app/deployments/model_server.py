@@ -55,17 +55,17 @@ class ModelServer:
         if refusal := await asyncio.to_thread(board.refusal):
             board.report(LoadStage("failed", error=refusal))
             raise ModelError(refusal)
-        deployed_at = asyncio.create_task(asyncio.to_thread(board.deployed_at))  # now: who deploys again mends it
+        deployed_at = asyncio.create_task(asyncio.to_thread(board.deployed_at))  # now: a later deploy may fix it
         note_suspect = partial(PoisonNotes(replica.app_name).write, replica.replica_id.unique_id)
         try:
-            # In threads: this loop goes on answering Serve, which asks whether the replica lives.
+            # In threads, so that this loop can answer Serve, which asks whether the replica is alive.
             report = Reporter(board.report)
             config = await asyncio.to_thread(settled, config, board, replica.app_name, replica.deployment, report)
             self._engine, card = await asyncio.to_thread(self._start, config, report, note_suspect)
         except (ModelError, EngineError) as error:
             logger.error("the model can't be served: %s", error)
             board.refuse(str(error), await deployed_at)
-            raise error from None  # the sentence says it all; its causes would bury it in `serve status`
+            raise error from None  # a chain of causes would bury its sentence in `serve status`
         except Exception as error:
             board.report(LoadStage("failed", error=f"loading the model failed with {type(error).__name__}: {error}"))
             raise
@@ -82,7 +82,7 @@ class ModelServer:
     ) -> tuple[Engine, ModelCard]:
         """All that takes long, on a thread of its own. Raises `ModelError` and `EngineError`."""
         report(LoadStage("starting torch"))
-        # Here and not above: seconds of imports that only a replica needs, not whoever wires the application.
+        # Imported here: these imports take seconds, and the process that runs `app.build` does not need them.
         import torch
 
         from serve_app.engine.cpu.threads import default_threads
@@ -125,7 +125,7 @@ class ModelServer:
                     yield reply
 
     def record_replica_metadata(self) -> dict[str, str]:
-        """Serve's hook: what every router learns of this replica. A stream goes on only with its own weights."""
+        """Called by Serve, which passes the result to every router. A stream is continued only with its own weights."""
         return {
             FINGERPRINT_KEY: self._fingerprint,
             NUMERICS_KEY: self._engine.capacity.numerics_id,
@@ -137,7 +137,7 @@ class ModelServer:
         return self._engine.stats()
 
     async def check_health(self) -> None:
-        """Raise when the engine is dead or hangs, so that Serve replaces this replica. A long prompt is neither."""
+        """Raise when the engine is dead or hangs, so that Serve replaces this replica. A long prompt is no hang."""
         health = self._engine.health()
         if not health.alive:
             raise RuntimeError(health.error or "the engine's thread has ended")
@@ -165,7 +165,7 @@ class ModelServer:
 
 
 def _channel_host() -> str | None:
-    """The address for token channels; None where what goes between nodes is to be encrypted. Blocks for a call."""
+    """The address for token channels; None with Ray's TLS, because channels are not encrypted. Blocks for a call."""
     if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
         return None
     if sum(node["Alive"] for node in ray.nodes()) == 1:  # type: ignore[no-untyped-call]

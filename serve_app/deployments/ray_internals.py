@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 NOTES = "serve_app"
 """The namespace of this project's notes in Ray's key-value store."""
 SERVE_NAMESPACE: str = constants.SERVE_NAMESPACE
-"""Where Serve's replicas have their names as actors, whatever the namespace of the code in them."""
+"""The namespace of Serve's replica actors, which may differ from the one of the code that runs in them."""
 SERVE_REPLICA_PREFIX: str = REPLICA_ID_FULL_ID_STR_PREFIX
 """How the name of every Serve replica's actor begins."""
 
@@ -59,7 +59,7 @@ def delete_note(key: str) -> None:
 
 
 def free_resources() -> list[Mapping[str, float]]:
-    """What each node has free that takes new actors: a node that is being drained does not. Blocks for a round trip."""
+    """The free resources of each node that takes new actors, so of no draining node. Blocks for a round trip."""
     draining = state.state.get_draining_nodes()
     free = state.available_resources_per_node()  # type: ignore[no-untyped-call]
     return [resources for node, resources in free.items() if node not in draining]
@@ -84,20 +84,20 @@ def http_host() -> str | None:
 
 
 def serve_setting(name: str, otherwise: bool) -> bool:
-    """Whether this process's Serve runs with the setting of this environment variable; `otherwise` if it knows none."""
+    """Whether a boolean setting is on in this process's Serve; `otherwise` if Serve has no setting of that name."""
     return bool(getattr(constants, name, otherwise))
 
 
 def is_access_line(record: logging.LogRecord) -> bool:
-    """Whether this line of the log is Serve's own of a call, as opposed to what the code in the replica says."""
+    """Whether this log record is Serve's access line of a call, and not from the code in the replica."""
     return bool(getattr(record, "serve_access_log", False))
 
 
 def call_detached(call: Callable[[], Any]) -> DeploymentResponseGenerator[Any]:
     """Make a call that does not count as part of the HTTP request in whose context it is made.
 
-    Serve gives all calls of one request the same internal id, by which our router would take two waiting choices for
-    one, and cancels them all when the client goes, though a resumable stream is to go on. We cancel what is to end.
+    Serve gives all calls of one request the same internal id, so our router would take two waiting choices for one.
+    Serve would also cancel them all when the client goes, but a resumable stream goes on. We cancel calls ourselves.
     """
 
     def detached() -> DeploymentResponseGenerator[Any]:
@@ -111,16 +111,16 @@ def call_detached(call: Callable[[], Any]) -> DeploymentResponseGenerator[Any]:
 def cancel(call: Any) -> None:
     """Cancel a call on its replica, or before it gets to one. Cancelling twice is the same as once.
 
-    `call`: Serve's response, or what a router is given of it, whose type is private.
+    `call`: Serve's response, or the result that a router gets, whose type is private.
     """
     try:
         call.cancel()
-    except (RayError, RayServeException) as error:  # it was refused in this moment: nothing runs
+    except (RayError, RayServeException) as error:  # the replica has just refused it: nothing runs
         logger.debug("a call could not be cancelled: %s", error)
 
 
 def deployment_name(router: RequestRouter) -> str:
-    """Of the deployment whose replicas this router chooses from."""
+    """The name of the deployment whose replicas this router chooses from."""
     return str(router._deployment_id.name)
 
 
@@ -132,5 +132,5 @@ class AsgiDeployment:
         raise NotImplementedError
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        """Serve's hook."""
+        """Called by Serve."""
         return self.asgi_app()

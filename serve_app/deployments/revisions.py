@@ -1,10 +1,10 @@
-"""Of which commit a hub model is: settled once a deploy, so that the tokenizer of every ingress and the weights of
-every replica are of one, also of those that start later.
+"""Settles once per deploy which commit of a hub model is used. All tokenizers and weights are then of that commit, also
+those of replicas that start later.
 
-A branch moves: two processes that each ask the hub for `main` may get two models. Who starts first asks, and writes the
-commit on the application's notice board; all others take it from there. Not in `app.build`, which would have to wait
-for the network, on a machine that may have neither the hub's token nor its cache, and would make a new version of every
-deployment (a restart of all) out of a redeploy that changed a limit.
+A branch moves: two processes that each ask the hub for `main` may get two commits. The first process asks the hub and
+writes the commit on the application's `ProgressBoard`; all others read it there. `app.build` does not settle it: it
+would wait for the network, on a machine that may have neither the hub's token nor its cache. It would also turn a
+redeploy that changes only a limit into a new version of every deployment, which restarts all replicas.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def settled(
             return model.revision
         from serve_app.models import hub  # seconds of imports that no other source needs
 
-        # By the name, also where the commit is known: so this machine's cache remembers what the name stood for.
+        # Fetched by name even if the commit is known, so that this machine's cache remembers the name's commit.
         _, found = hub.fetch(model, tokenizer_only=True, progress=progress)
         name = f"{model.source}@{model.revision or 'main'}"
         return board.settle_commit(name, found, lambda: answers(deployment_status(app_name, model_deployment)))

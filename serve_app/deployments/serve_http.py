@@ -25,18 +25,18 @@ _ANSWERS = {
     429: ("Too many requests wait for an answer; try again in a moment.", "overloaded"),
     503: ("No server can take this request at the moment; send it again.", "overloaded"),
 }
-"""By status, since Serve's own words name its parts and its exceptions."""
+"""Status -> (message, code). They replace Serve's own texts, which name its internals and its exceptions."""
 
 
 def middlewares() -> list[Middleware]:
-    """For Serve to put around what it serves; from now on its HTTP servers in this process have `BoundedProtocol`."""
+    """The middleware for Serve's HTTP servers. Those that this process starts from now on use `BoundedProtocol`."""
     if not issubclass(auto.AutoHTTPProtocol, BoundedProtocol):
         auto.AutoHTTPProtocol = type("BoundedHTTPProtocol", (BoundedProtocol, auto.AutoHTTPProtocol), {})
     return [Middleware(JsonErrors)]
 
 
 class JsonErrors:
-    """ASGI middleware: an error in plain text, which is Serve's, becomes one of the API's form."""
+    """ASGI middleware: turns Serve's errors, which are in plain text, into the API's form."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -74,7 +74,7 @@ class BoundedProtocol(asyncio.Protocol):
         self._headers_due = asyncio.get_running_loop().call_later(HEADER_TIMEOUT_S, self._give_up)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wait no more."""
+        """Stop waiting for headers."""
         self._headers_due.cancel()
         super().connection_lost(exc)
 

@@ -1,4 +1,4 @@
-"""Ray Serve's own schema of a config file, for whoever validates one: only this room may import ray."""
+"""Ray Serve's own schema of a config file, for packages of serve_app that validate one and may not import ray."""
 
 from ray.serve.schema import ServeDeploySchema
 

@@ -17,7 +17,7 @@ RAY_SERVE_THROUGHPUT_OPTIMIZED would set them too, and would silence the log and
 
 def missing() -> list[str]:
     """`NAME=value` of each that this process's Serve runs without."""
-    from serve_app.deployments.ray_internals import serve_setting  # seconds, which the command line does not have
+    from serve_app.deployments.ray_internals import serve_setting  # imports ray: too slow for the command line
 
     def has(name: str, value: str) -> bool:
         wanted = value == "1"

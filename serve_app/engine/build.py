@@ -45,7 +45,7 @@ Backends = SequenceOf[Callable[[], AttentionBackend]]
 
 @dataclass(frozen=True, slots=True)
 class EngineCapacity:
-    """What a replica holds."""
+    """What the engine can hold, and how it computes."""
 
     kv_capacity_tokens: int
     kv_cache_bytes: int
@@ -55,7 +55,7 @@ class EngineCapacity:
     batch_invariant: bool
     """A request's logits are the same bits whatever is computed beside it (checked by `check_batch_invariance`)."""
     numerics_id: str = ""
-    """Names how it computes (`numerics.numerics_id`); empty where it is not batch-invariant."""
+    """Names how the engine computes (`numerics.numerics_id`); empty where it is not batch-invariant."""
     notes: tuple[str, ...] = ()
     """Fallbacks taken, one sentence each."""
 
@@ -102,7 +102,7 @@ def build_core(
         numerics_id=numerics if batch_invariant else "",
         notes=(*kernel_notes, *notes),
     )
-    # Measured where it decides something and differs: 1/40 to 1/5 on CPUs, as weights are kept in 32 bits or in 4.
+    # Measured only for prompt lookup on a CPU, where it ranges from 1/40 (32-bit weights) to 1/5 (4-bit weights).
     measured = runner.device.type == "cpu" and config.prompt_lookup
     scheduler = Scheduler(
         PagePool(num_pages, in_runs=backend.reads_runs),
@@ -126,7 +126,7 @@ def _use_cpu_kernels(
     of float32, a model whose weights are held in 16 bits is made to compute in float32, with or without our kernels.
 
     Raises:
-        EngineError: there is no memory for it.
+        EngineError: there is no memory for the weights in float32.
     """
     narrow = dtype is torch.float32 and any(p.dtype in HALVES for p in model.parameters())
     computes = {torch.float32, *(HALVES if narrow else ())}
@@ -191,7 +191,7 @@ def _use_attention(
             )
             if not failed:
                 raise EngineError(complaint)
-            # After another kernel has failed, one whose pages don't suit the config is passed over instead.
+            # After another kernel has failed, a kernel whose pages don't suit the config is skipped without an error.
         elif (complaint := _fails(backend, runner, page_tokens, tried)) is None:
             num_pages = count_pages(runner, config, context_tokens, page_tokens)
             on_stage(LoadStage("checking the model"))
@@ -205,7 +205,7 @@ def _use_attention(
 
 
 def _candidates(config: EngineConfig, kernels: Kernels | None) -> Backends:
-    """What to try for `engine.attention`, in order. The plain path comes last, whatever was asked for."""
+    """The kernels to try for `engine.attention`, in order. The plain path comes last, whatever the config names."""
     known: dict[str, Callable[[], AttentionBackend]] = {
         "triton": partial(TritonAttention, batch_invariant=config.batch_invariant),
         "varlen": VarlenAttention,
@@ -237,14 +237,14 @@ def _fails(backend: AttentionBackend, runner: ModelRunner, page_tokens: int, tri
 
 
 def _may_end_the_process(runner: ModelRunner) -> bool:
-    """A fault on a GPU ends the process's use of it; on a CPU our kernels have been called before."""
+    """A fault on a GPU ends the process's use of it. Our CPU kernels were tried in a child when they were compiled."""
     return any(layer.shape.device.type == "cuda" for layer in runner.layers.values())
 
 
 def _differs(backend: AttentionBackend, runner: ModelRunner, num_pages: int, page_tokens: int) -> str | None:
-    """What is wrong with the model's logits by this kernel, found in a cache of a few of the `num_pages` pages.
+    """What is wrong with the model's logits with this kernel, or None. The check takes at most `num_pages` pages.
 
-    The runner holds none afterwards: the next kernel's is measured and allocated as if this one had never been tried.
+    Its cache is released afterwards, so that the memory for the next one is measured as if no kernel had been tried.
     """
     runner.use(backend, allocate(runner, min(num_pages, _check_pages(page_tokens)), page_tokens))
     complaint = check_model(runner)
@@ -253,5 +253,5 @@ def _differs(backend: AttentionBackend, runner: ModelRunner, num_pages: int, pag
 
 
 def _check_pages(page_tokens: int) -> int:
-    """Enough for `check_model`: 71 tokens of three sequences, and a page of slack for each."""
+    """Pages that are enough for `check_model`: for 71 tokens of three sequences, and a page of slack for each."""
     return -(-128 // page_tokens) + 4

@@ -31,7 +31,7 @@ class StepCounters:
     steps: int = 0
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
-    """Of the prompt tokens those that were taken from the cache instead of computed."""
+    """Prompt tokens that were taken from the cache instead of computed."""
     output_tokens: int = 0
     drafted_tokens: int = 0
     """Output tokens that were guessed and verified in a step; `accepted_tokens` of them were right."""
@@ -70,7 +70,7 @@ class EngineCore:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
     def expire(self) -> list[Gain]:
-        """Drop the sequences whose deadline has passed; the failure of each."""
+        """Drop the sequences whose deadline has passed; returns a failure for each."""
         now = time.monotonic()
         unfinished = (*self.scheduler.running, *self.scheduler.waiting)
         late = [sequence for sequence in unfinished if sequence.deadline is not None and sequence.deadline <= now]
@@ -79,11 +79,11 @@ class EngineCore:
         return [(s, Failure(FailureCode.DEADLINE_EXCEEDED, "the request's time is over")) for s in late]
 
     def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[Gain]:
-        """Compute the next step: what its sequences gained. Those that ended with it are dropped.
+        """Compute the next step; returns what its sequences gained. Sequences that ended are dropped.
 
         Args:
-            meanwhile: work of the caller that the device need not wait for. It is called while the device computes,
-                and before the step too where the runner would keep this thread busy until then.
+            meanwhile: the caller's work, to be done while the device computes. It is called after the step's launch,
+                and also before it unless the step is replayed from a graph: other launches keep this thread busy.
         """
         chunks = self.scheduler.schedule()
         if not self.runner.replays(chunks):
@@ -163,5 +163,5 @@ class EngineCore:
 
 
 def ends(reply: Reply) -> bool:
-    """Whether it is the last of its request."""
+    """Whether this reply is the last one of its request."""
     return isinstance(reply, Failure) or reply.finish_reason is not None

@@ -76,15 +76,15 @@ class Engine:
             model: in eval mode on its device; its attention implementation is changed.
             config: the engine's settings.
             context_tokens: longest prompt plus output the model may serve.
-            fingerprint: of the weights; requests for others are refused.
-            dtype: float32 for a model on a CPU that holds its weights in 16 bits and is to compute in float32.
+            fingerprint: names the loaded weights; requests for other weights are refused.
+            dtype: float32 makes a model on a CPU with 16-bit weights compute in float32. Other values change nothing.
             on_stage: called with each stage of the construction, on the engine's thread.
-            before_isolated: called with a request, on the engine's thread, before each step that it has to itself.
-            kernel_cache: folder for compiled CPU kernels, which are not used without one, and for the outcomes of
-                trials of GPU kernels.
+            before_isolated: called with an isolated request, on the engine's thread, before each step of its own.
+            kernel_cache: folder for compiled CPU kernels and for the outcomes of GPU kernel trials. Without it our CPU
+                kernels are not used.
 
         Raises:
-            EngineError: with one sentence that says what to do.
+            EngineError: the engine can't be built; the message is one sentence that says what to do.
         """
         self._config = config
         self._fingerprint = fingerprint
@@ -118,7 +118,7 @@ class Engine:
     # ---- any thread ----
 
     def stop(self) -> None:
-        """Stop after the current step; what is unfinished gets a Failure. Safe to call twice."""
+        """Stop after the current step; unfinished requests get a Failure. Safe to call twice."""
         with self._lock:
             self._stopping = True
             self._lock.notify()
@@ -158,7 +158,7 @@ class Engine:
         with self._lock:
             self._arrivals += 1
             sequence = Sequence(request, self._arrivals, deadline)
-        # Counted here: the sequence belongs to the engine's thread as soon as it is submitted.
+        # Read before the submission: afterwards only the engine's thread may touch the sequence.
         delivered = len(request.output_token_ids)
         if not self._command(lambda: self._submit(sequence, stream), pending=1):
             yield self._lost(FailureCode.NOT_READY)
@@ -178,7 +178,7 @@ class Engine:
             self._command(lambda: self._cancel(sequence))
 
     def _command(self, command: Callable[[], None], pending: int = 0) -> bool:
-        """Have the engine's thread do something before its next step; False when it has ended."""
+        """Queue a command for the engine's thread, before its next step; False when that thread has ended."""
         with self._lock:
             if self._ended:
                 return False
@@ -188,11 +188,11 @@ class Engine:
             return True
 
     def _lost(self, code: FailureCode) -> Failure:
-        """`NOT_READY` for a request that the engine did not compute, and that so can't have broken it."""
+        """A Failure of an engine that no longer serves. Pass `NOT_READY` for a request that it has never computed."""
         return Failure(code, self._error or "the replica is shutting down")
 
     def _answer_at_once(self, request: GenerationRequest) -> Reply | None:
-        """A refusal, or the end of a request that its earlier attempts had already finished; None for all others."""
+        """A refusal, or the final batch of a request whose output earlier attempts had already completed; else None."""
         if (failure := self._refusal(request)) is not None:
             return failure
         output = request.output_token_ids
@@ -231,7 +231,7 @@ class Engine:
             while self._obey():
                 self._step()
         except Exception as error:
-            # After any exception the state of the device is unknown: this engine ends, streams continue elsewhere.
+            # After any exception the state of the device is unknown: the engine ends. Callers retry on other replicas.
             logger.exception("the engine failed in step %d", self._core.counters.steps)
             message = str(error).splitlines()[0] if str(error) else ""
             self._error = f"the engine failed: {type(error).__name__}: {message}"
@@ -273,12 +273,12 @@ class Engine:
     def _step(self) -> None:
         self._publish(self._core.expire())
         gains = self._core.step(meanwhile=self._send)
-        # Where steps are recorded, their tokens wait for the next step: callers' threads then run while the device
-        # computes, and hold up no launch.
+        # With CUDA graphs, replies are sent during the next step: callers' threads then run while the device computes,
+        # and delay no launch.
         self._publish(gains, send=self._core.runner.graphs is None)
 
     def _publish(self, gains: SequenceOf[Gain], send: bool = True) -> None:
-        """Put the replies into the outbox, and send all that is in there unless `send` is false."""
+        """Put the replies into the outbox, and send the whole outbox unless `send` is false."""
         for sequence, reply in gains:
             stream = self._streams.pop(sequence) if ends(reply) else self._streams[sequence]
             self._outbox.append((stream, reply))

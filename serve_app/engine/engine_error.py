@@ -12,5 +12,5 @@ class UnsupportedModelError(EngineError):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an error says, or the name of its type where it says nothing."""
+    """The first line of an error's message, or the name of its type when the message is empty."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -17,4 +17,4 @@ class StepInputs:
     """Where each token's key and value go: page * page_tokens + place."""
     spans: list[Span]
     kept: list[int]
-    """The rows whose logits are wanted."""
+    """Indices of the rows whose logits the step returns."""

@@ -27,9 +27,9 @@ from serve_app.engine.model_runner import AttentionLayer
 logger = logging.getLogger(__name__)
 
 TRIAL_LIMIT_S = 180.0
-"""Imports take a child some 10 s, and Triton's compiling of a new kernel some seconds a shape."""
+"""A child takes about 10 s for imports, and some seconds for each shape for which Triton compiles a new kernel."""
 _ROOM_BYTES = 2**28
-"""More than the check takes of a GPU's memory; PyTorch keeps it for the check."""
+"""GPU memory that the child allocates first, more than the check needs. PyTorch keeps it for the check."""
 _BEGUN, _VERDICT = "kernels begin", "verdict: "
 
 
@@ -62,10 +62,12 @@ class Trial:
 
 
 def try_apart(trial: Trial, passed: Path | None) -> str | None:
-    """What is wrong with the kernel; None when it passed, now or before, or when no child came as far as launching it.
+    """Try the kernel in a child process; returns what is wrong with it.
+
+    None when it passed, now or at an earlier start, or when the child failed before it launched the kernel.
 
     Args:
-        trial: its kernel's class must be one that a new process can import.
+        trial: a new process must be able to import its kernel's class.
         passed: folder that remembers which trials have passed; without one every trial runs.
     """
     remembered = passed / trial.key() if passed is not None else None
@@ -86,8 +88,8 @@ def try_apart(trial: Trial, passed: Path | None) -> str | None:
 
 
 def _in_child(trial: Trial, limit_s: float = TRIAL_LIMIT_S) -> tuple[str | None, bool]:
-    """What is wrong, and whether the kernel had begun before that."""
-    # A replica's code may lie on a search path that no environment variable holds.
+    """What is wrong, or None; and whether the child had begun to run the kernel."""
+    # The child must find the same modules, also those on search paths that were only added to `sys.path`.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     with tempfile.TemporaryFile() as output:
         child = subprocess.Popen(
@@ -120,7 +122,7 @@ def _remember(place: Path) -> None:
 
 
 def main() -> None:
-    """The child process. A timer ends it, since a parent that was killed can't."""
+    """The child process. It ends itself by a timer, since its parent may have been killed."""
     signal.setitimer(signal.ITIMER_REAL, float(sys.argv[1]))
     with torch.inference_mode():
         trial: Trial = pickle.load(sys.stdin.buffer)
@@ -138,6 +140,6 @@ def _tell(line: str) -> None:
 
 
 if __name__ == "__main__":
-    from serve_app.engine import kernel_trial as imported  # pickled classes are those of this name
+    from serve_app.engine import kernel_trial as imported  # not `__main__`: pickles name this module
 
     imported.main()

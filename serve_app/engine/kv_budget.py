@@ -15,8 +15,8 @@ from serve_app.memory import available_memory_bytes
 CPU_KV_CACHE_BYTES = 2**30
 """Default size on a CPU: 2.8 streams of 8,192 tokens of the demo model."""
 CPU_STEP_BYTES = 2**28
-"""Main memory that must be left for a replica's steps. With the demo model, 32 streams and prompts of 2,000 tokens they
-took 12 MB with our kernels and 73 MB with torch's; Llama-2-7B is seven times as wide."""
+"""Main memory that must be left for a replica's steps. Steps of the demo model took 12 MB with our kernels and 73 MB
+with torch's (32 streams, prompts of 2,000 tokens). Llama-2-7B is seven times as wide."""
 _LEFT_FREE = 0.1
 """Share of a GPU's memory that stays free for libraries and fragments, unless the config claims more."""
 _CONTEXT_BYTES = 2**29
@@ -27,7 +27,7 @@ def count_pages(runner: ModelRunner, config: EngineConfig, context_tokens: int, 
     """Pages of `page_tokens` tokens to hand out.
 
     Raises:
-        EngineError: they are too few, or there is no memory for them.
+        EngineError: too few pages fit into the budget, or main memory can't hold them.
     """
     page_bytes = page_tokens * _bytes_per_token(runner)
     budget = config.kv_cache_memory
@@ -73,11 +73,11 @@ def allocate(runner: ModelRunner, num_pages: int, page_tokens: int) -> KVCache:
 def _gpu_budget(runner: ModelRunner, config: EngineConfig) -> int:
     """Bytes of KV cache that fit, spread over the GPUs as the layers are.
 
-    On each GPU the cache may take what weights and activations leave of its fraction, and what other processes leave
-    of its memory.
+    On each GPU the cache takes at most what weights and activations leave of `gpu_memory_fraction`, and at most what
+    other processes leave free.
 
     Raises:
-        EngineError: nothing is left.
+        EngineError: no memory is left for the cache.
     """
     fraction = config.gpu_memory_fraction or GPU_MEMORY_FRACTION
     devices = {layer.shape.device for layer in runner.layers.values()}

@@ -29,14 +29,15 @@ alone gave 0.012 with int8 activations and 0.003 with 4-bit weights, which some 
 _LENGTHS = (41, 23, 7)
 _STEP_TOKENS = 16
 _DECODED = {0: 12, 2: 6}
-"""Number of a sequence -> its last tokens that the check of batch invariance decodes: contexts of 1 to 7 and of 30 to
-41 tokens, all remainders modulo 8. Decoding all 71 tokens took 1.5 s more of every start and met no other kernel."""
+"""Number of a sequence -> how many of its last tokens the check of batch invariance decodes one by one. The contexts of
+1 to 7 and of 30 to 41 tokens have all remainders modulo 8. Decoding all 71 tokens took 1.5 s more at every start and
+reached no other kernel."""
 _TIMED_ROWS, _TIMED_STEPS = 8, 3
 _LONG_LENGTHS = (200, 391, 520)
 _LONG_STEP_TOKENS = 160
 _LONG_DECODED = 8
-"""Contexts at which torch's kernels were seen to change with the number of keys (at 193, 384 and 512), in chunks that
-end on either side of them, and decoded from there on: 22 steps."""
+"""`_LONG_LENGTHS` pass the numbers of keys at which torch's kernels were seen to change: 193, 384 and 512. They are
+computed in chunks that end on either side of these, and again with the last tokens decoded one by one: 22 steps."""
 
 
 def check_model(runner: ModelRunner) -> str | None:
@@ -54,8 +55,8 @@ def check_batch_invariance(runner: ModelRunner, longest_tokens: int) -> bool:
 
     Args:
         runner: its cache is overwritten.
-        longest_tokens: the longest context to check. Pass what will be served, or 0 for a kernel that is known to
-            compute with few keys as it does with many. Contexts beyond 520 tokens are not checked.
+        longest_tokens: the longest context to check. Pass the longest that will be served, or 0 for a kernel that is
+            known to compute few keys and many in the same way. Contexts beyond 520 tokens are not checked.
     """
 
     def rows(lengths: Mapping[int, int], step_tokens: int, decoded: int = 0) -> dict[int, torch.Tensor]:
@@ -81,9 +82,10 @@ def check_batch_invariance(runner: ModelRunner, longest_tokens: int) -> bool:
 
 
 def measure_row_cost(runner: ModelRunner) -> float:
-    """What one more row adds to a step that decodes, as a share of a step of one row, measured in eight steps.
+    """The time that one more row adds to a decode step, as a share of a step of one row, measured in eight steps.
 
-    It needs a device whose steps have ended when they return. `ROW_COST` where the cache has no room for two sequences.
+    The device must have finished a step when the call returns, as a CPU has. Returns `ROW_COST` when the cache has no
+    room for two sequences.
     """
     most = _TIMED_ROWS if runner.fixed_rows is None else runner.fixed_rows[0]
     rows = min(_TIMED_ROWS, (runner.cache.num_pages - 1) // 2, most)  # all are admitted at once
@@ -94,11 +96,11 @@ def measure_row_cost(runner: ModelRunner) -> float:
 
 
 def _decode_seconds(runner: ModelRunner, count: int) -> float:
-    """Seconds of a step in which `count` sequences decode: the fastest of a few, which others disturbed least."""
+    """Seconds of a step in which `count` sequences decode: the fastest of `_TIMED_STEPS`, which was disturbed least."""
     forced = _ForcedTokens(runner, dict.fromkeys(range(count), 1 + _TIMED_STEPS), decoded=_TIMED_STEPS)
     core = forced.core(step_tokens=count)
     times = []
-    for _ in range(1 + _TIMED_STEPS):  # the first computes the prompts
+    for _ in range(1 + _TIMED_STEPS):  # the first step computes the prompts
         begin = time.perf_counter()
         core.step()
         times.append(time.perf_counter() - begin)
@@ -113,7 +115,7 @@ class _ForcedTokens(Sampler):
     """
 
     def __init__(self, runner: ModelRunner, lengths: Mapping[int, int], decoded: int = 0) -> None:
-        """`lengths`: number of the sequence -> its tokens."""
+        """`lengths`: number of a sequence -> how many tokens it has."""
         super().__init__()
         self.tokens = {
             number: tuple((17 * number + 7 * i * i + 3) % runner.vocab_size for i in range(length))
@@ -124,7 +126,7 @@ class _ForcedTokens(Sampler):
         self._rows: dict[int, torch.Tensor] = {}
 
     def core(self, step_tokens: int) -> EngineCore:
-        """An engine's core with an empty cache that has all the sequences in its queue, and samples with this."""
+        """An engine's core with an empty cache and all sequences in its queue. Its sampler is this object."""
         cache, fixed_rows = self._runner.cache, self._runner.fixed_rows
         if fixed_rows is not None:
             step_tokens = min(step_tokens, fixed_rows[0])
@@ -141,7 +143,7 @@ class _ForcedTokens(Sampler):
         return EngineCore(self._runner, scheduler, self)
 
     def run(self, step_tokens: int) -> dict[int, torch.Tensor]:
-        """Compute all sequences to their ends: the logits `[vocab]` after the last token of each."""
+        """Compute all sequences to their ends; returns the logits `[vocab]` after the last token of each."""
         core = self.core(step_tokens)
         while core.has_work:
             core.step()
@@ -155,7 +157,7 @@ class _ForcedTokens(Sampler):
         if known < len(self.tokens[number]):
             return Sampled(self.tokens[number][known])
         self._rows[number] = row
-        return Sampled(0)  # any id: with it the sequence ends
+        return Sampled(0)  # the id does not matter: the sequence ends here
 
 
 _GREEDY = SamplingParams(seed=0, temperature=0)

@@ -51,7 +51,7 @@ class AttentionLayer:
 
 @dataclass(slots=True)
 class _Probe:
-    """An attention step that computes one sequence from its start, plainly, and records the arguments of each layer."""
+    """An attention step that computes one sequence from its start by `plain_attention` and records the arguments."""
 
     layers: dict[int, AttentionLayer] = field(default_factory=dict)
 
@@ -92,9 +92,9 @@ class ModelRunner:
         self.device: torch.device = next(chain(embeddings.parameters(), embeddings.buffers())).device
         self.backend: AttentionBackend
         self.cache: KVCache
-        """What it serves with. Neither exists before `use`, nor after `release`."""
+        """`use` sets the backend and the cache, `release` deletes both. Before and after neither attribute exists."""
         self.graphs: StepGraphs | None = None
-        """Recordings that serve the steps that fit them."""
+        """CUDA graphs that replay the steps that fit them; None while there are none."""
         self._model = model
         self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         model.set_attn_implementation(ATTENTION_NAME)
@@ -155,7 +155,7 @@ class ModelRunner:
         torch.cuda.empty_cache()
 
     def step(self, chunks: SequenceOf[Chunk]) -> torch.Tensor:
-        """Compute the chunks; logits in float32, a row for each of `Chunk.rows` of those that complete, in order."""
+        """Compute the chunks; returns logits in float32, one row for each of `Chunk.rows` of the completing chunks."""
         page_tokens = self.cache.page_tokens
         ids: list[int] = []
         positions: list[int] = []

@@ -10,8 +10,8 @@ from array import array
 from collections.abc import Sequence as SequenceOf
 
 ROW_COST = 1 / 12
-"""What one more row adds to a step, as a share of a step of one row, where it was not measured (on a GPU it is less).
-A guess with a smaller probability to be right is never made."""
+"""The time that one more row adds to a step, as a share of a step of one row; used where it was not measured (on a GPU
+it is less). A guess with a smaller probability to be right is never made."""
 CANDIDATES = 8
 """Earlier occurrences of the last two ids that are compared, the most recent first."""
 MAX_INDEXED_PROMPT_TOKENS = 16_384
@@ -23,7 +23,7 @@ LONGEST_MATCH = 16
 """Matches of more ids predict the next id no better."""
 
 _PRIOR = {2: 0.2, 3: 0.3, 4: 0.5, 8: 0.7, LONGEST_MATCH: 0.8}
-"""Length of a match, at least -> share of next ids that agree: the estimate before a request has data of its own."""
+"""Least length of a match -> estimated share of next ids that agree, used before a request has data of its own."""
 _PRIOR_WEIGHT = 3.0
 """Observations that the prior counts as."""
 _DECAY = 0.9
@@ -59,7 +59,7 @@ class Lookup:
     def index(self, most: int) -> int:
         """Index the next ids, `most` at most; returns how many.
 
-        However they are divided over calls, the guesses are the same once all are indexed.
+        How the ids are divided into calls does not change the guesses that follow once all are indexed.
         """
         begin = self._indexed
         end = min(len(self._ids), begin + most)
@@ -87,8 +87,8 @@ class Lookup:
     def guess(self, count: int) -> list[tuple[int, float]]:
         """Up to `count` guesses of the next ids, each with its probability.
 
-        It is the estimated probability that this guess and all before it are right. Guesses end where it is too small
-        for a row in any step. There are none before all ids are indexed.
+        The probability is an estimate that this guess and all before it are right. Guesses end where it falls to
+        `ROW_COST`. There are none before all ids are indexed.
         """
         if not self._place or self._indexed < len(self._ids):
             return []
@@ -116,7 +116,7 @@ class Lookup:
         self._latest[pair] = index + 1
 
     def _find(self) -> None:
-        """Predict from the earlier place whose preceding ids match the last ids for longest; of equals the latest."""
+        """Predict from the earlier place with the longest match before it; of equally long matches, from the latest."""
         self._place = self._match = 0
         ids, last = self._ids, self._indexed - 1
         place = self._earlier[last] if last > 0 else 0
@@ -140,10 +140,10 @@ def share_rows(
     the cost of a row, is more than the step's expected tokens, divided by the step's cost.
 
     Args:
-        guesses: of each sequence (see `Lookup.guess`); their probabilities never rise.
+        guesses: those of each sequence (see `Lookup.guess`); their probabilities never rise.
         rows: free rows of the step.
         sampled: tokens that the step gives without guesses.
-        row_cost: of one more row, as a share of a step of one row.
+        row_cost: the time that one more row adds, as a share of a step of one row.
     """
     lengths = [0] * len(guesses)
     tokens, cost = float(sampled), 1 + row_cost * (sampled - 1)

@@ -22,7 +22,7 @@ def graph_bytes(runner: ModelRunner, config: EngineConfig) -> int:
     """Memory that the recordings keep: the activations of the largest step, its logits, and the libraries'."""
     shapes = step_shapes(config.max_running, config.max_step_tokens, runner.fixed_rows)
     most_kept = max(shape.kept for shape in shapes)
-    # The model's own logits in at most 4 bytes, and the float32 copy that is handed out.
+    # A logit takes at most 4 bytes in the model's dtype, and 4 in the float32 copy that the recording leaves.
     return runner.peak_bytes(max(shapes).rows) + 8 * most_kept * runner.vocab_size + _LIBRARIES_BYTES
 
 
@@ -34,10 +34,10 @@ def record_graphs(
     A model on several devices gets none.
 
     Args:
-        runner: serving with `backend`, nothing in its cache yet.
-        backend: the runner's.
+        runner: already serves with `backend`; nothing is in its cache yet.
+        backend: the runner's attention kernel.
         config: the engine's settings.
-        context_tokens: longest sequence.
+        context_tokens: tokens of the longest sequence.
 
     Returns:
         A sentence for each size of step that is not served from a graph although it was asked for.

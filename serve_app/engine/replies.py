@@ -1,6 +1,7 @@
 """Carries replies from the engine's thread to the event loops of its callers.
 
-A step wakes each loop once, whatever the number of streams. A slow caller gets all that has come as one batch.
+A step wakes each loop once, whatever the number of streams. A slow caller gets all batches that have
+arrived joined into one.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class ReplyStream:
         self._waiter.wake()
 
     async def take(self, timeout_s: float) -> Reply | None:
-        """Everything that has come, as one reply; None when nothing comes in time."""
+        """The next reply, with all batches that have arrived joined into one; None when none arrives in time."""
         if not self._replies:
             await self._waiter.wait(timeout_s)
             if not self._replies:

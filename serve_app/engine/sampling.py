@@ -20,15 +20,15 @@ from serve_app.engine.cpu.library import Kernels
 from serve_app.engine.sequence import DraftPosition, Sequence
 
 TOP_P_CANDIDATES = 512
-"""Only so many largest probabilities are sorted at first. Sorting a whole row of 49,152 takes 3 ms on a CPU."""
+"""How many of the largest probabilities top-p sorts at first. Sorting a whole row of 49,152 takes 3 ms on a CPU."""
 
 _SORTED_ROWS = 8
-"""Rows that are sorted whole at a time, which is rarely needed: a sort on a GPU holds about 18 copies of its input."""
+"""How many rows are sorted whole at a time, if that is needed. A sort on a GPU holds about 18 copies of its input."""
 _SORTED_IDS = 4096
 """`topk` of more ids than this sorts the whole row on a GPU."""
 _COPIES, _COPIES_SORTED = 9, 18
-"""Float32 copies `[rows, vocab]` at the peak, the logits among them: the model's log-probabilities, scaled logits,
-probabilities, those in float64 and their sums; and of `_SORTED_ROWS` rows while they are sorted."""
+"""Copies in float32 at the peak of memory. `_COPIES` of `[rows, vocab]`: logits, log-probabilities, scaled logits,
+probabilities, the same in float64, and their cumulative sums. `_COPIES_SORTED` of the rows that are being sorted."""
 
 _U32 = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
@@ -74,12 +74,12 @@ class Sampler:
     """Chooses the next token of each sequence of a step."""
 
     def __init__(self, kernels: Kernels | None = None) -> None:
-        """`kernels`: choose with these for logits on a CPU: 8 to 30 times faster, and the same function."""
+        """`kernels`: choose the tokens for logits on a CPU, by the same function and 8 to 30 times as fast."""
         self._kernels = kernels
 
     def sample(self, logits: torch.Tensor, sequences: SequenceOf[Sequence | DraftPosition]) -> list[Sampled]:
         """Logits `[n, vocab]` in float32 (changed in place), one row per sequence -> one token each."""
-        # Of the model's own distribution: taken before anything changes the logits.
+        # Log-probabilities are those of the model's own distribution, so they are taken before the logits are changed.
         logprobs = {
             row: (logits[row].log_softmax(dim=-1), top)
             for row, s in enumerate(sequences)
@@ -94,7 +94,7 @@ class Sampler:
         ]
 
     def _choose(self, logits: torch.Tensor, sequences: SequenceOf[Sequence | DraftPosition]) -> list[int]:
-        """A token id a row; -1 for a row whose logits are not finite numbers."""
+        """One token id for each row; -1 for a row whose logits are not finite numbers."""
         best, token_ids = logits.max(dim=-1)
         drawn = [row for row, s in enumerate(sequences) if s.request.sampling.temperature > 0]
         if drawn:
@@ -164,7 +164,7 @@ class Sampler:
 
     @staticmethod
     def _keep_top_k(logits: torch.Tensor, top_k: list[int]) -> None:
-        """All that tie with the k-th largest stay, as in transformers' TopKLogitsWarper."""
+        """All logits that tie with the k-th largest stay, as in transformers' TopKLogitsWarper."""
         rows = [row for row, k in enumerate(top_k) if 0 < k < logits.shape[-1]]
         at_once = _SORTED_ROWS if max((top_k[row] for row in rows), default=0) > _SORTED_IDS else max(1, len(rows))
         for start in range(0, len(rows), at_once):
@@ -176,7 +176,7 @@ class Sampler:
 
     @staticmethod
     def _keep_top_p(probs: torch.Tensor, top_p: list[float]) -> None:
-        """The smallest set of largest probabilities that reaches top_p, and all that tie with its last."""
+        """Keep the fewest largest probabilities whose sum reaches top_p, and all that tie with the smallest of them."""
         rows = [row for row, p in enumerate(top_p) if p < 1]
         wanted = torch.tensor([top_p[row] for row in rows], dtype=torch.float64, device=probs.device)[:, None]
         chosen = probs[rows]
@@ -192,7 +192,7 @@ class Sampler:
 
 
 def _logprobs_of(token_id: int, logprobs: torch.Tensor, top: int) -> TokenLogprobs:
-    """The chosen id's and those of the `top` most likely ids, from all of a row's, `[vocab]`."""
+    """The log-probabilities of the chosen id and of the `top` most likely ids, taken from those of a row, `[vocab]`."""
     best = logprobs.topk(top)
     pairs = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
     return TokenLogprobs(float(logprobs[token_id]), pairs)

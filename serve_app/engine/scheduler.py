@@ -1,7 +1,7 @@
 """Chooses the tokens of each step: which sequences compute how many of their tokens, and in which pages.
 
-Uses no device and no clock. Every accepted sequence finishes: one alone always fits (larger requests are refused before
-they get here), and when pages run out the youngest sequence gives its pages back and is recomputed later.
+Uses no device and no clock. Every accepted sequence finishes: a single one always fits (larger requests are refused
+before they get here), and when pages run out the youngest sequence gives its pages back and is recomputed later.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ class Chunk:
     sequence: Sequence
     tokens: int
     draft: tuple[int, ...] = ()
-    """Guessed next ids, only where the chunk completes. They are computed behind its tokens and then compared with the
-    sampled ids."""
+    """Guessed next ids, only where the chunk completes. They are computed after the chunk's tokens and then compared
+    with the sampled ids."""
 
     @property
     def completes(self) -> bool:
-        """Whether every token is cached after it, so that the next one can be sampled."""
+        """Whether all the sequence's tokens are cached after this chunk, so that its next one can be sampled."""
         return self.tokens == self.sequence.remaining
 
     def rows(self) -> list[Sequence | DraftPosition]:
-        """The positions that a chunk that completes has rows of logits for: its end, and the end of each guess."""
+        """The positions for which a completing chunk has rows of logits: its end, and each guess."""
         draft = self.draft
         return [self.sequence, *(DraftPosition(self.sequence, draft[: n + 1]) for n in range(len(draft)))]
 
@@ -95,7 +95,7 @@ class Scheduler:
         return list(step.chunks.values())
 
     def _prefill(self, step: _Step, *, admitting: bool) -> None:
-        """Add prompts within the rest of the budget, in order, both those under way and those to be admitted."""
+        """Fill the rest of the budget with prompts in order: those under way and those that can be admitted."""
         under_way = deque(sorted((s for s in self.running if s.remaining > 1), key=_order))
         while step.budget > 0 and (under_way or (admitting and self.waiting)):
             if admitting and self.waiting and not (under_way and under_way[0].order < self.waiting[0].order):
@@ -120,7 +120,7 @@ class Scheduler:
     def _admit(self, sequence: Sequence, step: _Step) -> bool:
         """Admit the first in the queue if it fits; returns whether the next one may be tried.
 
-        Sequences without output that come after it make way.
+        Running sequences without output that come after it in order are preempted for it.
         """
         while (prefix := self._fitting_prefix(sequence)) is None:
             last = max(self.running, key=_order)
@@ -137,7 +137,7 @@ class Scheduler:
         if not (sequence.isolated and step.chunks):
             self._add_chunk(sequence, min(sequence.remaining, step.budget), step)
         if sequence.isolated and step.chunks:
-            # Nothing more may join: this step is the isolated sequence's own, or the next one will be.
+            # No other sequence may be added. If this step already has others, the isolated one gets the next step.
             step.budget = 0
         return not sequence.isolated
 
@@ -159,7 +159,7 @@ class Scheduler:
         return prefix if not running or room - self.pool.idle(prefix) >= own else None
 
     def _add_drafts(self, step: _Step) -> None:
-        """Add drafts to the sequences that decode, in rows, tokens and pages that nobody else needs.
+        """Add drafts to the sequences that decode, where rows, tokens and pages are left over.
 
         A step never has more rows of logits than sequences may run: guesses take the rows that are empty.
         """
@@ -181,7 +181,7 @@ class Scheduler:
                 step.budget -= fitting
 
     def _room(self, sequence: Sequence, length: int) -> int:
-        """Reserve pages for a draft while one is left for each running sequence; returns how many of its ids fit."""
+        """Reserve pages for a draft if a free page remains for each running sequence; returns how many ids fit."""
         missing = self._pages_for(sequence.computed + 1 + length) - len(sequence.pages)
         if self.pool.available - missing >= len(self.running):
             self._reserve(sequence, 1 + length)
@@ -194,7 +194,7 @@ class Scheduler:
             hashes.append(page_hash(parent, sequence.token_ids[page * size : (page + 1) * size]))
 
     def mark_computed(self, sequence: Sequence, tokens: int) -> None:
-        """Count its next tokens as cached after their step. Pages that are full now may be shared."""
+        """Count the sequence's next tokens as cached, after their step. Pages that became full may be shared."""
         first_page = sequence.computed // self._page_tokens
         sequence.computed += tokens
         self._hash_pages(sequence, sequence.computed)
@@ -210,7 +210,7 @@ class Scheduler:
         self._trim(sequence)
 
     def discard_draft(self, sequence: Sequence) -> None:
-        """Use nothing that its step with a draft computed, and draft nothing for it from now on."""
+        """Discard all that the sequence's step with a draft computed, and never draft for it again."""
         sequence.may_guess = False
         self._trim(sequence)
 

@@ -26,7 +26,7 @@ class Sequence:
     computed: int = 0
     pages: list[int] = field(default_factory=list)
     page_hashes: list[bytes] = field(default_factory=list)
-    """Chained hashes of the full pages seen so far; a prefix of the pages' contents."""
+    """Chained hashes of its full pages of tokens, from the first page on; more are added when they are needed."""
     submitted_at: float = field(default_factory=time.monotonic)
     started_at: float | None = None
     first_token_at: float | None = None

@@ -1,1 +1,1 @@
-"""One completion: a request resolved, run on replicas, told as text. No HTTP, no Ray."""
+"""One completion: a request is resolved, run on replicas and turned into text. No HTTP, no Ray."""

@@ -20,18 +20,19 @@ class FailoverSettings:
     silence_s: float = 5.0
     """A replica sends at least an empty batch each second. After this long without a batch it counts as lost."""
     max_attempts: int = 10
-    """Attempts that may be lost in a row without one new token before the choice fails. Of an accepted stream only
-    those count that a replica had taken: it waits for a replica until its deadline."""
+    """The choice fails after this many lost attempts without a new token. An accepted stream counts only attempts that
+    a replica had taken: it waits for a replica until its deadline."""
     isolated_after: int = 2
-    """After this many losses in a row, the request is computed in steps of its own: it may have killed its replicas.
-    One loss says little: every request on a replica that dies has it."""
+    """After this many losses in a row, the request is computed alone, in engine steps of its own: it may have killed
+    its replicas. One loss says little: every request on a replica that dies suffers it."""
     max_implicated: int = 2
-    """Replicas that may die while they compute it in isolation, before it is refused. One unrelated death at that
-    moment happens; two without a new token between them hardly do."""
+    """The request is refused after this many replicas died while they computed it in isolation. One such death may be
+    unrelated; two without a new token between them hardly are."""
     max_mismatches: int = 8
-    """Refusals by replicas of other weights, in a row (about 2.5 s): one of its own may be there and not known yet."""
+    """The choice fails after this many refusals by replicas with other weights (about 2.5 s). Until then it is tried
+    again: a replica with its weights may exist that the router does not know yet."""
     first_backoff_s: float = 0.02
-    """Before the second attempt. Resubmitting on a Serve handle reaches a live replica in under 20 ms."""
+    """Wait before the second attempt. Resubmitting on a Serve handle reaches a live replica in under 20 ms."""
     max_backoff_s: float = 2.0
 
 
@@ -41,23 +42,23 @@ class AttemptHistory:
     def __init__(self, settings: FailoverSettings) -> None:
         self._settings = settings
         self.attempts = 0
-        """All that ended without the answer, whatever the reason; the pause before the next grows with them."""
+        """Attempts that ended without the answer, for any reason; the pause before the next one grows with them."""
         self._lost = self._implicated = self._mismatches = 0
 
     def progress(self) -> None:
-        """An attempt brought new tokens before it ended: whatever happened before was not this request's doing."""
+        """Note that an attempt brought new tokens before it ended: the request did not cause the earlier losses."""
         self.attempts = 1
         self._lost = self._implicated = self._mismatches = 0
 
     @property
     def isolate(self) -> bool:
-        """The next attempt is to be computed in steps of its own."""
+        """Whether the next attempt is to be computed in engine steps of its own."""
         return self._lost >= self._settings.isolated_after
 
     def lost(self, *, counts: bool, implicated: bool) -> Failure | None:
-        """Note a replica's loss; the failure that follows from it, if it was one too many.
+        """Note a lost attempt. Returns the choice's failure if it was one too many.
 
-        `implicated`: the replica was computing this choice in isolation when it was lost.
+        `counts`: towards `max_attempts`. `implicated`: the replica was computing this choice in isolation.
         """
         self.attempts += 1
         self._lost += counts
@@ -74,7 +75,7 @@ class AttemptHistory:
         return Failure(FailureCode.REPLICA_LOST, message, retry_after_s=1.0)
 
     def refused(self, failure: Failure, *, accepted: bool) -> Failure | None:
-        """Note a replica's refusal; what the choice fails with when it is not to be repeated."""
+        """Note a replica's refusal. Returns the choice's failure if no other attempt is to be made."""
         self.attempts += 1
         if failure.code is FailureCode.WRONG_WEIGHTS:
             self._mismatches += 1

@@ -1,7 +1,7 @@
 """One choice over one or more attempts on model replicas (P2).
 
-Promises the tokens of one uninterrupted attempt, whichever replicas die, and that closing it cancels the work at
-once (P5). Pure asyncio over a `ReplicaClient`: knows no transport, no text and no HTTP.
+Promises the tokens of one uninterrupted attempt, whichever replicas die, and that closing a generation cancels its
+work at once (P5). Pure asyncio over a `ReplicaClient`: knows no transport, no text and no HTTP.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 class Generation:
     """One choice. Use it as an async context manager: entering starts it, leaving cancels what still runs.
 
-    It reads its replica in a task of its own, as fast as replies come, and keeps their tokens at once: Serve drops
-    what was delivered but not read when a replica dies. `take` hands out what is new; a reader that is late gets
-    fewer and larger batches, so what waits for it is never more than `max_new_tokens` ids.
+    It reads its replica in a task of its own, as fast as replies come: when a replica dies, Serve drops what was
+    delivered but not read. `take` hands out the new tokens. A late reader gets fewer and larger batches, so never more
+    than `max_new_tokens` ids wait for it.
     """
 
     def __init__(
@@ -40,11 +40,10 @@ class Generation:
         settings: FailoverSettings | None = None,
         prior: TokenBatch | None = None,
     ) -> None:
-        """`request` is the first attempt's: nothing of its output was delivered; `remaining_s` counts from entering.
+        """`request` has no `output_token_ids`; its `remaining_s` counts from entering.
 
-        `changed` is set whenever `take` may have something to give. `prior`: what an earlier generation of the same
-        request, which had been accepted, delivered from the start, with the counters that came with its first tokens;
-        this one continues after it.
+        `changed` is set whenever `take` may have something to give. `prior`: all output that an earlier, accepted
+        generation of the same request delivered, with the stats of its first tokens; this generation continues it.
         """
         self._client = client
         self._request = request
@@ -57,10 +56,10 @@ class Generation:
         self._accepted = self._announced = False
         self._stats_taken = False
         self._latest_stats: GenerationStats | None = None
-        """Of the attempt that spoke last."""
+        """Stats of the latest attempt that sent some."""
         self._failure: Failure | None = None
         self.ended = False
-        """`take` has handed out the last reply."""
+        """`take` has handed out the last reply, or the generation was closed."""
         if prior is not None:
             self._output.append(prior)
             self._taken = len(self._output)
@@ -90,9 +89,9 @@ class Generation:
         """What has come since the last call, or None.
 
         The first batch may be empty: it says that a replica has accepted the request. The last reply is a batch with
-        a `finish_reason` or a `Failure`. `stats` come once, with the first tokens: they are those of the first attempt
-        that delivered some, since what another one finds in its cache is no saving of the caller's. Raises what the
-        client raised against its contract.
+        a `finish_reason` or a `Failure`. `stats` come once, with the first tokens, from the first attempt that
+        delivered tokens: a later attempt's cache hits save the caller nothing. Raises any exception of the client that
+        `ReplicaClient.open` does not allow.
         """
         if self.ended:
             return None
@@ -118,7 +117,7 @@ class Generation:
         stats = None if self._stats_taken else self._output.stats
         self._stats_taken = self._output.stats is not None
         if not self.ended and self._task is not None and self._task.done():
-            self._changed.set()  # its last word is next, and nothing more will say so
+            self._changed.set()  # the failure is next, and nothing else will wake the reader
         return replace(batch, finish_reason=self._output.finish_reason, stats=stats)
 
     async def _read(self) -> None:
@@ -135,7 +134,7 @@ class Generation:
     async def _run_attempts(self) -> None:
         settings = self._settings
         history = AttemptHistory(settings)
-        while not self._output.complete():  # an earlier generation, or a lost attempt, brought all but the last word
+        while not self._output.complete():  # complete if only the batch with the finish reason was lost
             known = len(self._output)
             reason = await self._attempt_noted(history)
             if reason is None and history.attempts:
@@ -154,7 +153,7 @@ class Generation:
             await asyncio.sleep(backoff_s(history.attempts, settings.first_backoff_s, settings.max_backoff_s))
 
     async def _attempt_noted(self, history: AttemptHistory) -> str | None:
-        """One attempt, and in `history` how it ended; why it did not finish the choice, if it did not.
+        """Make one attempt and note its end in `history`. Returns why it did not finish the choice, or None.
 
         Sets `_failure` when no other attempt is to be made.
         """
@@ -166,7 +165,7 @@ class Generation:
             if len(self._output) > known:
                 history.progress()
             else:
-                # An accepted stream waits for a place until its deadline. Only what a replica did with it counts.
+                # An accepted stream waits for a place until its deadline: only losses by a replica that had it count.
                 self._failure = history.lost(counts=lost.taken or not self._accepted, implicated=lost.implicated)
             return str(lost)
         if failure is None:
@@ -177,9 +176,9 @@ class Generation:
         return failure.message
 
     async def _attempt(self, *, isolated: bool) -> Failure | None:
-        """One attempt to its end; None when the choice is finished.
+        """Run one attempt to its end. Returns its failure, or None when the choice is finished.
 
-        Raises `ReplicaLost`, also where a client made that of this task's own cancellation.
+        Raises `ReplicaLost`, even if this task was cancelled and the client turned that into `ReplicaLost`.
         """
         loop = asyncio.get_running_loop()
         silence_s = self._settings.silence_s
@@ -209,7 +208,7 @@ class Generation:
         except BatchError as error:
             raise ReplicaLost(f"the replica sent an invalid batch: {error}") from error
         except asyncio.CancelledError:
-            # A replica's own cancellation arrives as a bare CancelledError too.
+            # A cancellation by the replica arrives as a bare CancelledError, like one of this task.
             raise ReplicaLost("the replica cancelled the attempt") from None
         raise ReplicaLost("the attempt ended without a last batch")
 
@@ -240,7 +239,7 @@ class Generation:
 
 
 def _raise_if_cancelled() -> None:
-    """Raise `CancelledError` if this task was told to stop, whatever a client made of that."""
+    """Raise `CancelledError` if this task was cancelled, even if a client replaced or swallowed that exception."""
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError
@@ -256,7 +255,7 @@ class Generations:
         self._running: dict[int, Generation] = {}
 
     def add(self, request: GenerationRequest, prior: TokenBatch | None = None) -> None:
-        """Have this choice generated too, from `prior` on (see `Generation`). Before the block is entered."""
+        """Add a choice, which continues `prior` (see `Generation`). Call it before entering."""
         self._running[request.choice] = Generation(self._client, request, self._changed, self._settings, prior)
 
     async def __aenter__(self) -> Self:

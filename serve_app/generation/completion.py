@@ -21,7 +21,7 @@ class Usage:
 
     prompt_tokens: int
     cached_tokens: int
-    """Of the prompts, as far as each one's first choice found them in a replica's cache."""
+    """Prompt tokens that the first choice of each prompt found in a replica's cache."""
     completion_tokens: int
 
 
@@ -42,13 +42,13 @@ class Completion:
             for each in request.requests
         ]
         self._stats: list[GenerationStats | None] = [None] * request.choices
-        """Of the attempt that began each choice."""
+        """For each choice, the stats of the attempt that began it."""
         self._ended = [False] * request.choices
         self.outcome = ""
         """The finish reason that came last."""
 
     def push(self, choice: int, batch: TokenBatch) -> Delta:
-        """What the choice gains by `batch`, which follows those before. Only for a choice that has not ended."""
+        """The delta of a choice from its next `batch`. Only for a choice that has not ended."""
         if self._stats[choice] is None:
             self._stats[choice] = batch.stats
         delta = self._texts[choice].push(batch)
@@ -58,7 +58,7 @@ class Completion:
         return delta
 
     def ended(self, choice: int) -> bool:
-        """Whether this choice has said all: by the model's end, its limit or a stop string."""
+        """Whether this choice has ended: by the model, at its limit or at a stop string."""
         return self._ended[choice]
 
     @property

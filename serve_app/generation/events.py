@@ -1,7 +1,7 @@
-"""The seam between a completion and its wire format: what choices gain in, whole server-sent events out.
+"""The seam between a completion and its wire format: deltas in, whole server-sent events out.
 
-Promises that events are a function of what the choices gain and of nothing else, so that a stream can be written
-again, event for event, by another ingress process. Knows no replica.
+Promises that the events depend on the deltas alone, so that another ingress process can write a stream again, event
+for event. Knows no replica.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ class EventWriter(ABC):
 
     @abstractmethod
     def opened(self) -> list[bytes]:
-        """Before the first token."""
+        """The events before the first token."""
 
     @abstractmethod
     def gained(self, delta: Delta) -> list[bytes]:
-        """A choice has gained something, or has ended."""
+        """The events of one delta, which may end its choice."""
 
     @abstractmethod
     def ended(self, usage: Usage) -> list[bytes]:
-        """All choices have ended."""
+        """The events after all choices have ended."""
 
     @abstractmethod
     def failed(self, error: RequestError) -> bytes:
-        """The stream ends with an error."""
+        """The event of an error that ends the stream."""

@@ -1,6 +1,6 @@
 """What was generated so far of one choice: token ids, logprobs where they were asked for, and how it ended.
 
-Promises that ids are consecutive and that each position is written once, whatever the attempts send twice.
+Promises that ids are consecutive and that each position is written once, even if attempts send tokens twice.
 Knows no replica, no text and no clock.
 """
 
@@ -14,7 +14,7 @@ class BatchError(Exception):
 
 
 class OtherTokens(BatchError):
-    """A batch that repeats positions with other tokens than are there: it is of another text."""
+    """A batch whose tokens differ from those received before at the same positions: it belongs to another text."""
 
 
 class OutputTokens:
@@ -30,16 +30,15 @@ class OutputTokens:
         """One per token when they were asked for, else empty."""
         self.finish_reason: FinishReason | None = None
         self.stats: GenerationStats | None = None
-        """Counters of the first attempt that delivered tokens. Cache hits of later attempts are no saving of the
-        caller's."""
+        """Counters of the first attempt that delivered tokens. Cache hits of later attempts save the caller nothing."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
     def append(self, batch: TokenBatch) -> int:
-        """Add what is new in `batch`; how many tokens are. What overlaps was delivered before and is dropped.
+        """Add the tokens of `batch` that are new, and return their number. Those received before are dropped.
 
-        Raises `BatchError` or `OtherTokens`, and then has added nothing.
+        Raises `BatchError` or `OtherTokens`, and adds nothing then.
         """
         first = batch.first_index
         known = len(self.token_ids) - first
@@ -64,12 +63,12 @@ class OutputTokens:
         return len(new_ids)
 
     def tokens(self, first: int, end: int | None = None) -> TokenBatch:
-        """Those from position `first` to `end`, or all from there, without what came with them."""
+        """The tokens from position `first` to `end` (None: to the last), with logprobs, without stats or an end."""
         logprobs = tuple(self.logprobs[first:end]) if self._with_logprobs else None
         return TokenBatch(first, tuple(self.token_ids[first:end]), logprobs)
 
     def complete(self) -> bool:
-        """Whether what is there is the whole output, also when no batch has said so: its last word was lost then."""
+        """Whether the output is complete, even if the batch with its `finish_reason` was lost; sets that if so."""
         if self.finish_reason is None:
             last = self.token_ids[-1] if self.token_ids else None
             self.finish_reason = self._request.finish_reason(len(self.token_ids), last)

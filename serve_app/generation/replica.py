@@ -12,13 +12,13 @@ from serve_app.core import GenerationRequest, LoadStage, ModelCard, Reply
 
 
 class ReplicaLost(Exception):
-    """The attempt ended without a last word: the replica died, was taken away, or fell silent.
+    """The attempt ended without a last reply: the replica died, was taken away, or fell silent.
 
     What it delivered stays valid; the same request with those ids as `output_token_ids` continues it elsewhere.
     """
 
     def __init__(self, reason: str, *, taken: bool = True, implicated: bool = False) -> None:
-        """`taken`: a replica had accepted it. `implicated`: that replica was computing it in isolation when lost."""
+        """`taken`: a replica had accepted the attempt. `implicated`: it was computing the attempt in isolation."""
         super().__init__(reason)
         self.taken = taken
         self.implicated = implicated

@@ -15,13 +15,13 @@ from serve_app.chat.prompt_error import context_exceeded
 from serve_app.core import Fingerprint, GenerationDefaults, GenerationRequest, ModelCard, RequestError, SamplingParams
 
 MAX_CHOICES = 32
-"""Over all prompts of one request: it counts once in `max_streams`."""
+"""Over all prompts of one request. A request counts as one stream in `max_streams`, whatever its choices."""
 SEED_BITS = 53
-"""Of a seed drawn here: as many as a JavaScript client can read and send back. Callers may use 64."""
+"""Bits of a seed drawn here: as many as a JavaScript client can read and send back. Callers may use 64."""
 ANY_SEED = -1
-"""As `seed`: one is drawn, as if none had been given."""
+"""A caller's `seed` that means the same as none: a seed is drawn."""
 GREEDY_BELOW = 1e-4
-"""A temperature this close to 0 is 0: the quotient leaves float32, and no draw would differ from greedy."""
+"""A lower temperature counts as 0: dividing logits by it may overflow float32, and no draw would differ from greedy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,17 +38,17 @@ class CompletionParams:
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     seed: int | None = None
-    """-1 is none. Any other negative seed is the same as the unsigned one with its 64 bits."""
+    """-1 means none. Any other negative seed is the same as the unsigned number with its 64 bits."""
     stop: tuple[str, ...] = ()
     cache_salt: str = ""
     max_tokens: int | None = None
-    """The caller's own limit: cut to what fits the context, and told when it was. None: there is none."""
+    """The caller's own limit, cut to what fits the context (`ResolvedRequest.cut_to` says so). None: no limit."""
     default_max_tokens: int | None = None
     """The wire format's limit when the caller has none: cut to what fits. None: all that is left of the context."""
     n: int = 1
     """Choices for each prompt."""
     logprobs: int | None = None
-    """As in `SamplingParams`."""
+    """See `SamplingParams`."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     min_tokens: int = 0
     ignore_eos: bool = False
@@ -63,18 +63,18 @@ class Prompt:
     continues: bool
     """The answer continues the prompt's text (a raw prompt, an open message), instead of standing alone (a chat)."""
     param: str
-    """The field it came in."""
+    """The request's field that held the prompt."""
 
 
 class ResolvedRequest(Struct, frozen=True):
     """All that is needed to answer a request, by this process or by another."""
 
     model: str
-    """Its name, for clients."""
+    """The model's name, for clients."""
     requests: tuple[GenerationRequest, ...]
-    """One for each choice: number `p * choices_per_prompt + c` is the c-th of prompt p."""
+    """One for each choice: number `p * choices_per_prompt + c` is the c-th choice of prompt p."""
     continues: bool
-    """As in `Prompt`."""
+    """See `Prompt`."""
     stops: tuple[str, ...]
     choices_per_prompt: int
     cut_to: int | None = None
@@ -82,22 +82,22 @@ class ResolvedRequest(Struct, frozen=True):
 
     @property
     def request_id(self) -> str:
-        """Of the caller's request, in every log."""
+        """The id of the caller's request, used in every log."""
         return self.requests[0].request_id
 
     @property
     def choices(self) -> int:
-        """Of all prompts."""
+        """Number of choices, over all prompts."""
         return len(self.requests)
 
     @property
     def seed(self) -> int:
-        """The one that was asked for or drawn."""
+        """The seed that was asked for or drawn."""
         return self.requests[0].sampling.seed
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """Of the weights that answer."""
+        """The fingerprint of the weights that answer."""
         return self.requests[0].fingerprint
 
     @property
@@ -107,7 +107,7 @@ class ResolvedRequest(Struct, frozen=True):
 
     @property
     def prompt_tokens(self) -> int:
-        """Each prompt counts once, however many choices it has."""
+        """Tokens of all prompts. Each prompt counts once, however many choices it has."""
         return sum(len(request.prompt_token_ids) for request in self.requests[:: self.choices_per_prompt])
 
 
@@ -120,7 +120,7 @@ def resolve(
     request_id: str,
     remaining_s: float,
 ) -> ResolvedRequest:
-    """Everything about a request resolved and checked. Raises `RequestError`."""
+    """Resolve and check everything about a request. Raises `RequestError`."""
     if len(prompts) * params.n > MAX_CHOICES:
         raise _invalid(f"One request can have at most {MAX_CHOICES} choices over all its prompts.", "n")
     _check_ids(card, [token_id for token_id, _ in params.logit_bias], "logit_bias")

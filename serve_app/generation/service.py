@@ -1,4 +1,4 @@
-"""What an API asks for: the model's state, prompts as ids, requests resolved, completions under way.
+"""What the API modules call: the model's state, prompts as ids, resolved requests, running completions.
 
 Promises that leaving a `RunningCompletion` frees the device at once (P5). Knows no HTTP and no wire format.
 """
@@ -48,16 +48,16 @@ class CompletionService:
         self.sampling_defaults = {name: value for name, value in asdict(defaults).items() if name != "eos_token_ids"}
         """The sampling parameters of requests that don't give them."""
         self.resolve = partial(resolve, defaults)
-        """Everything about a request resolved and checked; see `generation.request.resolve`."""
+        """Resolves and checks everything about a request; see `generation.request.resolve`."""
 
     async def state(self) -> ModelCard | LoadStage:
-        """The card of the model when it can serve, or how far it is."""
+        """The model's card if the model can serve, else how far it is with loading."""
         return await self._client.model()
 
     async def ready_model(self, name: str | None = None) -> ModelCard:
-        """The card. Raises `RequestError` while there is no model to serve, and when it has another `name`.
+        """The model's card. Raises `RequestError` while no model can serve, or if `name` is not one of its names.
 
-        No name, or an empty one, is the model's.
+        No name, or an empty one, stands for the model.
         """
         state = await self._client.model()
         if isinstance(state, LoadStage):
@@ -89,7 +89,7 @@ class CompletionService:
 
 
 class RunningCompletion(Generations):
-    """One request under way, told as text. Leaving it cancels what still runs."""
+    """One running request, its output as text. Leaving it cancels what still runs."""
 
     def __init__(self, client: ReplicaClient, settings: FailoverSettings, completion: Completion) -> None:
         super().__init__(client, settings)
@@ -98,7 +98,7 @@ class RunningCompletion(Generations):
             self.add(request)
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """What each choice gains, as it comes; every choice ends with a finish reason.
+        """The deltas of all choices, as they come; every choice ends with a finish reason.
 
         Raises `RequestError` when a choice can't go on; what came before stays valid.
         """

@@ -20,12 +20,12 @@ class TokenLogprob(NamedTuple):
 
     token_id: int
     offset: int
-    """Characters of the answer before its text."""
+    """Characters of the answer before the token's text."""
     logprobs: TokenLogprobs
 
 
 class Delta(NamedTuple):
-    """What a choice has gained. The first of a stream may be empty: the request was accepted."""
+    """What is new in one choice. The first delta of a stream may be empty: it says that the request was accepted."""
 
     choice: int
     token_ids: tuple[int, ...]
@@ -44,27 +44,27 @@ class _HeldLogprobs:
     def __init__(self) -> None:
         self._made_chars = self._out_chars = 0
         self._unfinished: list[TokenLogprob] = []
-        """Tokens without text of their own so far: parts of a character, or special tokens. They go with the next."""
+        """Tokens without text of their own so far: parts of a character, or special tokens. They join the next text."""
         self._held: deque[tuple[int, TokenLogprob]] = deque()
         """(characters of text that must be sent first, the logprob)."""
 
     def add(self, token_id: int, logprobs: TokenLogprobs) -> None:
-        """A token has come; its text, if it has some by itself, is about to be `made`."""
+        """Add a token. The text that it completes, if any, is passed to `made` next."""
         self._unfinished.append(TokenLogprob(token_id, self._made_chars, logprobs))
 
     def made(self, text: str, *, last: bool = False) -> None:
-        """So much text has become certain; `last`: none will follow."""
+        """Note decoded text, before it is searched for stop strings; `last`: none will follow."""
         self._made_chars += len(text)
         if text or last:
             self._held.extend((self._made_chars, token) for token in self._unfinished)
             self._unfinished.clear()
 
     def out(self, text: str) -> None:
-        """So much of it is shown."""
+        """Note text that is shown: no stop string cuts it."""
         self._out_chars += len(text)
 
     def take(self) -> tuple[TokenLogprob, ...]:
-        """What may be told now."""
+        """The logprobs whose text is now shown; each is returned once."""
         told: list[TokenLogprob] = []
         while self._held and self._held[0][0] <= self._out_chars:
             told.append(self._held.popleft()[1])
@@ -84,7 +84,7 @@ class ChoiceText:
     ) -> None:
         """`stop_token_ids` are counted and have neither text nor logprobs.
 
-        A stop string counts only when a token after the first `min_tokens` completes it, as stop ids do.
+        A stop string counts only if a token after the first `min_tokens` completes it.
         Raises `PromptError` for a stop string that can't be used.
         """
         self._choice = choice
@@ -99,7 +99,7 @@ class ChoiceText:
     def push(self, batch: TokenBatch) -> Delta:
         """The text of `batch`. With a `finish_reason` in the result the choice has ended: push no more.
 
-        A stop string ends it before the model does; what the batch holds beyond is dropped.
+        A stop string ends the choice before the model does; the rest of the batch is dropped then.
         """
         texts: list[str] = []
         for index, token_id in enumerate(batch.token_ids):
@@ -122,7 +122,7 @@ class ChoiceText:
         return self._delta(batch, texts, FinishReason.STOP if stopped else batch.finish_reason)
 
     def _show(self, text: str, tokens: int, *, last: bool = False) -> tuple[str, bool]:
-        """What of the text that is certain after `tokens` can be shown, and whether a stop string ends it."""
+        """What can be shown once `text` is decoded (after `tokens` tokens), and whether a stop string ends it."""
         self._logprobs.made(text, last=last)
         shown, stopped = self._stops.push(text, may_stop=tokens > self._min_tokens)
         if last and not stopped:

@@ -46,8 +46,8 @@ def build_once(
     """Have `folder` as `build` makes it: at once when it is there and complete, else built next to it and renamed.
 
     `build` fills the empty folder it is given and returns notes for the user, which are returned each time. `version`
-    names the recipe: a folder of another one is built again. Raises `ModelError` when the disk is full or can't be
-    written; what else `build` raises passes through, and nothing half-made stays.
+    names the way it is built: a folder of another version is built again. Raises `ModelError` when the disk is full or
+    can't be written; what else `build` raises passes through, and nothing half-made stays.
     """
     try:
         if (notes := find_built(folder, version)) is not None:
@@ -62,7 +62,7 @@ def build_once(
 
 
 def find_built(folder: Path, version: str) -> tuple[str, ...] | None:
-    """The notes of the folder's builder when it is complete and of this recipe: no lock, no network."""
+    """The notes of the folder's builder when it is complete and of this version, else None. Takes no lock."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
         whole = all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
@@ -96,7 +96,7 @@ def require_space(folder: Path, needed_bytes: int) -> None:
 
 def _build(folder: Path, version: str, build: Callable[[Path], tuple[str, ...]]) -> tuple[str, ...]:
     partial = folder.with_name(f".{folder.name}.partial")
-    for leftover in (partial, folder):  # of a crash, or of another recipe; whoever has it open keeps its pages
+    for leftover in (partial, folder):  # of a crash or another version; open files keep their contents
         if leftover.exists():
             shutil.rmtree(leftover)
     partial.mkdir()
@@ -117,7 +117,7 @@ def _build(folder: Path, version: str, build: Callable[[Path], tuple[str, ...]])
 
 
 def _flush(path: Path) -> None:
-    """A power cut after the rename must not leave files of the right size without their contents."""
+    """Write to disk: a power cut after the rename must not leave files of the right size without their contents."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

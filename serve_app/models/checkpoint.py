@@ -18,8 +18,8 @@ from serve_app.models.model_error import ModelError
 
 SAFETENSORS_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 PICKLE_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-"""The only file, or the index of a sharded checkpoint: of several that are there, transformers takes the first
-(`_get_resolved_checkpoint_files`), whatever else lies beside it."""
+"""A checkpoint's only file, or the index of its shards. transformers takes the first of these and of
+`SAFETENSORS_WEIGHTS` that is there (`_get_resolved_checkpoint_files`), safetensors before pickles."""
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 """Files of torch's distributed checkpoints, which transformers would take before all others."""
 _MAX_HEADER_BYTES = 100_000_000
@@ -83,7 +83,7 @@ def tensors(path: Path) -> list[TensorEntry]:
 def weight_names(folder: Path, names: Collection[str]) -> list[str]:
     """Of the `names` of a folder's or repository's files, those with the weights, in order; empty without weights.
 
-    `folder` has config.json, where `transformers_weights` may name another file, and the index of several files.
+    `folder` holds config.json, where `transformers_weights` may name another file, and the index of the shards, if any.
     Raises `ModelError`.
     """
     named = read_json(folder / "config.json").get("transformers_weights")
@@ -102,7 +102,7 @@ def weight_names(folder: Path, names: Collection[str]) -> list[str]:
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights, and that the loader reads, in name order; empty when there are none.
 
-    The one answer for what is checked, planned for, loaded and fingerprinted. Raises `ModelError`.
+    Checks, memory plans, loading and fingerprints all use this list. Raises `ModelError`.
     """
     return [folder / name for name in weight_names(folder, {path.name for path in folder.iterdir()})]
 
@@ -113,7 +113,7 @@ def is_pickle(files: list[Path]) -> bool:
 
 
 def check_model_folder(folder: Path, *, allow_pickle: bool) -> None:
-    """Raise `ModelError` unless config.json and every whole weight file are there."""
+    """Raise `ModelError` unless config.json and every weight file are there, each at its full size."""
     read_json(folder / "config.json", missing=f"{folder} holds no model: it has no config.json.")
     if distributed := sorted(path.name for path in folder.iterdir() if _DISTRIBUTED.fullmatch(path.name)):
         raise ModelError(
@@ -159,7 +159,7 @@ def pickle_refused(source: str) -> ModelError:
 
 
 def _shards(index: Path) -> list[str]:
-    """Names of the files that an index speaks of, sorted. Raises `ModelError`."""
+    """Names of the files that an index lists, sorted. Raises `ModelError`."""
     names = read_json(index, missing=f"{index} is missing.").get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ModelError(f"{index} names no shards; fetch the file again.")
@@ -170,9 +170,9 @@ def _shards(index: Path) -> list[str]:
 
 
 def read_json(path: Path, *, missing: str | None = None) -> dict[str, Any]:
-    """The JSON object in a file. A file that isn't there is an empty one, or a `ModelError` that says `missing`.
+    """The JSON object in a file; empty when there is no such file and `missing` is None.
 
-    Raises `ModelError` for one that is damaged.
+    Raises `ModelError` for a damaged file, and with the text `missing`, if given, when there is no such file.
     """
     try:
         content = json.loads(path.read_text())

@@ -1,7 +1,7 @@
-"""Did a model get every weight from its checkpoint, and the checkpoint's every weight a place in the model?
+"""Checks that a model got every weight from its checkpoint, and that it has a place for each of the checkpoint's.
 
-From the report that transformers gives with `output_loading_info=True`: it fills what is missing with random numbers,
-leaves out what it has no place for, and only logs both.
+Reads the report that transformers gives with `output_loading_info=True`: transformers fills missing weights with random
+numbers, leaves out those that it has no place for, and only logs both.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any
 from serve_app.models.model_error import ModelError
 
 _NO_WEIGHTS = frozenset({"bias", "masked_bias", "inv_freq", "k_scale", "v_scale"})
-"""Entries of an attention itself, not of its layers, that some checkpoints hold and that compute nothing here: masks,
-frequencies, and scales for a cache of keys and values in 8 bits."""
+"""Entries of an attention module itself, not of its linear layers, that some checkpoints hold and that have no effect
+here: masks, rotary frequencies, and scales for an 8-bit KV cache."""
 
 
 def require_complete(where: str, model: Any, report: Mapping[str, Any]) -> None:
     """Raise `ModelError` unless each weight of the transformers `model` was read from the checkpoint `where`.
 
-    Tied weights and buffers that a class computes are not in transformers' list of the missing. What the checkpoint has
-    beside the model (heads for other tasks, extra layers that predict ahead) may be left out; what it has within a
-    layer that is computed, as norms of queries or experts, may not, nor may one more layer like the last.
+    transformers does not list tied weights, or buffers that a class computes, as missing. Weights beside the model
+    (heads for other tasks, extra layers that predict ahead) may stay unread. Weights within a computed layer, such as
+    norms of queries or experts, may not, nor may one more layer like the last.
     """
     if missing := sorted(report["missing_keys"]):
         raise ModelError(f"{where} lacks weights of the model, e.g. {missing[0]}; fetch a whole checkpoint.")
@@ -36,7 +36,7 @@ def require_complete(where: str, model: Any, report: Mapping[str, Any]) -> None:
 
 
 def _unread(model: Any, keys: Iterable[str]) -> Iterator[str]:
-    """Of the names that the model has no place for, those that belong to what it computes."""
+    """Those of `keys`, the names that the model has no place for, that belong to what it computes."""
     from torch.nn import ModuleList  # an ingress imports this file and has no torch
 
     keys = sorted(keys)
@@ -48,17 +48,17 @@ def _unread(model: Any, keys: Iterable[str]) -> Iterator[str]:
     for key in keys:
         parent, _, last = key.rpartition(".")
         around = {*accumulate(parent.split("."), "{}.{}".format)}
-        if key in buffers or around & parameters:  # what is said of a parameter is how it is quantised
+        if key in buffers or around & parameters:  # entries below a parameter say how it is quantised
             continue
         if parent in computed or (around & listed and last not in _NO_WEIGHTS):
             yield key
     for name, count in lists.items():
-        # One that predicts ahead has more in it, where heads or norms join it to the model.
+        # A layer that predicts ahead has more entries: heads or norms that join it to the model.
         usual = _within(f"{name}.{count - 1}", parameters)
         if usual and _within(f"{name}.{count}", keys) == usual:
             yield f"{name}.{count}.{min(usual)}"
 
 
 def _within(module: str, names: Iterable[str]) -> set[str]:
-    """What the names below a module are there."""
+    """Those of `names` that are below `module`, without its prefix."""
     return {name.removeprefix(f"{module}.") for name in names if name.startswith(f"{module}.")}

@@ -1,4 +1,4 @@
-"""GGUF to a folder that transformers loads: float32 safetensors, tokenizer, chat template, generation settings.
+"""Turns GGUF into a folder that transformers loads: float32 safetensors, tokenizer, chat template, generation settings.
 
 Works in a process of its own (`python -m serve_app.models.conversion GGUF FOLDER`), since it needs twice the memory
 of the weights and frees it best by ending. Knows no cache and no network.
@@ -30,7 +30,7 @@ CONVERSION_VERSION = "3"
 _DIGIT_SPLITTING = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
 """Values of `tokenizer.ggml.pre` that mean: each digit apart, then GPT-2's pattern (llama.cpp, src/llama-vocab.cpp)."""
 _GPT2_SPLITTING = frozenset({"gpt-2", "mpt", "olmo", "jais"})
-"""Those that mean GPT-2's pattern alone, which is what transformers falls back on."""
+"""Values of `tokenizer.ggml.pre` that mean GPT-2's pattern alone, on which transformers falls back."""
 _END_OF_TURN_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 """GGUF keys under `tokenizer.ggml.` of ids that end an answer."""
 
@@ -58,7 +58,7 @@ def convert(gguf: Path, folder: Path, progress: Progress) -> tuple[str, ...]:
         ) as process:
             try:
                 notes = _follow(process, progress)
-                process.wait()  # before leaving closes its stdin
+                process.wait()  # before `with` closes its stdin, which would end it
             except BaseException:
                 process.kill()
                 raise
@@ -117,7 +117,7 @@ def _end_with_parent() -> None:
 
 @contextmanager
 def _as_one_file(gguf: Path, contents: GGUFContents, folder: Path) -> Iterator[Path]:
-    """transformers reads one file: of a model in parts, one that is gone afterwards."""
+    """A model as the one file that transformers reads: `gguf` itself, or a temporary file with all of its parts."""
     weights_bytes = 4 * sum(int(tensor.n_elements) for tensor in contents.tensors)
     if len(contents.readers) == 1:
         require_space(folder, weights_bytes)
@@ -164,8 +164,10 @@ def _convert_weights(gguf: Path, contents: GGUFContents, folder: Path) -> int:
 
 
 def _require_every_tensor(name: str, contents: GGUFContents, config: Any) -> None:
-    """transformers fills what a file lacks with random numbers, and leaves out what it has no place for: both make
-    another model of it. Raises `ModelError`."""
+    """Raise `ModelError` when the file lacks a tensor of the model, or has one that the model has no place for.
+
+    transformers would fill the first with random numbers and leave out the second: both change the model.
+    """
     from serve_app.models.gguf_settings import ROPE_TENSORS
     from serve_app.models.support import check_config, without_weights
 

@@ -30,8 +30,8 @@ def read_generation_defaults(
     model's own. A value that no sampler can honour (top_k -1) is left out, and the log says so.
 
     An answer ends with the ids that the model states and with the tokenizer's own, as in vLLM: fine-tunes that brought
-    ChatML often left their base model's id in generation_config.json, and would run past their turn. For raw prompts
-    too: it is the token that the model was taught to end with, and it has no text.
+    ChatML often left their base model's id in generation_config.json, and would run past their turn. These ids also end
+    the answers to raw prompts: the model was taught to end with them, and they have no text.
     """
     generation = read_json(folder / "generation_config.json")
     config = read_json(folder / "config.json")
@@ -81,7 +81,7 @@ def _tokenizer_eos(folder: Path) -> set[int]:
         token = token.get("content")
     vocabulary = tokenizer.get("model", {}).get("vocab", {})
     known = dict(vocabulary) if isinstance(vocabulary, dict) else {}
-    # Of a folder with a tokenizer.model only, this is all that can be read without loading it.
+    # Where a folder has only a tokenizer.model, `added_tokens_decoder` is all that can be read without loading it.
     known |= {entry["content"]: int(key) for key, entry in settings.get("added_tokens_decoder", {}).items()}
     known |= {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens", [])}
     return {known[token]} if token in known else set()

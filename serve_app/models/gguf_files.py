@@ -13,7 +13,7 @@ from typing import Any
 from serve_app.models.model_error import ModelError
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
-"""How llama.cpp names the parts of a model (`llama_split_path`), and so everybody does."""
+"""How llama.cpp (`llama_split_path`), and so everybody, names the parts of a model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class GGUFContents:
     """What the headers of a model's parts say together."""
 
     fields: dict[str, Any]
-    """Key -> value, an array as a list; of several parts, the first one's."""
+    """Key -> value, an array as a list. With several parts, the fields of the first one."""
     tensors: list[Any]
     """gguf's own `ReaderTensor`s of all parts; their data stays mapped from the files."""
     readers: list[Any]
@@ -34,13 +34,13 @@ class GGUFContents:
 
 
 def gguf_name(gguf: Path) -> str:
-    """The model's name by its file's: without suffix and without a part's number."""
+    """The model's name: that of its file without the suffix and a part's number."""
     match = _PART.fullmatch(gguf.name)
     return match["stem"] if match else gguf.stem
 
 
 def gguf_parts(gguf: Path) -> list[Path]:
-    """The files of the model that `gguf` is, or is any part of, in order. Raises `ModelError` for one that lacks."""
+    """The files, in order, of the model that `gguf` is or is a part of. Raises `ModelError` when a part is missing."""
     match = _PART.fullmatch(gguf.name)
     if match is None:
         return [gguf]
@@ -56,7 +56,7 @@ def gguf_parts(gguf: Path) -> list[Path]:
 
 
 def read_gguf(parts: list[Path]) -> GGUFContents:
-    """The headers of a whole model. Raises `ModelError` for a file that is cut off, or no part of the others."""
+    """The headers of a whole model. Raises `ModelError` for a file that is cut off or doesn't belong to the others."""
     readers = [_read(part) for part in parts]
     fields = [{key: field.contents() for key, field in reader.fields.items()} for reader in readers]
     tensors = [tensor for reader in readers for tensor in reader.tensors]
@@ -83,7 +83,7 @@ def write_whole(contents: GGUFContents, path: Path) -> None:
 
     writer = GGUFWriter(path, contents.architecture, endianess=contents.readers[0].endianess)
     for key, field in contents.readers[0].fields.items():
-        # Only a part has keys with `split.`.
+        # `split.` keys describe a part; the writer itself takes care of the others.
         if key.startswith(("split.", "GGUF.")) or key in ("general.architecture", "general.alignment"):
             continue
         kind = field.types[0]
@@ -101,7 +101,7 @@ def _read(part: Path) -> Any:
     from gguf import GGUFReader
 
     try:
-        return GGUFReader(part)  # which maps each tensor, and so finds one that the file ends before
+        return GGUFReader(part)  # maps each tensor, and so fails for one that is cut off
     except (ValueError, IndexError, KeyError) as error:
         said = " ".join(str(error).split())[:200]
         raise ModelError(

@@ -1,4 +1,4 @@
-"""What a GGUF file says of its model and transformers' reader drops: carried into the config, or refused by name.
+"""Settings of a GGUF file that transformers' reader drops: they are carried into the config, or refused by name.
 
 transformers drops every key and tensor that its table of the architecture does not list, and takes the defaults of the
 config's class instead: other rotary angles, another window, another epsilon, and so other answers. Keys:
@@ -20,10 +20,10 @@ from serve_app.models.model_error import ModelError
 from serve_app.transformers_internals import gguf_settings_read
 
 ROPE_TENSORS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
-"""Tensors that hold no weights: what each rotary frequency is divided by."""
+"""Tensors that hold no weights, but the divisors of the rotary frequencies."""
 
 _EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
-"""What the configs of transformers call the one epsilon that a model has."""
+"""Names that transformers' configs have for the epsilon of a model's norms; a config has one of them."""
 _ATTRIBUTES = {
     "attention.key_length": "head_dim",
     "attention.sliding_window": "sliding_window",
@@ -34,16 +34,16 @@ _ATTRIBUTES = {
     "expert_weights_norm": "norm_topk_prob",
     "use_parallel_residual": "use_parallel_residual",
 }
-"""Keys whose value a config's attribute of this name takes as it is, where it has one."""
+"""GGUF key -> the config's attribute that takes its value as it is, where the config has that attribute."""
 _SCALING = "rope.scaling."
 _OTHER_ROPE = frozenset({"rope.dimension_count", "rope.freq_base", "rope.freq_base_swa", "rope.scale_linear"})
 _WITHOUT_EFFECT = frozenset({"tensor_data_layout", "rope.scaling.finetuned", "attention.causal"})
-"""`attention.causal` once it is known to be true."""
+"""Keys that need no place in the config. `_carry_attention` refuses an `attention.causal` that is not true."""
 _NEUTRAL = (0, 1)
 """Values that turn an unknown setting off: no experts, no bias, a scale of one."""
 _QUERIES_BY_WIDTH = frozenset({46, 62})
-"""Layers of Gemma 2 27B and Gemma 3 27B, whose queries are scaled by width / heads and not by the heads' own width;
-the file doesn't say so (llama.cpp, src/models/gemma2.cpp and gemma3.cpp)."""
+"""Numbers of layers of Gemma 2 27B and Gemma 3 27B. Their queries are scaled by hidden size / heads, not by the width
+of a head; the file doesn't say so (llama.cpp, src/models/gemma2.cpp and gemma3.cpp)."""
 _SAMPLING = {
     "temp": "temperature",
     "top_p": "top_p",
@@ -53,7 +53,7 @@ _SAMPLING = {
 }
 """Keys under `general.sampling.`, and what generation_config.json calls them."""
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""Of every Llama 3.1, 3.2 and 3.3. The file holds only what they come to."""
+"""Rotary parameters of every Llama 3.1, 3.2 and 3.3. The file holds only the divisors that result from them."""
 
 
 def gguf_config(gguf: Path, contents: GGUFContents) -> Any:
@@ -88,14 +88,14 @@ def carry_settings(name: str, contents: GGUFContents, config: Any) -> None:
 
 
 def sampling_settings(contents: GGUFContents) -> dict[str, float]:
-    """What the file says of how the model is sampled, as generation_config.json has it; newer files may."""
+    """The file's sampling settings as generation_config.json names them; empty for the many files without any."""
     found = {key: contents.fields.get(f"general.sampling.{key}") for key in _SAMPLING}
     settings = {_SAMPLING[key]: shortest_decimal(value) for key, value in found.items() if value is not None}
-    return {"do_sample": True, **settings} if settings else {}  # without it transformers writes none of them
+    return {"do_sample": True, **settings} if settings else {}  # without `do_sample` transformers writes none
 
 
 def shortest_decimal(value: float) -> float:
-    """GGUF keeps float32: 9.999999747378752e-06 is 1e-05 again. An integer stays one."""
+    """Undoes GGUF's rounding to float32: 9.999999747378752e-06 becomes 1e-05. An integer stays one."""
     return value if isinstance(value, int) else float(str(np.float32(value)))
 
 
@@ -137,7 +137,7 @@ def _carry_attention(name: str, own: Mapping[str, Any], config: Any) -> set[str]
 
 
 def _carry_window_pattern(own: Mapping[str, Any], config: Any) -> None:
-    """Which layers see a window only: every one but each n-th, or one answer a layer."""
+    """Set which layers attend to a window only. The pattern is a number n (all but each n-th) or one bool a layer."""
     pattern = own.get("attention.sliding_window_pattern")
     if pattern is None or not getattr(config, "layer_types", None):
         return
@@ -147,7 +147,7 @@ def _carry_window_pattern(own: Mapping[str, Any], config: Any) -> None:
 
 
 def _carry_rope(name: str, own: Mapping[str, Any], contents: GGUFContents, config: Any) -> set[str]:
-    """The angles, as `config.rope_parameters`. Raises `ModelError` for those that transformers has no words for."""
+    """Set the rotary angles in `config.rope_parameters`. Raises `ModelError` for what transformers can't express."""
     rope = getattr(config, "rope_parameters", None)
     if not rope:
         return set()
@@ -160,7 +160,7 @@ def _carry_rope(name: str, own: Mapping[str, Any], contents: GGUFContents, confi
         (sliding or full)["rope_theta"] = shortest_decimal(own["rope.freq_base_swa"])
     _carry_rotated_width(name, own, full, config)
     full.update(_scaling(name, own, contents, config) or {})
-    if full["rope_type"] == "longrope" and hasattr(config, "original_max_position_embeddings"):  # Phi-3's own place
+    if full["rope_type"] == "longrope" and hasattr(config, "original_max_position_embeddings"):  # Phi-3's place for it
         config.original_max_position_embeddings = full["original_max_position_embeddings"]
     config.standardize_rope_params()
     config.validate_rope()
@@ -168,7 +168,7 @@ def _carry_rope(name: str, own: Mapping[str, Any], contents: GGUFContents, confi
 
 
 def _carry_rotated_width(name: str, own: Mapping[str, Any], rope: dict[str, Any], config: Any) -> None:
-    """Of each head's width, the part that is rotated."""
+    """Set the part of each head's width that is rotated. Raises `ModelError` where a config has no place for it."""
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rotated = own.get("rope.dimension_count", width)
     if rotated == width * rope.get("partial_rotary_factor", 1.0):
@@ -179,7 +179,7 @@ def _carry_rotated_width(name: str, own: Mapping[str, Any], rope: dict[str, Any]
 
 
 def _scaling(name: str, own: Mapping[str, Any], contents: GGUFContents, config: Any) -> dict[str, Any] | None:
-    """The scaling as transformers calls it; None for none. Raises `ModelError`."""
+    """Rotary scaling in the form of transformers' `rope_parameters`; None for none. Raises `ModelError`."""
     said = {key.removeprefix(_SCALING): value for key, value in own.items() if key.startswith(_SCALING)}
     factor = shortest_decimal(said.get("factor") or own.get("rope.scale_linear") or 0.0)
     kind = said.get("type") or ("linear" if factor else "none")
@@ -211,8 +211,8 @@ def _scaling(name: str, own: Mapping[str, Any], contents: GGUFContents, config: 
 
 
 def _divided(divisors: np.ndarray[Any, Any], config: Any) -> dict[str, Any]:
-    """Rotary parameters that divide each frequency by these: Llama 3's, where they come to just that, else the numbers
-    themselves, which is what LongRoPE with one set is."""
+    """Rotary parameters that divide each frequency by `divisors`: Llama 3's, where they give these very divisors, else
+    LongRoPE with `divisors` as both of its sets."""
     from transformers import ROPE_INIT_FUNCTIONS
 
     llama3 = {"rope_type": "llama3", "factor": shortest_decimal(divisors.max()), **_LLAMA3}

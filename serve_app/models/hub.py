@@ -57,7 +57,7 @@ def _fetch(model: ModelConfig, tokenizer_only: bool, progress: Progress) -> tupl
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     if not tokenizer_only:
         _refuse_formats(model, sizes)
-    # By the revision's name, so that the cache remembers what `main` was when the hub is away.
+    # Fetched by the revision's name: the cache then records its commit, for when the hub can't be reached.
     small = [name for name in sizes if _is_small(name, with_code=model.trust_remote_code)]
     bar = _bar_class(progress, f"fetching {model.source} (settings and tokenizer)", 0)
     folder = Path(snapshot_download(model.source, revision=model.revision, allow_patterns=small, tqdm_class=bar))
@@ -78,10 +78,7 @@ def _fetch(model: ModelConfig, tokenizer_only: bool, progress: Progress) -> tupl
 
 
 def _require_session() -> None:
-    """With proxy settings that the HTTP library can't use the hub can't be reached, and what is cached still serves.
-
-    Raises OSError.
-    """
+    """Raise OSError for proxy settings that the HTTP library can't use, so that `fetch` falls back on the cache."""
     try:
         get_session()
     except Exception as error:  # ImportError, ValueError or its own InvalidURL, by setting and library
@@ -89,8 +86,8 @@ def _require_session() -> None:
 
 
 def _check_before_weights(model: ModelConfig, folder: Path) -> None:
-    """What can't be served is refused before gigabytes are fetched."""
-    # Here and not above: it imports transformers and torch, which fetching for a tokenizer can do without.
+    """Raise `ModelError` for a model that can't be served, before gigabytes are fetched."""
+    # Imported late: these import transformers and torch, which fetching a tokenizer does not need.
     from serve_app.models.rotary import choose_angles
     from serve_app.models.sizes import own_context_tokens
     from serve_app.models.support import read_config
@@ -121,7 +118,7 @@ def _is_small(name: str, *, with_code: bool) -> bool:
 
 
 def cached(model: ModelConfig, *, tokenizer_only: bool) -> Path | None:
-    """The snapshot folder that an earlier fetch left, if it is enough. No network."""
+    """The snapshot folder of an earlier fetch, if all needed files are in it. Uses no network."""
     try:
         found = snapshot_download(
             model.source, revision=model.revision, local_files_only=True, allow_patterns=["config.json"]

@@ -1,7 +1,7 @@
-"""bitsandbytes' 8-bit linear layers computed on a CPU without its detour over float16: the same formula, whole numbers.
+"""Computes bitsandbytes' 8-bit linear layers on a CPU in integers: the same formula, without the detour over float16.
 
-Promises rows that don't depend on what is computed beside them: each is scaled by its own largest value, and sums of
-whole numbers are exact in any order. Knows no engine.
+Promises that a row's result doesn't depend on the other rows: each is scaled by its own largest value, and sums of
+integers are exact in any order. Knows no engine.
 
 Measured on 2 cores with AVX-512 and AMX, weights [1536, 576] streamed from memory, at 1 / 8 / 32 rows: bitsandbytes 252
 / 293 / 394 us, the product of `torch._int_mm` with its rows quantised 101 / 117 / 145, our float32 kernels 202 / 238 /
@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 _STEPS = 127.0
-"""Whole numbers on either side of 0; a weight is `CB * SCB / 127`."""
+"""Largest absolute value of the int8 numbers; a weight is `CB * SCB / 127`."""
 _CHECKED_ROWS = (1, 7, 33)
 
 
@@ -30,7 +30,7 @@ class Int8Linear(nn.Module):
     """
 
     def __init__(self, weight: torch.Tensor, largest: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """`weight` `[out, in]` of int8, `largest` `[out]`: what 127 stands for in each row. Neither is copied."""
+        """`weight`: int8 `[out, in]`, not copied. `largest`: `[out]`, the value that 127 stands for in each row."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.weight: torch.Tensor
@@ -53,9 +53,9 @@ class Int8Linear(nn.Module):
 
 
 def use_int8_linears(model: PreTrainedModel) -> int:
-    """Replace bitsandbytes' 8-bit layers of a model on the CPU; how many: 0 where torch has no fast and exact product.
+    """Replace bitsandbytes' 8-bit layers of a model on the CPU, and return their number.
 
-    Without AVX-512 `torch._int_mm` is a plain loop.
+    0 where torch has no fast and exact integer product: without AVX-512 `torch._int_mm` is a plain loop.
     """
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not _product_is_exact():
         return 0

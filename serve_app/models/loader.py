@@ -1,7 +1,7 @@
-"""Files to a transformers model in memory, ready for the engine, or one sentence why not.
+"""Loads a model's files into a transformers model in memory, ready for the engine, or raises `ModelError`.
 
-Promises the weights are held once: on a CPU in the checkpoint's own dtype they stay memory-mapped, so replicas on one
-machine share them; that none is left at random; and that nothing which can't be served comes through.
+Promises that the weights are held once: on a CPU in the checkpoint's own dtype they stay memory-mapped, so replicas on
+one machine share them; that no weight is left at random values; and that a model that can't be served is refused.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HALVES = {"BF16": "bfloat16", "F16": "float16"}
-"""As safetensors has them."""
+"""safetensors' names of 16-bit dtypes -> torch's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +48,19 @@ class LoadedModel:
     context_tokens: int
     """Longest prompt plus output: the model's own, or less by `max_model_len`."""
     device: torch.device
-    """Where ids go in; with a device map, the first part's."""
+    """The device that takes the ids; with a device map, that of the model's first part."""
     dtype: torch.dtype
-    """Of activations and so of keys and values. Weights may be smaller: quantised, or held in 16 bits until whoever
-    computes in float32 takes them."""
+    """The dtype of activations, and so of keys and values. Weights may be smaller: quantised, or held in 16 bits until
+    they are taken to compute in float32."""
     notes: tuple[str, ...]
 
     @property
     def weights_bytes(self) -> int:
-        """What they take now: as they were loaded, or as the engine keeps them."""
+        """Bytes that the weights take now: as they were loaded, or as the engine keeps them."""
         return held_bytes(self.model)
 
     def in_full(self) -> PreTrainedModel:
-        """The model with its weights in `dtype`, for who calls it without the engine."""
+        """The model with its weights converted to `dtype`, for use without the engine."""
         if self.model.dtype != self.dtype:
             self.model.to(self.dtype)  # type: ignore[arg-type]
         return self.model
@@ -89,7 +89,7 @@ def load(files: ModelFiles, model: ModelConfig, *, has_gpu: bool, progress: Prog
     if held != dtype:
         try:
             _compute_constants(loaded, model, _DTYPES[dtype])
-        except Exception:  # whatever code that comes with a model raises without weights
+        except Exception:  # a model's own code may raise anything without weights
             logger.info("%s is held in %s", files.name, dtype, exc_info=True)
             loaded = load_in(dtype)
     loaded.train(False).requires_grad_(False)
@@ -133,9 +133,9 @@ def choose_dtype(config: Any, model: ModelConfig, device: torch.device) -> str:
 
 
 def held_dtype(folder: Path, config: Any, model: ModelConfig, device: torch.device, dtype: str) -> str:
-    """In which the weights are held in memory: `dtype`, or the 16 bits that a whole checkpoint is in, on a CPU that
-    computes in float32. Nothing is lost: each of their values is a float32 too. Before the weights are there, by what
-    the config says of them."""
+    """The dtype in which memory holds the weights: `dtype`, or on a CPU that computes in float32 the checkpoint's own
+    16-bit dtype, if all of it has the same. Nothing is lost: each 16-bit value is a float32 too. Before the weights are
+    fetched, the config's dtype is taken for theirs."""
     quantized = model.quantization != "none" or getattr(config, "quantization_config", None) is not None
     if device.type != "cpu" or dtype != "float32" or quantized or model.device_map is not None:
         return dtype
@@ -149,7 +149,7 @@ def held_dtype(folder: Path, config: Any, model: ModelConfig, device: torch.devi
 
 
 def _own_dtype(config: Any) -> str:
-    """What the config says of the checkpoint; empty when it says nothing."""
+    """The checkpoint's dtype by its config; empty when the config states none."""
     return str(getattr(config, "dtype", None) or config.get_text_config().dtype or "").removeprefix("torch.")
 
 
@@ -215,8 +215,8 @@ def _from_pretrained(
 
 
 def _compute_constants(loaded: PreTrainedModel, model: ModelConfig, dtype: torch.dtype) -> None:
-    """Give a model those of its tensors that no checkpoint has as a model of `dtype` computes them: what a class rounds
-    to the dtype of its weights (Gemma's scale of embeddings) is otherwise not what it is in float32."""
+    """Replace the tensors that a model's class computes, and no checkpoint holds, by those of a model of `dtype`: a
+    class may round them to the dtype of its weights (Gemma's scale of embeddings), and they would differ in float32."""
     factory: Any = AutoModelForCausalLM
     with init_empty_weights(include_buffers=False):
         other = factory.from_config(

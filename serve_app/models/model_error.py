@@ -1,4 +1,4 @@
-"""The one exception of this room: something about the weights that a person has to put right.
+"""The one exception of this room: a person has to correct something about the model.
 
 Promises a single clear sentence on what to do. Whoever shows it needs no traceback.
 """
@@ -9,5 +9,5 @@ from __future__ import annotations
 class ModelError(Exception):
     """The model can't be fetched, converted, loaded or served. `str(error)` says what is wrong and what to do.
 
-    It won't heal by trying again: a deployment that meets it says so at once.
+    Trying again doesn't help, so a deployment reports it at once.
     """

@@ -38,7 +38,7 @@ _DEMO_CONFIG: dict[str, Any] = {
 def plan_replica(files: ModelFiles | None, model: ModelConfig, *, has_gpu: bool, kv_cache_bytes: int) -> MemoryPlan:
     """The memory of one replica with that much KV cache.
 
-    `files` may lack the weights. Without any, a demo model or GGUF file that is not converted yet is planned for.
+    `files` may lack the weights; None for the demo model or a GGUF file that is not converted yet.
 
     Raises `ModelError` for what `load` would refuse by its config.
     """

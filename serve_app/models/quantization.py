@@ -1,7 +1,7 @@
-"""`model.quantization` as bitsandbytes does it: what transformers is told, and what is put right once it has loaded.
+"""`model.quantization` through bitsandbytes: the settings for transformers, and corrections once a model has loaded.
 
-Promises that nothing of the unquantised weights stays in memory, that a layer computes on the device it is on, and one
-sentence for the user where a kind costs speed there. What each kind costs: docs/quantization.md.
+Promises that nothing of the unquantised weights stays in memory, that a layer computes on the device it is on, and a
+note for the user where quantisation costs speed. What each kind costs: docs/quantization.md.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from serve_app.models.int8_linear import use_int8_linears
 logger = logging.getLogger(__name__)
 
 _PACKED_ROWS = 32
-"""bitsandbytes' bfloat16 kernel for CPUs takes weights in blocks of this many rows, and stops at others."""
+"""bitsandbytes' bfloat16 kernel for CPUs takes weights in blocks of this many rows, and fails for other shapes."""
 
 
 def quantization_config(model: ModelConfig, dtype: torch.dtype) -> Any:
-    """What transformers takes for `model.quantization`; None for none."""
+    """transformers' form of `model.quantization`; None for `none`."""
     settings: dict[str, Any]
     if model.quantization == "none":
         return None
@@ -37,8 +37,8 @@ def quantization_config(model: ModelConfig, dtype: torch.dtype) -> Any:
 
 
 def settle(loaded: PreTrainedModel, model: ModelConfig) -> tuple[str, ...]:
-    """Make a quantised model that has just been loaded ready to serve; what the user should know of it."""
-    # A line for each layer of each step says that float32 is cast to float16; it is meant to be.
+    """Make a quantised model that has just been loaded ready to serve; returns notes for the user."""
+    # bitsandbytes would log for each layer of each step that float32 is cast to float16, which is intended.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     _return_freed_memory()
     if loaded.device.type != "cpu":
@@ -47,7 +47,7 @@ def settle(loaded: PreTrainedModel, model: ModelConfig) -> tuple[str, ...]:
         fast = _use_packed_kernel_where_it_fits(loaded)
     else:
         fast = model.llm_int8_threshold == 0 and use_int8_linears(loaded) > 0
-    # What is left when the kernel is fast: `none` reads a checkpoint of 16 bits, or of a GGUF file's codes, as such.
+    # With a fast kernel, `none` is faster only for checkpoints that it reads as 16 bits or as a GGUF file's codes.
     when = ", unless the checkpoint is float32 to the last bit" if fast else ""
     note = (
         f"model.quantization {model.quantization} saves memory on this CPU and costs speed: answers come slower than "
@@ -67,7 +67,7 @@ def held_bytes(model: PreTrainedModel) -> int:
 
 
 def _use_packed_kernel_where_it_fits(loaded: PreTrainedModel) -> bool:
-    """Whether this processor has bitsandbytes' 4-bit kernel; layers whose shape it can't take are kept from it."""
+    """Whether any layer uses bitsandbytes' 4-bit kernel for CPUs; it is turned off for shapes that it can't take."""
     from bitsandbytes.nn.modules import Linear4bit  # a second of imports, only for those who quantise
 
     fast = False
@@ -82,6 +82,6 @@ def _use_packed_kernel_where_it_fits(loaded: PreTrainedModel) -> bool:
 
 
 def _return_freed_memory() -> None:
-    """glibc keeps what was freed: 220 MB of the demo model's float32 weights after they were quantised."""
+    """Give freed memory back to the system. glibc would keep it: 220 MB of the demo model's float32 weights."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)

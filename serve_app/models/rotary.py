@@ -1,8 +1,8 @@
-"""Rotary embeddings that transformers changes while it computes, settled once by the context that is to be served.
+"""Fixes rotary embeddings that transformers would change while it computes, by the context that is to be served.
 
 LongRoPE (arXiv 2402.13753; Phi-3 and 4) has two sets of angles, for contexts of the original length and for longer
-ones. transformers takes those of the longest position in a step: a neighbour would change the angles of all others,
-and keys that are cached could have been computed with either. Knows no engine.
+ones. transformers chooses by the longest position in a step: one request would change the angles of all others, and
+cached keys could have been computed with either set. Knows no engine.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from serve_app.models.model_error import ModelError
 
 
 def choose_angles(config: Any, context_tokens: int, name: str) -> str:
-    """`short` or `long`, empty where there is no choice. Raises `ModelError` where the model's own code chooses."""
+    """`short` or `long`; empty without LongRoPE. Raises `ModelError` where the model's own code chooses."""
     parameters = _longrope(config)
     if parameters is None:
         return ""
@@ -28,8 +28,8 @@ def choose_angles(config: Any, context_tokens: int, name: str) -> str:
 
 
 def settle_angles(loaded: PreTrainedModel, angles: str, name: str) -> tuple[str, ...]:
-    """Have the model use these angles and no others; what a user should know of that. Raises `ModelError`."""
-    if angles != "long":  # each module begins with the short ones, and none is told of a longer position
+    """Have the model use these angles and no others; returns notes for the user. Raises `ModelError`."""
+    if angles != "long":  # modules begin with the short angles and change them only for longer positions
         return ()
     original = _original_tokens(loaded.config)
     modules: list[Any] = [module for module in loaded.modules() if getattr(module, "rope_type", None) == "longrope"]

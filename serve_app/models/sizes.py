@@ -41,13 +41,13 @@ def own_context_tokens(config: Any) -> int | None:
     """The context the model can serve; None when its config states none.
 
     YaRN stretches the original context by its factor, also where `max_position_embeddings` still states the original
-    one (Qwen's cards have people add `rope_scaling` alone); as vLLM derives it. transformers takes the original context
-    for `max_position_embeddings` where it is not given. Other kinds of scaling state the context that they reach.
+    one (Qwen's cards have people add `rope_scaling` alone); vLLM does the same. transformers fills in a missing
+    original context with `max_position_embeddings`. Configs with other kinds of scaling state the scaled context.
     """
     text = config.get_text_config()
     stated = getattr(text, "max_position_embeddings", None)
     rope = getattr(text, "rope_parameters", None) or {}
-    scalings = [rope, *(value for value in rope.values() if isinstance(value, dict))]  # one, or one a kind of layer
+    scalings = [rope, *(value for value in rope.values() if isinstance(value, dict))]  # one, or one per kind of layer
     stretched = [
         int(scaling["original_max_position_embeddings"] * scaling["factor"])
         for scaling in scalings
@@ -81,7 +81,7 @@ def stored_weights_bytes(folder: Path, dtype: str, quantization: str = "none") -
 def config_weights_bytes(
     config: Any, dtype: str, quantization: str = "none", *, trust_remote_code: bool = False
 ) -> int:
-    """The same from a config alone, when the weights are not on this machine: builds the model without storage.
+    """`stored_weights_bytes` from a config, for weights that are not on this machine: builds the model without storage.
 
     Raises what transformers and the model's code raise.
     """

@@ -1,4 +1,4 @@
-"""From `model.source` to folders on this machine: the demo model, the hub, a local folder, a GGUF file.
+"""Turns `model.source` into folders on this machine: the demo model, the hub, a local folder, a GGUF file.
 
 Promises that what it returns is whole (config, tokenizer, every shard at full length). Loads no weights.
 """
@@ -89,9 +89,9 @@ def resolve(model: ModelConfig, cache_dir: Path, *, tokenizer_only: bool = False
 
 
 def find(model: ModelConfig, cache_dir: Path) -> ModelFiles | None:
-    """The same if everything is on this machine already, else None: nothing is fetched or converted.
+    """The model's files if all are on this machine already, else None: nothing is fetched or converted.
 
-    Raises `ModelError` for a source that is neither a name nor a path that exists, and for a damaged one.
+    Raises `ModelError` for a source that is neither a name nor a path that exists, and for a damaged model.
     """
     kind = source_kind(model.source)
     path = expanded(model.source)
@@ -110,14 +110,14 @@ def find(model: ModelConfig, cache_dir: Path) -> ModelFiles | None:
     try:
         check_model_folder(folder, allow_pickle=model.allow_pickle_weights)
     except ModelError:
-        if kind is SourceKind.HUB:  # a fetch that was broken off is gone on with, so it is no damage
+        if kind is SourceKind.HUB:  # an interrupted fetch, which can be continued, and no damage
             return None
         raise
     return ModelFiles(folder, folder, model.served_model_name or own_name(model.source, kind), kind)
 
 
 def own_name(source: str, kind: SourceKind) -> str:
-    """What a model is called by its source: the last part of a hub id, a folder's or a file's name."""
+    """The name that a model has by its source: the last part of a hub id, a folder's or a file's name."""
     if kind is SourceKind.DEMO:
         return DEMO_NAME
     if kind is SourceKind.HUB:
@@ -127,10 +127,10 @@ def own_name(source: str, kind: SourceKind) -> str:
 
 
 def aliases(model: ModelConfig) -> frozenset[str]:
-    """The names by which clients may call a model besides the one it is served by; none is another model's.
+    """The names by which clients may call a model besides its served name; none of them means another model.
 
-    The source as the config has it, and its last part: a hub id's, a folder's or a file's own name. The demo model also
-    answers to its makers' id. Raises `ModelError` for a source that is none.
+    They are the source as the config has it, and its last part: a hub id's, a folder's or a file's own name. The demo
+    model also has its makers' hub id. Raises `ModelError` for a source that is neither a name nor a path that exists.
     """
     kind, path = source_kind(model.source), expanded(model.source)
     if kind is SourceKind.GGUF:

@@ -87,7 +87,7 @@ def check_architecture(config: Any, model_class: type[Any]) -> None:
 
 
 def explain(name: str, folder: Path, error: Exception) -> ModelError:
-    """One sentence from what transformers said."""
+    """The `ModelError` for an exception of transformers, as one sentence."""
     said = " ".join(str(error).split())[:_SAID_CHARACTERS] or type(error).__name__
     if "trust_remote_code" in str(error):
         return ModelError(
@@ -102,7 +102,7 @@ def explain(name: str, folder: Path, error: Exception) -> ModelError:
 
 
 def _reasons(config: Any, model_class: type[Any]) -> Iterator[tuple[str, Any]]:
-    """Each with whether it holds. Later ones look at what configs that an earlier one refuses may not have."""
+    """Each reason for a refusal, and whether it holds. Later ones read fields that a config refused before may lack."""
     yield "it is an encoder-decoder model, and only text decoders are served", config.is_encoder_decoder
     text = config.get_text_config()
     senses = (getattr(config, name, None) for name in ("vision_config", "audio_config"))
@@ -124,7 +124,7 @@ def _reasons(config: Any, model_class: type[Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _field(config: Any, name: str) -> Any:
-    """None where there is none; `_OF_EACH_LAYER` where layers may have their own, for which transformers raises."""
+    """A field of the config; None where it lacks it, `_OF_EACH_LAYER` where each layer has its own (RuntimeError)."""
     try:
         return getattr(config, name, None)
     except RuntimeError:

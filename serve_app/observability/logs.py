@@ -1,4 +1,4 @@
-"""What the log says of a request: one access line, with its id, when it ends.
+"""The access log: one line for each request, with its id, when it ends.
 
 Promises that no line holds a prompt, an answer or a key. Imports no other room.
 """
@@ -32,14 +32,14 @@ class RequestRecord:
     status: int = DISCONNECTED
     """Of the HTTP response; stays `DISCONNECTED` when none was begun."""
     outcome: str = _CUT_OFF
-    """A finish reason or an error's code; of a request that has neither "ok", "refused" or "disconnected"."""
+    """A finish reason or an error's code; for a request with neither, "ok", "refused" or "disconnected"."""
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     output_tokens: int = 0
     ignored_fields: list[str] = field(default_factory=list)
-    """Names of the request's fields that nobody knows, safe to be written in a header."""
+    """Names of the request's unknown fields, made safe for a header."""
     clamped_fields: dict[str, int] = field(default_factory=dict)
-    """Fields that asked for more than there is -> what they got."""
+    """Fields whose value was too large -> the value used instead."""
     arrived: float = field(default_factory=monotonic)
     first_token: float | None = None
     last_token: float | None = None
@@ -52,7 +52,7 @@ class RequestRecord:
         self.output_tokens += count
 
     def sent_whole(self) -> None:
-        """The whole response has gone out: whoever has given the request no outcome was not cut off."""
+        """The whole response was sent, so a request that has no outcome yet was not cut off."""
         if self.outcome == _CUT_OFF:
             self.outcome = "ok" if self.status < 400 else "refused"
 

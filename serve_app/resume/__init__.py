@@ -1,1 +1,1 @@
-"""Streams that outlive their connection: one owner writes a journal, anybody who may reads it."""
+"""Streams that outlive their connection: one owner writes a journal, any authorized client can read it."""

@@ -38,12 +38,12 @@ class Attendance:
         self._changed()
 
     def give_up(self) -> None:
-        """Go on no longer as soon as nobody reads."""
+        """Stop generating as soon as there is no reader."""
         self._given_up = True
         self._changed()
 
     def patience_s(self, read_elsewhere_at: float | None) -> float:
-        """How much longer to go on without a reader here; one may have read at another ingress."""
+        """Seconds to go on without a reader here. `read_elsewhere_at`: when another ingress last read; None: never."""
         if self._given_up:
             return 0.0
         last_read = self.left_at if read_elsewhere_at is None else max(self.left_at, read_elsewhere_at)

@@ -18,7 +18,7 @@ from serve_app.resume.writer import JournalWriter
 
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 1.0
-"""Between two calls to a store that can't be reached."""
+"""The pauses between calls to a store that can't be reached grow from `_FIRST_PAUSE_S` to this."""
 
 _Answer = TypeVar("_Answer")
 
@@ -30,7 +30,7 @@ class ResumeSettings:
     grace_s: float = 30.0
     """A stream goes on this long after its last reader went."""
     max_unattended: int = 64
-    """Streams without a reader that one process goes on with; of more, those longest without one stop."""
+    """How many streams without a reader one process goes on with. Of more, those longest without a reader stop."""
     settle_s: float = 5.0
     """How long to wait for a store that can't be reached, when a stream ends and when one is followed."""
     gone_s: float = 4.0
@@ -38,14 +38,15 @@ class ResumeSettings:
     running streams until their owners write them again: within a lease, or once the journal actor has started (1 to 3 s
     on the 2-core machine)."""
     lease_s: float = 1.0
-    """The store's."""
+    """The store's `JournalLimits.lease_s`."""
     tick_s: float = 0.1
-    """Between two calls to the store. What an owner that dies has not written yet is generated again; and readers at
-    another ingress are this far behind. A call costs about 1 ms of CPU over all processes (an actor's; 10 journals)."""
+    """Seconds between two calls to the store. If an owner dies, what it has not written yet is generated again. Readers
+    at another ingress are this far behind. A call to the journal actor, for 10 journals, costs about 1 ms of CPU over
+    all processes."""
     max_event_bytes: int = 64 * 2**20
-    """Of the events of all streams that one process keeps; what a reader needs beyond that is made again."""
+    """Limit for the events of all streams of one process. Older events that a reader needs are made again."""
     max_stream_event_bytes: int = 4 * 2**20
-    """Of one stream."""
+    """Limit for the events of one stream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ class StreamContext:
     memory: EventMemory
 
     async def look(self, stream_id: str, position: int, wait_s: float = 0.0) -> JournalView:
-        """See `JournalStore.read`. Raises `StreamGone` when the journal stays away, and `StoreUnavailable`."""
+        """See `JournalStore.read`. Raises `StreamGone` if there is no journal for `gone_s`, and `StoreUnavailable`."""
         loop, deadline = asyncio.get_running_loop(), None
         while (view := await self.reach(partial(self.store.read, stream_id, position, wait_s))) is None:
             deadline = deadline or loop.time() + self.settings.gone_s

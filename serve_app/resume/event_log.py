@@ -16,42 +16,45 @@ from weakref import WeakSet
 from serve_app.resume.transcript import Event
 
 NEWEST_BYTES = 2**14
-"""Of events that a stream keeps whatever the limits: a reader that is up to date must find what has just come. Some
-hundred streams in progress keep less than 10 MiB by it."""
+"""Bytes of its newest events that a stream keeps whatever the limits: a reader that is up to date must find the events
+that have just come. Some hundred streams in progress keep less than 10 MiB this way."""
 _REPLAYED_AT_ONCE = 32
-"""Events that are made again between two turns of the event loop: about 1 ms."""
+"""Events that `Replay` makes before it lets the event loop run: about 1 ms."""
 _ROOM = 1 / 8
-"""Share of a limit that is made free at a time, so that it isn't reached again with the next event."""
+"""Share of a limit that is freed when it is reached, so that the next event does not reach it again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """Where a reader stands: how many events it has, and of which text they are."""
+    """Where a reader stands: how many events it has, and a digest of their tokens."""
 
     position: int = 0
     digest: int | None = None
-    """Of the tokens up to there, as `Event.digest`; None: unknown."""
+    """The `Event.digest` of the last event that it has; None: unknown."""
 
 
 class EventMemory:
-    """What the events of all streams of a process may take. It forgets the oldest events of those that keep most."""
+    """Limits the memory for the events of all streams of a process.
+
+    When the limit is reached, the streams that keep most forget their oldest events.
+    """
 
     def __init__(self, max_bytes: int, max_log_bytes: int) -> None:
-        """`max_log_bytes`: of one stream."""
+        """`max_bytes`: for all streams together; `max_log_bytes`: for one stream."""
         self.max_log_bytes = max_log_bytes
         self._max_bytes = max_bytes
         self.logs: WeakSet[EventLog] = WeakSet()
-        """Those that are counted: each as long as anybody holds it."""
+        """The logs that are counted: each as long as there is a reference to it."""
         self._room_bytes = max_bytes
-        """That may be added before all are measured again."""
+        """Bytes that may be added before all logs are measured again."""
 
     @property
     def kept_bytes(self) -> int:
-        """Of all streams that somebody generates, follows or reads here."""
+        """Bytes of the events that are kept for all streams generated, followed or read here."""
         return sum(log.kept_bytes for log in self.logs)
 
     def grew(self, size_bytes: int) -> None:
-        """A log has become larger by so much."""
+        """A log has grown by `size_bytes`: make room if that is too much."""
         self._room_bytes -= size_bytes
         if self._room_bytes < 0:
             self._make_room()
@@ -61,14 +64,14 @@ class EventMemory:
         while kept_bytes > wanted_bytes:
             largest = max(self.logs, key=lambda log: log.kept_bytes)
             forgotten_bytes = largest.forget(largest.kept_bytes // 2)
-            if not forgotten_bytes:  # all keep only their newest
+            if not forgotten_bytes:  # every log keeps only its newest events
                 break
             kept_bytes -= forgotten_bytes
         self._room_bytes = max(NEWEST_BYTES, self._max_bytes - kept_bytes)
 
 
 class EventLog:
-    """All events so far are counted, the newest are kept. Older ones can be made again: see `Transcript.again`."""
+    """The events of one stream: counts all, keeps the newest. Older ones can be made again: see `Transcript.again`."""
 
     def __init__(self, memory: EventMemory) -> None:
         self.first = 0
@@ -76,9 +79,9 @@ class EventLog:
         self._memory = memory
         self._kept: list[bytes] = []
         self._ends = array("Q", [0])
-        """Bytes of the first k events."""
+        """At index k: bytes of the first k events."""
         self._digests = array("I", [0])
-        """After the first k events."""
+        """At index k: the digest after the first k events."""
         memory.logs.add(self)
 
     def __len__(self) -> int:
@@ -86,7 +89,7 @@ class EventLog:
 
     @property
     def kept_bytes(self) -> int:
-        """Of the events that are kept."""
+        """Bytes of the events that are kept."""
         return self._ends[-1] - self._ends[self.first]
 
     def append(self, events: Sequence[Event]) -> None:
@@ -102,7 +105,7 @@ class EventLog:
             self.forget(self.kept_bytes - int(limit_bytes * (1 - _ROOM)))
 
     def forget(self, size_bytes: int) -> int:
-        """Keep so much less, but always the newest events; how much less it is then."""
+        """Forget the oldest events, `size_bytes` or more, but keep the last `NEWEST_BYTES`. Returns the bytes freed."""
         before = self.first
         wanted = bisect_left(self._ends, self._ends[before] + size_bytes)
         newest = bisect(self._ends, self._ends[-1] - NEWEST_BYTES) - 1
@@ -111,13 +114,13 @@ class EventLog:
         return self._ends[self.first] - self._ends[before]
 
     def piece(self, start: int, size_bytes: int) -> list[Event]:
-        """Events from number `start` on, which are kept, of about `size_bytes` together; at least one if there is."""
+        """Kept events from number `start` on: at most `size_bytes` together, but at least one event if there is one."""
         end = max(start + 1, bisect(self._ends, self._ends[start] + size_bytes) - 1)
         contents = self._kept[start - self.first : end - self.first]
         return [Event(*pair) for pair in zip(contents, self._digests[start + 1 : end + 1], strict=True)]
 
     def bytes_after(self, position: int) -> int:
-        """Of the events from this one on; 0 for one that is not there yet."""
+        """Bytes of the events from number `position` on; 0 if that one is not there yet."""
         return self._ends[-1] - self._ends[min(position, len(self))]
 
     def differs(self, mark: Mark) -> bool:
@@ -132,9 +135,10 @@ class Replay:
         self._events = enumerate(events, 1)
 
     async def piece(self, start: int, size_bytes: int) -> list[Event]:
-        """As `EventLog.piece`; `start` is what the piece before ended with. Lets others run meanwhile.
+        """Events from number `start` on, about `size_bytes` together. Lets other tasks run meanwhile.
 
-        Raises `LookupError` when the transcript has no such event, which would be its mistake.
+        `start` must be where the last piece ended. Raises `LookupError` if the transcript does not make this event
+        again, which would be a bug.
         """
         found: list[Event] = []
         found_bytes = 0

@@ -1,7 +1,7 @@
-"""The events of one stream as they come to this process, and those who read them.
+"""The events of one stream as they come to this process, and how readers get them.
 
-Promises that event k is the same for every reader, and that a reader learns why no more can be known here. Knows no
-replica and no store.
+Promises that event k is the same for every reader, and that a reader gets the error if no more events can come here.
+Knows no replica and no store.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from serve_app.resume.refusals import ReaderTooSlow, StreamChanged
 from serve_app.resume.transcript import Event, Transcript
 
 PIECE_BYTES = 2**16
-"""A reader gets about so much at a time: a long answer from the start goes out in pieces."""
+"""About how many bytes a reader gets at a time: an answer that is already long goes out in pieces."""
 
 
 class EventFeed:
-    """One stream's: written by its owner or its follower, read by any number of clients."""
+    """The feed of one stream: written by its owner or its follower, read by any number of clients."""
 
     def __init__(self, transcript: Transcript, memory: EventMemory) -> None:
         self.transcript = transcript
         self.events = EventLog(memory)
         self.events.append(transcript.opening())
         self.closed = False
-        """Nothing more comes to this process: all events are there, or nobody gets them any more."""
+        """No more events come: all are there, or this process neither generates nor follows the stream any more."""
         self._trouble: RequestError | None = None
         self._news = asyncio.Event()
 
@@ -36,7 +36,7 @@ class EventFeed:
         return self.transcript.finished
 
     def push(self, choice: int, batch: TokenBatch) -> None:
-        """Add what `batch` says. Raises `BatchError` and `OtherTokens`."""
+        """Add the events of `batch`. Raises `BatchError` and `OtherTokens`."""
         if not self.finished:
             self._add(self.transcript.push(choice, batch))
 
@@ -45,15 +45,15 @@ class EventFeed:
         self._add(self.transcript.fail(failure))
 
     def close(self, trouble: RequestError | None = None) -> None:
-        """Nothing more comes; readers that want more are told of the `trouble`, if there is one."""
+        """No more events come. `trouble` is raised in readers that have read all events."""
         self.closed = True
         self._trouble = trouble
         self._tell()
 
     async def check(self, mark: Mark, wait_s: float) -> None:
-        """Raise `StreamChanged` unless the reader's events are how this stream begins.
+        """Raise `StreamChanged` if the reader's events are certainly not the beginning of this stream.
 
-        A reader may have more than this process knows yet. It waits for that, at most `wait_s`; `read` looks again.
+        If the reader has more events than this process, wait for them for at most `wait_s`. `read` checks again later.
         """
         try:
             async with asyncio.timeout(wait_s):
@@ -68,9 +68,9 @@ class EventFeed:
     async def read(self, mark: Mark, max_lag_bytes: int) -> AsyncGenerator[tuple[int, list[Event]], None]:
         """(index of the first, events) from the reader's mark on, as they come.
 
-        Raises `StreamChanged` when the reader's events turn out to be of another text, what the feed was closed with,
-        and `ReaderTooSlow` for a reader that was up to date once and is now more than `max_lag_bytes` behind, apart
-        from what came all at once then.
+        Raises `StreamChanged` when the reader's events turn out to be of another text, the error that the feed was
+        closed with, and `ReaderTooSlow` for a reader that was up to date once and is now more than `max_lag_bytes`
+        behind. The events that ended its last wait, which may come all at once, are not counted.
         """
         position, caught_up, at_once_bytes = mark.position, False, 0
         replay: Replay | None = None
@@ -96,7 +96,7 @@ class EventFeed:
             else:
                 caught_up, replay = True, None
                 await news.wait()
-                # A reader may know more than this process does yet.
+                # 0 for a reader that still has more events than this process.
                 at_once_bytes = self.events.bytes_after(position)
 
     def _add(self, events: Sequence[Event]) -> None:

@@ -37,12 +37,13 @@ class Follower:
         self._feed = feed
         self._context = context
         self.records: list[bytes] = []
-        """Those that are in the feed; after this process owned the stream, those that it has written."""
+        """The records that are in the feed; after this process owned the stream, those that it has written."""
 
     async def run(self, attendance: Attendance) -> OwnedJournal | None:
-        """Read on while somebody reads here. The journal, when its owner stopped and this process took it over.
+        """Follow the journal while there is a reader here.
 
-        None: the stream has finished, or nobody reads here. Raises `StreamGone` and `StoreUnavailable` when that lasts.
+        Returns the journal once its owner has stopped and this process has taken it over; None when the stream has
+        finished or nobody reads here. Raises `StreamGone` and `StoreUnavailable`, as `StreamContext.look` does.
         """
         context, writer = self._context, self._context.writer
         while attendance.readers:
@@ -51,17 +52,18 @@ class Follower:
                 break
             owner = new_owner()
             if await context.reach(partial(context.store.acquire, self._id, owner)):
-                # The old owner may have written between the two, and the document is needed to write it again.
+                # The old owner may have written between `look` and `acquire`.
                 await self.feed(await context.look(self._id, len(self.records)))
                 tokens = self._feed.transcript.tokens
                 logger.warning("stream %s is continued here after %d tokens", loggable(self._id), tokens)
+                # With the document, so that a journal that the store loses can be created again.
                 journal = writer.own(self._id, owner, write_document(self._document), self.records)
                 writer.keep(journal)
                 return journal
         return None
 
     async def feed(self, view: JournalView) -> None:
-        """Take in records; others run meanwhile. Raises `StreamGone`."""
+        """Take in the records of `view`, and let other tasks run meanwhile. Raises `StreamGone`."""
         fed = 0
         try:
             for record in view.records:

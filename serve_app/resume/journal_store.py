@@ -1,7 +1,7 @@
 """The seam between resumable streams and whatever keeps their journals: bytes in order, one owner at a time.
 
 A store promises that only the owner of a journal's lease writes it, and that a lease that is not renewed can be
-taken. It knows no ids and no text: a document and records are bytes. Its clock is the only one that counts.
+taken. It knows no tokens and no text: a document and records are bytes. Its clock is the only one that counts.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Append:
     stream_id: str
     owner: str
     position: int
-    """Records before these: an append that is repeated adds nothing twice."""
+    """Number of records before these. With it, an append that is repeated adds nothing twice."""
     records: tuple[bytes, ...] = ()
     action: LeaseAction = LeaseAction.HOLD
 
@@ -85,7 +85,7 @@ class AppendResult:
 
     lease: LeaseStatus
     unread_s: float | None = None
-    """Since somebody last read the journal; None: nobody has."""
+    """Seconds since somebody last read the journal; None: nobody has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,21 +93,21 @@ class JournalView:
     """What a reader sees of a journal."""
 
     document: bytes
-    """Given with the first record only: empty when the reader asked for a later position."""
+    """Empty unless the reader asked for position 0."""
     records: tuple[bytes, ...]
-    """All from the position that was asked for."""
+    """All records from the position that the reader asked for."""
     finished: bool
     leased: bool
     """Somebody owns it and renews the lease."""
     age_s: float
-    """Since the journal was created."""
+    """Seconds since the journal was created."""
 
 
 class JournalStore(Protocol):
     """Where journals are. Every method raises `StoreUnavailable`, within a few seconds."""
 
     async def create(self, stream_id: str, owner: str, document: bytes) -> LeaseStatus:
-        """Begin an empty journal and hold its lease; replaces one that `owner` holds. HELD, LOST or FULL."""
+        """Begin an empty journal and hold its lease; replaces one that `owner` holds. Returns HELD, LOST or FULL."""
         ...
 
     async def append(self, appends: Sequence[Append]) -> list[AppendResult]:
@@ -117,7 +117,7 @@ class JournalStore(Protocol):
     async def read(self, stream_id: str, position: int, wait_s: float = 0.0) -> JournalView | None:
         """The records from `position`; None when there is no such journal.
 
-        Without new ones it waits for some, for the end, or for the lease to lapse, at most `wait_s`.
+        If there are no new records, it waits at most `wait_s` for some, for the end, or for the lease to lapse.
         """
         ...
 

@@ -1,7 +1,7 @@
-"""Journals in the memory of one process: the rules of a `JournalStore`, over a clock that is given.
+"""Journals in the memory of one process: the rules of a `JournalStore`, with a clock that the caller provides.
 
-Promises bounds on number and bytes, that a journal in use is never dropped for another, and that what nobody owns
-expires. Pure but for `MemoryJournalStore`, which waits for news.
+Promises bounds on number and bytes, that a journal in use is never dropped for another, and that a journal without an
+owner expires. Pure but for `MemoryJournalStore`, which waits for news.
 """
 
 from __future__ import annotations
@@ -110,12 +110,12 @@ class MemoryJournals:
         return True
 
     def lease_left_s(self, stream_id: str) -> float:
-        """Until another may take the journal; 0 when it may now."""
+        """Seconds until another owner may take the journal; 0 when it may now."""
         journal = self._journals.get(stream_id)
         return 0.0 if journal is None else max(0.0, journal.leased_until - self._clock())
 
     def expire(self) -> float:
-        """Forget what has expired, as other calls do too; the time by which that was judged."""
+        """Drop the journals that have expired. Returns the time of the clock."""
         now = self._clock()
         while self._journals:
             stream_id, oldest = next(iter(self._journals.items()))
@@ -157,7 +157,7 @@ class MemoryJournalStore:
     def __init__(self, limits: JournalLimits) -> None:
         self.journals = MemoryJournals(limits)
         self._news: dict[str, asyncio.Event] = {}
-        """Of journals that somebody waits for."""
+        """By stream id: set on the next write. Only for journals that a reader waits for."""
 
     async def create(self, stream_id: str, owner: str, document: bytes) -> LeaseStatus:
         """See `JournalStore`."""
@@ -185,7 +185,7 @@ class MemoryJournalStore:
                 async with asyncio.timeout(left_s):
                     await news.wait()
             except TimeoutError:
-                self._tell(stream_id)  # or the event of a journal that nobody waits for stays here
+                self._tell(stream_id)  # removes the event, which nobody may wait for any more
 
     async def acquire(self, stream_id: str, owner: str) -> bool:
         """See `JournalStore`."""

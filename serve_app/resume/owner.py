@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Owner:
-    """One lease of one stream's journal, and the generations that it is written from."""
+    """Holds the lease of one stream's journal, and runs the generations whose output the journal gets."""
 
     context: StreamContext
     document: StreamDocument
@@ -36,14 +36,14 @@ class Owner:
     attendance: Attendance
     journal: OwnedJournal
     began_at: float
-    """When the stream did, by the loop's clock."""
+    """When the stream began, by the loop's clock."""
     accepted: bool
-    """A replica has accepted it."""
+    """A replica has accepted the stream."""
     on_accepted: Callable[[], None]
     _patience: asyncio.Timeout | None = field(default=None, init=False)
 
     async def run(self) -> None:
-        """Until the end, until nobody wants the stream, or until another owner has it. Raises `Refused`."""
+        """Generate until the stream ends, nobody wants it, or another owner has the journal. Raises `Refused`."""
         self.journal.on_news = self.judge
         try:
             async with asyncio.timeout(None) as self._patience:
@@ -78,7 +78,7 @@ class Owner:
         now = asyncio.get_running_loop().time()
         if self.journal.lease is LeaseStatus.LOST:
             patience.reschedule(now)
-        elif self.attendance.readers or not self.accepted:  # whoever begins it waits until it is accepted
+        elif self.attendance.readers or not self.accepted:  # until it is accepted, a request waits for it
             patience.reschedule(None)
         else:
             patience.reschedule(now + self.attendance.patience_s(self.journal.last_read))
@@ -102,7 +102,7 @@ class Owner:
                 self._accept()
                 self._take(choice, reply)
                 if transcript.ended(choice):
-                    await generations.stop(choice)  # by a stop string: the model would go on
+                    await generations.stop(choice)  # a stop string ended it: the model would go on
 
     def _accept(self) -> None:
         if not self.accepted:

@@ -1,8 +1,8 @@
-"""How a resumable stream is written down: a document that says how to make it, then what it has said so far.
+"""How a resumable stream is stored: a document that says how to generate it, then records of its output so far.
 
-A record is the replies of one tick (`core.encode_replies`), numbered by choice; a failure has choice 0, since it ends
-the whole stream. Promises that what is read is what was written, to the last bit of a float. Knows no store; no pickle,
-since whoever can write to the store may have written it.
+A record is the replies of one tick (`core.encode_replies`), each with the number of its choice; a failure has choice 0,
+since it ends the whole stream. Promises that what is read is what was written, to the last bit of a float. Knows no
+store. Uses no pickle, since a record may come from anybody who can write to the store.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ class StreamDocument(Struct, frozen=True):
     """All that an ingress needs to continue a stream that another one began."""
 
     request: ResolvedRequest
-    """As first made: without output. `remaining_s` counts from the journal's creation."""
+    """The request as it was at first, without output. `remaining_s` counts from the journal's creation."""
     caller: str
     """Who may resume it: a digest of what the caller authenticated with."""
     wire_format: str
-    """The name of the one in which its events are written."""
+    """The name of the wire format in which the stream's events are written."""
     settings: dict[str, Any] = {}
-    """What that format's writer needs besides the request: JSON."""
+    """What the wire format's writer needs besides the request: JSON."""
 
 
 _DOCUMENT = msgspec.msgpack.Decoder(StreamDocument)
 
 
 def write_document(document: StreamDocument) -> bytes:
-    """As it is kept in a journal."""
+    """The document as a journal keeps it."""
     return msgspec.msgpack.encode(document)
 
 
 def read_document(content: bytes) -> StreamDocument:
-    """Raises `MessageError`."""
+    """The document that a journal has kept. Raises `MessageError`."""
     try:
         return _DOCUMENT.decode(content)
     except (msgspec.MsgspecError, ValueError) as error:

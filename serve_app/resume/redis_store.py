@@ -1,11 +1,12 @@
 """The journals of resumable streams in Redis, for services whose streams outlive a Ray cluster.
 
-Promises the rules of `memory_store`, each call one atomic script, by Redis's clock. What goes wrong reaches callers
-as `StoreUnavailable`, without the stream's id.
+Promises the rules of `memory_store`. Each call is one atomic script and uses Redis's clock. Errors reach callers as
+`StoreUnavailable`, with the stream's id cut short.
 
-On a Redis Cluster all keys are on one node: they have one hash tag, since the limits count all journals, and whoever
-needs room takes it from any other, in one atomic step. A script declares the keys of its journals and of the counters;
-those of journals that it drops are in the same slot. Which kind of Redis it is, is asked before the first call.
+On a Redis Cluster all keys share one hash tag and so are on one node, because one atomic script must count all journals
+against the limits, and may drop any of them to make room. A script declares the keys of its journals and of the
+counters. It does not declare those of journals that it drops, which are in the same slot. Before its first call the
+store asks Redis whether it is a cluster.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from serve_app.resume.stream_id import loggable
 
 TIMEOUT_S = 5.0
 POLL_S = 0.1
-"""Between two looks of a reader that waits: as often as owners write."""
+"""Seconds between two reads by a reader that waits. Owners write as often."""
 
 _PREFIX = "{serve_app}:"
 """Of all keys. The braces are the hash tag: a cluster keeps all of them in one slot."""
@@ -166,17 +167,17 @@ class RedisJournalStore:
     """A `resume.journal_store.JournalStore` over one Redis database, or over a Redis Cluster."""
 
     def __init__(self, url: str, limits: JournalLimits) -> None:
-        """`url`: `redis://`, `rediss://` or `unix://`. Connects when first used. Raises ValueError for another."""
+        """`url`: `redis://`, `rediss://` or `unix://`. Raises ValueError for another. Connects when first used."""
         self._url = url
         self._options: dict[str, Any] = {
             "socket_timeout": TIMEOUT_S,
             "socket_connect_timeout": TIMEOUT_S,
-            # A connection that Redis has closed since is found out only by using it; each script may be repeated.
+            # A connection that Redis has closed fails only when it is used. Each script may be repeated.
             "retry": Retry(ExponentialBackoff(cap=0.2, base=0.02), retries=2),
         }
         self._single: Redis = Redis.from_url(url, **self._options)
         self._redis: Redis | RedisCluster | None = None
-        """The client of what answers; None until it is known whether that is a cluster."""
+        """The client in use; None until it is known whether the server is a cluster."""
         self._limits = [
             limits.max_journals,
             limits.max_bytes,
@@ -205,7 +206,7 @@ class RedisJournalStore:
         ]
 
     async def read(self, stream_id: str, position: int, wait_s: float = 0.0) -> JournalView | None:
-        """See `JournalStore`. Waiting is asking again."""
+        """See `JournalStore`. Waits by polling."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + wait_s
         while True:
@@ -251,14 +252,14 @@ class RedisJournalStore:
             raise StoreUnavailable(f"Redis: {said}") from None  # its traceback would show what was sent
 
     async def _client(self) -> Redis | RedisCluster:
-        """A cluster's nodes answer only for their own keys, and name the others: that takes another client."""
+        """The client for one server or for a cluster, whose nodes answer only for their own keys and redirect."""
         if self._redis is None:
             try:
                 info = await self._single.info("cluster")
-                # Servers that speak Redis's protocol and know no cluster may not say.
+                # Servers other than Redis that know no cluster may leave this field out.
                 is_cluster = bool(info.get("cluster_enabled"))
-            except NoPermissionError:  # a user that may not ask; a cluster's would need it
+            except NoPermissionError:  # the user may not call INFO; on a cluster it would need to
                 is_cluster = False
-            if self._redis is None:  # nobody has found it out meanwhile
+            if self._redis is None:  # another call may have set it meanwhile
                 self._redis = RedisCluster.from_url(self._url, **self._options) if is_cluster else self._single
         return self._redis

@@ -4,7 +4,7 @@ RequestError
 ├── Refused            no replica has accepted a new stream
 ├── JournalsFull       the store has no room for another stream
 ├── StreamGone         there is no such stream
-│   └── StreamChanged  it is another text than the client has the beginning of
+│   └── StreamChanged  the events that the client has are not the beginning of this stream
 └── ReaderTooSlow      the client reads too slowly
 """
 
@@ -49,7 +49,7 @@ class StreamChanged(StreamGone):
 
 
 class ReaderTooSlow(RequestError):
-    """A reader is too far behind what is there for it."""
+    """A reader has left too much of its stream unread."""
 
     def __init__(self, max_unread_bytes: int) -> None:
         message = f"The stream was ended because the client left more than {max_unread_bytes} bytes unread."

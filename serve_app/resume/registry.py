@@ -41,9 +41,9 @@ class ResumableStreams:
         memory = EventMemory(settings.max_event_bytes, settings.max_stream_event_bytes)
         self._context = StreamContext(client, failover or FailoverSettings(), store, writer, settings, memory)
         self._streams: dict[str, ResumableStream] = {}
-        """Those that this process generates or follows; each enters and leaves by itself."""
+        """The streams that this process generates or follows. Each adds and removes itself."""
         self._finished: WeakValueDictionary[str, ResumableStream] = WeakValueDictionary()
-        """Found in the store with all their events, as long as somebody reads them."""
+        """Streams that were found in the store with all their events, as long as somebody reads them."""
 
     @staticmethod
     def new_id() -> str:
@@ -65,8 +65,9 @@ class ResumableStreams:
     async def find(self, stream_id: str, make: Callable[[StreamDocument], Transcript]) -> ResumableStream:
         """The stream, whoever owns it. `make` gives an empty transcript for a document, or raises.
 
-        The caller enters its `attended` before it awaits anything: a stream that is followed for nobody ends.
-        Raises `StreamGone` and `StoreUnavailable`, neither before it has lasted for a moment.
+        The caller must enter the stream's `attended` before it awaits anything: a follower without a reader ends.
+        Raises `StreamGone` for a journal that is missing for `gone_s` or can't be read, and `StoreUnavailable` if the
+        store can't be reached for `settle_s`.
         """
         while (there := self._here(stream_id)) is None and (ending := self._streams.get(stream_id)) is not None:
             await ending.closed()
@@ -90,7 +91,7 @@ class ResumableStreams:
         return stream
 
     def _here(self, stream_id: str) -> ResumableStream | None:
-        """The object that this process has for the stream, if all events are there or are still got."""
+        """The object that this process has for the stream, if it has all events or still gets them."""
         stream = self._streams.get(stream_id) or self._finished.get(stream_id)
         return stream if stream is not None and (stream.finished or not stream.feed.closed) else None
 

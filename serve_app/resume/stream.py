@@ -1,8 +1,8 @@
-"""Streams that outlive their client's connection, and their ingress: one owner generates, anybody may read (P2).
+"""Streams that outlive their client's connection and their ingress (P2 in docs/design.md).
 
-Promises that event k of a stream is the same wherever it is read: at its owner, at another ingress that follows the
-journal, or at one that took it over. A stream that nobody reads stops after a grace period, and can be taken up again
-until its journal expires. Knows no text, no HTTP and no store's kind.
+One owner generates a stream, and any ingress can read it. Promises that event k is the same wherever it is read: at the
+owner, at another ingress that follows the journal, or at one that took it over. A stream that nobody reads stops after
+a grace period, and can be taken up again until its journal expires. Knows no text, no HTTP and no kind of store.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ResumableStream:
         context: StreamContext,
         running: dict[str, ResumableStream],
     ) -> None:
-        """`running`: those for which a task of this process works. This one is there as long as its own task runs."""
+        """`running`: the streams for which this process runs a task. This stream adds and removes itself."""
         self.id = stream_id
         self.document = document
         self.feed = EventFeed(transcript, context.memory)
@@ -46,15 +46,15 @@ class ResumableStream:
         self._context = context
         self._running = running
         self._owner: Owner | None = None
-        """While this process generates the stream."""
+        """Set while this process generates the stream."""
         self._task: asyncio.Task[None] | None = None
         self._creation: asyncio.Task[None] | None = None
         loop = asyncio.get_running_loop()
         self._began_at = loop.time()
         self._accepted: asyncio.Future[None] = loop.create_future()
-        """By a replica, when it was begun here."""
+        """Done once a replica has accepted the stream; already done for a stream from the store."""
         self._dropped = False
-        """It was refused, or whoever began it did not wait: its journal is to be forgotten."""
+        """The stream was refused, or `begin` failed or was cancelled: the journal is to be dropped."""
 
     @property
     def finished(self) -> bool:
@@ -63,7 +63,7 @@ class ResumableStream:
 
     @contextmanager
     def attended(self) -> Iterator[None]:
-        """A reader is here for as long as the block runs; within it the `feed` may be read."""
+        """Count a reader for as long as the block runs. Read the `feed` only within it."""
         try:
             with self._attendance.attended():
                 yield
@@ -71,13 +71,13 @@ class ResumableStream:
             self._limit_unattended()
 
     async def begin(self) -> None:
-        """A new stream: generate it. Returns when a replica has accepted it and the journal is there.
+        """Start generating a new stream. Returns when a replica has accepted it and the journal is there.
 
         Raises `Refused`, `JournalsFull` and `StoreUnavailable`, and leaves nothing behind then.
         """
         writer = self._context.writer
         journal = writer.own(self.id, new_owner(), write_document(self.document))
-        # Beside the first step of the model, which takes longer.
+        # The store creates the journal during the model's first step, which takes longer.
         self._creation = asyncio.create_task(writer.create(journal), name="journal creation")
         self._start(journal)
         try:
@@ -88,18 +88,18 @@ class ResumableStream:
                 raise JournalsFull
         except BaseException as error:
             self._dropped = True
-            if not isinstance(error, Refused) and self._task is not None:  # refused, it ends by itself
+            if not isinstance(error, Refused) and self._task is not None:  # after `Refused` the task ends by itself
                 self._task.cancel()
             raise
 
     async def catch_up(self, view: JournalView) -> None:
-        """A stream that was found in the store: take in what is there. Raises `StreamGone` when it can't be read."""
+        """Take in the journal of a stream that was found in the store. Raises `StreamGone` when it can't be read."""
         self._accepted.set_result(None)
         self._began_at = asyncio.get_running_loop().time() - view.age_s
         await self._follower.feed(view)
 
     def follow(self) -> None:
-        """It has caught up: get the rest of it."""
+        """After `catch_up`: get the rest of the stream."""
         if self.finished:
             self.feed.close()
         else:
@@ -141,7 +141,7 @@ class ResumableStream:
             await self._end(journal, trouble)
 
     async def _own(self, journal: OwnedJournal) -> bool:
-        """Be the owner for as long as that lasts; whether to go on, as one or the other. Raises `Refused`."""
+        """Be the owner while that is possible. Returns whether to go on as owner or follower. Raises `Refused`."""
         self._owner = owner = Owner(
             self._context,
             self.document,
@@ -173,15 +173,15 @@ class ResumableStream:
                 del self._running[self.id]
 
     async def _is_created(self, journal: OwnedJournal) -> bool:
-        """Whether the store has the journal, or is to get it again."""
-        if self._creation is None:  # it was found there
+        """Wait for the journal's creation. Returns whether the store has the journal, or is to get it again."""
+        if self._creation is None:  # the journal was found in the store
             return True
         await asyncio.wait({self._creation})
         failed = self._creation.cancelled() or self._creation.exception() is not None
         return not failed and journal.lease is not LeaseStatus.FULL
 
     def _limit_unattended(self) -> None:
-        """Of those that this process generates for nobody, stop the ones longest without a reader, beyond the limit."""
+        """Above `max_unattended` generated streams without a reader, stop those that have had none for longest."""
         owned = (stream._attendance for stream in self._running.values() if stream._owner is not None)
         unread = [attendance for attendance in owned if not attendance.readers]
         unread.sort(key=lambda attendance: attendance.left_at)

@@ -46,13 +46,13 @@ class Transcript:
         self._outputs = [OutputTokens(each) for each in request.requests]
         """All tokens that have come; `_completion` has those whose turn it was."""
         self._told = [0] * request.choices
-        """Tokens of each choice whose events are out."""
+        """For each choice: the number of tokens that are in events."""
         self._failure: Failure | None = None
         self._turn = 0
         self._digest = 0
-        """Of what was told: see `Event`. A CRC, since nobody gains by two texts that have the same."""
+        """See `Event.digest`. A CRC is enough, since nobody gains by two texts with the same digest."""
         self.tokens = 0
-        """Of all choices, so far."""
+        """Number of tokens that have come, over all choices."""
 
     @property
     def finished(self) -> bool:
@@ -77,7 +77,7 @@ class Transcript:
     def push(self, choice: int, batch: TokenBatch) -> list[Event]:
         """The events that `batch` adds; tokens that are known are dropped.
 
-        Raises `BatchError` for a gap, and `OtherTokens` where known ones are others.
+        Raises `BatchError` for a gap, and `OtherTokens` if tokens at known positions differ.
         """
         if self.finished or self._completion.ended(choice):
             return []
@@ -85,13 +85,13 @@ class Transcript:
         return self._advance()
 
     def fail(self, failure: Failure) -> list[Event]:
-        """The stream ends with an error: its events."""
+        """End the stream with an error: the events of the error."""
         self._failure = failure
         self._roll(b"failed")
         return self._marked([self._writer.failed(RequestError.of(failure))])
 
     def again(self) -> Iterator[Event]:
-        """All events so far from the first on, made again as they are taken; also those that come meanwhile."""
+        """All events from the first on, made again while the caller iterates; also those that come meanwhile."""
         other = Transcript(self._request, self._tokenizer, self._new_writer)
         yield from other.opening()
         more = True
@@ -107,7 +107,7 @@ class Transcript:
             yield from other.fail(self._failure)
 
     def ended(self, choice: int) -> bool:
-        """Whether this choice has said all."""
+        """Whether all events of this choice are there."""
         return self._completion.ended(choice)
 
     def output(self, choice: int) -> TokenBatch:
@@ -134,7 +134,7 @@ class Transcript:
             self._turn = (self._turn + 1) % self._request.choices
 
     def _next_delta(self, choice: int) -> Delta | None:
-        """What the choice says in its turn; None when that has not come yet."""
+        """The delta of the choice's next token, or of its end; None when neither has come yet."""
         batch = _turn(self._outputs[choice], self._told[choice])
         if batch is None:
             return None
@@ -153,7 +153,7 @@ class Transcript:
 
 
 def _turn(output: OutputTokens, told: int) -> TokenBatch | None:
-    """One token, or the end when all are told; None when neither has come yet."""
+    """The token after the first `told` ones, or the end if there is none; None when neither has come yet."""
     stats = output.stats
     if told < len(output):
         tokens = output.tokens(told, told + 1)

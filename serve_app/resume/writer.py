@@ -1,7 +1,7 @@
 """Writes the journals that this process owns, all in one call a tick, which also renews their leases.
 
-Promises that a line is in the store a tick later, or that the owner learns why not, and that a restarted store gets its
-journals back. Knows no ids and no text.
+Promises that a record is in the store a tick later, or that the owner learns why not, and that a restarted store gets
+its journals back. Knows no token ids and no text.
 """
 
 from __future__ import annotations
@@ -52,19 +52,19 @@ class OwnedJournal:
         self._written = len(self._records)
         self._unwritten: list[tuple[int, Reply]] = []
         self.action = LeaseAction.HOLD
-        """What becomes of the lease once all is written. Nothing may be written after any other than HOLD."""
+        """What becomes of the lease once all is written. When it is not HOLD, nothing more may be added."""
         self._renewed_at = float("-inf")
         self._wake = wake
         self.settled = asyncio.Event()
-        """Nothing more will be written: all is, or the lease is lost."""
+        """Set when nothing more will be written: everything has been, the lease is lost or the store is full."""
 
     @property
     def written_records(self) -> list[bytes]:
-        """What the store has said it has."""
+        """The records that the store has confirmed."""
         return self._records[: self._written]
 
     def write(self, choice: int, reply: Reply) -> None:
-        """Add what a choice says; it goes out with the next tick, if anything can."""
+        """Add a reply of a choice, for the next tick; no effect once `settled`."""
         if not self.settled.is_set():
             self._unwritten.append((choice, reply))
             self._wake()
@@ -74,14 +74,14 @@ class OwnedJournal:
         return bool(self._unwritten) or self.action is not LeaseAction.HOLD or now - self._renewed_at >= renew_s
 
     def append(self) -> Append:
-        """What to write now."""
+        """The next write: all records that the store has not confirmed."""
         if self._unwritten:
             self._records.append(encode_replies(self._unwritten))
             self._unwritten.clear()
         return Append(self.stream_id, self.owner, self._written, tuple(self._records[self._written :]), self.action)
 
     def take(self, append: Append, result: AppendResult, now: float) -> None:
-        """The store's answer to `append`."""
+        """Take in the store's answer to `append`."""
         self.lease = result.lease
         self._renewed_at = float("-inf") if result.lease is LeaseStatus.GONE else now
         if result.unread_s is not None:
@@ -91,19 +91,19 @@ class OwnedJournal:
             if append.action is not LeaseAction.HOLD:
                 self.settled.set()
         elif result.lease is LeaseStatus.GONE:
-            self._written = 0  # it was created again: to be written from the start
+            self._written = 0  # created again: all records must be written again
             self._wake()
         else:
             name = loggable(self.stream_id)
             logger.warning("the journal of stream %s can't be written any more: %s", name, result.lease)
             self.settled.set()
             if result.lease is LeaseStatus.FULL:
-                self._records.clear()  # they are nowhere else, so nobody can go on with them
+                self._records.clear()  # without the store's copy nobody can continue from them
                 self._written = 0
         self.tell()
 
     def tell(self) -> None:
-        """Let the owner look at how things are."""
+        """Let the owner react to the new state."""
         if self.on_news is not None:
             self.on_news()
 
@@ -116,7 +116,7 @@ class JournalWriter:
         self._renew_s = lease_s / RENEWALS_PER_LEASE
         self._tick_s = tick_s
         self._owned: dict[str, OwnedJournal] = {}
-        """By owner."""
+        """The journals to write, by owner."""
         self._due = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._reachable = True
@@ -139,16 +139,16 @@ class JournalWriter:
         self._owned[journal.owner] = journal
         self._due.set()
         if self._task is None or self._task.done():
-            # It belongs to no request, whoever started it.
+            # In a context of its own: the task must not end with the request that started it.
             self._task = asyncio.create_task(self._run(), name="journal writer", context=Context())
 
     def forget(self, journal: OwnedJournal) -> None:
-        """Leave the journal alone from now on; whatever was not written is lost."""
+        """Stop writing and renewing this journal. Records that are not written yet are lost."""
         self._owned.pop(journal.owner, None)
         self._due.set()
 
     async def end(self, journal: OwnedJournal, action: LeaseAction, within_s: float) -> None:
-        """Write what is left to be written, and leave the journal to others after at most so long."""
+        """Write the rest with `action`, for at most `within_s`, then forget the journal."""
         journal.action = action
         self._due.set()
         try:
@@ -195,7 +195,7 @@ class JournalWriter:
                 journal.tell()
 
     async def _create_again(self, journal: OwnedJournal) -> AppendResult:
-        """The store has lost it; its owner has not. Raises `StoreUnavailable`."""
+        """Create a journal again that the store has lost. Raises `StoreUnavailable`."""
         lease = await self._store.create(journal.stream_id, journal.owner, journal.document)
         name = loggable(journal.stream_id)
         logger.warning("the store has lost the journal of stream %s; created again: %s", name, lease)

@@ -34,10 +34,10 @@ class ClientGone(Exception):
 async def read_json_object(
     scope: Scope, receive: Receive, max_bytes: int, slow_bodies: SlowBodies
 ) -> tuple[dict[str, Any], int]:
-    """The body as a JSON object, and its size in bytes. One that is not there soon needs a place among `slow_bodies`.
+    """The body as a JSON object, and its size in bytes. Raises `ApiError` (400, 408, 413, 415) and `ClientGone`.
 
-    Any content type is taken if the bytes are JSON (curl's default is a form's). Raises `ApiError` (400, 408, 413, 415)
-    and `ClientGone`.
+    A body that takes longer than `PROMPTLY_S` to arrive needs a place in `slow_bodies`. Any content type is accepted if
+    the bytes are JSON: curl's default is the content type of a form.
     """
     headers = Headers(scope=scope)
     encoding = headers.get("content-encoding", "identity").strip().lower()
@@ -62,7 +62,7 @@ async def read_json_object(
 
 
 class _Incoming:
-    """A body on its way; reading it may be broken off and taken up again."""
+    """A body that is being received. After a timeout, `read` can be called again for the rest."""
 
     def __init__(self, receive: Receive, max_bytes: int) -> None:
         self._receive = receive
@@ -71,7 +71,7 @@ class _Incoming:
         self.chunks: list[bytes] = []
 
     async def read(self, within_s: float) -> bool:
-        """Whether all of it came within this time."""
+        """Whether the whole body arrived within `within_s`. Raises `ApiError` and `ClientGone`."""
         more = True
         try:
             async with asyncio.timeout(within_s) as deadline:
@@ -93,7 +93,7 @@ class _Incoming:
 
 
 def _decode(body: bytes, content_type: str) -> dict[str, Any]:
-    if body.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) or b"\0" in body[:2]:  # of UTF-8 it has none
+    if body.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) or b"\0" in body[:2]:  # JSON in UTF-8 has no NUL
         raise bad_request("The request body is UTF-16 or UTF-32; send JSON as UTF-8.", code="invalid_json")
     body = body.removeprefix(BOM_UTF8)  # Windows' editors and PowerShell write one
     if not body.strip():

@@ -1,8 +1,8 @@
-"""What every endpoint does around its handler: reads the body, takes a place, turns errors into answers, and watches
-the connection.
+"""What every endpoint does around its handler: reads the body, limits the number of requests, turns errors into answers
+and watches the connection.
 
-Promises that work stops as soon as its client goes (P5), and that one request too many is refused at once (P6). Knows
-no wire format.
+Promises that work stops as soon as its client goes, and that a request beyond the limit is refused at once (P5 and P6
+in docs/design.md). Knows no wire format.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ from serve_app.observability.metrics import REQUESTS_IN_PROGRESS, MetricsSink
 RECORD = "serve_app.record"
 """Where the request's `RequestRecord` is in the ASGI scope."""
 INLINE_BYTES = 20_000
-"""Of a request that is worked on in the loop: to encode so much text takes about 10 ms, all else less."""
+"""Size of the largest request that is processed in the event loop: tokenizing so much text takes about 10 ms, every
+other step less."""
 ITEM_BYTES = 50
-"""What an item of a list costs besides its text, as bytes of text: a message, which goes through the template."""
+"""What one item of a list costs besides its text, in bytes of text that cost as much. It is the cost of a chat message,
+which goes through the template."""
 
 _Result = TypeVar("_Result")
 
@@ -47,16 +49,16 @@ class Call:
     headers: Headers
     record: RequestRecord
     deadline: float
-    """Of the event loop's clock."""
+    """In seconds, by the event loop's clock."""
     size_bytes: int
     """Of the body, or of the query of a GET."""
 
     async def run(self, work: Callable[[], _Result], *, items: int = 0) -> _Result:
-        """What `work` makes of this request: in the event loop while that is short, else in a thread.
+        """Do `work` on this request: in the event loop if the request is small, otherwise in a thread.
 
-        The loop has every stream of this process to move. What decides is the size of the whole request, which is known
-        before anybody has looked into it; `items` are those of its longest list. A thread helps with work that lets go
-        of the interpreter: Python code, and the tokenizer.
+        Long work in the loop would hold up every stream of this process. The size of the whole request decides, since
+        it is known before its fields are read; `items` is the length of its longest list. A thread helps only with work
+        during which other threads can run: Python code, and the tokenizer.
         """
         if self.size_bytes + ITEM_BYTES * items <= INLINE_BYTES:
             return work()
@@ -71,14 +73,14 @@ Handler = Callable[[Call], Awaitable[Response | EventStream]]
 
 
 class Admission:
-    """How many requests this process answers at a time."""
+    """Limits how many requests this process answers at a time."""
 
     def __init__(self, max_streams: int, metrics: MetricsSink) -> None:
         self._max_streams = max_streams
         self._metrics = metrics
         self._in_progress = 0
         self.slow_bodies = SlowBodies()
-        """Requests that have no place yet."""
+        """Requests whose bodies arrive slowly. They have none of the places yet."""
 
     def refuse_when_full(self) -> None:
         """Raise `RequestError` when all places are taken."""
@@ -103,7 +105,7 @@ class Endpoint:
     """An ASGI application around one handler."""
 
     def __init__(self, name: str, handler: Handler, admission: Admission, config: ApiConfig) -> None:
-        """`name` is the endpoint's in metrics and in the log."""
+        """`name`: what metrics and log call the endpoint."""
         self._name = name
         self._handler = handler
         self._admission = admission
@@ -117,7 +119,7 @@ class Endpoint:
         try:
             self._admission.refuse_when_full()
             body, size_bytes = None, len(scope["query_string"])
-            if scope["method"] == "POST":  # before a place is taken: whoever sends no body would keep others out
+            if scope["method"] == "POST":  # before taking a place: a client that sends no body must not hold one
                 limit, slow_bodies = self._config.max_body_bytes, self._admission.slow_bodies
                 body, size_bytes = await read_json_object(scope, receive, limit, slow_bodies)
             with self._admission.place():

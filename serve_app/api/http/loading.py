@@ -1,4 +1,4 @@
-"""What an ingress answers before it has a tokenizer: alive, how far it is, and 503 to everything else.
+"""The application of an ingress that has no tokenizer yet: the two probes, and 503 for everything else.
 
 Promises the same probes, errors, request ids and access lines as the whole application, without its imports.
 """
@@ -21,7 +21,7 @@ from serve_app.observability.metrics import MetricsSink
 def create_loading_app(
     state: Callable[[], Awaitable[ModelCard | LoadStage]], metrics: MetricsSink, pages: Pages
 ) -> Starlette:
-    """The application of an ingress that is not there yet. `state` says how far it is."""
+    """The application of an ingress that is still loading. `state`: the model's card, or how far it is with loading."""
 
     async def refuse(request: Request) -> Response:
         stage = await state()

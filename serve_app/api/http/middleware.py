@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 PROBES = frozenset({"/health", "/ready"})
-"""Asked every few seconds by machines: their access lines are written at debug level, and they are not counted."""
+"""Health checks call these every few seconds: access lines are at debug level, and the metrics don't count them."""
 
 
 class RequestScope:
@@ -111,7 +111,7 @@ class RequestScope:
 
 
 def _without_slash_at_its_end(scope: Scope) -> str:
-    """Take it from the path to be routed, and return that path, below the application's own prefix."""
+    """Remove the slash at the end of the path in `scope`. Returns the path below the application's own prefix."""
     root = scope.get("root_path", "")
     path: str = scope["path"]
     prefix = root if path.startswith(root) else ""

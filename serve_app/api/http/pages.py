@@ -1,7 +1,7 @@
-"""What web pages may do with this service: under which host names it answers, and whose pages may call it.
+"""What web pages may do with this service: which host names it answers to, and whose pages may call it.
 
-Promises that a page of another site can neither drive the model nor read an answer unless `api.cors_origins` names it,
-by a rebound name either. A client that is no browser sends none of the headers that are looked at, but `Host`.
+Promises that a page of another site can neither drive the model nor read an answer unless `api.cors_origins` names it;
+DNS rebinding does not get around this. Of the headers checked here, a client that is no browser sends only `Host`.
 """
 
 from __future__ import annotations
@@ -19,23 +19,25 @@ from serve_app.config import ApiConfig
 
 _PORTS = {"http": 80, "https": 443}
 _OWN_SITES = frozenset({"same-origin", "none"})
-"""`Sec-Fetch-Site` of our own pages, and of what a user typed. `same-site` is another port of this machine."""
+"""`Sec-Fetch-Site` for our own pages, and for an address that a user typed. `same-site` is not among them: it can be
+another port of this machine."""
 _EXPOSED = "x-request-id, x-seed, x-stream-id, x-ignored-fields, x-clamped-fields, retry-after, x-should-retry"
 """Headers that pages of other origins may read."""
 _PREFLIGHT_AGE_S = 600
 _LONGEST_NAME = 100
-"""Characters of a client's own header that an error repeats."""
+"""An error message repeats at most this many characters of a header that the client sent."""
 
 
 class Pages:
     """The rules of one service."""
 
     def __init__(self, config: ApiConfig, bound_to: str | None = None) -> None:
-        """`bound_to`: the host that the service listens on; None: not known, and every `Host` is answered.
+        """`bound_to`: the host that the service listens on; None: not known.
 
-        A service that only this machine reaches answers to names of this machine: a page under a name that its owner
-        points at 127.0.0.1 (DNS rebinding) is of the service's own origin in a browser's eyes, and only its `Host`
-        gives it away. An address as `Host` is always right, since there is no name to rebind.
+        `Host` is checked if `bound_to` is a loopback address or `config.hosts` is not empty, but not if "*" is one of
+        `config.hosts`. The check is against DNS rebinding: if an attacker points a name at 127.0.0.1, a page under this
+        name has the service's own origin for a browser, and only `Host` shows the name. An IP address as `Host` is
+        always accepted, since there is no name to rebind.
         """
         names = {_plain_name(name) for name in config.hosts}
         limited = bool(names) or (bound_to is not None and is_loopback(bound_to))
@@ -44,8 +46,8 @@ class Pages:
         self._origins = frozenset(origin.rstrip("/").lower() for origin in config.cors_origins)
 
     def check(self, method: str, path: str, headers: Headers) -> None:
-        """Raise `ApiError` 403 for a request under a foreign name, or by a page that may not call."""
-        for host in headers.getlist("host"):  # HTTP/1.0 has none
+        """Raise `ApiError` 403 for a `Host` that is not the service's, and for a page that may not call it."""
+        for host in headers.getlist("host"):  # HTTP/1.0 requests may have none
             if not self._answers_to(host):
                 message = (
                     f"This service does not answer to the host '{host[:_LONGEST_NAME]}'. Ask for it by its address or "
@@ -58,7 +60,7 @@ class Pages:
             raise ApiError(403, message, code="origin_not_allowed")
 
     def answer_headers(self, headers: Headers) -> Mapping[str, str]:
-        """What every answer to this request must say for a page of an allowed origin to read it."""
+        """The CORS headers of every answer to this request: with them a page of an allowed origin can read it."""
         if not self._origins:
             return {}
         allowed = self._allowed_origin(headers)
@@ -68,7 +70,7 @@ class Pages:
         return {"access-control-allow-origin": allowed, "access-control-expose-headers": _EXPOSED, **vary}
 
     def preflight(self, method: str, headers: Headers) -> Response | None:
-        """The answer to a browser that asks whether a page may call, which `check` has let pass; else None."""
+        """The answer to a CORS preflight from an allowed origin; None for any other request."""
         asked = headers.get("access-control-request-method")
         if method != "OPTIONS" or asked is None or self._allowed_origin(headers) is None:
             return None
@@ -111,20 +113,23 @@ class Pages:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a service that listens there is reached from its own machine only."""
+    """Whether a service that listens on `host` can be reached from its own machine only."""
     name = _plain_name(host)
     return name == "localhost" or (_is_address(name) and ipaddress.ip_address(name).is_loopback)
 
 
 def _follows_a_link(method: str, path: str, headers: Headers) -> bool:
-    """A user may come to our pages from anywhere; what generates is no page, and frames would hide whose it is."""
+    """Whether a user follows a link to one of our pages, which is allowed from any site.
+
+    Endpoints that generate are no pages. Pages in frames don't count: the user would not see whose they are.
+    """
     to_a_page = headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
     generates = path == "/stream" or path.startswith("/v1/")
     return to_a_page and method in ("GET", "HEAD") and not generates
 
 
 def _is_same(origin: str, host: str) -> bool:
-    """Whether a page of `origin` has asked the very host that it came from, TLS ended before us or not."""
+    """Whether `origin` and `host` are the same host and port, whether or not a proxy has ended TLS before us."""
     scheme, _, page_host = origin.partition("://")
     asked, from_ = _split_host(host), _split_host(page_host)
     if scheme not in _PORTS or asked is None or from_ is None:

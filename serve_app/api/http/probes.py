@@ -16,14 +16,14 @@ _READY_RETRY_AFTER_S = "2"
 
 
 def probes(state: Callable[[], Awaitable[ModelCard | LoadStage]], generation: dict[str, float]) -> list[Route]:
-    """The routes of both. `generation`: the sampling parameters of requests that don't give them."""
+    """The two routes. `generation`: the sampling parameters of requests that don't give them."""
 
     async def health(request: Request) -> Response:
         """200: this process answers. It says nothing of a model."""
         return _json({"status": "ok"}, 200)
 
     async def ready(request: Request) -> Response:
-        """200 with the model's card and sampling defaults when it can serve; 503 with the stage and how far before."""
+        """200 with the model's card and sampling defaults once it can serve; before that, 503 with the `LoadStage`."""
         now = await state()
         if isinstance(now, ModelCard):
             return _json({"status": "ready", "model": msgspec.to_builtins(now), "generation": generation}, 200)

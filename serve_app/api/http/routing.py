@@ -1,4 +1,4 @@
-"""Which path and method goes where, and what a request gets that goes nowhere.
+"""Routing by path and method, and the answers to unknown paths and methods.
 
 Promises JSON on every path and method, and that a path answers the same with a slash at its end.
 """
@@ -25,7 +25,7 @@ from serve_app.observability.metrics import MetricsSink
 
 
 def application(routes: Sequence[Route], metrics: MetricsSink, pages: Pages) -> Starlette:
-    """The routes, within what every request gets."""
+    """An application of these routes, with the middleware and the error handler for every request."""
     app = Starlette(
         routes=routes,
         middleware=[Middleware(RequestScope, metrics=metrics, pages=pages)],
@@ -36,7 +36,10 @@ def application(routes: Sequence[Route], metrics: MetricsSink, pages: Pages) -> 
 
 
 def route(path: str, endpoint: Callable[[Request], Awaitable[Response]] | ASGIApp, *methods: str) -> Route:
-    """One path; without methods it takes each. Given to `Route`, GET would bring HEAD, which generates for nobody."""
+    """A route for one path; without `methods` it accepts all of them.
+
+    `Route` itself would add HEAD to GET, and HEAD would generate an answer that nobody reads.
+    """
     made = Route(path, endpoint)
     made.methods = set(methods) or None
     return made

@@ -1,7 +1,7 @@
 """Limits how many clients may send their bodies slowly.
 
-Promises that connections which send nothing take no place from others: a request whose body has not arrived soon needs
-a place here, and does not yet count among the requests in progress. Knows no HTTP.
+Promises that connections which send nothing take no place from others: a request whose body has not arrived within
+`PROMPTLY_S` needs a place here, and does not yet count among the requests in progress. Knows no HTTP.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 PROMPTLY_S = 3.0
-"""A body that is there by then needs no place: nearly all are sent together with their headers. Not less: when hundreds
-come at once, an ingress on a busy machine may take more than a second to read what has long been sent."""
+"""A body that arrives within this time needs no place: nearly all are sent together with their headers. Less would be
+too short: when hundreds come at once, an ingress on a busy machine may take more than a second to read bodies that were
+sent long before."""
 MAX_SLOW = 256
 MAX_SLOW_PER_CLIENT = 16
-"""Of 256: so many addresses are needed to take all places, for 30 s at a time."""
+"""An attacker thus needs 256 / 16 = 16 addresses to take all places, for 30 s at a time."""
 
 
 class TooManySlowBodies(Exception):
@@ -24,19 +25,19 @@ class TooManySlowBodies(Exception):
 
 
 class SlowBodies:
-    """The bodies that are waited for, in one process."""
+    """The slow bodies that one process waits for."""
 
     def __init__(self, limit: int = MAX_SLOW, per_client: int = MAX_SLOW_PER_CLIENT) -> None:
         self._limit = limit
         self._per_client = per_client
         self._waiting: Counter[str | None] = Counter()
-        """By client; None counts all whose client is not known."""
+        """Number of bodies by client; None stands for all clients that are not known."""
 
     @contextmanager
     def place(self, address: str | None) -> Iterator[None]:
-        """One of the places, for as long as the block runs; `address` is None where nobody knows the client's.
+        """Take one of the places for as long as the block runs. Raises `TooManySlowBodies`.
 
-        Raises `TooManySlowBodies`.
+        `address`: the client's; None: not known.
         """
         client = _client(address)
         if self._waiting.total() >= self._limit or (client is not None and self._waiting[client] >= self._per_client):
@@ -51,9 +52,9 @@ class SlowBodies:
 
 
 def _client(address: str | None) -> str | None:
-    """What one client can't change at will: of IPv6 the 64 bits that its provider gave it.
+    """The part of an address that a client can't change at will: for IPv6 the 64-bit prefix that its provider assigned.
 
-    None for an address of this machine: it may be a proxy's, which all clients share.
+    None for a loopback address: it may be a proxy's, which all clients share.
     """
     if address is None:
         return None

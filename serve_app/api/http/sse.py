@@ -24,7 +24,7 @@ from serve_app.resume.refusals import ReaderTooSlow
 logger = logging.getLogger(__name__)
 
 HEARTBEAT = b": ping\n"
-"""A comment line, and no empty line after it: openai-python fails on that when an event with an id came before."""
+"""A comment without an empty line after it: openai-python fails on such a line if an event with an id came before."""
 
 _HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -36,7 +36,7 @@ _PACE_BYTES = 2**18
 """Unsent bytes beyond which a paced stream waits for its client."""
 
 _LINE_ENDS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
-"""Those that JSON leaves as they are. None of them is printable to `str.isprintable`."""
+"""The line ends that JSON does not escape. `str.isprintable` is false for each of them."""
 
 
 def json_text(text: str) -> str:
@@ -49,26 +49,27 @@ def json_text(text: str) -> str:
 
 
 def one_line(json: str) -> str:
-    """The same JSON without the characters at which many clients end a line, though SSE does not: NEL, LS and PS."""
+    """The same JSON with NEL, LS and PS escaped: many clients end a line at these characters, though SSE does not."""
     return json.translate(_LINE_ENDS)
 
 
 @dataclass(frozen=True, slots=True)
 class StreamSettings:
-    """How a connection is treated while events go out."""
+    """The heartbeats of a connection, and its limits for slow readers."""
 
     heartbeat_s: float = 10.0
-    """A heartbeat follows this much silence."""
+    """A heartbeat is sent after this many seconds without an event."""
     slow_reader_bytes: int = 4 * 2**20
-    """Unsent bytes at which a client's stream is ended with an error. Only what this process holds is seen: a server
-    between that takes everything at once (Serve's proxy) has a buffer of its own."""
+    """A stream with more unsent bytes than this is ended with an error. Only bytes in this process count: a proxy that
+    accepts everything at once (Serve's) has a buffer of its own."""
     drain_s: float = 30.0
-    """How long a client may take to read what is left when the stream has ended."""
+    """Seconds that a client has to read the rest once the stream has ended. Also how long it may read nothing of a
+    `paced` stream."""
 
 
 @dataclass(eq=False)
 class EventStream:
-    """An ASGI response: the events of `chunks`, then the end. Closes `chunks` whatever happens."""
+    """An ASGI response that sends the events of `chunks`. Closes `chunks` whatever happens."""
 
     chunks: AsyncGenerator[bytes, None]
     on_error: Callable[[RequestError], bytes]
@@ -76,19 +77,22 @@ class EventStream:
     settings: StreamSettings
     headers: Mapping[str, str]
     paced: bool = False
-    """A chunk is taken only when the client has read most of what went before; what is there from the start of a long
-    stream must not count as unread at once."""
+    """Take the next chunk only when the client has read most of the earlier ones. Otherwise all events that a long
+    stream already has would count as unread at once."""
     error: ApiError | None = field(default=None, init=False)
-    """What ended the stream before its time, once it has."""
+    """The error that ended the stream early; None while there is none."""
     _first: bytes = field(default=b"", init=False)
 
     async def opened(self) -> EventStream:
-        """This, once its first chunk is there. Raises an error that comes before, so that it has a real HTTP status."""
+        """This object, once its first chunk is there. Raises earlier errors, so that they get an HTTP error status."""
         self._first = await anext(self.chunks)
         return self
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Raises `ClientGone` when the client takes nothing more. Whoever calls watches `receive` and cancels."""
+        """Send the stream. Raises `ClientGone` when the client takes nothing more.
+
+        The caller must watch `receive`, and cancel this call when the client disconnects.
+        """
         async with aclosing(self.chunks):
             headers = [*_HEADERS, *((name.encode(), value.encode()) for name, value in self.headers.items())]
             writer = _Writer(send, headers, self.settings, capped=not self.paced)
@@ -123,12 +127,15 @@ class EventStream:
 
 
 class _Writer:
-    """Sends in a task of its own, so that what a slow reader leaves unsent can be counted; joins what has piled up."""
+    """Sends in a task of its own, so that the bytes that a slow reader leaves unsent can be counted.
+
+    Chunks that have piled up are sent as one.
+    """
 
     def __init__(
         self, send: Send, headers: list[tuple[bytes, bytes]], settings: StreamSettings, *, capped: bool
     ) -> None:
-        """`capped`: `write` refuses too much. Else whoever writes waits for `room`."""
+        """`capped`: `write` raises when too much is unsent. Otherwise its caller must wait for `room`."""
         self._send = send
         self._capped = capped
         self._pace_bytes = min(_PACE_BYTES, settings.slow_reader_bytes // 2)
@@ -144,7 +151,7 @@ class _Writer:
         self._heartbeat = self._loop.call_later(settings.heartbeat_s, self._beat)
 
     def write(self, chunk: bytes) -> None:
-        """Raises `ReaderTooSlow`, and forgets what is unsent, when that is too much and the writer is capped."""
+        """Queue a chunk. If a capped writer has too much unsent, forget what is queued and raise `ReaderTooSlow`."""
         if not chunk:
             return
         self._pending.append(chunk)
@@ -157,7 +164,10 @@ class _Writer:
         self._more.set()
 
     async def room(self) -> None:
-        """Wait until the client has read most of it. Raises `ReaderTooSlow` when it reads nothing for `drain_s`."""
+        """Wait until the client has read most of what was written.
+
+        Raises `ReaderTooSlow` when it reads nothing for `drain_s`.
+        """
         while self._unsent_bytes > self._pace_bytes:
             self._sent.clear()
             try:

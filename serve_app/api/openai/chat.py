@@ -24,25 +24,25 @@ from serve_app.generation.text import Delta
 
 
 class ChatRequest(OpenAIFields):
-    """The body."""
+    """The body of POST /v1/chat/completions."""
 
     messages: Messages
     max_tokens: MaxTokens | None = None
     max_completion_tokens: MaxTokens | None = None
-    """The newer name of the same."""
+    """OpenAI's newer name for `max_tokens`."""
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: Any = None
     verbosity: Any = None
     enable_thinking: Any = None
-    """These three set a variable of the same name where the model's chat template has one."""
+    """Sets the chat template's variable of this name if there is one; so do `reasoning_effort` and `verbosity`."""
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
 
 
 class ChatFormat(OpenAIFormat):
-    """The chat endpoint's."""
+    """The wire format of POST /v1/chat/completions."""
 
     name = "chat"
     whole_kind = "chat.completion"
@@ -120,8 +120,8 @@ def _params(request: ChatRequest) -> CompletionParams:
 def chat_options(request: ChatRequest, known: Collection[str], unknown: UnknownFields) -> ChatOptions:
     """How the request's prompt is written. Raises `ApiError`.
 
-    A field sets the variable of its name, unless `chat_template_kwargs` do. `known`: the variables that the template
-    leaves to its callers. What it does not know is ignored and named.
+    `chat_template_kwargs` take precedence over the fields that set a variable. `known`: the variables that the template
+    leaves to its callers. Any other variable goes to `unknown`.
     """
     if request.add_generation_prompt and request.continue_final_message:
         message = "add_generation_prompt begins a new answer, so it can't be combined with continue_final_message."

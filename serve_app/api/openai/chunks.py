@@ -1,7 +1,7 @@
-"""What OpenAI's two completion endpoints write alike: the envelope of a document, and the chunks of a stream.
+"""What OpenAI's two completion endpoints have in common: the envelope of a document, and the chunks of a stream.
 
-Promises OpenAI's envelope and the same text both ways, and that a token costs no more than its own JSON. What an entry
-of `choices` looks like is the endpoint's.
+Promises OpenAI's envelope, the same text in a document and in a stream, and that a token costs no more than its own
+JSON. Each endpoint writes its own entries of `choices`.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ class OpenAIFormat(WireFormat):
         self._tokens = TokenTexts(service.tokenizer)
 
     def _parsed(self, resolved: ResolvedRequest, fields: OpenAIFields, max_tokens_param: str) -> ParsedRequest:
-        """`settings`: `envelope`, the fields around the choices in every chunk, `usage`: whether the usage is wanted at
-        the end, and `continuous_usage`: whether in every chunk."""
+        """The `settings` are `envelope` (the fields around the choices in every chunk), `usage` (whether the usage is
+        wanted at the end) and `continuous_usage` (whether it is wanted in every chunk)."""
         envelope = {
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
             "object": self.chunk_kind if fields.stream else self.whole_kind,
             "created": int(time.time()),
             "model": resolved.model,
-            # As OpenAI names a backend configuration: same fingerprint, same seed, same answer.
+            # OpenAI's id of a backend configuration: the same fingerprint and seed give the same answer.
             "system_fingerprint": "fp_" + hashlib.sha256(resolved.fingerprint.encode()).hexdigest()[:10],
         }
         options = fields.stream_options or StreamOptions()
@@ -92,7 +92,7 @@ class OpenAIFormat(WireFormat):
 
     @abstractmethod
     def content(self, text: str) -> dict[str, Any]:
-        """The field of an entry in a whole answer that has the text."""
+        """The field that holds the text, in an entry of a whole answer."""
 
     @abstractmethod
     def logprobs(self, deltas: Sequence[Delta]) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class OpenAIFormat(WireFormat):
 
     @abstractmethod
     def pieces(self, delta: Delta) -> Iterable[str]:
-        """The JSON of the entries that tell `delta`, one a chunk."""
+        """The JSON of the entries that `delta` adds to the stream; each goes into a chunk of its own."""
 
 
 class ChunkWriter(EventWriter):
@@ -122,16 +122,16 @@ class ChunkWriter(EventWriter):
         self._completion_tokens = 0
 
     def opened(self) -> list[bytes]:
-        """The chunk of each choice that says who speaks."""
+        """The opening chunk of each choice, in the formats that have one."""
         return self._chunks(self._entries.opening(index) for index in range(self._choices))
 
     def gained(self, delta: Delta) -> list[bytes]:
-        """A chunk for its text and one for its end, where there is something to say."""
+        """The chunks that carry `delta`; none if it adds nothing to the answer yet."""
         self._completion_tokens += len(delta.token_ids)
         return self._chunks(self._entries.pieces(delta))
 
     def ended(self, usage: Usage) -> list[bytes]:
-        """The last ones."""
+        """The usage if it was asked for, and `[DONE]`."""
         events = [b"data: [DONE]\n\n"]
         if self._include_usage:
             chunk = f'{self._head}], "usage": {json.dumps(usage_document(usage))}}}\n\n'
@@ -144,7 +144,7 @@ class ChunkWriter(EventWriter):
 
     def _chunks(self, pieces: Iterable[str]) -> list[bytes]:
         end = self._end
-        if self._continuous_usage:  # without the cache hits, which count when the prompt is done
+        if self._continuous_usage:  # without cached tokens, which only the last usage has
             prompt, all_ = self._prompt_tokens, self._prompt_tokens + self._completion_tokens
             counts = f'"prompt_tokens": {prompt}, "completion_tokens": {all_ - prompt}, "total_tokens": {all_}'
             end = f'], "usage": {{{counts}}}}}\n\n'
@@ -152,5 +152,5 @@ class ChunkWriter(EventWriter):
 
 
 def finite(logprob: float) -> float:
-    """As OpenAI tells it."""
+    """The logprob as OpenAI gives it: at least `LOWEST_LOGPROB`."""
     return max(logprob, LOWEST_LOGPROB)

@@ -44,7 +44,7 @@ def _are_ids(value: Any) -> bool:
 
 
 class CompletionRequest(OpenAIFields):
-    """The body."""
+    """The body of POST /v1/completions."""
 
     prompt: Annotated[tuple[str | tuple[int, ...], ...], BeforeValidator(_prompts)]
     max_tokens: MaxTokens | None = None
@@ -54,13 +54,13 @@ class CompletionRequest(OpenAIFields):
     parse_special: bool | None = None
     """Whether control tokens in a text are read as such, as on /stream; else they are text."""
     best_of: int | None = Field(None, ge=1)
-    """Only as many as `n`: nothing is generated that is not returned."""
+    """Must equal `n`: nothing is generated that is not returned."""
     add_special_tokens: bool | None = None
-    """Only true, the default of other servers."""
+    """False is refused. True is the default of other servers."""
 
 
 class TextFormat(OpenAIFormat):
-    """The older endpoint's."""
+    """The wire format of POST /v1/completions."""
 
     name = "text"
     whole_kind = chunk_kind = "text_completion"
@@ -112,7 +112,7 @@ class TextFormat(OpenAIFormat):
             lists["text_offset"].append(told.offset)
             lists["token_logprobs"].append(logprob)
             lists["tokens"].append(text)
-            # Of several tokens with one text the likeliest stays; the chosen one is always there.
+            # If several tokens have the same text, the likeliest is kept. The chosen token is always listed.
             likeliest = {self._tokens.text(other): finite(of_other) for other, of_other in reversed(told.logprobs.top)}
             lists["top_logprobs"].append(likeliest | {text: logprob})
         return lists

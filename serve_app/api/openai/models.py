@@ -16,19 +16,19 @@ from serve_app.generation.service import CompletionService
 
 
 class Models:
-    """The handlers of both."""
+    """The handlers of /v1/models and /v1/models/{model}."""
 
     def __init__(self, service: CompletionService) -> None:
         self._service = service
         self._created = int(time.time())
 
     async def handle_list(self, call: Call) -> Response:
-        """The one model. Raises `ApiError` 503 while it is not ready."""
+        """The one model. Raises `RequestError` (503) while it is not ready."""
         model = self._document(await self._service.ready_model())
         return Response(json.dumps({"object": "list", "data": [model]}), media_type="application/json")
 
     async def handle_one(self, call: Call) -> Response:
-        """Raises `ApiError`: 404 for another model, 503 while it is not ready."""
+        """The model of this name. Raises `RequestError`: 404 for another model, 503 while it is not ready."""
         card = await self._service.ready_model(call.path_params["model"])
         return Response(json.dumps(self._document(card)), media_type="application/json")
 

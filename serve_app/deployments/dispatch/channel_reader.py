@@ -1,7 +1,7 @@
 """The ingress's end of the channels: takes the messages of each model replica apart, into the inboxes of its attempts.
 
-A channel is opened to a replica that has answered, and lasts as long as the replica. Promises that an attempt whose
-tokens may have been in a channel that broke is told so. Knows no text.
+A channel is opened to each live replica, and lasts as long as the replica. Promises that an attempt is told when a
+channel broke that may have held its tokens. Knows no text.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ logger = logging.getLogger(__name__)
 OPEN_S = 5.0
 """A channel that is not open after so long is given up."""
 RETRY_S = 30.0
-"""Between two tries to open one: while there is none, replies come by Serve's calls."""
+"""Pause after a failed try to open a channel. Without a channel, replies come by Serve's calls."""
 
 
 class ChannelReader:
     """All channels of one ingress process, for its event loop."""
 
     def __init__(self, address_of: Callable[[str], ChannelAddress | None], ingress_id: str) -> None:
-        """`address_of` a replica's channels; `ingress_id` is "" where nobody can be told apart: no channels."""
+        """`address_of`: a replica's channel address, if any. `ingress_id`: "" in an unnamed process: no channels."""
         self._address_of = address_of
         self._ingress_id = ingress_id
         self._attempts: dict[int, tuple[Attempt, Inbox]] = {}
@@ -41,7 +41,7 @@ class ChannelReader:
 
     @contextmanager
     def inbox(self, attempt: Attempt) -> Iterator[Inbox]:
-        """For what comes for the attempt."""
+        """The inbox for the attempt's replies, until the block ends."""
         number, inbox = attempt.request.attempt, Inbox()
         self._attempts[number] = attempt, inbox
         try:
@@ -58,12 +58,12 @@ class ChannelReader:
             if time.monotonic() < self._not_before.get(replica, 0.0):
                 continue
             if (address := self._address_of(replica)) is not None:
-                # It belongs to no request, whoever started it.
+                # An empty context: the task belongs to no request, though one started it.
                 task = asyncio.create_task(self._open(replica, address), name=f"channel {replica}", context=Context())
                 self._opening[replica] = task
 
     def drop(self, replica: str) -> None:
-        """This replica says nothing any more: it is frozen or cut off, and so is its channel."""
+        """Close the channel to a replica that fell silent: it is frozen or cut off."""
         if (channel := self._channels.get(replica)) is not None:
             channel.close()
 
@@ -84,23 +84,23 @@ class ChannelReader:
                 channel.close()
 
     def opened(self, replica: str, channel: _Channel) -> None:
-        """Called by a channel."""
+        """Called by a channel that its replica has accepted."""
         self._channels[replica] = channel
 
     def received(self, replica: str, items: list[ChannelItem]) -> None:
-        """Called by a channel, for each message. What comes late, of where an attempt was before, is nothing to it."""
+        """Called by a channel, for each message. Drops late replies from a replica that an attempt has left."""
         for number, batch in items:
             if (found := self._attempts.get(number)) is None:
                 continue
             attempt, inbox = found
-            sendings = attempt.sendings  # first: the router may send it on meanwhile
+            sendings = attempt.sendings  # read first: the router may send the attempt elsewhere meanwhile
             if attempt.replica == replica:
                 if attempt.begun is None:
                     attempt.begun = sendings
                 inbox.put(batch)
 
     def broke(self, replica: str, channel: _Channel) -> None:
-        """Called by a channel that was open."""
+        """Called by an open channel whose connection has ended."""
         if self._channels.get(replica) is channel:
             del self._channels[replica]
         for attempt, inbox in self._attempts.values():
@@ -118,16 +118,16 @@ class _Channel(asyncio.Protocol):
         self._frames = Frames()
         self._transport: asyncio.Transport | None = None
         self.opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Done when the replica has taken this ingress; ConnectionError when it hasn't."""
+        """Done when the replica has accepted this ingress; ConnectionError when it has refused."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """asyncio's."""
+        """Called by asyncio."""
         self._transport = cast("asyncio.Transport", transport)
         keep_alive(transport)
         self._transport.write(self._greeting)
 
     def data_received(self, data: bytes) -> None:
-        """asyncio's."""
+        """Called by asyncio."""
         try:
             for items in self._frames.feed(data):
                 if not self.opened.done():
@@ -139,13 +139,13 @@ class _Channel(asyncio.Protocol):
             self.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """asyncio's."""
+        """Called by asyncio."""
         if self.opened.done() and not self.opened.cancelled():
             self._reader.broke(self._replica, self)
         elif not self.opened.done():
             self.opened.set_exception(ConnectionError("the replica closed it"))
 
     def close(self) -> None:
-        """Break it off."""
+        """Abort the connection."""
         if self._transport is not None:
             self._transport.abort()

@@ -1,8 +1,8 @@
 """The messages of a token channel between one model replica and one ingress process.
 
-The ingress's only line says who it is and that it may. Then the model server sends frames: four bytes of length, and
-the numbered replies of one step (`core.encode_replies`); the first frame has none and says that the channel is open.
-Knows no Ray and no text.
+The ingress sends one line: the replica's secret and its own id. Then the model server sends frames: four bytes of
+length, and the numbered replies of one step (`core.encode_replies`). The first frame holds no replies and says that the
+channel is open. Knows no Ray and no text.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from serve_app.core import MessageError, Reply, decode_replies, encode_replies
 ChannelItem = tuple[int, Reply]
 """Number of the attempt, and what its replica says."""
 MAX_MESSAGE_BYTES = 2**26
-"""A frame that claims to be longer is none of ours."""
+"""A frame that claims to be longer is invalid."""
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
-"""Seconds without a word before the other machine is asked whether it is there, seconds between two such questions,
-and how many go unanswered before the connection has ended."""
+"""Seconds of silence before the first TCP keep-alive probe, seconds between two probes, and the number of unanswered
+probes that ends the connection."""
 _LENGTH = struct.Struct(">I")
 
 
 def keep_alive(transport: asyncio.BaseTransport) -> None:
-    """Have a connection end whose other machine has vanished, though nothing is to be said."""
+    """Make a connection end when the other machine has vanished, even if nothing is being sent."""
     connection = transport.get_extra_info("socket")
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in KEEPALIVE.items():
-        if hasattr(socket, name):  # not everywhere
+        if hasattr(socket, name):  # not on every system
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 @dataclass(frozen=True, slots=True)
 class ChannelAddress:
-    """Where a model replica's channels are had, and what shows that one may have them."""
+    """Where an ingress connects to a model replica's channels, and the secret that it has to show."""
 
     host: str
     port: int
     secret: str = field(repr=False)
 
     def __str__(self) -> str:
-        """As it travels in what a replica says of itself to Serve's routers; `parse` reads it."""
+        """The form that a replica's metadata for Serve's routers holds; `parse` reads it."""
         return f"{self.host} {self.port} {self.secret}"
 
     @classmethod
@@ -62,7 +62,7 @@ def greeting(address: ChannelAddress, ingress_id: str) -> bytes:
 
 
 def read_greeting(line: bytes, secret: str) -> str | None:
-    """Who asks for a channel; None when it isn't one of ours."""
+    """The id of the ingress that asks for a channel; None if the secret is wrong or the id is missing."""
     given, _, ingress_id = line.partition(b" ")
     return ingress_id.decode().strip() or None if hmac.compare_digest(given, secret.encode()) else None
 
@@ -74,13 +74,13 @@ def encode(items: Sequence[ChannelItem]) -> bytes:
 
 
 class Frames:
-    """Cuts what a connection brings into messages."""
+    """Splits the bytes of a connection into messages."""
 
     def __init__(self) -> None:
         self._received = bytearray()
 
     def feed(self, data: bytes) -> Iterator[list[ChannelItem]]:
-        """The messages that are whole now. Raises `MessageError` for what `encode` did not make."""
+        """The messages that are complete now. Raises `MessageError` for bytes that `encode` did not make."""
         received = self._received
         received += data
         start = 0

@@ -1,8 +1,8 @@
-"""The model server's end of the channels: what a step made for all streams of one ingress process, in one message.
+"""The model server's end of the channels: sends a step's replies for all streams of an ingress process in one message.
 
 A channel is a TCP connection of its own: through Serve, each message costs both processes about a millisecond of Python
-and gRPC. Promises that nothing is delayed, that who loses what was put into a channel sees the channel break, and that
-a stream for whose ingress there is no channel goes by Serve's call. Knows no Ray and no text.
+and gRPC. Promises that nothing is delayed, that a reader sees the channel break if replies in it are lost, and that a
+stream whose ingress has no channel goes by Serve's call. Knows no Ray and no text.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from serve_app.deployments.dispatch.channel_wire import ChannelAddress, ChannelI
 logger = logging.getLogger(__name__)
 
 GREETING_S = 5.0
-"""A connection that has not said who it is after so long is closed."""
+"""A connection without a complete greeting after this long is closed."""
 MAX_GREETING_BYTES = 1024
 UNREACHABLE_S = 3.0
-"""A channel whose reader's machine confirms nothing for so long is closed, where the system can do that (Linux)."""
+"""A channel is closed when the reader's machine acknowledges no data for this long, where TCP supports it (Linux)."""
 MAX_UNREAD_BYTES = 2**23
-"""A channel that its reader has left so much of is closed: about 500,000 tokens, so the reader's process is stopped."""
+"""A channel with more unsent bytes than this is closed. It is about 500,000 tokens: the reader's process is stopped."""
 
 
 class TokenChannels:
@@ -33,7 +33,7 @@ class TokenChannels:
 
     def __init__(self) -> None:
         self.messages = 0
-        """Sent so far."""
+        """Number of messages sent so far."""
         self.address: ChannelAddress | None = None
         self._open: dict[str, Channel] = {}
         self._server: asyncio.Server | None = None
@@ -56,19 +56,19 @@ class TokenChannels:
         return self._open.get(ingress_id)
 
     def opened(self, ingress_id: str, channel: Channel) -> None:
-        """Called by a channel. A later one of the same ingress takes the place of the first, which it has given up."""
+        """Called by a channel after its greeting. Closes an older one of the same ingress, which has given that up."""
         previous, self._open[ingress_id] = self._open.get(ingress_id), channel
         if previous is not None:
             previous.close()
 
     def closed(self, ingress_id: str, channel: Channel) -> None:
-        """Called by a channel."""
+        """Called by a channel whose connection has ended."""
         if self._open.get(ingress_id) is channel:
             del self._open[ingress_id]
 
 
 class Channel(asyncio.Protocol):
-    """One connection. The streams of a step put theirs in one after the other, before the loop goes on to `_flush`."""
+    """One connection. All streams of a step `put` their replies before the event loop runs `_flush`."""
 
     def __init__(self, channels: TokenChannels, secret: str) -> None:
         self._channels = channels
@@ -79,7 +79,7 @@ class Channel(asyncio.Protocol):
         self._items: list[ChannelItem] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """asyncio's."""
+        """Called by asyncio."""
         self._transport = cast("asyncio.Transport", transport)
         keep_alive(transport)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
@@ -88,7 +88,7 @@ class Channel(asyncio.Protocol):
         self._impatience = self._loop.call_later(GREETING_S, self.close)
 
     def data_received(self, data: bytes) -> None:
-        """asyncio's. After its greeting an ingress says nothing."""
+        """Called by asyncio. An ingress sends nothing after its greeting."""
         self._greeting += data
         line, end, more = self._greeting.partition(b"\n")
         if self._ingress_id or more or len(line) > MAX_GREETING_BYTES:
@@ -103,12 +103,12 @@ class Channel(asyncio.Protocol):
             self._channels.opened(ingress_id, self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """asyncio's."""
+        """Called by asyncio."""
         self._impatience.cancel()
         self._channels.closed(self._ingress_id, self)
 
     def put(self, attempt: int, reply: Reply) -> bool:
-        """Have it sent with all else that is put before the loop's next turn; False when the connection has ended."""
+        """Queue a reply; it is sent with all others of this turn of the loop. False if the connection has ended."""
         if self._transport.is_closing():
             return False
         if not self._items:
@@ -117,7 +117,7 @@ class Channel(asyncio.Protocol):
         return True
 
     def close(self) -> None:
-        """Break it off: what is not sent yet is lost, and the reader sees that it is."""
+        """Abort the connection: unsent replies are lost, and the reader sees the channel break."""
         self._transport.abort()
 
     def _refuse(self) -> None:
@@ -142,8 +142,8 @@ async def send(
 ) -> AsyncGenerator[Reply, None]:
     """Send the replies of one attempt through the channel of its ingress, or yield them, to go by Serve's call.
 
-    Which of the two is decided by the first reply and holds for all, the last word included, so that nothing can
-    overtake anything. Ends early when the ingress is `gone`, or its channel, which that sees too.
+    The way is chosen at the first reply and holds for all of them, so that no reply can overtake another. Ends early
+    when the ingress is `gone`, or when its channel has ended, which the ingress notices too.
     """
     channel: Channel | None = None
     decided = False

@@ -16,11 +16,11 @@ from serve_app.core import Fingerprint, GenerationRequest
 from serve_app.deployments.dispatch.channel_wire import ChannelAddress
 
 SILENT_FOR_S = 60.0
-"""How long a replica that fell silent, or is out of order, gets no requests, if there is another and it says nothing
-else. Serve takes three failed health checks to replace it."""
+"""How long a replica that fell silent or is out of order gets no requests, if there is another, unless it sends
+something again. Serve takes three failed health checks to replace it."""
 MOVING_AT_ONCE = 2
-"""Streams that leave a draining replica together; the others go on there meanwhile. If all left at once, each would
-wait while the prompts of all are computed again."""
+"""Streams that leave draining replicas at the same time; the others go on there meanwhile. If all left at once, each
+would wait while the prompts of all are computed again."""
 MOVE_S = 10.0
 """A stream that has not arrived after this long no longer keeps others from moving."""
 
@@ -31,23 +31,23 @@ class Attempt:
 
     request: GenerationRequest
     replica: str | None = None
-    """The id of the replica that it was sent to."""
+    """The id of the replica that the attempt was sent to."""
     left: str | None = None
-    """The replica at which it was before it waited for another."""
+    """While the attempt waits for another replica: the one that it was sent to before."""
     taken: bool = False
-    """That replica is known to have it. As long as it isn't, Serve may send it to another."""
+    """`replica` is known to have accepted the attempt. Until then Serve may send it to another one."""
     call: object = None
-    """Serve's, by which it can be cancelled then."""
+    """Serve's call once the attempt is taken, to cancel it by."""
     sendings: int = 0
-    """How often the router has handed it to a replica."""
+    """How often the router has handed the attempt to a replica."""
     begun: int | None = None
-    """The sending of which tokens have come through a channel."""
+    """The value of `sendings` when its first reply came through a channel; None: none has come."""
     deaths: int = 0
-    """Replicas that died when it was on its way to them."""
+    """Number of replicas that died while the attempt was on its way to them."""
 
     @property
     def stream(self) -> tuple[str, int]:
-        """What all attempts of one choice share."""
+        """(request id, choice): the same for all attempts of one choice."""
         return self.request.request_id, self.request.choice
 
 
@@ -55,7 +55,7 @@ class ReplicaDirectory:
     """The replicas of one deployment as this process knows them, and its attempts on them.
 
     The router's thread calls `update`, `sent`, `taken`, `died` and `waiting`, the ingress's loop the rest. Each step is
-    a single assignment or dictionary operation, so that neither waits for the other.
+    a single assignment or dictionary operation, so that no lock is needed.
     """
 
     def __init__(self) -> None:
@@ -75,8 +75,8 @@ class ReplicaDirectory:
         numerics_ids: Mapping[str, str] | None = None,
         channels: Mapping[str, str] | None = None,
     ) -> None:
-        """What the router knows now of each replica: its weights, how it computes if it is batch-invariant, and where
-        its token channels are had."""
+        """Set what the router knows of each replica: its weights' fingerprint, its `numerics_id` if it is
+        batch-invariant, and the address of its token channels."""
         left = {attempt.replica for attempt in list(self._attempts.values())} - live.keys()
         known = {replica: how for replica, how in self._numerics_ids.items() if replica in left}
         self._numerics_ids = {**known, **(numerics_ids or {})}
@@ -89,16 +89,16 @@ class ReplicaDirectory:
                 self._listeners.remove(listener)
 
     def subscribe(self, listener: Callable[[], object]) -> None:
-        """Call this after each `update`, on whichever thread that is."""
+        """Have `listener` called after each `update`, on the thread of that `update`."""
         self._listeners.append(listener)
 
     def channel(self, replica: str) -> ChannelAddress | None:
-        """Where token channels of a live replica are had; None where there are none."""
+        """The address of a live replica's token channels; None if it has none."""
         return ChannelAddress.parse(self._channels.get(replica, ""))
 
     @contextmanager
     def track(self, request: GenerationRequest) -> Iterator[Attempt]:
-        """Follow `request`, this very object, from before it is sent until it has ended."""
+        """Track `request`, by the object's identity, from before it is sent until it has ended."""
         attempt = self._attempts[id(request)] = Attempt(request)
         try:
             yield attempt
@@ -106,46 +106,46 @@ class ReplicaDirectory:
             self.forget(attempt)
 
     def forget(self, attempt: Attempt) -> None:
-        """It is given up, or has ended: from here on a replica's taking it is news to nobody."""
+        """Stop tracking an attempt that was given up or has ended. For one that is accepted later, `taken` is False."""
         self._attempts.pop(id(attempt.request), None)
 
     def sent(self, request: object, replica: str) -> None:
-        """The router has handed it to this replica, which may still reject it."""
+        """The router has handed `request` to this replica, which may still reject it."""
         if (attempt := self._attempts.get(id(request))) is not None:
             attempt.taken = False
             attempt.left = None
-            attempt.replica = replica  # first: what an earlier one says from here on is not of this sending
+            attempt.replica = replica  # before `sendings`: no reply of an earlier replica counts as this sending's
             attempt.sendings += 1
 
     def taken(self, request: object, replica: str, call: object) -> bool:
-        """This replica has it, and the router is done with it. False when it was given up: `call` is to be cancelled.
+        """The replica has accepted `request`. False if the attempt was given up: the router must then cancel `call`.
 
-        Serve forgets to, where that happens between its taking note of the replica's answer and its caller's.
+        Serve cancels nothing if that happens after Serve got the replica's answer and before Serve's caller did.
         """
         attempt = self._attempts.get(id(request))
         if attempt is not None:
             attempt.replica = replica
             attempt.call = call
             attempt.taken = True
-            # Whoever gives it up looks for the call after that; one of the two sees what the other has done.
+            # The replica client calls `forget` before it looks for `call`, so one of the two cancels the call.
             return id(request) in self._attempts
         return not (isinstance(request, GenerationRequest) and request.attempt)
 
     def died(self, replica: str) -> None:
-        """The router met a dead one. What that had not taken yet waits for another."""
+        """The router met a dead replica. Attempts that it had not accepted yet wait for another one."""
         for attempt in list(self._attempts.values()):
             if not attempt.taken and replica in (attempt.replica, attempt.left):
                 attempt.replica = attempt.left = None
                 attempt.deaths += 1
 
     def waiting(self, request: object) -> None:
-        """The router is looking for a replica."""
+        """The router is looking for a replica for `request`."""
         if (attempt := self._attempts.get(id(request))) is not None and attempt.replica is not None:
             attempt.left = attempt.replica
             attempt.replica = None
 
     def heard(self, attempt: Attempt, *, tokens: bool) -> None:
-        """Its replica has said something, if only that it is alive."""
+        """The attempt's replica has sent a reply, with `tokens` or without."""
         if attempt.replica is not None:
             now = time.monotonic()
             if attempt.replica not in self._heard_at:
@@ -157,9 +157,9 @@ class ReplicaDirectory:
             del self._moving_until[attempt.stream]
 
     def fell_silent(self, replica: str, for_s: float) -> bool:
-        """This replica has said nothing to an attempt for so long, which is longer than a living one does.
+        """Note that a replica has sent an attempt nothing for `for_s`, which is longer than a live replica is silent.
 
-        False when it was not silent: it has spoken to another attempt meanwhile.
+        False if it was not silent after all: it has sent something to another attempt meanwhile.
         """
         now = time.monotonic()
         if now - self._heard_at.get(replica, -math.inf) < for_s:
@@ -168,7 +168,7 @@ class ReplicaDirectory:
         return True
 
     def out_of_order(self, attempt: Attempt) -> None:
-        """Its replica says that it can compute nothing more. Idle, it would be the first to be given what comes."""
+        """The attempt's replica can compute nothing more. Send it no requests: being idle, it would be chosen first."""
         if attempt.replica is not None:
             self._silent_until[attempt.replica] = time.monotonic() + SILENT_FOR_S
 
@@ -178,12 +178,12 @@ class ReplicaDirectory:
         return until is not None and time.monotonic() < until
 
     def should_leave(self, attempt: Attempt) -> bool:
-        """Whether its replica is going and another can continue it: asked after each reply. It must leave on True."""
-        live, here = self.live, attempt.replica  # the router's thread may put others in their places meanwhile
+        """Whether the attempt must leave: its replica is stopping and another can continue it. Asked per reply."""
+        live, here = self.live, attempt.replica  # the router's thread may replace both meanwhile
         if here is None or here in live:
             return False
         if not any(self._continues(attempt, here, other, weights) for other, weights in live.items()):
-            return False  # the last one: it may finish what it has
+            return False  # no other replica can continue it: it may finish here
         now = time.monotonic()
         self._moving_until = {stream: until for stream, until in self._moving_until.items() if until > now}
         if len(self._moving_until) >= MOVING_AT_ONCE:
@@ -192,9 +192,9 @@ class ReplicaDirectory:
         return True
 
     def _continues(self, attempt: Attempt, here: str, other: str, weights: Fingerprint | None) -> bool:
-        """Whether another replica has the weights of an attempt, and computes as the one here does if that matters.
+        """Whether replica `other` has the attempt's weights and, if replica `here` has a `numerics_id`, the same one.
 
-        Where none does, the stream stays until its replica is gone: then going on matters more than the last bit.
+        If no replica has, the stream stays until its own is gone. Then any replica with its weights may continue it.
         """
         alike = self._numerics_ids.get(here, "")
         return (
@@ -208,5 +208,5 @@ _tables: dict[tuple[str, str], ReplicaDirectory] = {}
 
 
 def replica_directory(app_name: str, deployment_name: str) -> ReplicaDirectory:
-    """This process's table of one deployment. Its routers, one per handle, say the same."""
+    """This process's directory of one deployment. All its routers, one per handle, report the same to it."""
     return _tables.setdefault((app_name, deployment_name), ReplicaDirectory())

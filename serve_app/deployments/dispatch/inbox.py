@@ -1,6 +1,6 @@
-"""What comes for one attempt, in order, by whichever way its replica has chosen. Knows no Ray.
+"""The replies of one attempt, in order, whether they come through a channel or by Serve's call. Knows no Ray.
 
-Promises that whoever waits is woken at once.
+Promises that a waiting reader is woken at once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from serve_app.idle_timeout import TimedWaiter
 
 
 class Inbox:
-    """For one attempt, on one event loop, with one reader."""
+    """The inbox of one attempt, on one event loop, with one reader."""
 
     __slots__ = ("_failed", "_ready", "_waiter", "broken", "by_call")
 
@@ -22,17 +22,17 @@ class Inbox:
         self._waiter = TimedWaiter(asyncio.get_running_loop())
         self._failed = False
         self.by_call = False
-        """Its replies come by Serve's call, and not through a channel."""
+        """The attempt's replies come by Serve's call, and not through a channel."""
         self.broken: set[str] = set()
-        """Replicas whose channels broke, so that something which they sent may not come."""
+        """Replicas whose channels broke, so that replies may be lost."""
 
     def put(self, reply: Reply) -> None:
-        """Add what has come through a channel."""
+        """Add a reply that has come through a channel."""
         self._ready.append(reply)
         self._waiter.wake()
 
     def put_by_call(self, reply: Reply) -> None:
-        """Add what has come by Serve's call."""
+        """Add a reply that has come by Serve's call."""
         self.by_call = True
         self.put(reply)
 
@@ -42,7 +42,7 @@ class Inbox:
         self._waiter.wake()
 
     def lose(self, replica: str) -> None:
-        """The channel of this replica broke, and may have held something for this attempt."""
+        """The channel of this replica broke, and may have held replies of this attempt."""
         if not self.by_call:
             self.broken.add(replica)
             self._waiter.wake()
@@ -54,5 +54,5 @@ class Inbox:
         return self._ready.popleft() if self._ready else None
 
     def release(self) -> None:
-        """Nobody takes anything any more."""
+        """Free the timer. Nobody calls `take` afterwards."""
         self._waiter.close()

@@ -21,11 +21,11 @@ from serve_app.deployments.ray_internals import SERVE_NAMESPACE, SERVE_REPLICA_P
 logger = logging.getLogger(__name__)
 
 PERIOD_S = 0.5
-"""Between two looks at the processes that wait for something: one short call to the GCS for each of them."""
+"""Interval of checks of the processes that wait. A check is one short call to the GCS for each of them."""
 
 
 def own_name() -> str:
-    """This process as `IngressLiveness` knows it; "" outside of a named actor (a script), which nobody watches."""
+    """The actor name by which `IngressLiveness` watches this process; "" (not watched) outside a named actor."""
     return str(ray.get_runtime_context().get_actor_name() or "")
 
 
@@ -46,7 +46,7 @@ class IngressLiveness:
             return
         self._waiting[name] += 1
         if self._watching is None or self._watching.done():
-            # It belongs to no request, whoever started it.
+            # An empty context: the task belongs to no request, though one started it.
             self._watching = asyncio.create_task(self._watch(), name="ingress liveness", context=Context())
         try:
             yield
@@ -58,12 +58,12 @@ class IngressLiveness:
                 self._gone.discard(name)
 
     def gone(self, name: str) -> bool:
-        """Whether that process waits no more, since it has died."""
+        """Whether that process has died."""
         return name in self._gone
 
     async def _watch(self) -> None:
         while self._waiting:
-            # Not at once: most have what they wait for by then, and a look takes CPU from their prefill.
+            # Not at once: most requests have ended by then, and a check takes CPU from their prefill.
             await asyncio.sleep(PERIOD_S)
             for name in [name for name in self._waiting if name not in self._gone]:
                 lives = await asyncio.to_thread(_lives, name)
@@ -71,14 +71,15 @@ class IngressLiveness:
                     self._found.add(name)
                 elif lives is None:
                     continue
-                # A Serve replica is of this cluster: it has died if it isn't found. Any other, if it was found before.
+                # A Serve replica is of this cluster: it has died if it isn't found. Another actor may be elsewhere: it
+                # has died if it was found before.
                 elif name in self._waiting and (name in self._found or name.startswith(SERVE_REPLICA_PREFIX)):
                     logger.warning("%s has died; its requests are cancelled", name)
                     self._gone.add(name)
 
 
 def _lives(name: str) -> bool | None:
-    """None when that could not be found out."""
+    """Whether the actor lives; None if the GCS did not answer."""
     try:
         ray.get_actor(name, namespace=SERVE_NAMESPACE)
     except ValueError:

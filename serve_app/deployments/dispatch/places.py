@@ -14,19 +14,19 @@ from dataclasses import dataclass
 from serve_app.backoff import backoff_s
 
 FIRST_PAUSE_S = 0.05
-"""Before a replica is tried again whose places are held by others: of what they give back nobody tells us. A place that
-we gave back may be free a moment later too: a replica notices within milliseconds that a request was cancelled."""
+"""Pause before another try at a replica whose places other routers hold: they don't tell when they free one. The
+replica may also need some milliseconds to notice that one of our requests was cancelled."""
 MAX_PAUSE_S = 1.0
 """The pause doubles up to this, until a request is accepted."""
 
 Choose = Callable[[Mapping[str, int]], str | None]
-"""Of the replicas that have room, with the number of requests of each, one; None when the request should wait."""
+"""Replicas that have room -> their numbers of requests; returns one of them, or None if the request should wait."""
 
 
 @dataclass(slots=True)
 class _Replica:
     limit: int
-    """Requests that it takes at once; 0 of one that has gone."""
+    """Requests that the replica takes at once; 0 when it has gone."""
     ours: int = 0
     """Places that this router has given away: on their way to the replica, or accepted."""
     accepted: int = 0
@@ -50,10 +50,10 @@ class _Waiter:
 
 
 class Places:
-    """For one router, on its event loop."""
+    """The places and the queue of one router, on its event loop."""
 
     def __init__(self, *, shared: bool = False) -> None:
-        """`shared`: there may be other routers. One that has a place at a replica leaves its last one to them."""
+        """`shared`: there may be other routers. If this one holds a place at a replica, it leaves them the last one."""
         self._shared = shared
         self._replicas: dict[str, _Replica] = {}
         self._places: dict[str, _Place] = {}
@@ -62,7 +62,7 @@ class Places:
         self._timer: asyncio.Handle | None = None
 
     def update(self, limits: Mapping[str, int]) -> None:
-        """The live replicas are these, and take so many requests each."""
+        """Set the live replicas and how many requests each takes."""
         for name, limit in limits.items():
             self._replicas.setdefault(name, _Replica(limit)).limit = limit
         for name in self._replicas.keys() - limits.keys():
@@ -74,7 +74,7 @@ class Places:
     async def take(self, key: str, order: tuple[bool, float], choose: Choose) -> str | None:
         """The replica at which the request `key` has a place from now on; None when there is no replica.
 
-        Requests with a lower `order` come first. A request that asks again was refused where its place was.
+        Requests with a lower `order` come first. A request that asks again was refused by the replica of its place.
         """
         if (place := self._places.get(key)) is not None:
             self._free(key)
@@ -94,7 +94,7 @@ class Places:
             raise
 
     def sent(self, key: str) -> None:
-        """The request is on its way to where its place is."""
+        """The request is on its way to the replica of its place."""
         if (place := self._places.get(key)) is not None:
             place.sent = True
 
@@ -104,12 +104,12 @@ class Places:
             self.completed(key)
 
     def told(self, name: str, ongoing: int) -> None:
-        """This replica answers a request; it has so many, with that one if it takes it."""
+        """The replica answered a request: it has `ongoing` ones, including that one if it accepted it."""
         if (replica := self._replicas.get(name)) is not None:
             replica.others = max(0, ongoing - replica.accepted)
 
     def accepted(self, key: str) -> None:
-        """The request's replica has taken it, as `told` has just said."""
+        """The request's replica has accepted it; `told` was called for the same answer just before."""
         if (place := self._places.get(key)) is not None and not place.accepted:
             place.accepted = True
             place.replica.accepted += 1
@@ -134,7 +134,7 @@ class Places:
         return int(self._shared and replica.ours > 0)
 
     def _hand_out(self) -> None:
-        """Give what is free to those that wait, in their order."""
+        """Give the free places to the waiting requests, in their order."""
         alive = any(replica.limit for replica in self._replicas.values())
         for waiter in list(self._waiters):
             load = {name: one.ours + one.others for name, one in self._replicas.items() if self._room(one) > 0}

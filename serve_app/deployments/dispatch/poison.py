@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 class PoisonNotes:
     """One note per replica that computes a suspect. Each call is one short blocking round trip to the GCS, or two.
 
-    Nothing is raised, whatever the store says: without a note a death is held against nobody.
+    Errors of the store are logged and not raised: without a note no request is blamed for a death.
     """
 
     def __init__(self, app_name: str) -> None:

@@ -1,7 +1,7 @@
-"""Opens attempts on model replicas through a Serve handle, and turns Serve's ways to fail into ours.
+"""Opens attempts on model replicas through a Serve handle, and turns Serve's errors into `Failure` and `ReplicaLost`.
 
-Promises: what reaches the caller is a reply, a `Failure` or `ReplicaLost`, never an exception of Ray's; a closed
-attempt is cancelled on its replica. Knows no text; the journal, the deadline and silence are `generation.attempts`'s.
+Promises that no exception of Ray's reaches the caller, and that a closed attempt is cancelled on its replica. Knows no
+text; `generation.attempts` keeps the output, the deadline and the limit of silence.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from serve_app.generation.replica import ReplicaLost
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
-"""How often an attempt that no replica has answered yet says that it is alive, as the contract asks."""
+"""How often an attempt without a replica yields an empty batch, as `ReplicaClient.open` requires."""
 SILENCE_S = 4 * HEARTBEAT_S
-"""A replica that has a request says something each second. One whose attempt is given up after this long without a word
-gets no others for a while: it is frozen, or cut off."""
+"""A replica sends a reply to each attempt every second. If an attempt is given up after this long without a reply, its
+replica counts as frozen or cut off, and gets no requests for a while."""
 MAX_DEATHS = 2
-"""Replicas that may die with an attempt on its way to them, before its loss counts as any other."""
+"""An attempt is lost after this many replicas died while it was on its way to them."""
 RETRY_AFTER_S = 1.0
 """What a refused client is told to wait when Serve names no time."""
 _OUT_OF_ORDER = {FailureCode.REPLICA_LOST: True, FailureCode.NOT_READY: False}
-"""What a replica says that can compute nothing more -> whether it had taken the request."""
+"""Failure code of a replica that can compute nothing more -> whether the replica had taken the request."""
 
 
 class RayReplicaClient:
@@ -56,7 +56,7 @@ class RayReplicaClient:
         self._ingress_id = own_name()
         self._channels = ChannelReader(self._directory.channel, self._ingress_id)
         self._numbers = itertools.count(1)
-        """Of attempts."""
+        """Numbers of attempts."""
         self._reading: set[asyncio.Task[None]] = set()
         self._connects = False
 
@@ -68,9 +68,9 @@ class RayReplicaClient:
         """Start one attempt and yield its replies; see `ReplicaClient.open`.
 
         While no replica has been given the request (all are full, or none is up: the last one died, or a deployment
-        that was scaled to zero wakes for it) it yields empty batches, for as long as the caller wants to wait. From
-        then on only what the replica says counts. A stream whose replica is leaving is lost to it as soon as another
-        can continue it.
+        that was scaled to zero wakes for it) it yields empty batches, for as long as the caller wants to wait. After
+        that it yields only the replica's replies. Raises `ReplicaLost` when the replica is stopping and another one can
+        continue the stream.
         """
         self._connect()
         request = replace(request, ingress_id=self._ingress_id, attempt=next(self._numbers))
@@ -86,11 +86,11 @@ class RayReplicaClient:
                         finished = isinstance(reply, Failure) or reply.finish_reason is not None
                         yield reply
             finally:
-                # A call whose last word came through a channel is about to end by itself.
+                # A call whose last reply came through a channel is about to end by itself.
                 if not (finished or reading.done()):
                     reading.cancel()
                     cancel(response)
-                    self._directory.forget(attempt)  # first: what the router is handed from here on it cancels itself
+                    self._directory.forget(attempt)  # first: the router cancels a call that it gets after this
                     if attempt.call is not None:
                         cancel(attempt.call)
                 if request.isolated and attempt.replica is not None:
@@ -101,17 +101,17 @@ class RayReplicaClient:
     async def _replies(
         self, attempt: Attempt, inbox: Inbox, reading: asyncio.Task[None]
     ) -> AsyncGenerator[Reply, None]:
-        """What comes for one attempt, and how it ends. Raises `ReplicaLost`."""
+        """The replies of one attempt, up to its last one. Raises `ReplicaLost`."""
         ended = over = False
         quiet = 0
-        """Heartbeats in a row that did not come. A clock would count what came while this process stood still."""
+        """Heartbeats in a row that did not come. A clock would also count time in which this process stood still."""
         try:
             while not ended:
                 reply = await inbox.take(HEARTBEAT_S)
                 quiet = quiet + 1 if reply is None and attempt.replica is not None else 0
                 if attempt.begun is not None and (attempt.replica is None or attempt.begun != attempt.sendings):
-                    # A channel may bring tokens before Serve knows that the replica has taken the request. When the
-                    # replica dies then, Serve sends the request to another: what both make is no one text.
+                    # A channel may bring tokens before Serve knows that the replica has accepted the request. If the
+                    # replica then dies, Serve sends the request to another one, whose tokens may be another text.
                     raise await self._lost("another replica had already begun it", attempt, taken=True)
                 if reply is not None:
                     self._directory.heard(attempt, tokens=isinstance(reply, TokenBatch) and bool(reply.token_ids))
@@ -125,27 +125,27 @@ class RayReplicaClient:
                     if attempt.replica in broken:
                         raise await self._lost("its channel broke", attempt)
                 elif attempt.deaths >= MAX_DEATHS and not attempt.taken:
-                    # Serve would send it to one after the other. It may be what kills them.
+                    # Serve would send the request to one replica after the other, and it may be what kills them.
                     reason = f"{attempt.deaths} replicas died before they accepted it"
                     raise await self._lost(reason, attempt, taken=True)
                 elif reading.done() and (over or _broke(reading)):
                     ended = True
                     yield await self._last_word(attempt, reading)
                 elif reading.done():
-                    over = True  # through a channel the last word may come a little later, but not a heartbeat
+                    over = True  # its last reply may still come through a channel, within one heartbeat
                 elif attempt.replica is None:
                     yield TokenBatch(first_index=len(attempt.request.output_token_ids))
                 if not ended and self._directory.should_leave(attempt):
                     raise ReplicaLost(f"replica {attempt.replica} is leaving and another goes on", taken=False)
         finally:
-            # The last one has nearly come, or not, when an attempt is given up.
+            # When an attempt is given up, the heartbeat that was due next counts as missed too.
             here = attempt.replica
             silent = not ended and (quiet + 1) * HEARTBEAT_S >= SILENCE_S
             if silent and here is not None and self._directory.fell_silent(here, SILENCE_S):
                 self._channels.drop(here)
 
     async def _last_word(self, attempt: Attempt, reading: asyncio.Task[None]) -> Failure:
-        """The failure that the end of the replica's stream, before its last batch, stands for. Raises `ReplicaLost`."""
+        """The failure to report if Serve's call ended before a last batch. Raises `ReplicaLost` if there is none."""
         if reading.cancelled():
             raise await self._lost("the replica cancelled the attempt", attempt)
         error = reading.exception()
@@ -157,7 +157,7 @@ class RayReplicaClient:
         return failure
 
     def _connect(self) -> None:
-        """Have channels to all replicas, also to those that become known later."""
+        """Open channels to all live replicas, now and whenever they change."""
         if not self._connects:
             self._connects = True
             loop = asyncio.get_running_loop()
@@ -170,7 +170,7 @@ class RayReplicaClient:
             inbox.fail()
 
     async def _lost(self, reason: str, attempt: Attempt, *, taken: bool | None = None) -> ReplicaLost:
-        """`taken` unless it was at no replica, if that is not said."""
+        """The exception for a lost attempt. `taken` None: taken if the attempt was at a replica."""
         self._readiness.doubt()
         implicated = (
             attempt.request.isolated
@@ -186,16 +186,16 @@ async def _read(response: DeploymentResponseGenerator[Reply], inbox: Inbox) -> N
     async for reply in response:
         inbox.put_by_call(reply)
         if isinstance(reply, Failure) or reply.finish_reason is not None:
-            return  # the last word: whoever takes it finds nothing left to cancel
+            return  # the last reply: after it there is nothing left to cancel
 
 
 def _broke(reading: asyncio.Task[None]) -> bool:
-    """Whether the call failed. Who asks has looked at the exception, so that asyncio does not report it."""
+    """Whether the call failed. Reading its exception also keeps asyncio from reporting it."""
     return reading.cancelled() or reading.exception() is not None
 
 
 def _refusal(error: BaseException, request: GenerationRequest) -> Failure | None:
-    """The last word that an exception of the attempt stands for; None when another replica can go on."""
+    """The failure to report for an exception of the attempt; None when another replica can continue it."""
     if isinstance(error, BackPressureError):
         message = "The service is at its limit of waiting requests; try again in a moment."
         return Failure(FailureCode.OVERLOADED, message, retry_after_s=error.retry_after_s or RETRY_AFTER_S)

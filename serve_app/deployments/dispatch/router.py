@@ -1,8 +1,8 @@
 """Chooses the model replica for each request, and tells the ingress where its requests are and which replicas live.
 
 Promises that a request goes to a replica of its own weights that is neither leaving nor silent, if there is one, and
-that it waits for a place without asking for one again and again: Serve's own way is to try, and a full replica's way to
-log each refusal. Serve pickles this module by value, so it can hold no state: that is in `replica_directory`. Knows no
+that it waits for a place without asking for one again and again. Serve's own router keeps trying, and a full replica
+logs each refusal. Serve pickles this module by value, so it can hold no state: that is in `replica_directory`. Knows no
 stream.
 """
 
@@ -21,11 +21,11 @@ from serve_app.deployments.dispatch.places import Places
 from serve_app.deployments.ray_internals import cancel, deployment_name
 
 FINGERPRINT_KEY = "fingerprint"
-"""In what a replica says of itself to the routers (`record_replica_metadata`)."""
+"""Key of the weights' fingerprint in a replica's metadata (`ModelServer.record_replica_metadata`)."""
 NUMERICS_KEY = "numerics_id"
-"""Likewise: how it computes, where it is batch-invariant."""
+"""Key of `numerics_id` in a replica's metadata; empty if the replica is not batch-invariant."""
 CHANNEL_KEY = "channel"
-"""Likewise: where its token channels are had (`channel_wire.ChannelAddress`)."""
+"""Key of the address of its token channels (`channel_wire.ChannelAddress`) in a replica's metadata."""
 
 
 class ModelRouter(RequestRouter):
@@ -38,7 +38,7 @@ class ModelRouter(RequestRouter):
 
     @property
     def max_num_routing_tasks(self) -> int:
-        """One for each request: all wait here, in our order. Serve's limit is for tasks that ask replicas meanwhile."""
+        """One for each request: all wait in `choose_replicas`. Serve's lower limit is for tasks that query replicas."""
         return self.num_pending_requests
 
     def create_replica_wrapper(self, replica_info: Any) -> RunningReplica:
@@ -51,13 +51,13 @@ class ModelRouter(RequestRouter):
         self._publish()
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
-        """Called by Serve when a request or a probe met a dead one, which is before its controller knows."""
+        """Called by Serve when a request or a probe met a dead replica, before Serve's controller knows of it."""
         super().on_replica_actor_died(replica_id)
         self._directory.died(replica_id.unique_id)
         self._publish()
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        """Called by Serve when the replica has accepted it: from here on it is not sent anywhere else."""
+        """Called by Serve when the replica has accepted the request: it is sent nowhere else from here on."""
         self._places.accepted(pending_request.metadata.internal_request_id)
         args = pending_request.args
         if args and not self._directory.taken(args[0], replica_id.unique_id, result):
@@ -87,8 +87,8 @@ class ModelRouter(RequestRouter):
     ) -> list[list[RunningReplica]]:
         """The replica at which the request has a place from now on, as soon as there is one.
 
-        What goes on after a failover comes before what has not begun. Serve calls this again when a replica would not
-        have the request after all.
+        Requests that continue after a failover come before new ones. Serve calls this again when the replica has
+        refused the request.
         """
         if pending_request is None:
             return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
@@ -99,7 +99,7 @@ class ModelRouter(RequestRouter):
         key = pending_request.metadata.internal_request_id
         order = (not begun, pending_request.created_at)
         replica = await self._places.take(key, order, partial(self._choose, request))
-        # Serve sends it in the turn after this future is done, before this is called; or it was given up.
+        # When this future is done, Serve sends the request before the callback runs, unless the request was given up.
         pending_request.future.add_done_callback(lambda _: self._places.unsent(key))
         chosen = [one for one in self.curr_replicas.values() if one.replica_id.unique_id == replica]
         for one in chosen:
@@ -109,12 +109,13 @@ class ModelRouter(RequestRouter):
         return [chosen]
 
     def _choose(self, request: object, load: Mapping[str, int]) -> str | None:
-        """One of the replicas that have room, with their numbers of requests; None when it should wait for another.
+        """A replica of `load` (those with room -> their numbers of requests); None if the request should wait.
 
-        Of two at random the one with fewer: if all took the very least, many routers would choose the same.
+        Of two random replicas, the one with fewer requests: if all routers took the least loaded one, many would choose
+        the same.
 
-        When none has the request's weights any one may say so: a request must not wait for what may never come. What
-        another replica began goes to one that computes alike, if there is one.
+        If no replica has the request's weights, any one may refuse it: a request must not wait for a replica that may
+        never come. A begun output goes to a replica with the same `numerics_id`, if there is one.
         """
         fitting = list(self.curr_replicas.values())
         if isinstance(request, GenerationRequest):
@@ -127,7 +128,7 @@ class ModelRouter(RequestRouter):
 
 
 class _Replica(RunningReplica):
-    """Serve's own, and says which request it was given."""
+    """Serve's handle of one replica, which also notes each request that is sent to it."""
 
     def __init__(self, replica_info: Any, table: ReplicaDirectory, places: Places) -> None:
         super().__init__(replica_info)

@@ -15,9 +15,9 @@ from serve_app.core import ModelCard
 from serve_app.deployments.ray_internals import serve_details
 
 SILENCE = "SERVE_APP_BANNER"
-"""Environment variable: 0 leaves the banner out, for whoever started `serve run` and says it itself."""
+"""Environment variable: 0 leaves the banner out, for a program that starts `serve run` and prints the banner itself."""
 LATEST_LOGS = Path("/tmp/ray/session_latest/logs/serve")
-"""Of the Ray that was started last on this machine, where nothing better is known."""
+"""The log folder of the Ray that was started last on this machine, for when the replica's own is not known."""
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 

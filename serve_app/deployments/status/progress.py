@@ -1,12 +1,12 @@
-"""How far the model is with loading, and the card of the model once it has been: one notice board per application.
+"""How far the model is with loading, and the model's card once it is loaded: one notice board per application.
 
-A replica writes here from its constructor, when Serve can't reach it yet; every ingress replica reads it. It holds
-what was last said, not who is alive now: `replica_client` joins it with Serve's own replica states.
+A replica writes here from its constructor, when Serve can't reach it yet; every ingress replica reads it. The board
+holds the last report, not which replicas are alive now: `readiness` joins it with Serve's own replica states.
 
-The board lives in Ray's key-value store (GCS) and not in a named actor: an actor would cost every node-less laptop
-another process (80 to 130 MB resident, a second of start-up), would need an owner that outlives failed constructors
-and redeploys, and would be left behind by `serve shutdown`. The store's functions carry an underscore, but Ray's own
-libraries have depended on them for years.
+The board lives in Ray's key-value store (GCS) and not in a named actor. An actor would cost another process, even on a
+laptop (80 to 130 MB resident, a second of start-up), would need an owner that outlives failed constructors and
+redeploys, and would be left behind by `serve shutdown`. The store's functions are private, but Ray's own libraries have
+depended on them for years.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from serve_app.deployments.ray_internals import delete_note, get_note, put_note
 logger = logging.getLogger(__name__)
 
 NOTE_PERIOD_S = 0.25
-"""Between two notes of one stage."""
+"""Shortest time between two notes of one stage."""
 LOG_PERIOD_S = 5.0
-"""Between two log lines of one stage."""
+"""Shortest time between two log lines of one stage."""
 REFUSED_FOR_S = 120.0
-"""How long a refusal answers for the next try at most: Serve does not tell deploys from a program apart."""
+"""How long a refusal holds for later tries at most: repeated deploys by `serve.run` all have the same time in Serve."""
 
 
 class ProgressBoard:
-    """Two notes, the latest stage and the latest card. Each call is one short blocking round trip to the GCS, or few.
+    """The notes of one application. Each call blocks for one short round trip to the GCS, or for a few.
 
-    The notes of another configuration of the same application are never seen: the key holds a digest of it. That there
-    is one can be asked.
+    The notes of another configuration of the same application are never read, because the keys hold a digest of the
+    configuration. Only `is_update` tells whether there was another one.
     """
 
     def __init__(self, app_name: str, config: AppConfig) -> None:
@@ -62,9 +62,9 @@ class ProgressBoard:
         delete_note(self._stage_key)
 
     def refuse(self, error: str, deployed_at: float | None) -> None:
-        """Note that this model can't be served, and why: found out, not suffered, so that it would be found again.
+        """Note that this model can't be served, and why. Only for a cause that another try would find again.
 
-        `deployed_at`: as it was when the model was looked at.
+        `deployed_at`: the result of `deployed_at()` from before the model was examined.
         """
         self.report(LoadStage("failed", error=error))
         note = json.dumps({"error": error, "deployed": deployed_at, "at": time.time()})
@@ -73,8 +73,8 @@ class ProgressBoard:
     def refusal(self) -> str | None:
         """Why a replica of this very deploy has refused a model that was never served; None when none has.
 
-        Serve starts a replica several times before it gives up, and has no way to be told that a model file that is
-        not there will not be there in a second. Who deploys again has mended it.
+        Serve starts a replica several times before it gives up, and can't be told that a missing model file will still
+        be missing in a second. After another deploy the model is examined again.
         """
         note = get_note(self._refused_key)
         if not note or self.card() is not None:
@@ -88,9 +88,9 @@ class ProgressBoard:
     def settle_commit(self, name: str, found: str, serves: Callable[[], bool]) -> str:
         """The commit that all processes of this deploy take for `name`: the one already settled, else `found`.
 
-        `serves` says whether the model answers now: of a model that is deployed again while it serves, what starts
-        later goes on with the commit that serves. Else a new deploy settles it anew; of several processes that do at
-        once, the first one's holds.
+        `serves` says whether the model answers now. If a model is deployed again while it serves, processes that start
+        later keep the commit that serves. Otherwise a new deploy settles the commit anew. If several processes do so at
+        once, the first one's commit holds.
         """
         latest_key = f"{self._commit_key}/{name}"
         deployed = self.deployed_at()
@@ -107,10 +107,10 @@ class ProgressBoard:
         return commit
 
     def deployed_at(self) -> float | None:
-        """When the application was last deployed, as Serve tells deploys apart; None when that can't be found out."""
+        """Serve's time of the application's last deploy, which identifies the deploy; None if Serve does not answer."""
         try:
             application = serve.status().applications[self._app_name]
-        except Exception:  # the controller is away: each try then finds out for itself
+        except Exception:  # the controller is away: each try then examines the model itself
             logger.exception("when %s was deployed could not be found out", self._app_name)
             return None
         return application.last_deployed_time_s
@@ -121,7 +121,7 @@ class ProgressBoard:
         return served is not None and served != self._digest
 
     def stage(self) -> LoadStage | None:
-        """The latest stage of a replica that has not finished loading; None when none has said anything since."""
+        """The latest stage of a replica that is loading; None if none was reported since the model was last loaded."""
         note = get_note(self._stage_key)
         return msgspec.json.decode(note, type=LoadStage) if note else None
 
@@ -132,7 +132,7 @@ class ProgressBoard:
 
 
 class Reporter:
-    """Passes stages on to `note` and to the log, neither more often than anyone reads them. Called from one thread."""
+    """Passes stages on to `note` and to the log, both at a limited rate. Called from one thread."""
 
     def __init__(self, note: Callable[[LoadStage], None]) -> None:
         self._note = note

@@ -16,19 +16,20 @@ from serve_app.deployments.dispatch.directory import replica_directory
 from serve_app.deployments.status.progress import ProgressBoard
 
 READY_FOR_S = 2.0
-"""Age at which an answer "ready" is refreshed, beside the request that asked. `serve.status()` costs about 18 ms of CPU
-on the 2-core machine, taken from the prefill of that request: so not per request."""
+"""Age at which an answer "ready" is refreshed, while the request that asked goes on. `serve.status()` costs about 18 ms
+of CPU on the 2-core machine, taken from that request's prefill: too much for each request."""
 READY_AT_MOST_S = 8.0
-"""Age at which an answer "ready" is no longer given: the caller waits for a new one. Most probes come less often."""
+"""Age at which an answer "ready" is no longer given: the caller waits for a new one. Most probes come less often than
+this, so they get a new answer."""
 KNOWN_FOR_S = 60.0
-"""The same, for both, while the router of this process knows replicas with the weights of the answer."""
+"""Replaces READY_FOR_S and READY_AT_MOST_S while this process's router knows replicas with the answer's weights."""
 LOADING_FOR_S = 0.5
-"""Age of an answer "loading" that is still given: people watch it."""
+"""Age up to which an answer "loading" is given again; short, since people watch it."""
 _ANSWERING = ("RUNNING", "PENDING_MIGRATION")
 """States of replicas that take requests; in the second one on a node that is being drained, until another is up."""
 _NO_PLACE = "to be scheduled"
 _FAILED_ONCE = "failed to start"
-"""What Serve's messages hold while no node has room for a replica, and after a try that failed."""
+"""Parts of Serve's messages: `_NO_PLACE` while no node has room for a replica, `_FAILED_ONCE` after a failed start."""
 
 
 def judge(
@@ -40,12 +41,12 @@ def judge(
     """
     if card is not None and answers(deployment):
         return card
-    # A replica that died, in an update too, is replaced: that is what Serve then calls failed, or unhealthy.
+    # Serve replaces a replica that died, also in an update, but calls the deployment failed or unhealthy meanwhile.
     died = deployment is not None and deployment.status_trigger == "HEALTH_CHECK_FAILED"
     if deployment is not None and deployment.status == "DEPLOY_FAILED" and not died:
         return LoadStage("failed", error=stage.error if stage and stage.error else _last_line(deployment.message))
     if card is not None and may_sleep:
-        return card  # also while one wakes: the requests that woke it wait for it
+        return card  # also while a replica starts: the requests that caused it wait for it
     if stage is not None:
         return stage
     otherwise = "starting a model replica" if card is None else "waiting for a model replica that takes requests"
@@ -53,10 +54,10 @@ def judge(
 
 
 def _stage_by_serve(message: str) -> str | None:
-    """What Serve knows of a replica that has said nothing itself yet, or nothing since it loaded the model.
+    """The stage that Serve's message gives, for when no replica has reported one since the model was last loaded.
 
-    Serve's messages are remarks for operators, most of them no stage: of a replica that takes its time, or of the last
-    change of their number. Two of them say what the start waits for.
+    Most of Serve's messages are remarks for operators and no stage: that a start is slow, or that the number of
+    replicas has changed. Two of them say what a start waits for.
     """
     if _FAILED_ONCE in message:
         return f"starting a model replica again ({_last_line(message)})"
@@ -78,7 +79,7 @@ def answers(deployment: DeploymentStatusOverview | None) -> bool:
 
 
 def _last_line(message: str) -> str:
-    """The last line of Serve's message: of a traceback the exception, of a sentence the sentence."""
+    """The last line of Serve's message: a traceback's exception, or the sentence itself."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return lines[-1] if lines else "the model replica failed to start; its log says why"
 
@@ -107,11 +108,11 @@ class Readiness:
             self._asking = asyncio.create_task(self._ask())
         if ready and age_s < READY_AT_MOST_S:
             return self._answer
-        # Shielded: others may wait for the same question when this caller goes.
+        # Shielded: other callers may wait for the same answer when this one is cancelled.
         return await asyncio.shield(self._asking)
 
     def doubt(self) -> None:
-        """A replica was lost: ask again at the next occasion."""
+        """A replica was lost: ask Serve again at the next call of `model`."""
         self._asked_at = float("-inf")
 
     async def _ask(self) -> ModelCard | LoadStage:

@@ -101,7 +101,7 @@ class AttentionBackend(ABC):
         return None
 
     def prepare(self, spans: list[Span], device: torch.device) -> Any:
-        """What `attend` takes as `step`, built once for a device instead of once a layer; by default the spans."""
+        """Make the `step` argument of `attend`, once for each device instead of once a layer; by default the spans."""
         return spans
 
     def write(
@@ -110,9 +110,9 @@ class AttentionBackend(ABC):
         """Put a step's keys and values into a layer's cache, in the order that `attend` reads.
 
         Args:
-            keys: the layer's memory, `[pages, page_tokens, kv_heads, key_dim]`; a kernel may order a page otherwise.
-            values: likewise, `[pages, page_tokens, kv_heads, value_dim]`.
-            slots: page * page_tokens + place of each token, `[tokens]` of int64.
+            keys: the layer's cache, `[pages, page_tokens, kv_heads, key_dim]`. A kernel may order a page differently.
+            values: the layer's cache, `[pages, page_tokens, kv_heads, value_dim]`.
+            slots: page * page_tokens + place in the page of each token, `[tokens]` of int64.
             key: `[tokens, kv_heads, key_dim]`.
             value: `[tokens, kv_heads, value_dim]`.
         """
@@ -127,7 +127,7 @@ class AttentionBackend(ABC):
 
         Args:
             query: `[tokens, heads, key_dim]`, the spans' rows one after the other.
-            keys: `[pages, page_tokens, kv_heads, key_dim]`, this step's already written.
+            keys: `[pages, page_tokens, kv_heads, key_dim]`; `write` has already put this step's keys there.
             values: `[pages, page_tokens, kv_heads, value_dim]`.
             params: scaling, window and softcap.
             step: what `prepare` returned for these spans and the query's device.
@@ -140,20 +140,20 @@ class AttentionBackend(ABC):
 class TabledAttention(AttentionBackend):
     """A kernel whose description of a step is one table of integers on the device, besides fixed sizes.
 
-    A captured launch of it so serves every step within those sizes.
+    So one captured launch serves every step within those sizes.
     """
 
     @abstractmethod
     def table_size(self, rows: int, most_spans: int, most_pages: int) -> int:
-        """Numbers in the table of a step of `rows` tokens, of at most so many spans with so many pages together."""
+        """Size of the table for a step of `rows` tokens in `most_spans` spans, with `most_pages` pages together."""
 
     @abstractmethod
     def fill(self, table: npt.NDArray[np.int64], spans: list[Span], rows: int, most_spans: int) -> int:
-        """Describe a step, on the host; rows after the spans' are padding. Returns how much of the table is used."""
+        """Describe a step, on the host. Rows after the last span are padding. Returns how many numbers are used."""
 
     @abstractmethod
     def view(self, table: torch.Tensor, rows: int, most_spans: int) -> Any:
-        """What `attend` takes as `step`, over a table on the device that `fill` has described a step in.
+        """Make the `step` argument of `attend`, as views of a table on the device that holds what `fill` wrote.
 
         Padding rows come out as zeros.
         """
@@ -163,7 +163,7 @@ class PagedStep:
     """One forward pass over the paged cache: writes the step's keys and values, then attends."""
 
     def __init__(self, backend: AttentionBackend, cache: KVCache, spans: list[Span], slots: torch.Tensor) -> None:
-        """`slots`: where each token of the step goes, `[tokens]` of int64. Tokens after the spans' are padding."""
+        """`slots`: where each token of the step goes, `[tokens]` of int64. Tokens after the last span are padding."""
         self.backend, self.cache = backend, cache
         self._spans = spans
         self._slots = slots
@@ -233,7 +233,7 @@ def paged_attention(
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     output = step.attend(module.layer_idx, query, key, value, AttentionParams(scaling, sliding_window, softcap))  # type: ignore[arg-type]
-    return output.contiguous(), None  # some models take a view of it
+    return output.contiguous(), None  # some models call `view` on it
 
 
 AttentionInterface.register(ATTENTION_NAME, paged_attention)

@@ -19,7 +19,7 @@ from serve_app.engine.kv_cache import LayerShape
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest absolute difference on unit-normal values. Wrong pages or masks differ by 0.3 and more."""
 LONG_TOKENS = 1500
-"""Length of a long context: several passes of every kernel's loop over the keys, and enough for it to be split."""
+"""Tokens of a long context: enough for several passes of every kernel's loop over the keys, and for splitting it."""
 _STRAY = 30.0
 
 
@@ -34,11 +34,11 @@ def check_attention(
 ) -> str | None:
     """Compare `backend` with the plain path on random values; returns what is wrong, or None.
 
-    A kernel that raises is wrong too: the caller falls back to the plain path either way.
+    A kernel that raises is wrong too: the caller uses another kernel either way.
 
     Args:
         page_tokens: size of the pages to serve with; by default the kernel's own.
-        long_tokens: length of the long contexts, or five pages if that is more. Interpreters of kernels take fewer.
+        long_tokens: length of the long contexts, or five pages if that is more. Triton's interpreter is given less.
     """
     page = page_tokens or backend.page_tokens
     spans = _spans(page, long_tokens)

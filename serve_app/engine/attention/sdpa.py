@@ -22,7 +22,7 @@ def read(cache: torch.Tensor, span: Span) -> torch.Tensor:
 
 
 class SdpaAttention(AttentionBackend):
-    """CPU, and CUDA where the varlen kernel can't be used."""
+    """For CPUs without our kernels, and for CUDA where neither Triton's nor the varlen kernel can be used."""
 
     name = "sdpa"
     page_tokens = 16

@@ -14,7 +14,7 @@ from serve_app.engine.cpu.library import Kernels
 from serve_app.engine.kv_cache import LayerShape
 
 _VECTOR = 16
-"""Value dimensions come in multiples of the widest vector."""
+"""`value_dim` must be a multiple of this: the floats of the widest vector."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,11 +24,11 @@ FLAGS = (
     *("-fopenmp", "-fPIC"),
 )
 COMPILE_LIMIT_S = 120
-"""It takes 2 to 3 s."""
+"""Compiling takes 2 to 3 s."""
 NO_COMPILER = "there is no C++ compiler for the fast CPU kernels (on Debian: apt install g++)"
 _CPUINFO = Path("/proc/cpuinfo")
 _CPUINFO_BYTES = 16384
-"""The first processor's entry is shorter. The whole file of a machine with hundreds of them takes long to read."""
+"""The part to read: the first processor's entry is shorter. With hundreds of processors the whole file takes long."""
 _FEATURES = ("flags", "Features", "isa", "uarch", "vendor_id", "cpu family", "model", "CPU implementer", "CPU part")
 
 
@@ -45,7 +45,7 @@ class Compiler:
         """Changes with the source, the flags, the compiler and the instructions that it uses."""
 
     def compile(self, path: Path) -> None:
-        """Make the library. Raises EngineError with the compiler's first words."""
+        """Write the library to `path`. Raises EngineError with the first line of the compiler's errors."""
         self._output(*FLAGS, "-shared", "-o", str(path), *map(str, SOURCES))
 
     def _output(self, *arguments: str) -> str:

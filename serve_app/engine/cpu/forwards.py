@@ -39,7 +39,7 @@ class FusedNorm:
         return y
 
     def into(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """From `x` into `y`, contiguous, of one shape, possibly one tensor. Raises ValueError for another width."""
+        """Norm of `x` into `y`: contiguous, of one shape, maybe one tensor. Raises ValueError for another width."""
         dim = self.scale.numel()
         rows = _rows(x, dim)
         self._kernels.rms_norm(x.data_ptr(), self.scale.data_ptr(), self.eps, y.data_ptr(), rows, dim)
@@ -74,7 +74,7 @@ def paged_step(
     head_dim: int,
     keywords: Mapping[str, Any],
 ) -> AttentionStep | None:
-    """The step that a module is called in, if it is one of the paged path and whole heads are rotated; else None."""
+    """The attention step of a module's call, if it is on the paged path and whole heads are rotated; else None."""
     step: AttentionStep | None = keywords.get(STEP_KEYWORD)
     if step is None or attention_mask is not None or position_embeddings is None:
         return None

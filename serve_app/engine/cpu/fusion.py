@@ -32,7 +32,7 @@ _CHECKED_STRIDE = 97
 _TOLERANCE = 1e-5
 """Largest |a - b| / |b| against the module's own forward. Float32 rounding gives about 1e-7, another formula 1e-3."""
 _ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
-"""In the order of the kernel's numbers. Trying each shows which one a module has."""
+"""At each index, the activation of that number in the kernels. Each is tried, to find the one that a module has."""
 
 Forward = Callable[..., Any]
 
@@ -97,7 +97,7 @@ def _norm(module: nn.Module, kernels: Kernels) -> Forward | None:
     if not isinstance(eps, float) or list(weights) != ["weight"] or weights["weight"].dim() != 1:
         return None
     weight = weights["weight"].detach()
-    # The rows have a mean, and in one of them eps matters.
+    # The mean is not 0, which shows norms that subtract it. In the last row eps matters.
     x = (_noise(3, len(weight)) + 0.5) * torch.tensor([[1.0], [30.0], [eps**0.5]])
     expected = module(x)
     for scale in (weight, 1 + weight):  # Gemma's weights are differences from 1
@@ -114,7 +114,7 @@ def _gated_mlp(module: nn.Module, kernels: Kernels) -> Forward | None:
     _require_one_width("its input", gate.in_features, up.in_features)
     _require_one_width("what is between its products", gate.out_features, up.out_features, down.in_features)
     x = _noise(_CHECKED_TOKENS, gate.in_features)
-    x *= 2 / gate(x).abs().mean()  # where activations bend, and on both sides of it
+    x *= 2 / gate(x).abs().mean()  # values around -2 and 2, where the activations are not linear
     expected = module(x)
     for activation in range(len(_ACTIVATIONS)):
         fused = FusedGatedMLP(kernels, gate, up, down, activation)

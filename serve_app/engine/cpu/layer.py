@@ -58,13 +58,13 @@ class StepPlans:
 
 
 class FusedLayer:
-    """`h + attention(norm(h))`, then that plus `mlp(norm(.))`.
+    """`x = h + attention(norm(h))`, then `x + mlp(norm(x))`.
 
     Where there is no `paged_step`, or another kernel attends, the layer's own forward is called.
     """
 
     def __init__(self, kernels: Kernels, module: Any, own: Callable[..., Any], plans: StepPlans) -> None:
-        """`module`: its four parts have fused forwards already. `own`: its forward."""
+        """`module`: a decoder layer whose four parts already have fused forwards. `own`: the layer's own forward."""
         self._kernels = kernels
         self._own = own
         self._plans = plans
@@ -84,7 +84,7 @@ class FusedLayer:
             params.scaling, params.softcap or 0.0,
         )  # fmt: skip
         self.address = ctypes.addressof(self._plan)
-        """Of its `LayerPlan`, for as long as this object lives."""
+        """Address of the `LayerPlan`, valid as long as this object lives."""
         self.layer, self.head_dim = attention.layer, dim
         self.shape = LayerShape(keys // dim, dim, dim, torch.float32, torch.device("cpu"))
         self.sizes = (hidden, mlp.gate.out_features, hidden, queries, keys, values, queries)

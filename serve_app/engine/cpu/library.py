@@ -70,8 +70,9 @@ class Kernels:
     """The functions of `kernels/`; their arguments are described there. Pointers are `tensor.data_ptr()`."""
 
     def __init__(self, descriptor: int, key: str) -> None:
-        """Loads the file that is open as `descriptor`, which is never closed: the loader takes a library for one that
-        it has already when their paths are the same, and this one's is `/proc/self/fd/` and the descriptor.
+        """Loads the library file that is open as `descriptor`, by its path in `/proc/self/fd`.
+
+        The descriptor is never closed. If a later library got its number, the loader would take it for this one.
 
         Raises OSError when it can't be loaded, AttributeError when it lacks a function.
         """
@@ -95,14 +96,14 @@ class Kernels:
         self.store = function("store", *[_pointer] * 3, _int, _pointer, _pointer, _int, _int, _int)
         self.attend = function("attend", *[_pointer] * 5, _int, _pointer, *[_int] * 4, _float, _float, _int)
         self.key = key
-        """Changes with their source, the compiler and the processor's instructions."""
+        """Changes with the kernels' source, the compiler and the processor's instructions."""
         self.page_tokens: int = function("page_tokens", returns=_int)()
 
 
 def load_kernels(cache_dir: Path) -> Kernels:
     """Load the kernels from this user's folder in `cache_dir`, compiled for this processor if they are not there yet.
 
-    Where nothing can be kept or loaded there, they are compiled in a temporary folder.
+    Where that folder can't be used, they are compiled in a temporary one.
 
     Raises:
         EngineError: there is no compiler, or it fails; the message says which and what to install.
@@ -124,7 +125,7 @@ def load_kernels(cache_dir: Path) -> Kernels:
 
 
 def _load_from(path: Path, compiler: Compiler) -> Kernels:
-    """Raises OSError when the folder can't be used, EngineError when no folder would help."""
+    """Raises OSError when the folder can't be used, EngineError when another folder would not help either."""
     make_private_folder(path.parent)
     try:
         return Kernels(open_own_file(path), compiler.key)
@@ -146,7 +147,7 @@ def _load_from(path: Path, compiler: Compiler) -> Kernels:
 
 
 def _try(descriptor: int) -> None:
-    """Call all of a new library in a child process. Raises EngineError when that ends otherwise than well."""
+    """Call every kernel of a new library in a child process. Raises EngineError unless the child succeeds."""
     command = (sys.executable, "-P", "-m", "serve_app.engine.cpu.trial", str(descriptor))
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
     try:

@@ -29,7 +29,7 @@ class RotaryTable:
     def __init__(self, module: Any) -> None:
         """`module`: `(hidden_states, position_ids) -> (cos, sin)`, each `[1, tokens, head_dim]`."""
         self._module = module
-        # The angles of these two types depend on the longest position so far.
+        # With `dynamic` and `longrope` types the angles depend on the longest position so far.
         kind = getattr(module, "rope_type", None)
         self._fixed = isinstance(kind, str) and "dynamic" not in kind and kind != "longrope"
         self._rows = torch.empty(2, 0, 0)
@@ -50,7 +50,8 @@ class RotaryTable:
 class FusedStack:
     """`norm(layers(embedding(ids)))`.
 
-    For any call that a paged step doesn't make, and with another attention kernel, it calls the model's own forward.
+    A call without a `PagedStep`, with a mask or other options, or for another attention kernel takes the model's own
+    forward.
     """
 
     def __init__(self, kernels: Kernels, module: Any, own: Callable[..., Any], plans: StepPlans) -> None:

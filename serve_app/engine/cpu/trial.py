@@ -1,6 +1,6 @@
 """Calls every kernel of a library once, as a process of its own: `python -m serve_app.engine.cpu.trial DESCRIPTOR`.
 
-An instruction that this processor lacks ends it with SIGILL. What the kernels compute is compared elsewhere.
+An instruction that this processor lacks ends the process with SIGILL. The results are not checked here.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 from serve_app.engine.cpu.library import Kernels, LayerPlan, LinearPart, NormPlan, StepPlan
 
 FORMS = 7
-"""Of weights: `Form` of `kernels/weights.h`."""
+"""How many forms of weights there are: `Form` of `kernels/weights.h`."""
 TOKENS, HEADS, DIM = 13, 2, 16
-"""More tokens than rows that a product takes at once."""
+"""`TOKENS` is more than the rows that a product computes at once (`MR` of `kernels/linear.cpp`)."""
 HIDDEN = HEADS * DIM
 
 
 def call_all(kernels: Kernels) -> None:
-    """Two decoder layers of weights in each form, and a draw."""
+    """Compute two decoder layers with weights in each form, and sample once."""
     for form in range(FORMS):
         for activation in (0, 1):
             _compute_layers(kernels, form, activation)

@@ -1,7 +1,7 @@
 """Our own attention for CUDA (`engine/cuda/kernels.py`): one call a layer for all sequences, pages read in place.
 
-Integers on the device alone describe a step, so a captured graph serves any step that fits its sizes. Triton launches
-on the thread's current device, wherever the tensors are: each launch selects the device of its tensors.
+A step is described by integers on the device only, so a captured graph serves any step that fits its sizes. Triton
+launches on the thread's current device, wherever the tensors are: each launch selects the device of its tensors.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ except ImportError:  # Triton comes with PyTorch's CUDA build for Linux: elsewhe
     kernels = None  # type: ignore[assignment]
 
 _FEW_ROWS = 64
-"""Steps of up to this many tokens take one program a token and split long contexts; larger ones share keys between
-the tokens of a prefill."""
+"""A step of up to this many tokens has one program for each token, and splits long contexts. In a larger step one
+program serves several tokens of a prefill, which share the keys that it reads."""
 _QUERIES = 32
-"""Tokens of a sequence that a program of a larger step computes together."""
+"""How many tokens of a sequence one program computes in a step of more than `_FEW_ROWS` tokens."""
 _PROGRAMS = 512
 """A small step is split until it has about this many programs, four for each of an H100's multiprocessors."""
 _MOST_SPLITS = 32
@@ -173,7 +173,7 @@ class TritonAttention(TabledAttention):
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
-    """The kernels need the numbers of a head side by side."""
+    """The tensor with the numbers of a head side by side, as the kernels need them."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 
 Replay = Callable[[], torch.Tensor]
-"""Computes again what was recorded. The result lies in the same memory each time, and in that of other recordings of
-its kind."""
+"""Repeats the recorded computation. Its result overwrites the last one, and the results of other recordings of the same
+`Capture`."""
 Capture = Callable[[Callable[[], torch.Tensor]], Replay]
 """Records a computation. Raises RuntimeError when it can't be recorded."""
 
@@ -22,8 +22,8 @@ _WARM_UPS = 2
 class CudaCapture:
     """CUDA graphs of one device that share their memory: the result of one is lost when another is replayed.
 
-    A new stream, "the current stream" and `synchronize` belong to the thread's current device. A thread starts with
-    the first GPU as its current device.
+    The device is selected for each use, because a new stream, `current_stream` and `synchronize` belong to the thread's
+    current device, which is the first GPU unless another is selected.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,8 +1,8 @@
-"""Steps of fixed sizes, recorded at load and replayed with one launch instead of a thousand.
+"""Steps of fixed sizes as CUDA graphs: recorded at load and replayed with one launch instead of a thousand.
 
-Promises to give the logits of the ordinary step. Each recording is compared with it, on other steps than the recorded
-one, before it may serve. A recording that fails or differs is dropped with a note. Steps that fit no recording take the
-ordinary path. Knows no scheduling and no sampling.
+Promises to give the logits of the ordinary step. Before a recording may serve, it is compared with the ordinary step,
+on other inputs than the recorded ones. A recording that fails or differs is dropped with a note. Steps that fit no
+recording take the ordinary path. Knows no scheduling and no sampling.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MOST_ROWS = 1024
 """Tokens of the largest recorded step. Larger steps compute for longer than their launches take."""
 _LARGE_STEP = 128
 """Sizes are powers of two up to this one and multiples of it beyond. A step of fewer tokens takes about as long as one
-of this many, since reading the weights decides."""
+of this many, since most of its time goes into reading the weights."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -33,11 +33,11 @@ class StepShape:
 
     rows: int
     kept: int
-    """Rows of logits; also the most sequences."""
+    """Rows of logits, and the largest number of sequences."""
 
 
 def step_shapes(max_running: int, max_step_tokens: int, fixed_rows: tuple[int, int] | None) -> list[StepShape]:
-    """The sizes to record, smallest first; with `fixed_rows`, where all steps have one size, that one."""
+    """The sizes to record, smallest first. With `fixed_rows` all steps have that one size."""
     if fixed_rows is not None:
         return [StepShape(*fixed_rows)]
     largest = min(_MOST_ROWS, max(max_running, max_step_tokens))
@@ -153,7 +153,7 @@ class StepGraphs:
         return None
 
     def reaches(self, tokens: int) -> bool:
-        """Whether there is a recording of this many tokens."""
+        """Whether a recording has room for this many tokens."""
         return any(tokens <= shape.rows for shape in self._replays)
 
     def _fits(self, shape: StepShape, inputs: StepInputs) -> bool:
@@ -178,7 +178,7 @@ class StepGraphs:
     def _put(self, shape: StepShape, inputs: StepInputs) -> None:
         """Send the inputs to where the recordings read them. Padding rows write to the cache's last, unused page."""
         if self._copied is not None:
-            # The copy of the last step's inputs may not have ended yet.
+            # Wait until the device has copied the last step's inputs out of the host's buffer.
             self._copied.synchronize()
         views = _Views.of(self._host, shape)
         scratch = (self._cache.num_pages - 1) * self._cache.page_tokens

@@ -14,7 +14,7 @@ def store(
     HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a token and head: its key and value to its slot."""
+    """Copies a token's key and value of one head to the token's slot. One program a token and head."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     place = tl.load(slots + row) * HEADS + head
@@ -33,9 +33,9 @@ def attend(
     KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, HEADS_EACH: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """One program a block of queries, group of heads and part of the context.
+    """Attends. One program a block of queries, group of heads and part of the context.
 
-    A block of `blocks` is (first row, queries, position of the first query, where its pages begin in `pages`). One
+    A row of `blocks` is (first row, queries, position of the first query, where its pages begin in `pages`). A block
     without a context (position + queries = 0) gives zeros. Scores are in units of log2. With one part the result goes
     to `output` `[rows, heads, value_dim]`, with several to `parts` `[rows, heads, parts, value_dim]` and their maxima
     and sums to `sums` `[rows, heads, parts, 2]`.
@@ -128,7 +128,7 @@ def attend(
 def combine(
     output, parts, sums, VALUE_DIM: tl.constexpr, VALUE_BLOCK: tl.constexpr, SPLITS: tl.constexpr
 ):  # fmt: skip
-    """One program a row and head: the parts of its context, each weighted by its share of the softmax's sum."""
+    """Adds up the parts of a context, weighted by their shares of the softmax's sum. One program a row and head."""
     target = tl.program_id(0).to(tl.int64)
     part = target * SPLITS + tl.arange(0, SPLITS)
     peaks = tl.load(sums + part * 2)

@@ -20,14 +20,14 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Largest |a - b| / |b| of a row. With padding, libraries may choose other kernels; wrong pages give 0.3 and more."""
 _MOST_CONTEXT = 4096
 _MOST_PAGES = 1024
-"""At most so many pages of the KV cache are used by the check."""
+"""The check uses at most this many pages of the KV cache."""
 
 Compute = Callable[[StepInputs], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class RecordingCheck:
-    """Compares recordings with `ordinary`, in a KV cache that holds nothing yet. It is left filled with zeros."""
+    """Compares recordings with `ordinary`, in a KV cache that holds nothing yet. Leaves the cache filled with zeros."""
 
     ordinary: Compute
     cache: KVCache
@@ -84,7 +84,7 @@ class RecordingCheck:
         return inputs
 
     def _stored(self) -> Iterator[torch.Tensor]:
-        """Keys and values of each layer, of the pages that are used here."""
+        """Keys and values of each layer, in the pages that the check uses."""
         for layer in self.layers:
             for stored in self.cache.layer(layer):
                 yield stored[: self._pages]

@@ -8,7 +8,7 @@ struct Part {
     const uint8_t* packed;
     const float *bias, *add;
     float* y;
-    int64_t n, form;  // the latter: of its weights, see weights.h
+    int64_t n, form;  // form: of the weights, see weights.h
 };
 
 extern "C" {

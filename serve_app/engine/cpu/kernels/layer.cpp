@@ -1,15 +1,15 @@
-// Decoder layers in one call: x + attention(norm(x)), then that plus mlp(norm(.)), as often as there are layers.
+// Decoder layers in one call. Each computes h = x + attention(norm(x)), then h + mlp(norm(h)).
 //
-// Between two kernels Python has to come back into a cache that the weights went through: at one stream of the demo
-// model that took 3.3 of 22 ms a step. Between two layers it has to get the interpreter's lock back too, from whoever
-// is sending the last step's tokens meanwhile.
+// With a call for each kernel, Python's code and data had to be read again each time, since the weights had filled the
+// cache: at one stream of the demo model that took 3.3 of 22 ms a step. With a call for each layer, Python's global
+// lock had to be taken again each time, while another thread sent the last step's tokens.
 
 #include <utility>
 
 #include "kernels.h"
 
 struct Norm {
-    const float* scale;  // null: there is none
+    const float* scale;  // null: no norm
     double eps;
 };
 
@@ -20,7 +20,7 @@ struct LayerPlan {
     double scaling, softcap;
 };
 
-// What the layers of a step share. The last seven are memory for what lies between the kernels.
+// What the layers of a step share. The last seven fields are memory for results that one kernel leaves for the next.
 struct StepPlan {
     const float *cos, *sin;
     const int64_t* slots;
@@ -39,7 +39,7 @@ static Part to(Part part, float* y, const float* add) {
     return part;
 }
 
-// x and y [tokens, hidden]; keys and values: the layer's memory of them.
+// x and y [tokens, hidden]; keys and values: the layer's part of the KV cache.
 extern "C" void serve_app_layer(const LayerPlan* layer, const StepPlan* step, const float* x, float* y, float* keys,
                                 float* values) {
     const int64_t tokens = step->tokens, hidden = layer->hidden, dim = layer->head_dim;
@@ -63,8 +63,8 @@ extern "C" void serve_app_layer(const LayerPlan* layer, const StepPlan* step, co
     serve_app_linear(step->gated, layer->gate.n, &down, 1, tokens, layer->gate.n);
 }
 
-// `count` layers one after the other, from x [tokens, hidden] to y and back: the result is in x when their number is
-// even, else in y. `memory`: the keys and the values of each.
+// `count` layers one after the other, from x [tokens, hidden] to y and back: the result is in x when `count` is even,
+// else in y. `memory`: for each layer its keys and its values in the KV cache.
 extern "C" void serve_app_layers(const LayerPlan* const* layers, int64_t count, const StepPlan* step, float* x, float* y,
                                  float* const* memory) {
     for (int64_t i = 0; i < count; ++i) {

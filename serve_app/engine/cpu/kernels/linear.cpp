@@ -1,4 +1,4 @@
-// Float32 matrix products with packed weights, and what is best done while a product's rows are still at hand.
+// Float32 matrix products with packed weights, fused with the additions and activations that follow them.
 //
 // Vectors run over columns, so no sum is ever split over lanes, threads or blocks by the shape of the batch.
 
@@ -14,15 +14,17 @@ constexpr int MR = 6;
 #endif
 constexpr int ROWS = 96;              // at most so many rows of x share a pass over the weights,
 constexpr int64_t X_FLOATS = 131072;  // and fewer where they would take more than this of the second-level cache
-constexpr int LINE_BYTES = 64, LINE = 16;  // of a cache line: bytes, floats
+constexpr int LINE_BYTES = 64, LINE = 16;  // bytes and floats of a cache line
 constexpr int64_t SHARED_K = 1024;    // rows of a panel that are made float32 at once, where blocks of rows share them
 constexpr int NEAR = 16;              // rows of the panel ahead that are fetched into the first-level cache
 
-// out [M][NR] = x [M, k] times a panel, or `more` of k added to what is there. KEEP: the weights are written to `kept`
-// [k][NR] too, for blocks of rows to come; in between the products it costs next to nothing. Meanwhile the panel that comes next is fetched into the second-level cache, a
-// line each `stride` bytes: it is read from memory evenly over all blocks of rows that use the one before it, instead of
-// in a burst by the first of them. On one core with AVX-512, float32 weights [1536, 576]: 194 us instead of 246 at 1 row,
-// 243 instead of 370 at 8, 418 instead of 579 at 32 (without any prefetching).
+// out [M][NR] = x [M, k] times a panel; with `more`, the product is added to out. KEEP: the weights are also written to
+// `kept` [k][NR], for the next blocks of rows; between the products this costs next to nothing.
+//
+// Meanwhile the next panel is fetched into the second-level cache, a line each `stride` bytes. So it is read evenly
+// while all blocks of rows use this panel, instead of in a burst by the first block that uses the next one. On one core
+// with AVX-512, float32 weights [1536, 576]: 194 us instead of 246 without prefetching at 1 row, 243 instead of 370 at
+// 8, 418 instead of 579 at 32.
 template <class Reader, int M, bool KEEP>
 static void multiply(const float* x, int64_t ldx, const uint8_t* w, int64_t k, const uint8_t* next, int64_t stride,
                      float* out, bool more, float* kept) {
@@ -61,7 +63,7 @@ static Multiply multiply_for(std::integer_sequence<int, M...>, int64_t rows) {
 
 static inline int64_t blocks_of(int64_t rows) { return (rows + MR - 1) / MR; }
 
-// A matrix, as its panels.
+// The panels of a packed matrix.
 struct Panels {
     const uint8_t* first;
     int64_t form, bytes, k;
@@ -70,8 +72,7 @@ struct Panels {
     const uint8_t* operator[](int64_t panel) const { return first + panel * bytes; }
 };
 
-// Some of the rows of x, in blocks, times one of the panels: out [rows][NR]. What other blocks of rows need again is made
-// float32 by the first.
+// Rows of x, in blocks, times one panel: out [rows][NR]. The first block makes the weights float32 for the others.
 static void multiply_rows(const float* x, int64_t ldx, int64_t rows, const Panels& w, int64_t panel,
                           const uint8_t* next, float* out) {
     static thread_local float kept[SHARED_K * NR];
@@ -96,7 +97,7 @@ static void multiply_rows(const float* x, int64_t ldx, int64_t rows, const Panel
     });
 }
 
-// How many of m rows share a pass, evenly.
+// How many rows share a pass over the weights, with m rows spread evenly over passes.
 static inline int64_t rows_at_once(int64_t m, int64_t k) {
     const int64_t most = std::clamp<int64_t>(X_FLOATS / k, ROWS / 2, ROWS), passes = (m + most - 1) / most;
     return (m + passes - 1) / passes;

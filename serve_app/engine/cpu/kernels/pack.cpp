@@ -2,7 +2,7 @@
 
 #include "weights.h"
 
-// `bits` significant ones of a number: scales and offsets in files have at most 11 (a 16 bit float) times 6.
+// x rounded to `bits` significant bits. Scales and offsets in files have at most 17: a 16 bit float (11) times 6 bits.
 static double rounded(double x, int bits) {
     int exponent;
     const double mantissa = std::frexp(x, &exponent);
@@ -22,8 +22,8 @@ static bool fits(const float* values, int64_t count, float scale, float offset, 
     return true;
 }
 
-// The scale, offset and codes of some values that share them; false when there are none. Files have codes from 0 up and
-// an offset (Q4_1 and the K kinds), or codes on both sides of 0 and none; the largest code that is used gives the scale.
+// Finds the scale, offset and codes of values that share a scale; false when none fit. Files have codes from 0 up with
+// an offset (Q4_1 and the K kinds), or codes on both sides of 0 without one. The largest code used gives the scale.
 static bool encode(const float* values, int64_t count, int bits, float* scale, float* offset, int8_t* codes) {
     float low = values[0], high = values[0], size = 0.0f;
     for (int64_t i = 0; i < count; ++i) {
@@ -66,7 +66,7 @@ static uint32_t bits_of(float value) {
     return bits;
 }
 
-// The 16 bits of a value that has no more; false when it has.
+// A value as a 16 bit float; false when that loses bits.
 static bool halve(int64_t form, float value, uint16_t* half) {
     if (form == BFLOAT16) {
         *half = bits_of(value) >> 16;
@@ -90,7 +90,7 @@ struct Matrix {
     }
 };
 
-// What rows of a matrix are in a form, when they can be: `write(row, from, ...)` is called with each piece.
+// Encodes a row of a matrix; false when its values don't fit the form. Calls `write(from, count, ...)` for each block.
 template <class Write>
 static bool encode_row(const Matrix& matrix, int64_t row, int bits, int64_t block, Write write) {
     float values[32], scale, offset;
@@ -117,7 +117,7 @@ static bool row_fits(const Matrix& matrix, int64_t row, int64_t form) {
     return true;
 }
 
-// The smallest form that gives every value of w [n, k] back.
+// The smallest form from which every value of w [n, k] comes back exactly.
 extern "C" int64_t serve_app_form(const float* w, int64_t ld, int64_t step, int64_t n, int64_t k) {
     const Matrix matrix{w, ld, step, n, k};
     for (const Form form : {CODES4_BY_32, CODES4_BY_16, CODES8_BY_32, CODES8_BY_16, BFLOAT16, FLOAT16}) {

@@ -1,5 +1,5 @@
-// What lies between matrix products: norms and rotary positions. One pass over the rows each, where a composition of
-// tensor operations takes ten.
+// The operations between matrix products: norms and rotary positions. Each takes one pass over the rows, where a
+// composition of tensor operations takes ten.
 
 #include "kernels.h"
 #include "vectors.h"

@@ -1,12 +1,12 @@
-// From logits to token ids: the largest, or a draw by the inverse CDF over what temperature, top-k, top-p and min-p
-// leave, in vocabulary order. The same function as `Sampler` in engine/sampling.py computes with tensor operations.
+// From logits to token ids: the largest, or a draw by the inverse CDF, in vocabulary order, over the tokens that top-k,
+// top-p and min-p leave. `Sampler` in engine/sampling.py computes the same function with tensor operations.
 
 #include <functional>
 #include <vector>
 
 #include "vectors.h"
 
-constexpr int64_t BLOCK = 16 * VL;  // ids whose weights are summed together before the drawn one is looked for
+constexpr int64_t BLOCK = 16 * VL;  // ids whose weights are summed first, to find the block of the drawn id
 
 typedef double vd __attribute__((vector_size(VL * 8)));
 
@@ -21,12 +21,12 @@ struct Choice {
     double draw;                              // in [0, 1)
 };
 
-struct Scratch {  // of one thread, kept between steps
+struct Scratch {  // memory of one thread, kept between steps
     std::vector<float> weights, candidates;
     std::vector<double> blocks;
 };
 
-// Numbers of one sign order as the bits of their magnitude do: their leading ones, eight buckets to a factor of 2.
+// Floats of one sign are in order of magnitude in buckets of their leading bits: eight buckets for a factor of 2.
 constexpr uint32_t BUCKETS = 2048;
 
 static inline uint32_t bucket(float value) {
@@ -35,7 +35,7 @@ static inline uint32_t bucket(float value) {
     return (bits & 0x7FFFFFFFu) >> 20;
 }
 
-// The k-th largest of numbers that are at most 0: counted by buckets, then looked for in one of them.
+// The k-th largest of numbers that are at most 0. Counting by buckets finds the bucket in which to look for it.
 static float kth_largest(const float* x, int64_t n, int64_t k, std::vector<float>& candidates) {
     int64_t counts[BUCKETS] = {};
     for (int64_t i = 0; i < n; ++i) ++counts[bucket(x[i])];
@@ -48,10 +48,10 @@ static float kth_largest(const float* x, int64_t n, int64_t k, std::vector<float
     return candidates[k - 1];
 }
 
-// The smallest of the largest weights (at most 1) whose sum reaches `wanted`; the smallest of all if none does.
+// The smallest of the fewest largest weights (at most 1) whose sum reaches `wanted`; the smallest of all if none does.
 static float nucleus(const float* weights, int64_t n, double wanted, std::vector<float>& candidates) {
     candidates.resize(n);
-    // Few weights make most of the sum, as a rule: look below a 64th of the last bound each time they do not.
+    // A few large weights usually reach the sum: collect those above a bound, which is divided by 64 until they do.
     int64_t count = 0;
     double all = 0.0;
     for (float bound = 1.0f / 64; count == 0 || (all < wanted && count < n);
@@ -109,7 +109,7 @@ static inline bool any(vi lanes) {
     return found != 0;
 }
 
-// The largest; NaN when one of them is not a number.
+// The largest of n numbers; NaN when one of them is NaN.
 static float largest_of(const float* x, int64_t n) {
     vf best = splat(-std::numeric_limits<float>::infinity());
     vi strange = {};
@@ -125,7 +125,7 @@ static float largest_of(const float* x, int64_t n) {
     return any(strange) ? std::numeric_limits<float>::quiet_NaN() : largest;
 }
 
-// The first place of a number that is there.
+// The first index of `wanted`, which must be among the numbers.
 static int64_t first_of(const float* x, int64_t n, float wanted) {
     int64_t i = 0;
     for (; i + BLOCK <= n; i += BLOCK) {
@@ -136,7 +136,7 @@ static int64_t first_of(const float* x, int64_t n, float wanted) {
     return std::find(x + i, x + n, wanted) - x;
 }
 
-// -1 when the logits are not numbers, or the largest is infinite.
+// The id that one row's logits and choice give; -1 when a logit is NaN or the largest is infinite.
 static int64_t choose(const float* logits, int64_t vocab, const Choice& choice, Scratch& scratch) {
     const float best = largest_of(logits, vocab);
     if (!std::isfinite(best)) return -1;
@@ -159,7 +159,7 @@ static int64_t choose(const float* logits, int64_t vocab, const Choice& choice, 
         store(weights + i, weight);
         lanes += __builtin_convertvector(weight, vd);
     }
-    // The weights are probabilities times their sum: the most likely one's is 1.
+    // The largest weight is 1, so min_p is a bound on weights. top_p is a share of their sum.
     float least = static_cast<float>(choice.min_p);
     if (choice.top_p < 1.0)
         least = std::max(least, nucleus(weights, vocab, choice.top_p * sum(lanes), scratch.candidates));

@@ -2,8 +2,8 @@
 //
 // Everything here and in the kernels is batch-invariant by construction: each output is one chain of operations in an
 // order that depends on its own row only, never on how many rows are computed beside it, or by how many threads. The
-// compiler may not fuse multiplications and additions of its own accord (`-ffp-contract=off`): it did so in one copy of
-// a function and not in another, made for another number of rows. `fma` says where it is meant.
+// compiler may not fuse multiplications and additions on its own (`-ffp-contract=off`): it fused them in one instance
+// of a template and not in the instance for another number of rows. `fma` fuses them explicitly.
 #pragma once
 
 #include <algorithm>

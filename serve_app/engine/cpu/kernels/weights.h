@@ -1,11 +1,12 @@
 // The forms in which float32 weights are kept, and how each gives a vector of them back.
 //
-// Many weights were 16 bit numbers once, or codes of 4 or 8 bits with a scale and an offset for each few of them, as in
-// GGUF files. Such are kept in the smallest form from which every float32 value comes back, bit for bit: what is computed
-// is the same, and less is read from memory for it.
+// Many weights were 16 bit numbers once, or codes of 4 or 8 bits with a scale and an offset for each 16 or 32 of them,
+// as in GGUF files. Such weights are kept in the smallest form from which every float32 value comes back bit for bit:
+// the results are the same, and less memory is read.
 //
-// Layout of a matrix [n, k]: panels of NR columns (rows of the matrix, outputs of the product), padded with zeros; within
-// a panel one row after the other of k, in codes after each BLOCK of them its columns' scales and offsets come first.
+// Layout of a matrix [n, k]: panels of NR columns (rows of the matrix, outputs of the product), padded with zeros. Each
+// panel has k rows, one after the other. In forms with codes, a block of BLOCK rows begins with the columns' scales and
+// offsets.
 #pragma once
 
 #include <type_traits>
@@ -17,7 +18,7 @@ constexpr int NR = NV * VL;  // columns of a panel
 
 enum Form : int64_t { FLOAT32, BFLOAT16, FLOAT16, CODES8_BY_16, CODES8_BY_32, CODES4_BY_16, CODES4_BY_32, FORMS };
 
-// VL numbers as 32 bit integers. Compilers make one instruction of it only when told.
+// VL numbers as 32 bit integers. Compilers use one instruction for this only with intrinsics.
 #if defined(__AVX512F__)
 static inline vi widen(const int8_t* p) { return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 static inline vi widen(const uint8_t* p) { return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
@@ -35,11 +36,11 @@ static inline vi widen(const Number* p) {
 }
 #endif
 
-// A panel is read by `Reader reader(panel)`; then for each of its k rows `reader.next(weights)`, once
-// `reader.begin_block()` was called before the first of each BLOCK rows.
+// To read a panel: make `Reader reader(panel)`, then call `reader.next(weights)` for each of its k rows, and
+// `reader.begin_block()` before the first row of each block of BLOCK rows.
 
 struct Float32Reader {
-    static constexpr int64_t BLOCK = 0;  // none
+    static constexpr int64_t BLOCK = 0;  // no blocks
     static int64_t panel_bytes(int64_t k) { return k * NR * 4; }
     const float* at;
     explicit Float32Reader(const uint8_t* panel) : at(reinterpret_cast<const float*>(panel)) {}
@@ -106,7 +107,7 @@ struct CodesReader {
         vi codes[NV];
         if (BITS == 8) {
             for (int v = 0; v < NV; ++v) codes[v] = widen(reinterpret_cast<const int8_t*>(at) + v * VL);
-        } else {  // the first vector's are the low halves of VL bytes, the second's the high ones
+        } else {  // low halves of VL bytes: codes of the first vector; high halves: of the second
             const vi both = widen(at);
             codes[0] = both & 15;
             codes[NV - 1] = both >> 4;
