@@ -36,8 +36,9 @@ def redis_cluster() -> Iterator[list[str]]:
         for number, node in enumerate(nodes):
             first, last = (SLOTS * n // 3 for n in (number, number + 1))
             node.execute_command("CLUSTER ADDSLOTS", *range(first, last))
-            # As `redis-cli --cluster create` does. While nodes with the same epoch still settle which of them gets a new
-            # one, the old owner of a slot may claim it back from the node to which it moves, and its keys are lost.
+            # As `redis-cli --cluster create` does. Nodes that start with the same epoch get new ones one after the
+            # other. Until then the old owner of a slot may claim it back from the node to which it moves, and the keys
+            # are lost.
             node.execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
             node.execute_command("CLUSTER MEET", "127.0.0.1", ports[0])
         _wait(lambda: all(_knows_all(node) for node in nodes), "the cluster's nodes do not find each other")
