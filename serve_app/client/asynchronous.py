@@ -188,7 +188,7 @@ class AsyncClient:
         """The documents of one connection. Raises ConnectionLost when it ends before the stream does."""
         request_id = response.headers.get("x-request-id")
         done = False
-        source: Any = EventSource(response)  # only its asynchronous method is typed as a generator
+        source: Any = EventSource(response)  # only one of its two reading methods is typed as a generator
         async with aclosing(response), aclosing(source.aiter_sse()) as events:
             try:
                 async for event in events:

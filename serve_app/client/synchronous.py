@@ -183,7 +183,7 @@ class Client:
         """The documents of one connection. Raises ConnectionLost when it ends before the stream does."""
         request_id = response.headers.get("x-request-id")
         done = False
-        source: Any = EventSource(response)  # only its asynchronous method is typed as a generator
+        source: Any = EventSource(response)  # only one of its two reading methods is typed as a generator
         with closing(response), closing(source.iter_sse()) as events:
             try:
                 for event in events:
