@@ -16,6 +16,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 from ray_folder import private_ray_folder
 
+# Before anything imports torch: else its OpenMP threads spin where they wait for each other. Beside another busy
+# process, tests of a model's steps took seven times as long (2 cores).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 pytest_plugins = ["chat_tokenizer", "missing_programs", "reruns", "triton_interpreter", "worker_groups"]
 
 # Without limits of time: a machine that stalls for a moment says nothing of what is tested.
