@@ -46,7 +46,7 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def kernel_folder(shared_cache: Path) -> Path:
-    """Where a service with that cache folder has its CPU kernels."""
+    """The folder in `shared_cache` where a service keeps its CPU kernels."""
     return shared_cache / "kernels"
 
 

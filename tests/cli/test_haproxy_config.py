@@ -187,7 +187,31 @@ def test_a_client_that_sends_no_headers_is_given_up(start: Start, monkeypatch: p
 
 
 def test_a_body_that_comes_slowly_passes(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time of the headers is not that of bodies or answers, which the ingress keeps."""
+    """The time limit of the headers does not end a body, whose time the ingress limits."""
+    monkeypatch.setattr(haproxy_config, "HEADER_TIMEOUT_S", 1)
+    pieces = [b'{"prompt": ', b'"Hi"}']
+
+    def whole(connection: socket.socket, request: bytes) -> None:
+        while not request.endswith(pieces[-1]):
+            piece = connection.recv(65536)
+            if not piece:
+                return
+            request += piece
+        connection.sendall(answer(200))
+
+    def slowly() -> Iterator[bytes]:
+        yield pieces[0]
+        time.sleep(1.5)
+        yield pieces[1]
+
+    with Behind(whole) as behind, start([behind.port]) as running:
+        url = f"http://127.0.0.1:{running.port}/stream"
+        headers = {"content-length": str(sum(map(len, pieces)))}
+        assert httpx.post(url, content=slowly(), headers=headers, timeout=60).status_code == 200
+
+
+def test_an_answer_that_comes_slowly_passes(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time limit of the headers does not end an answer."""
     monkeypatch.setattr(haproxy_config, "HEADER_TIMEOUT_S", 1)
 
     def slow(connection: socket.socket, _: bytes) -> None:

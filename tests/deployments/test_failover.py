@@ -412,8 +412,8 @@ async def test_streams_whose_weights_are_gone_end_with_an_error_that_says_so(
     """After the one above: the version that could not be had is given up for one that can."""
     other = copytree(config["model"]["source"], tmp_path / "other")
     write_weights(other, seed=8)
-    # Of so many steps of a tenth of a second none is over when its replica dies. /stream has no `ignore_eos`: an
-    # answer that is not sampled repeats itself.
+    # 900 steps of 0.1 s: no answer ends before its replica is killed. /stream has no `ignore_eos`, so it is asked at
+    # temperature 0: this model then repeats itself and makes no end token.
     await service.handle.broadcast("pace", 0.1).results_async()
     native, chat = {"max_tokens": 900, "temperature": 0}, {"max_tokens": 900, "stream": True}
     asked = {

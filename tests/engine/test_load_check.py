@@ -40,7 +40,7 @@ def _spoil(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch, when: Callable[
 
 
 def _with_pages(runner: ModelRunner, num_pages: int) -> ModelRunner:
-    """Its cache has so many pages from now on."""
+    """Give the runner a new cache of that many pages, and return it."""
     runner.use(runner.backend, allocate(runner, num_pages, runner.cache.page_tokens))
     return runner
 

@@ -14,7 +14,7 @@ from serve_app.engine.prompt_lookup import CANDIDATES, LONGEST_MATCH, ROW_COST, 
 from serve_app.engine.sequence import Sequence
 
 ALL = 10**9
-"""More ids than there are."""
+"""For `index`: more ids than any test has."""
 
 
 def ids_of(guesses: list[tuple[int, float]]) -> list[int]:

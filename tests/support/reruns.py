@@ -44,7 +44,7 @@ class _Counter:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # the outermost: what it says comes after pytest's own summary
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Generator[None]:
-    """Say why each that was run twice failed at first, and name those that passed then."""
+    """Print the first failure of each test that was run twice, and name those that passed on the second run."""
     yield
     stats = terminalreporter.stats
     for report in stats.get("rerun", []):

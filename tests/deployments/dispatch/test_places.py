@@ -154,6 +154,8 @@ async def test_a_replica_that_others_fill_is_tried_less_and_less_often(completed
     await asyncio.sleep(20)
     for task in tasks:
         task.cancel()
+    ended = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(end, asyncio.CancelledError) for end in ended), ended
     assert 20 / (1.5 * MAX_PAUSE_S) <= len(tried_s) <= 6 + 20 / (0.5 * MAX_PAUSE_S)
     assert tried_s[1] - tried_s[0] <= 1.5 * FIRST_PAUSE_S
 
