@@ -119,6 +119,10 @@ class GenerationRequest(Struct, frozen=True):
     unknown."""
     attempt: int = 0
     """Number of this attempt in the process `ingress_id`, from 1; 0: not numbered."""
+    constraint: str = ""
+    """A grammar that the output must match, in the form that `llguidance.LLMatcher` takes. Which ids may come next is a
+    function of this text and of the output ids, so an attempt that continues an output needs nothing else. Empty: no
+    constraint."""
     cache_salt: str = ""
     """Requests share cached prefixes only with requests of the same salt."""
     remaining_s: float | None = None

@@ -53,6 +53,8 @@ class CompletionParams:
     min_tokens: int = 0
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
+    constraint: str = ""
+    """See `GenerationRequest`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +151,7 @@ def resolve(
                 max_new_tokens=max_new_tokens,
                 stop_token_ids=stop_token_ids,
                 choice=len(requests),
+                constraint=params.constraint,
                 cache_salt=params.cache_salt,
                 remaining_s=remaining_s,
             )
