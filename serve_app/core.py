@@ -24,6 +24,8 @@ class FinishReason(StrEnum):
 
     STOP = "stop"
     LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
+    """The model stopped after it had called tools. Only an ingress can tell: it reads the text."""
 
 
 class FailureCode(StrEnum):

@@ -7,9 +7,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 TemplateValue = str | int | float | bool | None
 MAX_VALUE_CHARS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the model may call."""
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] | None = None
+    """JSON Schema of its arguments, an object; None: any object."""
+    strict: bool = False
+    """Arguments must match the schema."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """What the model may do with the tools: call some if it likes, none, at least one, or this one."""
+
+    mode: Literal["auto", "none", "required", "named"] = "auto"
+    name: str = ""
+    """The one tool of `named`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +44,14 @@ class ChatOptions:
     """End the prompt with what begins an assistant's answer."""
     continue_final_message: bool = False
     """Leave the last message open, so that the model continues it. Goes without `add_generation_prompt`."""
+    tools: tuple[Tool, ...] = ()
+    tool_choice: ToolChoice = ToolChoice()
+    parallel_tool_calls: bool = True
+    """The answer may have several calls."""
+    text_grammar: str = ""
+    """What the text of the answer must match, in the form of `GenerationRequest.constraint`. Empty: anything."""
+    split_reasoning: bool = True
+    """Tell the model's reasoning apart from its text. False: all of it is text."""
 
 
 DEFAULT_OPTIONS = ChatOptions()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from serve_app.chat.answers import AnswerFormat, answer_format
 from serve_app.chat.conversation import ChatMessage, Unknown, parse_messages, refuse_unknown
 from serve_app.chat.detokenizer import new_detokenizer
 from serve_app.chat.llama2 import Llama2Format
@@ -16,6 +17,9 @@ from serve_app.chat.prompt_error import PromptError, context_exceeded
 from serve_app.chat.templates import ChatTemplate
 from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.config import ChatConfig
+
+_READ_TOKENS = 16
+"""Tokens at the end of a prompt that tell whether it has begun the model's reasoning."""
 
 
 class ChatFormat(Protocol):
@@ -81,6 +85,13 @@ class PromptFormatter:
         ids = self._chat_format.encode(parsed, options)
         _require_room(len(ids), context_tokens, "messages")
         return ids
+
+    def answer_format(self, ids: Sequence[int], options: ChatOptions = DEFAULT_OPTIONS) -> AnswerFormat | None:
+        """How the answer to the chat with these ids is read; None: it is text and nothing else."""
+        template = self.tokenizer.template
+        if template is None or options.continue_final_message or not options.split_reasoning:
+            return None
+        return answer_format(template, self.tokenizer.shown(ids[-_READ_TOKENS:]))
 
     def render_text(self, prompt: str, *, parse_special: bool = False, context_tokens: int | None = None) -> list[int]:
         """The ids of a raw prompt, with the BOS that the model's prompts normally begin with.

@@ -28,14 +28,15 @@ class StopStrings:
         self._matched = [0] * len(self._stops)
         """For each stop string, how many of its first characters the text ends with."""
         self._held = ""
-        self.stopped = False
+        self.hit: str | None = None
+        """The stop string that was reached."""
 
     def push(self, text: str, *, may_stop: bool = True) -> tuple[str, bool]:
         """Text that is certain to be shown, and whether a stop string was reached (then it is the last).
 
         `may_stop` False: a stop string that this text completes is text like any other.
         """
-        if self.stopped:
+        if self.hit is not None:
             return "", True
         if not self._stops:
             return text, False
@@ -43,7 +44,7 @@ class StopStrings:
         for end, character in enumerate(text, start=len(self._held) + 1):
             longest = self._advance(character)
             if longest and may_stop:
-                self.stopped = True
+                self.hit = available[end - longest : end]
                 self._held = ""
                 return available[: end - longest], True
         certain = len(available) - max(self._matched)

@@ -142,6 +142,10 @@ class ChatTokenizer:
         stretches = groupby(ids, key=self.own_texts.get)
         return "".join(self._decode(list(some)) if text is None else text * len(list(some)) for text, some in stretches)
 
+    def shown(self, ids: Sequence[int]) -> str:
+        """The text of `ids` with the names of special tokens in their places."""
+        return self._encoder.decode(ids, skip_special_tokens=False)
+
     def normalized(self, text: str) -> str:
         """The text as the tokenizer normalises it before it splits it: texts that are then equal have the same ids."""
         return text if self._normalizer is None else str(self._normalizer.normalize_str(text))

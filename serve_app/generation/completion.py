@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from serve_app.chat.answers import new_parser
 from serve_app.chat.detokenizer import new_detokenizer
 from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.core import GenerationStats, TokenBatch
@@ -23,6 +24,8 @@ class Usage:
     cached_tokens: int
     """Prompt tokens that the first choice of each prompt found in a replica's cache."""
     completion_tokens: int
+    reasoning_tokens: int = 0
+    """Those of `completion_tokens` that the model reasoned with."""
 
 
 class Completion:
@@ -38,6 +41,7 @@ class Completion:
                 request.stops,
                 request.stop_token_ids,
                 each.sampling.min_tokens,
+                None if request.answer is None else new_parser(request.answer),
             )
             for each in request.requests
         ]
@@ -72,4 +76,5 @@ class Completion:
         counted = self._stats[:: self.request.choices_per_prompt]
         cached = sum(stats.cached_prompt_tokens for stats in counted if stats is not None)
         tokens = sum(text.tokens for text in self._texts)
-        return Usage(self.request.prompt_tokens, cached, tokens)
+        reasoning = sum(text.reasoning_tokens for text in self._texts)
+        return Usage(self.request.prompt_tokens, cached, tokens, reasoning)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from msgspec import Struct
 
+from serve_app.chat.answers import AnswerFormat
 from serve_app.chat.prompt_error import context_exceeded
 from serve_app.core import Fingerprint, GenerationDefaults, GenerationRequest, ModelCard, RequestError, SamplingParams
 
@@ -53,8 +54,6 @@ class CompletionParams:
     min_tokens: int = 0
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
-    constraint: str = ""
-    """See `GenerationRequest`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +65,10 @@ class Prompt:
     """The answer continues the prompt's text (a raw prompt, an open message), instead of standing alone (a chat)."""
     param: str
     """The request's field that held the prompt."""
+    answer: AnswerFormat | None = None
+    """How the answer's text is read; None: it is text and nothing else."""
+    constraint: str = ""
+    """What the answer must match; see `GenerationRequest`."""
 
 
 class ResolvedRequest(Struct, frozen=True):
@@ -81,6 +84,8 @@ class ResolvedRequest(Struct, frozen=True):
     choices_per_prompt: int
     cut_to: int | None = None
     """What the caller's own limit was cut to, to fit the context; None when it was not."""
+    answer: AnswerFormat | None = None
+    """See `Prompt`."""
 
     @property
     def request_id(self) -> str:
@@ -151,12 +156,15 @@ def resolve(
                 max_new_tokens=max_new_tokens,
                 stop_token_ids=stop_token_ids,
                 choice=len(requests),
-                constraint=params.constraint,
+                constraint=prompt.constraint,
                 cache_salt=params.cache_salt,
                 remaining_s=remaining_s,
             )
             requests.append(request)
-    return ResolvedRequest(card.name, tuple(requests), prompts[0].continues, params.stop, params.n, cut_to)
+    first = prompts[0]
+    return ResolvedRequest(
+        card.name, tuple(requests), first.continues, params.stop, params.n, cut_to, answer=first.answer
+    )
 
 
 def _sampling(asked: CompletionParams, model: GenerationDefaults) -> SamplingParams:

@@ -76,7 +76,8 @@ class CompletionService:
     ) -> Prompt:
         """The prompt of a chat. `unknown` is as in `parse_messages`. Safe on any thread. Raises `PromptError`."""
         ids = self._formatter.render_chat(messages, options, context_tokens=card.context_tokens, unknown=unknown)
-        return Prompt(tuple(ids), options.continue_final_message, "messages")
+        answer = self._formatter.answer_format(ids, options)
+        return Prompt(tuple(ids), options.continue_final_message, "messages", answer, options.text_grammar)
 
     def render_text(self, card: ModelCard, text: str, *, parse_special: bool = False) -> Prompt:
         """The prompt of a text that is to be continued. Safe on any thread. Raises `PromptError`."""

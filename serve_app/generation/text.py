@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from serve_app.chat.detokenizer import Detokenizer
+from serve_app.chat.parts import AnswerParser, CallPart, Part, TextPart, joined
 from serve_app.chat.stop_strings import StopStrings
 from serve_app.core import FinishReason, TokenBatch, TokenLogprobs
 
@@ -36,6 +37,18 @@ class Delta(NamedTuple):
     """Logprobs of the tokens whose last piece of text is in this delta; None when none were requested. They may come
     later than their token's id, and never come when a stop string cut the token's text."""
     finish_reason: FinishReason | None
+    told: tuple[Part, ...] | None = None
+    """The parts that became certain, if the answer's text is read as parts; None: it is text and nothing else."""
+    stop: str | None = None
+    """The stop string that ended the choice."""
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What the choice gained, as parts, whether its text is read or not."""
+        if self.told is not None:
+            return self.told
+        text = "".join(self.texts)
+        return (TextPart(text),) if text else ()
 
 
 class _HeldLogprobs:
@@ -81,8 +94,9 @@ class ChoiceText:
         stops: Sequence[str],
         stop_token_ids: frozenset[int],
         min_tokens: int = 0,
+        parser: AnswerParser | None = None,
     ) -> None:
-        """`stop_token_ids` are counted and have neither text nor logprobs.
+        """`stop_token_ids` are counted and have neither text nor logprobs. `parser` reads the text, if it has parts.
 
         A stop string counts only if a token after the first `min_tokens` completes it.
         Raises `PromptError` for a stop string that can't be used.
@@ -92,9 +106,14 @@ class ChoiceText:
         self._stops = StopStrings(stops)
         self._stop_token_ids = stop_token_ids
         self._min_tokens = min_tokens
+        self._parser = parser
         self._logprobs = _HeldLogprobs()
         self.tokens = 0
         """Counted for the caller: all up to the end, EOS included."""
+        self.reasoning_tokens = 0
+        """Those of `tokens` that the model reasoned with, the marks around the reasoning included."""
+        self._called = False
+        """The answer has called a tool."""
 
     def push(self, batch: TokenBatch) -> Delta:
         """The text of `batch`. With a `finish_reason` in the result the choice has ended: push no more.
@@ -133,7 +152,30 @@ class ChoiceText:
     def _delta(self, batch: TokenBatch, texts: list[str], reason: FinishReason | None) -> Delta:
         token_ids = batch.token_ids[: len(texts)]
         self.tokens += len(token_ids)
-        told = self._logprobs.take()
+        logprobs = self._logprobs.take()
+        told = None
+        if self._parser is not None:
+            told = self._read(self._parser, texts, len(token_ids), ended=reason is not None)
+            if self._called and reason is FinishReason.STOP and self._stops.hit is None:
+                reason = FinishReason.TOOL_CALLS
         return Delta(
-            self._choice, token_ids, tuple(texts), None if batch.logprobs is None and not told else told, reason
+            self._choice,
+            token_ids,
+            tuple(texts),
+            None if batch.logprobs is None and not logprobs else logprobs,
+            reason,
+            told,
+            self._stops.hit,
         )
+
+    def _read(self, parser: AnswerParser, texts: Sequence[str], tokens: int, *, ended: bool) -> tuple[Part, ...]:
+        """The parts that these texts make certain; the first `tokens` of the texts belong to a token each."""
+        parts: list[Part] = []
+        for index, text in enumerate(texts):
+            was_reasoning = parser.in_reasoning
+            parts += parser.push(text)
+            self.reasoning_tokens += index < tokens and (was_reasoning or parser.in_reasoning)
+        if ended:
+            parts += parser.flush()
+        self._called = self._called or any(isinstance(part, CallPart) for part in parts)
+        return tuple(joined(parts))

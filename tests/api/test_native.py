@@ -57,6 +57,7 @@ async def test_a_chat_streams_one_event_a_token_and_ends_with_done(
             "completion_tokens": len(ids),
             "total_tokens": len(prompt) + len(ids),
             "prompt_tokens_details": {"cached_tokens": 2},
+            "completion_tokens_details": {"reasoning_tokens": 0},
         },
         "seed": 7,
     }

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from pydantic import Field
 
+from serve_app.api.call_ids import call_id
 from serve_app.api.errors import bad_request
 from serve_app.api.fields import MaxTokens, Messages, OpenAIFields, validate_open
 from serve_app.api.http.endpoint import Call
@@ -19,6 +20,7 @@ from serve_app.api.openai.chunks import OpenAIFormat, finite
 from serve_app.api.unknown_fields import UnknownFields
 from serve_app.api.wire import ParsedRequest
 from serve_app.chat.options import MAX_VALUE_CHARS, ChatOptions, TemplateValue, is_template_value
+from serve_app.chat.parts import ArgumentsPart, CallPart, Part, ReasoningPart, TextPart
 from serve_app.generation.request import CompletionParams
 from serve_app.generation.text import Delta
 
@@ -65,22 +67,25 @@ class ChatFormat(OpenAIFormat):
         limit = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
         return self._parsed(resolved, request, limit)
 
-    def content(self, text: str) -> dict[str, Any]:
+    def content(self, answer_id: str, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
         """See `OpenAIFormat`."""
-        return {"message": {"role": "assistant", "content": text, "refusal": None, "annotations": []}}
+        return {"message": message(answer_id, index, (part for delta in deltas for part in delta.parts))}
 
     def opening(self, index: int) -> str:
         """See `OpenAIFormat`."""
         delta = '{"role": "assistant", "content": "", "refusal": null}'
         return f'{{"index": {index}, "delta": {delta}, "logprobs": null, "finish_reason": null}}'
 
-    def pieces(self, delta: Delta) -> Iterable[str]:
-        """See `OpenAIFormat`."""
+    def pieces(self, answer_id: str, delta: Delta) -> Iterable[str]:
+        """See `OpenAIFormat`. Logprobs are in the first entry of their delta."""
         start = f'{{"index": {delta.choice}, "delta": '
-        text = "".join(delta.texts)
-        if text or delta.logprobs:
-            logprobs = self._logprobs_json(delta) if delta.logprobs else "null"
-            yield f'{start}{{"content": {json_text(text)}}}, "logprobs": {logprobs}, "finish_reason": null}}'
+        parts = delta.parts
+        if delta.logprobs and not parts:
+            parts = (TextPart(""),)
+        logprobs = self._logprobs_json(delta) if delta.logprobs else "null"
+        for part in parts:
+            yield f'{start}{_piece(answer_id, delta.choice, part)}, "logprobs": {logprobs}, "finish_reason": null}}'
+            logprobs = "null"
         if delta.finish_reason is not None:
             yield f'{start}{{}}, "logprobs": null, "finish_reason": "{delta.finish_reason}"}}'
 
@@ -103,6 +108,53 @@ class ChatFormat(OpenAIFormat):
             "logprob": finite(logprob),
             "bytes": None if content is None else list(content),
         }
+
+
+def message(answer_id: str, choice: int, parts: Iterable[Part]) -> dict[str, Any]:
+    """The assistant's message of a whole answer. Its content is null where it has tool calls and no text."""
+    text: list[str] = []
+    reasoning: list[str] = []
+    calls: list[tuple[str, list[str]]] = []
+    for part in parts:
+        match part:
+            case TextPart():
+                text.append(part.text)
+            case ReasoningPart():
+                reasoning.append(part.text)
+            case CallPart():
+                calls.append((part.name, []))
+            case ArgumentsPart():
+                calls[part.number][1].append(part.text)
+    content = "".join(text) if text or not calls else None
+    made: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None, "annotations": []}
+    if reasoning:
+        made["reasoning_content"] = made["reasoning"] = "".join(reasoning)
+    if calls:
+        made["tool_calls"] = [
+            {
+                "id": call_id(answer_id, choice, number),
+                "type": "function",
+                "function": {"name": name, "arguments": "".join(arguments)},
+            }
+            for number, (name, arguments) in enumerate(calls)
+        ]
+    return made
+
+
+def _piece(answer_id: str, choice: int, part: Part) -> str:
+    """The JSON of the `delta` that tells a part."""
+    match part:
+        case TextPart():
+            return f'{{"content": {json_text(part.text)}}}'
+        case ReasoningPart():
+            text = json_text(part.text)
+            return f'{{"reasoning_content": {text}, "reasoning": {text}}}'
+        case CallPart():
+            function = f'{{"name": {json_text(part.name)}, "arguments": ""}}'
+            of_call = f'"id": "{call_id(answer_id, choice, part.number)}", "type": "function", "function": {function}'
+        case ArgumentsPart():
+            of_call = f'"function": {{"arguments": {json_text(part.text)}}}'
+    return f'{{"tool_calls": [{{"index": {part.number}, {of_call}}}]}}'
 
 
 def _params(request: ChatRequest) -> CompletionParams:

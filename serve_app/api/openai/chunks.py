@@ -49,7 +49,7 @@ class OpenAIFormat(WireFormat):
     def _parsed(self, resolved: ResolvedRequest, fields: OpenAIFields, max_tokens_param: str) -> ParsedRequest:
         """The `settings` are `envelope` (the fields around the choices in every chunk), `usage` (whether the usage is
         wanted at the end) and `continuous_usage` (whether it is wanted in every chunk)."""
-        envelope = {
+        envelope: dict[str, Any] = {
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
             "object": self.chunk_kind if fields.stream else self.whole_kind,
             "created": int(time.time()),
@@ -70,18 +70,18 @@ class OpenAIFormat(WireFormat):
         """See `WireFormat`."""
         return ChunkWriter(self, request, settings)
 
-    def _whole(self, envelope: Mapping[str, object], gained: Sequence[Sequence[Delta]], usage: Usage) -> dict[str, Any]:
+    def _whole(self, envelope: Mapping[str, Any], gained: Sequence[Sequence[Delta]], usage: Usage) -> dict[str, Any]:
         return {
             **envelope,
-            "choices": [self._entry(index, of_choice) for index, of_choice in enumerate(gained)],
+            "choices": [self._entry(envelope["id"], index, of_choice) for index, of_choice in enumerate(gained)],
             "usage": usage_document(usage),
         }
 
-    def _entry(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
+    def _entry(self, answer_id: str, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
         """The entry of choice `index` in a whole answer, from all that it gained."""
         return {
             "index": index,
-            **self.content("".join(text for delta in deltas for text in delta.texts)),
+            **self.content(answer_id, index, deltas),
             "logprobs": None if all(delta.logprobs is None for delta in deltas) else self.logprobs(deltas),
             "finish_reason": deltas[-1].finish_reason,
         }
@@ -91,8 +91,8 @@ class OpenAIFormat(WireFormat):
         return one_line(json.dumps(self.logprobs([delta]), ensure_ascii=False))
 
     @abstractmethod
-    def content(self, text: str) -> dict[str, Any]:
-        """The field that holds the text, in an entry of a whole answer."""
+    def content(self, answer_id: str, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
+        """The field that holds what the model said, in the entry of choice `index` of a whole answer."""
 
     @abstractmethod
     def logprobs(self, deltas: Sequence[Delta]) -> dict[str, Any]:
@@ -103,7 +103,7 @@ class OpenAIFormat(WireFormat):
         return ""
 
     @abstractmethod
-    def pieces(self, delta: Delta) -> Iterable[str]:
+    def pieces(self, answer_id: str, delta: Delta) -> Iterable[str]:
         """The JSON of the entries that `delta` adds to the stream; each goes into a chunk of its own."""
 
 
@@ -114,6 +114,7 @@ class ChunkWriter(EventWriter):
         """`settings` are those of the `ParsedRequest`."""
         self._entries = entries
         self._choices = request.choices
+        self._answer_id: str = settings["envelope"]["id"]
         self._include_usage: bool = settings["usage"]
         self._head = f'data: {json.dumps(settings["envelope"])[:-1]}, "choices": ['
         self._end = '], "usage": null}\n\n' if self._include_usage else "]}\n\n"
@@ -128,7 +129,7 @@ class ChunkWriter(EventWriter):
     def gained(self, delta: Delta) -> list[bytes]:
         """The chunks that carry `delta`; none if it adds nothing to the answer yet."""
         self._completion_tokens += len(delta.token_ids)
-        return self._chunks(self._entries.pieces(delta))
+        return self._chunks(self._entries.pieces(self._answer_id, delta))
 
     def ended(self, usage: Usage) -> list[bytes]:
         """The usage if it was asked for, and `[DONE]`."""

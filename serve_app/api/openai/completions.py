@@ -91,11 +91,11 @@ class TextFormat(OpenAIFormat):
             for item in request.prompt
         ]
 
-    def content(self, text: str) -> dict[str, Any]:
+    def content(self, answer_id: str, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
         """See `OpenAIFormat`."""
-        return {"text": text}
+        return {"text": "".join(text for delta in deltas for text in delta.texts)}
 
-    def pieces(self, delta: Delta) -> Iterable[str]:
+    def pieces(self, answer_id: str, delta: Delta) -> Iterable[str]:
         """See `OpenAIFormat`."""
         text = "".join(delta.texts)
         if text or delta.logprobs or delta.finish_reason is not None:

@@ -54,6 +54,7 @@ async def test_the_whole_object(api: httpx.AsyncClient, replica: FakeReplica) ->
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
             "prompt_tokens_details": {"cached_tokens": 2},
+            "completion_tokens_details": {"reasoning_tokens": 0},
         },
     }
 

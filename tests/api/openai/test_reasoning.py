@@ -1,0 +1,65 @@
+"""A model's reasoning in OpenAI's schema: a field of its own, counted, and the same in a stream and whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fake_replica import FakeReplica, Script, card
+from small_tokenizers import CHATML, byte_level_backend
+from starlette.applications import Starlette
+from transformers import PreTrainedTokenizerFast
+
+from serve_app.chat.tokenizer import ChatTokenizer
+
+THINKS = "{% if false %}</think>{% endif %}" + CHATML
+"""A template that knows the mark, as those that cut the reasoning out of earlier answers."""
+HI: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
+URL = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
+    """A tokenizer whose template knows reasoning."""
+    folder: Path = tmp_path_factory.mktemp("thinker")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level_backend(), eos_token="<|im_end|>", unk_token="<|endoftext|>"
+    )
+    fast.chat_template = THINKS
+    fast.save_pretrained(folder)
+    return ChatTokenizer.load(folder)
+
+
+@pytest.fixture
+def thinking(
+    writes: Callable[..., Script],
+    thinker: ChatTokenizer,
+    make_app: Callable[..., Starlette],
+    http: Callable[[Starlette], httpx.AsyncClient],
+) -> httpx.AsyncClient:
+    replica = FakeReplica(
+        [writes("<think>\nHm, a greeting.\n</think>\n\nHello!")], state=card(vocab_size=thinker.vocab_size)
+    )
+    return http(make_app(replica, text=thinker))
+
+
+async def test_reasoning_has_a_field_of_its_own(thinking: httpx.AsyncClient) -> None:
+    body = (await thinking.post(URL, json=HI)).json()
+    message = body["choices"][0]["message"]
+    assert (message["content"], message["reasoning_content"]) == ("Hello!", "Hm, a greeting.")
+    assert message["reasoning"] == message["reasoning_content"]
+    usage = body["usage"]
+    assert 0 < usage["completion_tokens_details"]["reasoning_tokens"] < usage["completion_tokens"]
+
+
+@pytest.mark.parametrize("headers", [{}, {"x-stream-resume": "1"}])
+async def test_a_stream_tells_the_same(thinking: httpx.AsyncClient, headers: dict[str, str]) -> None:
+    text = (await thinking.post(URL, json={**HI, "stream": True}, headers=headers)).text
+    lines = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: {")]
+    deltas = [json.loads(line)["choices"][0]["delta"] for line in lines]
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "Hm, a greeting."
+    assert "".join(delta.get("content") or "" for delta in deltas) == "Hello!"
