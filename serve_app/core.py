@@ -7,7 +7,7 @@ serve_app.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NewType
@@ -103,7 +103,7 @@ class GenerationRequest(Struct, frozen=True):
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     max_new_tokens: int
-    """Limit of the whole output, `output_token_ids` included."""
+    """Limit of the whole output, `output_token_ids` included. 0: only the prompt's logprobs are wanted."""
     stop_token_ids: tuple[int, ...] = ()
     """Any of these ends the output (it is emitted, counted, and has no text). EOS is among them unless ignored."""
     output_token_ids: tuple[int, ...] = ()
@@ -129,6 +129,14 @@ class GenerationRequest(Struct, frozen=True):
     """Requests share cached prefixes only with requests of the same salt."""
     remaining_s: float | None = None
     """Time left, recomputed at each hop (clocks of two machines are never compared). None: no limit."""
+    prompt_logprobs: int | None = None
+    """None: no logprobs of the prompt. k >= 0: each prompt token's, and the k most likely ones in its place. They come
+    with the first tokens, so an attempt that continues an output does not compute them again."""
+
+    @property
+    def needs_prompt_logprobs(self) -> bool:
+        """Whether this attempt has to compute the prompt's logprobs."""
+        return self.prompt_logprobs is not None and not self.output_token_ids
 
     def finish_reason(self, output_tokens: int, last_token_id: int | None) -> FinishReason | None:
         """Why an output of `output_tokens` tokens ends with `last_token_id`; None if it goes on."""
@@ -143,6 +151,37 @@ class TokenLogprobs(Struct, frozen=True, array_like=True):
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
     """(token id, logprob), most likely first."""
+
+
+class PromptLogprobs(Struct, frozen=True, array_like=True):
+    """What a model says about the n tokens of a prompt that follow the first one, each given the tokens before it.
+
+    Natural-log probabilities under the model's own distribution, as float32, and ids as uint32, packed in the machine's
+    byte order (little-endian on every machine this runs on): 8,000 tokens with the 5 most likely take 0.4 MB, and
+    nothing is done for each of them until an ingress writes them.
+    """
+
+    top: int
+    """How many of the most likely tokens are listed for each place."""
+    logprobs: bytes
+    """`[n]`: those of the prompt's own tokens."""
+    ranks: bytes
+    """`[n]` of uint32: 1 and the number of tokens that are more likely in this place."""
+    top_ids: bytes
+    """`[n, top]`, most likely first."""
+    top_logprobs: bytes
+    """`[n, top]`"""
+
+    def __len__(self) -> int:
+        return len(self.logprobs) // 4
+
+    def tokens(self) -> Iterator[tuple[TokenLogprobs, int]]:
+        """For each token: its logprobs, and its rank."""
+        logprobs, ranks = memoryview(self.logprobs).cast("f"), memoryview(self.ranks).cast("I")
+        ids, likely = memoryview(self.top_ids).cast("I"), memoryview(self.top_logprobs).cast("f")
+        for place, (logprob, rank) in enumerate(zip(logprobs, ranks, strict=True)):
+            listed = slice(place * self.top, (place + 1) * self.top)
+            yield TokenLogprobs(logprob, tuple(zip(ids[listed], likely[listed], strict=True))), rank
 
 
 class GenerationStats(Struct, frozen=True, array_like=True):
@@ -171,6 +210,8 @@ class TokenBatch(Struct, frozen=True, array_like=True, tag=0):
     """One per token, if the request asked for logprobs."""
     finish_reason: FinishReason | None = None
     stats: GenerationStats | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    """With the first tokens, if the request asked for them."""
 
 
 class Failure(Struct, frozen=True, array_like=True, tag=1):

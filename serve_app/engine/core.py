@@ -13,7 +13,7 @@ from itertools import islice
 
 import torch
 
-from serve_app.core import Failure, FailureCode, FinishReason, GenerationRequest, Reply, TokenBatch
+from serve_app.core import Failure, FailureCode, GenerationRequest, Reply, TokenBatch
 from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.prompt_lookup import count_accepted
 from serve_app.engine.sampling import Sampled, Sampler
@@ -93,6 +93,7 @@ class EngineCore:
         self._begin(chunks)
         logits = self.runner.step(chunks)
         meanwhile()
+        logits = self._score(chunks, logits)
         gains = self._collect(chunks, self._sample(chunks, logits))
         self._finish(gains)
         return gains
@@ -106,6 +107,20 @@ class EngineCore:
                 sequence.started_at = now
                 self.counters.prompt_tokens += sequence.prompt_len
                 self.counters.cached_prompt_tokens += sequence.cached_prompt_tokens
+
+    def _score(self, chunks: list[Chunk], logits: torch.Tensor) -> torch.Tensor:
+        """Take the prompts' logprobs from the step's logits; returns the rows that are to be sampled."""
+        if not any(chunk.scored for chunk in chunks):
+            return logits
+        sampled: list[int] = []
+        row = 0
+        for chunk in chunks:
+            sequence, scored, end = chunk.sequence, chunk.scored, row + chunk.kept
+            if scored and sequence.prompt_scores is not None:
+                sequence.prompt_scores.add(logits[row : row + scored], sequence.request.prompt_token_ids)
+            sampled.extend(range(row + scored, end))
+            row = end
+        return logits[sampled]
 
     def _sample(self, chunks: list[Chunk], logits: torch.Tensor) -> dict[Sequence, list[Sampled]]:
         """For each chunk that completes: the token after its end, and the one after each id of its draft."""
@@ -130,14 +145,15 @@ class EngineCore:
 
     def _advance(self, chunk: Chunk, sampled: list[Sampled], now: float) -> Reply:
         """Append a chunk's sampled tokens, as far as its draft was right and nothing ends the output."""
-        if sampled[0].token_id < 0:
+        scores = chunk.sequence.prompt_scores
+        if sampled[0].token_id < 0 or (scores is not None and not scores.are_numbers):
             return Failure(FailureCode.ENGINE_FAILED, "the model's output is not a number; the request can't be served")
         sequence, index = chunk.sequence, chunk.sequence.output_len
         if sequence.first_token_at is None:
             sequence.first_token_at = now
         accepted = count_accepted(chunk.draft, [choice.token_id for choice in sampled])
         kept: list[Sampled] = []
-        reason: FinishReason | None = None
+        reason = sequence.request.finish_reason(index, None)  # at once if no token is wanted
         while reason is None and len(kept) <= accepted:
             kept.append(sampled[len(kept)])
             reason = sequence.append(kept[-1].token_id)
@@ -152,7 +168,8 @@ class EngineCore:
         stats = None
         if reason is not None or index == len(sequence.request.output_token_ids):
             stats = sequence.stats(now, self._numerics_id)
-        return TokenBatch(index, ids, logprobs, reason, stats)
+        of_prompt = scores.packed() if scores is not None and index == 0 else None
+        return TokenBatch(index, ids, logprobs, reason, stats, of_prompt)
 
     def _finish(self, gains: list[Gain]) -> None:
         for sequence, reply in gains:

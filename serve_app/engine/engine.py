@@ -195,6 +195,8 @@ class Engine:
         """A refusal, or the final batch of a request whose output earlier attempts had already completed; else None."""
         if (failure := self._refusal(request)) is not None:
             return failure
+        if request.needs_prompt_logprobs:
+            return None
         output = request.output_token_ids
         reason = request.finish_reason(len(output), output[-1] if output else None)
         return None if reason is None else TokenBatch(len(output), finish_reason=reason)

@@ -155,7 +155,7 @@ class ModelRunner:
         torch.cuda.empty_cache()
 
     def step(self, chunks: SequenceOf[Chunk]) -> torch.Tensor:
-        """Compute the chunks; returns logits in float32, one row for each of `Chunk.rows` of the completing chunks."""
+        """Compute the chunks; returns logits in float32 `[kept, vocab]`, the last `Chunk.kept` rows of each."""
         page_tokens = self.cache.page_tokens
         ids: list[int] = []
         positions: list[int] = []
@@ -174,8 +174,7 @@ class ModelRunner:
                 sequence.pages[position // page_tokens] * page_tokens + position % page_tokens
                 for position in range(sequence.computed, end)
             )
-            if chunk.completes:
-                rows.extend(range(len(ids) - 1 - len(chunk.draft), len(ids)))
+            rows.extend(range(len(ids) - chunk.kept, len(ids)))
         inputs = StepInputs(ids, positions, slots, spans, rows)
         if self.graphs is not None and (logits := self.graphs.run(inputs)) is not None:
             return logits

@@ -21,7 +21,9 @@ def refusal(request: GenerationRequest, *, context_tokens: int, vocab_size: int)
             f"the prompt's {tokens} tokens and {request.max_new_tokens} new ones are more than the {context_tokens} "
             "tokens that this replica can hold for one request",
         )
-    if (request.sampling.logprobs or 0) > vocab_size:
+    if request.max_new_tokens < 0 or (request.prompt_logprobs or 0) < 0:
+        return _invalid("max_new_tokens and prompt_logprobs must not be negative")
+    if max(request.sampling.logprobs or 0, request.prompt_logprobs or 0) > vocab_size:
         return _invalid(f"more logprobs than the vocabulary's {vocab_size} tokens")
     biased = tuple(token for token, _ in request.sampling.logit_bias)
     for token in (*request.prompt_token_ids, *request.output_token_ids, *biased, *request.stop_token_ids):

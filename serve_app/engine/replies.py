@@ -51,6 +51,7 @@ def _join(first: TokenBatch, second: TokenBatch) -> TokenBatch:
         token_ids=first.token_ids + second.token_ids,
         logprobs=logprobs,
         stats=second.stats or first.stats,
+        prompt_logprobs=first.prompt_logprobs,
     )
 
 

@@ -30,8 +30,23 @@ class Chunk:
         """Whether all the sequence's tokens are cached after this chunk, so that its next one can be sampled."""
         return self.tokens == self.sequence.remaining
 
+    @property
+    def kept(self) -> int:
+        """How many rows of logits it needs, its last ones: those of its `scored` tokens, then those of `rows`.
+
+        Scoring and `Scheduler.mark_computed` change it.
+        """
+        sequence = self.sequence
+        end = sequence.computed + self.tokens
+        return max(0, end - max(sequence.computed, sequence.first_row)) + len(self.draft)
+
+    @property
+    def scored(self) -> int:
+        """How many of its rows give prompt logprobs, each of the prompt token that follows."""
+        return self.kept - (1 + len(self.draft)) * self.completes
+
     def rows(self) -> list[Sequence | DraftPosition]:
-        """The positions for which a completing chunk has rows of logits: its end, and each guess."""
+        """The positions after which a completing chunk has tokens sampled: its end, and each guess."""
         draft = self.draft
         return [self.sequence, *(DraftPosition(self.sequence, draft[: n + 1]) for n in range(len(draft)))]
 
@@ -41,6 +56,9 @@ class _Step:
     """The chunks chosen so far for a step, and the tokens that are left for others."""
 
     budget: int
+    rows: int
+    """Rows of logits that are left: a step has no more than sequences may run. Its memory, and with batch invariance or
+    CUDA graphs also its shape, depend on that."""
     chunks: dict[Sequence, Chunk] = field(default_factory=dict)
     """In the order of the step's tokens."""
 
@@ -81,7 +99,7 @@ class Scheduler:
 
         An isolated sequence gets steps of its own, before the others.
         """
-        step = _Step(self._max_step_tokens)
+        step = _Step(self._max_step_tokens, self._max_running)
         if (isolated := next((s for s in self.running if s.isolated), None)) is not None:
             self._add_chunk(isolated, min(isolated.remaining, step.budget), step)
             return list(step.chunks.values()) or self.schedule()
@@ -108,14 +126,23 @@ class Scheduler:
                 admitting = admitting and self.preemptions == preempted
 
     def _add_chunk(self, sequence: Sequence, tokens: int, step: _Step) -> None:
-        """Add the sequence's next tokens. While pages are missing the last sequence in order is preempted."""
+        """Add the sequence's next tokens, as far as there are rows of logits for them.
+
+        While pages are missing the last sequence in order is preempted. A prompt whose last token would need a row that
+        is not there gets it in the next step, where it comes first.
+        """
+        first_row = max(sequence.computed, sequence.first_row)
+        tokens = min(tokens, first_row + step.rows - sequence.computed)
+        if tokens <= 0:
+            return
         while not self._reserve(sequence, tokens):
             victim = max(self.running, key=_order)
             self._preempt(victim, step)
             if victim is sequence:
                 return
-        step.chunks[sequence] = Chunk(sequence, tokens)
+        step.chunks[sequence] = chunk = Chunk(sequence, tokens)
         step.budget -= tokens
+        step.rows -= chunk.kept
 
     def _admit(self, sequence: Sequence, step: _Step) -> bool:
         """Admit the first in the queue if it fits; returns whether the next one may be tried.
@@ -153,8 +180,9 @@ class Scheduler:
         # The newcomer needs at least one page of its own: without room for it the look-up is skipped.
         if running and (running >= self._max_running or room < 1):
             return None
-        self._hash_pages(newcomer, len(newcomer.token_ids) - 1)  # at least one token is left to compute
-        prefix = self.pool.lookup(newcomer.page_hashes)
+        first_row = newcomer.first_row  # it and what follows is left to compute
+        self._hash_pages(newcomer, first_row)
+        prefix = self.pool.lookup(newcomer.page_hashes[: first_row // self._page_tokens])
         own = self._pages_for(len(newcomer.token_ids)) - len(prefix)
         return prefix if not running or room - self.pool.idle(prefix) >= own else None
 
@@ -164,12 +192,11 @@ class Scheduler:
         A step never has more rows of logits than sequences may run: guesses take the rows that are empty.
         """
         sampled = sum(chunk.completes for chunk in step.chunks.values())
-        empty = self._max_running - sampled
-        if empty > 0:
+        if step.rows > 0:
             unindexed = INDEXED_PER_STEP
             for sequence in step.chunks:  # those that decode come first, then prompts
                 unindexed -= sequence.index(unindexed)
-        rows = min(empty, step.budget)
+        rows = min(step.rows, step.budget)
         decoding = [s for s, chunk in step.chunks.items() if chunk.tokens == 1 and chunk.completes]
         if rows <= 0 or not decoding:
             return
@@ -235,6 +262,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence, step: _Step) -> None:
         if (chunk := step.chunks.pop(sequence, None)) is not None:
             step.budget += chunk.tokens
+            step.rows += chunk.kept
         self.running.remove(sequence)
         self._release(sequence)
         sequence.preemptions += 1

@@ -10,6 +10,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 from serve_app.core import FinishReason, GenerationRequest, GenerationStats
+from serve_app.engine.prompt_logprobs import PromptScores
 from serve_app.engine.prompt_lookup import Lookup
 
 
@@ -36,9 +37,14 @@ class Sequence:
     """Made when a step first has a free row for guesses."""
     may_guess: bool = True
     """False once a draft has been discarded."""
+    prompt_scores: PromptScores | None = None
+    """The prompt's logprobs so far; None if they are not wanted."""
 
     def __post_init__(self) -> None:
-        self.token_ids = [*self.request.prompt_token_ids, *self.request.output_token_ids]
+        request = self.request
+        self.token_ids = [*request.prompt_token_ids, *request.output_token_ids]
+        if request.needs_prompt_logprobs:
+            self.prompt_scores = PromptScores(request.prompt_logprobs or 0)
 
     @property
     def order(self) -> tuple[bool, int]:
@@ -66,6 +72,18 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens not yet in the cache: 1 while decoding, more while prefilling."""
         return len(self.token_ids) - self.computed
+
+    @property
+    def first_row(self) -> int:
+        """The first position whose logits are still to be computed: pages before it may come from the cache.
+
+        It is the last token's, whose logits give the next one, or the one before the first prompt token without a
+        logprob.
+        """
+        scores = self.prompt_scores
+        if scores is not None and len(scores) < self.prompt_len - 1:
+            return len(scores)
+        return len(self.token_ids) - 1
 
     def append(self, token_id: int) -> FinishReason | None:
         """Add a sampled token; returns why the sequence ends with it, or None."""

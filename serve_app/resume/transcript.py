@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 from zlib import crc32
 
+from msgspec.structs import replace
+
 from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.core import Failure, RequestError, TokenBatch
 from serve_app.generation.completion import Completion
@@ -113,8 +115,7 @@ class Transcript:
     def output(self, choice: int) -> TokenBatch:
         """All tokens of this choice so far, and the counters that came with its first ones."""
         output = self._outputs[choice]
-        tokens = output.tokens(0)
-        return TokenBatch(0, tokens.token_ids, tokens.logprobs, stats=output.stats)
+        return replace(output.tokens(0), stats=output.stats)
 
     def _advance(self) -> list[Event]:
         """The events of all turns that can be taken now."""
@@ -154,8 +155,8 @@ class Transcript:
 
 def _turn(output: OutputTokens, told: int) -> TokenBatch | None:
     """The token after the first `told` ones, or the end if there is none; None when neither has come yet."""
-    stats = output.stats
     if told < len(output):
-        tokens = output.tokens(told, told + 1)
-        return TokenBatch(told, tokens.token_ids, tokens.logprobs, stats=stats)
-    return None if output.finish_reason is None else TokenBatch(told, finish_reason=output.finish_reason, stats=stats)
+        return replace(output.tokens(told, told + 1), stats=output.stats)
+    if output.finish_reason is None:
+        return None
+    return replace(output.tokens(told), finish_reason=output.finish_reason, stats=output.stats)

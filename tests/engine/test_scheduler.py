@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -467,3 +468,68 @@ def test_the_cache_holds_the_tokens_of_its_sequences_however_guesses_turn_out(
     assert s.pool.used == 0
     for one, (_, new, _, _) in zip(sequences, requests, strict=True):
         assert one.arrival in cancelled or one.output_len == new
+
+
+def test_a_prompt_whose_logprobs_are_wanted_takes_the_rows_that_are_left() -> None:
+    s = scheduler(pages=64, running=4, budget=16)
+    decoding, scored, later = sequence(1, 3), sequence(2, 10, first_id=500), sequence(3, 6, first_id=900)
+    scored.request = replace(scored.request, prompt_logprobs=0)
+    scored = Sequence(scored.request, 2)
+    s.add(decoding)
+    assert [chunk.kept for chunk in s.schedule()] == [1]
+    s.mark_computed(decoding, 3)
+    decoding.append(7)
+    s.add(scored)
+    s.add(later)
+    chunks = {chunk.sequence: chunk for chunk in s.schedule()}
+    assert (chunks[scored].tokens, chunks[scored].scored) == (3, 3)
+    assert (chunks[later].tokens, chunks[later].completes) == (5, False), "its last token needs a row"
+    s.mark_computed(later, 5)
+    chunks = {chunk.sequence: chunk for chunk in s.schedule()}
+    assert chunks[later].completes, "it comes first in the next step"
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.integers(0, 4), st.booleans(), st.booleans()), min_size=1, max_size=12),
+    st.integers(1, 5),
+    st.integers(1, 24),
+    st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_a_step_never_has_more_rows_than_sequences_may_run(
+    asked: list[tuple[int, int, bool, bool]], running: int, budget: int, lookup: bool
+) -> None:
+    """Every sequence ends, and each position whose logits are wanted has exactly one row."""
+    s = scheduler(pages=16, running=running, budget=budget, lookup=lookup)
+    rows: dict[Sequence, list[int]] = {}
+    for arrival, (prompt, new, scored, isolated) in enumerate(asked):
+        made = sequence(arrival, prompt, max(new, 0 if scored else 1), first_id=arrival % 3, isolated=isolated)
+        made = Sequence(replace(made.request, prompt_logprobs=0 if scored else None), arrival)
+        rows[made] = []
+        s.add(made)
+    for _ in range(3_000):
+        if not (s.running or s.waiting):
+            break
+        chunks = s.schedule()
+        assert sum(chunk.kept for chunk in chunks) <= running
+        for chunk in chunks:
+            made, scored, completes = chunk.sequence, chunk.scored, chunk.completes
+            first = max(made.computed, made.first_row)
+            rows[made].extend(range(first, first + scored + completes))
+            if scored and made.prompt_scores is not None:
+                made.prompt_scores.add(torch.zeros(scored, 8), [0] * made.prompt_len)
+            s.mark_computed(made, chunk.tokens)
+            if chunk.draft:
+                s.accept_draft(made, 0)
+            if completes and (made.request.max_new_tokens == 0 or made.append(arrival_token(made))):
+                s.remove(made)
+    assert not s.running
+    assert not s.waiting
+    for made, kept in rows.items():
+        first = 0 if made.request.prompt_logprobs is not None else made.prompt_len - 1
+        assert kept == list(range(first, made.prompt_len + max(0, made.request.max_new_tokens - 1)))
+
+
+def arrival_token(made: Sequence) -> int:
+    """The same few ids again and again, so that guesses are made."""
+    return made.output_len % 2

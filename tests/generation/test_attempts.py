@@ -5,7 +5,17 @@ from collections.abc import AsyncGenerator
 from itertools import pairwise
 
 import pytest
-from fake_replica import ALIVE, FakeReplica, Script, counts, fails, generation_request, says, tokens
+from fake_replica import (
+    ALIVE,
+    FakeReplica,
+    Script,
+    counts,
+    fails,
+    generation_request,
+    prompt_scores,
+    says,
+    tokens,
+)
 
 from serve_app.core import (
     Failure,
@@ -441,3 +451,35 @@ async def test_a_last_word_that_comes_with_tokens_while_the_reader_is_busy_is_ha
                 await silent.aclose()
     assert got[:-1] == [TokenBatch(0, (100,)), TokenBatch(1, (101,))]
     assert isinstance(got[-1], Failure)
+
+
+@pytest.mark.parametrize("delivered", [0, 1, 4])
+async def test_the_prompts_logprobs_are_delivered_once_whenever_the_replica_dies(delivered: int) -> None:
+    def dying(request: GenerationRequest) -> list[Reply | BaseException]:
+        scores = prompt_scores(request)
+        batches = [TokenBatch(i, (100 + i,), prompt_logprobs=scores if i == 0 else None) for i in range(delivered)]
+        return [ALIVE, *batches, ReplicaLost("it died")]
+
+    replica = FakeReplica([dying, counts()])
+    answer = await replies(replica, prompt_logprobs=2)
+    assert ids(answer) == TEN
+    assert [request.needs_prompt_logprobs for request in replica.requests] == [True, delivered == 0]
+    scores = [reply.prompt_logprobs for reply in answer if isinstance(reply, TokenBatch) and reply.prompt_logprobs]
+    assert scores == [prompt_scores(generation_request(prompt_logprobs=2))]
+
+
+async def test_a_request_for_no_token_ends_with_its_prompts_logprobs() -> None:
+    replica = FakeReplica([says(ALIVE, ReplicaLost("it died")), counts()])
+    (*_, last) = await replies(replica, max_new_tokens=0, prompt_logprobs=0)
+    assert isinstance(last, TokenBatch)
+    assert (last.token_ids, last.finish_reason) == ((), FinishReason.LENGTH)
+    assert last.prompt_logprobs is not None
+    assert len(replica.requests) == 2
+
+
+async def test_a_request_for_nothing_needs_no_replica() -> None:
+    replica = FakeReplica([says(ReplicaLost("never asked"))])
+    (last,) = await replies(replica, max_new_tokens=0)
+    assert isinstance(last, TokenBatch)
+    assert (last.token_ids, last.finish_reason) == ((), FinishReason.LENGTH)
+    assert replica.requests == []

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import pytest
-from fake_replica import generation_request
+from fake_replica import generation_request, prompt_scores
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.core import SamplingParams, TokenBatch, TokenLogprobs
+from serve_app.core import FinishReason, SamplingParams, TokenBatch, TokenLogprobs
 from serve_app.generation.output_tokens import BatchError, OtherTokens, OutputTokens
 
 
@@ -85,3 +85,35 @@ def test_whatever_is_sent_twice_the_output_is_the_sequence(spans: list[tuple[int
         else:
             output.append(batch)
     assert output.token_ids == list(range(len(output)))
+
+
+def test_the_prompts_logprobs_are_kept_once_and_come_with_the_first_token() -> None:
+    request = generation_request(prompt_logprobs=1)
+    scores = prompt_scores(request)
+    output = OutputTokens(request)
+    output.append(TokenBatch(0))
+    output.append(TokenBatch(0, (5, 6), prompt_logprobs=scores))
+    output.append(TokenBatch(1, (6, 7), prompt_logprobs=prompt_scores(generation_request(prompt_logprobs=0))))
+    assert output.tokens(0, 1).prompt_logprobs == scores
+    assert output.tokens(1).prompt_logprobs is None
+    assert output.token_ids == [5, 6, 7]
+
+
+def test_refuses_tokens_before_the_prompts_logprobs_and_those_of_another_prompt() -> None:
+    request = generation_request(prompt_logprobs=1)
+    output = OutputTokens(request)
+    other = prompt_scores(generation_request(prompt_token_ids=(1, 2), prompt_logprobs=1))
+    for batch in (TokenBatch(0, (5,)), TokenBatch(0, (5,), prompt_logprobs=other)):
+        with pytest.raises(BatchError, match="the prompt's logprobs"):
+            output.append(batch)
+    assert output.token_ids == []
+
+
+def test_an_output_without_tokens_is_complete_once_the_prompts_logprobs_are_there() -> None:
+    request = generation_request(max_new_tokens=0, prompt_logprobs=0)
+    output = OutputTokens(request)
+    assert not output.complete()
+    output.append(TokenBatch(0, prompt_logprobs=prompt_scores(request)))
+    assert output.complete()
+    assert output.finish_reason is FinishReason.LENGTH
+    assert OutputTokens(generation_request(max_new_tokens=0)).complete()

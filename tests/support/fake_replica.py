@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ from serve_app.core import (
     GenerationStats,
     LoadStage,
     ModelCard,
+    PromptLogprobs,
     Reply,
     SamplingParams,
     TokenBatch,
@@ -118,6 +120,9 @@ def counts(
     """A well-behaved model: token i is 100 + i (or `ids(i)`), one a batch, continued where the request left off."""
 
     def script(request: GenerationRequest) -> list[Step]:
+        of_prompt = prompt_scores(request) if request.needs_prompt_logprobs else None
+        if request.max_new_tokens == 0:
+            return [TokenBatch(0, (), None, FinishReason.LENGTH, GenerationStats(), of_prompt)]
         last = (request.max_new_tokens if total is None else min(total, request.max_new_tokens)) - 1
         steps: list[Step] = []
         for index in range(len(request.output_token_ids), last + 1):
@@ -131,12 +136,24 @@ def counts(
             stats = GenerationStats(cached_prompt_tokens=2) if finish else None
             if pause_s is not None:
                 steps.append(pause_s)
-            steps.append(TokenBatch(index, (token,), logprobs, finish, stats))
+            steps.append(TokenBatch(index, (token,), logprobs, finish, stats, of_prompt if index == 0 else None))
             if stop:
                 break
         return steps
 
     return script
+
+
+def prompt_scores(request: GenerationRequest) -> PromptLogprobs:
+    """A function of the prompt: each token has the logprob -id / 8 and rank 2, and the most likely ids are 1, 2, ..."""
+    ids, top = request.prompt_token_ids[1:], request.prompt_logprobs or 0
+    return PromptLogprobs(
+        top,
+        array("f", [-token_id / 8 for token_id in ids]).tobytes(),
+        array("I", [2] * len(ids)).tobytes(),
+        array("I", list(range(1, top + 1)) * len(ids)).tobytes(),
+        array("f", [-place / 16 for place in range(top)] * len(ids)).tobytes(),
+    )
 
 
 def fails(failure: Failure) -> Script:
