@@ -1,6 +1,7 @@
 """The HTTP application: which path goes where.
 
-Promises OpenAI's error shape on every path and method. Knows no Ray: its caller provides the service and the sink.
+Promises an error in the shape of the client's wire format on every path and method. Knows no Ray: its caller provides
+the service and the sink.
 """
 
 from __future__ import annotations
@@ -8,13 +9,17 @@ from __future__ import annotations
 from functools import partial
 
 from starlette.applications import Starlette
+from starlette.responses import Response
 from starlette.routing import Route
 
-from serve_app.api.http.endpoint import Admission, Endpoint, Handler
+from serve_app.api.anthropic.messages import MessagesFormat
+from serve_app.api.anthropic.models import AnthropicModels
+from serve_app.api.error_shapes import ANTHROPIC_VERSION
+from serve_app.api.http.endpoint import Admission, Call, Endpoint, Handler
 from serve_app.api.http.pages import Pages
 from serve_app.api.http.probes import probes
 from serve_app.api.http.routing import application, route
-from serve_app.api.http.sse import StreamSettings
+from serve_app.api.http.sse import EventStream, StreamSettings
 from serve_app.api.native import NativeFormat
 from serve_app.api.openai.chat import ChatFormat
 from serve_app.api.openai.completions import TextFormat
@@ -42,9 +47,12 @@ def create_app(
     native = NativeFormat(service)
     chat = ChatFormat(service, refuse_unknown_fields=refuse_unknown_fields)
     text = TextFormat(service, refuse_unknown_fields=refuse_unknown_fields)
-    resume = Resume(service, streams, (native, chat, text), settings)
+    messages = MessagesFormat(service, refuse_unknown_fields=refuse_unknown_fields)
+    resume = Resume(service, streams, (native, chat, text, messages), settings)
     responder = Responder(service, resume, settings)
-    models = Models(service)
+    models, anthropic_models = Models(service), AnthropicModels(service)
+    list_models = _for_client(models.handle_list, anthropic_models.handle_list)
+    one_model = _for_client(models.handle_one, anthropic_models.handle_one)
 
     def endpoint(path: str, handler: Handler, *methods: str) -> Route:
         return route(path, Endpoint(path, handler, admission, config), *methods)
@@ -53,9 +61,20 @@ def create_app(
         endpoint("/stream", partial(responder.answer, native), "GET", "POST"),
         endpoint("/v1/chat/completions", partial(responder.answer, chat), "POST"),
         endpoint("/v1/completions", partial(responder.answer, text), "POST"),
+        endpoint("/v1/messages", partial(responder.answer, messages), "POST"),
+        endpoint("/v1/messages/count_tokens", messages.handle_count, "POST"),
         endpoint(ENDPOINT, resume.handle, "GET"),
-        endpoint("/v1/models", models.handle_list, "GET", "HEAD"),
-        endpoint("/v1/models/{model:path}", models.handle_one, "GET", "HEAD"),
+        endpoint("/v1/models", list_models, "GET", "HEAD"),
+        endpoint("/v1/models/{model:path}", one_model, "GET", "HEAD"),
         *probes(service.state, service.sampling_defaults),
     ]
     return application(routes, metrics, pages)
+
+
+def _for_client(handler: Handler, for_anthropic: Handler) -> Handler:
+    """The handler of a path that Anthropic's clients ask for too, and read in another schema."""
+
+    async def handle(call: Call) -> Response | EventStream:
+        return await (for_anthropic if ANTHROPIC_VERSION in call.headers else handler)(call)
+
+    return handle

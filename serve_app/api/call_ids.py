@@ -8,6 +8,6 @@ from __future__ import annotations
 from hashlib import sha256
 
 
-def call_id(answer_id: str, choice: int, index: int) -> str:
+def call_id(answer_id: str, choice: int, index: int, prefix: str = "call_") -> str:
     """The id of call number `index` of a choice. `answer_id`: unique to the answer, and kept with it."""
-    return "call_" + sha256(f"{answer_id} {choice} {index}".encode()).hexdigest()[:24]
+    return prefix + sha256(f"{answer_id} {choice} {index}".encode()).hexdigest()[:24]

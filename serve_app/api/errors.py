@@ -3,6 +3,8 @@
     RequestError      raised anywhere in the service: `api_error` looks up its HTTP status by its code
     └── ApiError      raised by the API itself: it has its HTTP status
 
+An `ErrorShape` writes an error for the clients of one wire format; OpenAI's is here.
+
 Promises that no traceback, path or prompt leaves the server. Knows no endpoint.
 """
 
@@ -10,7 +12,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from pydantic import ValidationError
 from starlette.responses import Response
@@ -71,11 +74,10 @@ class ApiError(RequestError):
 
     def body(self) -> bytes:
         """OpenAI's error object as JSON."""
-        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
-        return json.dumps({"error": error}).encode()
+        return json.dumps(_openai_document(self, "")).encode()
 
-    def response(self) -> Response:
-        """The error as a whole HTTP response."""
+    def response(self, shape: ErrorShape | None = None, request_id: str = "") -> Response:
+        """The error as a whole HTTP response. `shape`: OpenAI's by default."""
         headers = self.headers
         if self.retry_after_s is not None:
             headers = headers | {"retry-after": str(max(1, math.ceil(self.retry_after_s)))}
@@ -83,7 +85,26 @@ class ApiError(RequestError):
             # openai-python retries every 5xx twice unless this header forbids it; after a missed deadline a retry can
             # take another 600 s.
             headers = headers | {"x-should-retry": "false"}
-        return Response(self.body(), self.status, headers, media_type="application/json")
+        document = (shape or OPENAI_ERRORS).document(self, request_id)
+        return Response(json.dumps(document), self.status, headers, media_type="application/json")
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorShape:
+    """How the clients of one wire format read an error."""
+
+    document: Callable[[ApiError, str], dict[str, object]]
+    """JSON, from the error and the request's id."""
+    id_header: str | None = None
+    """The header in which these clients look for the request's id, besides `X-Request-Id`."""
+
+
+def _openai_document(error: ApiError, request_id: str) -> dict[str, object]:
+    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+
+
+OPENAI_ERRORS = ErrorShape(_openai_document)
+"""OpenAI's error object. /stream has it too."""
 
 
 def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:

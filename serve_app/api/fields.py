@@ -6,8 +6,8 @@ no endpoint.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
@@ -73,6 +73,7 @@ def _up_to_the_first_wrong(value: Any) -> Any:
 
 
 MaxTokens = Annotated[int, AfterValidator(_limit)]
+Stops = Annotated[tuple[str, ...], BeforeValidator(_stops)]
 Messages = Annotated[list[dict[str, Any]], BeforeValidator(_up_to_the_first_wrong)]
 
 
@@ -82,8 +83,8 @@ class RequestModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-class SamplingFields(RequestModel):
-    """How tokens are chosen, where the answer stops, and whose cache its prompt may use.
+class DrawFields(RequestModel):
+    """How tokens are chosen, and whose cache the prompt may use.
 
     A field that is null or left out has the model's default, or OpenAI's if the model has none.
     """
@@ -99,20 +100,36 @@ class SamplingFields(RequestModel):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     """-1 is none. Any other negative seed is the same as the unsigned one with its 64 bits."""
-    stop: Annotated[tuple[str, ...], BeforeValidator(_stops)] = ()
     cache_salt: str | None = Field(None, min_length=1, max_length=MAX_CACHE_SALT_CHARS)
     """See `GenerationRequest`. An extension that vLLM has too."""
 
     def sampling(self) -> dict[str, Any]:
         """As arguments of `CompletionParams`."""
-        named = {name: getattr(self, name) for name in SamplingFields.model_fields}
+        named = {name: getattr(self, name) for name in DrawFields.model_fields}
         return {**named, "cache_salt": self.cache_salt or ""}
 
 
+class SamplingFields(DrawFields):
+    """How tokens are chosen, and where the answer stops."""
+
+    stop: Stops = ()
+
+    def sampling(self) -> dict[str, Any]:
+        """As arguments of `CompletionParams`."""
+        return {**super().sampling(), "stop": self.stop}
+
+
 class OpenModel(RequestModel):
-    """A part of a request to OpenAI's endpoints. It keeps unknown fields: `validate_open` refuses or reports them."""
+    """A part of a request to another API's endpoints. It keeps unknown fields: `validate_open` refuses or reports them.
+
+    The tables are for fields of the request itself, and not for those of its parts.
+    """
 
     model_config = ConfigDict(extra="allow")
+    no_effect: ClassVar[Collection[str]] = NO_EFFECT
+    """Unknown fields that are not reported."""
+    not_served: ClassVar[Mapping[str, tuple[Any, ...]]] = NOT_SERVED
+    """Unknown fields that are refused -> their harmless values."""
 
 
 class StreamOptions(OpenModel):
@@ -193,8 +210,8 @@ def _judge(part: OpenModel, prefix: str, unknown: UnknownFields) -> None:
     """Refuse or report the unknown fields of `part` and of the models inside it. Null counts as left out."""
     for name, value in (part.model_extra or {}).items():
         if not prefix:
-            refuse_if_not_served(name, value)
-        if value is not None and (prefix or (name not in NO_EFFECT and name not in NOT_SERVED)):
+            refuse_if_not_served(name, value, part.not_served)
+        if value is not None and (prefix or (name not in part.no_effect and name not in part.not_served)):
             unknown.add(prefix + name)
     for name in type(part).model_fields:
         if isinstance(inner := getattr(part, name), OpenModel):

@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from functools import partial
 
+from starlette.datastructures import Headers
 from starlette.responses import Response
 
 from serve_app.api.errors import SERVER_ERROR, ApiError, bad_request
@@ -110,7 +111,9 @@ class Resume:
         fingerprint = await self._model()
         stream = await self._streams.find(stream_id, lambda document: self._found(document, fingerprint))
         if not hmac.compare_digest(stream.document.caller, _caller(stream_id, call)):
-            message = "This stream belongs to other credentials; send the Authorization header that opened it."
+            message = (
+                "This stream belongs to other credentials; send the Authorization or x-api-key header that opened it."
+            )
             raise ApiError(404, message, code="stream_not_found")
         if stream.finished and mark.position >= len(stream.feed.events):
             await stream.feed.check(mark, 0)
@@ -205,6 +208,13 @@ def _caller(stream_id: str, call: Call) -> str:
 
     The store thus holds no API key, and the digest differs from stream to stream.
     """
-    scheme, _, token = call.headers.get("authorization", "").strip().partition(" ")
-    credentials = token.strip() if scheme.lower() == "bearer" else f"{scheme} {token}"
-    return hmac.digest(stream_id.encode(), credentials.encode(), hashlib.sha256).hex()
+    return hmac.digest(stream_id.encode(), credentials(call.headers).encode(), hashlib.sha256).hex()
+
+
+def credentials(headers: Headers) -> str:
+    """What a caller presents: a bearer token, the same key in `x-api-key` (Anthropic's header for it), or another
+    kind of `Authorization`. " " if it presents nothing."""
+    scheme, _, token = headers.get("authorization", "").strip().partition(" ")
+    if not scheme and (key := headers.get("x-api-key", "").strip()):
+        return key
+    return token.strip() if scheme.lower() == "bearer" else f"{scheme} {token}"

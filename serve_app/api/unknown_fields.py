@@ -210,9 +210,9 @@ def safe_name(name: str) -> str:
     return safe if len(cut) <= _MAX_NAME_CHARS else safe + _MORE
 
 
-def refuse_if_not_served(name: str, value: Any) -> None:
+def refuse_if_not_served(name: str, value: Any, not_served: Mapping[str, tuple[Any, ...]] = NOT_SERVED) -> None:
     """Raise `ApiError` if this value of the field would change the answer in a way that is not served."""
-    neutral = NOT_SERVED.get(name)
+    neutral = not_served.get(name)
     if neutral is None or value is None:
         return
     off = neutral if name in _ON_BY_DEFAULT else (*neutral, *_EMPTY)

@@ -14,6 +14,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http import auto
 
+from serve_app.api.error_shapes import error_shape
 from serve_app.api.errors import INVALID_REQUEST, SERVER_ERROR, ApiError
 
 HEADER_TIMEOUT_S = 10.0
@@ -54,7 +55,9 @@ class JsonErrors:
                 headers = Headers(raw=message["headers"])
                 if headers.get("content-type", "").startswith("text/plain"):
                     replaced = True
-                    await _error(message["status"], headers).response()(scope, receive, send)
+                    shape = error_shape(scope["path"], Headers(scope=scope))
+                    answer = _error(message["status"], headers).response(shape, headers.get("x-request-id", ""))
+                    await answer(scope, receive, send)
             if not replaced:
                 await send(message)
 

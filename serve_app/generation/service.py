@@ -73,9 +73,15 @@ class CompletionService:
         messages: Sequence[Mapping[str, object]],
         options: ChatOptions = DEFAULT_OPTIONS,
         unknown: Unknown = refuse_unknown,
+        *,
+        limited: bool = True,
     ) -> Prompt:
-        """The prompt of a chat. `unknown` is as in `parse_messages`. Safe on any thread. Raises `PromptError`."""
-        ids = self._formatter.render_chat(messages, options, context_tokens=card.context_tokens, unknown=unknown)
+        """The prompt of a chat. `unknown` is as in `parse_messages`. Safe on any thread. Raises `PromptError`.
+
+        `limited`: a prompt that leaves no room for an answer is refused.
+        """
+        limit = card.context_tokens if limited else None
+        ids = self._formatter.render_chat(messages, options, context_tokens=limit, unknown=unknown)
         answer = self._formatter.answer_format(ids, options)
         return Prompt(tuple(ids), options.continue_final_message, "messages", answer, options.text_grammar)
 

@@ -84,6 +84,7 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
     ("/v1/chat/completions", {**HI, "stream": True, "logprobs": True, "top_logprobs": 2, "n": 3}),
     ("/v1/chat/completions", {**HI, "stream": True, "stream_options": {"include_usage": True}, "n": 2, "stop": "fox"}),
     ("/v1/completions", {"prompt": ["Once", "Twice"], "stream": True, "logprobs": 1, "n": 2, "seed": 7}),
+    ("/v1/messages", {**HI, "stream": True, "max_tokens": 100, "stop_sequences": [" and"]}),
 ]
 
 
@@ -148,7 +149,8 @@ async def test_resumable_and_plain_streams_say_the_same(
         for line in response.text.splitlines():
             if line.startswith("data: {"):
                 data = json.loads(line[6:])
-                for choice in data.get("choices", [{"index": 0, "text": data.get("generated_text", "")}]):
+                text = data.get("generated_text") or data.get("delta", {}).get("text", "")
+                for choice in data.get("choices", [{"index": 0, "text": text}]):
                     text = choice.get("text") or choice.get("delta", {}).get("content") or ""
                     found[choice["index"]] = found.get(choice["index"], "") + text
         return found
@@ -479,6 +481,10 @@ async def test_a_stream_belongs_to_who_opened_it(
         assert refused.status == 404
         assert json.loads(refused.body)["error"]["code"] == "stream_not_found"
     assert (await fetch(app, stream_id, 1, Authorization="bearer mine")).status == 200
+    key = {"x-api-key": "mine"}
+    assert (await fetch(app, stream_id, 1, **key)).status == 200
+    assert (await fetch(app, stream_id, 1, **{"x-api-key": "yours"})).status == 404
+    assert (await fetch(app, stream_id, 1, Authorization="Bearer yours", **key)).status == 404
     assert b"mine" not in b"".join(journal.document for journal in store.journals._journals.values())
 
 

@@ -17,7 +17,7 @@ from starlette.datastructures import Headers, QueryParams
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from serve_app.api.errors import api_error
+from serve_app.api.errors import ErrorShape, api_error
 from serve_app.api.http.body import ClientGone, read_json_object
 from serve_app.api.http.slow_bodies import SlowBodies
 from serve_app.api.http.sse import EventStream
@@ -28,6 +28,8 @@ from serve_app.observability.metrics import REQUESTS_IN_PROGRESS, MetricsSink
 
 RECORD = "serve_app.record"
 """Where the request's `RequestRecord` is in the ASGI scope."""
+ERROR_SHAPE = "serve_app.error_shape"
+"""Where the `ErrorShape` of the request's client is in the ASGI scope."""
 INLINE_BYTES = 20_000
 """Size of the largest request that is processed in the event loop: tokenizing so much text takes about 10 ms, every
 other step less."""
@@ -70,6 +72,15 @@ class Call:
 
 
 Handler = Callable[[Call], Awaitable[Response | EventStream]]
+
+
+def error_response(scope: Scope, error: RequestError) -> Response:
+    """The answer for an error, in the shape that the request's client reads. The request's record gets the outcome."""
+    answer = api_error(error)
+    record: RequestRecord = scope[RECORD]
+    shape: ErrorShape = scope[ERROR_SHAPE]
+    record.outcome = answer.outcome
+    return answer.response(shape, record.request_id)
 
 
 class Admission:
@@ -128,9 +139,7 @@ class Endpoint:
                 call = Call(query, path_params, body, Headers(scope=scope), record, deadline, size_bytes)
                 await _while_connected(receive, self._answer(call, scope, receive, send))
         except RequestError as refusal:
-            error = api_error(refusal)
-            record.outcome = error.outcome
-            await error.response()(scope, receive, send)
+            await error_response(scope, refusal)(scope, receive, send)
         except ClientGone as gone:
             record.outcome = gone.outcome
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 import re
 import uuid
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.api.errors import api_error, bad_request, internal_error
-from serve_app.api.http.endpoint import RECORD
+from serve_app.api.errors import ErrorShape, bad_request, internal_error
+from serve_app.api.http.endpoint import ERROR_SHAPE, RECORD, error_response
 from serve_app.api.http.pages import Pages
 from serve_app.core import RequestError
 from serve_app.observability import metrics as m
@@ -31,10 +32,14 @@ PROBES = frozenset({"/health", "/ready"})
 class RequestScope:
     """Pure ASGI middleware."""
 
-    def __init__(self, app: ASGIApp, metrics: m.MetricsSink, pages: Pages) -> None:
+    def __init__(
+        self, app: ASGIApp, metrics: m.MetricsSink, pages: Pages, error_shape: Callable[[str, Headers], ErrorShape]
+    ) -> None:
+        """`error_shape`: from a request's path and headers."""
         self._app = app
         self._metrics = metrics
         self._pages = pages
+        self._error_shape = error_shape
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, whatever happens inside."""
@@ -46,6 +51,7 @@ class RequestScope:
         given = headers.get("x-request-id", "")
         record = RequestRecord(given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex)
         scope[RECORD] = record
+        scope[ERROR_SHAPE] = self._error_shape(path, headers)
         token = request_id_var.set(record.request_id)
         try:
             await self._guarded(scope, receive, send, record, path)
@@ -56,6 +62,7 @@ class RequestScope:
     async def _guarded(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord, path: str) -> None:
         headers = Headers(scope=scope)
         method = scope["method"]
+        id_header = scope[ERROR_SHAPE].id_header
         started = False
 
         async def send_with_id(message: Message) -> None:
@@ -65,6 +72,8 @@ class RequestScope:
                 record.status = message["status"]
                 answer_headers = MutableHeaders(scope=message)
                 answer_headers["x-request-id"] = record.request_id
+                if id_header is not None:
+                    answer_headers[id_header] = record.request_id
                 answer_headers.update(self._pages.answer_headers(headers))
                 if record.ignored_fields:
                     answer_headers["x-ignored-fields"] = ", ".join(record.ignored_fields)
@@ -85,14 +94,12 @@ class RequestScope:
                 raise bad_request(message, code="unsupported_header")
             await self._app(scope, receive, send_with_id)
         except Exception as error:
-            if isinstance(error, RequestError):
-                answer = api_error(error)
-            else:
-                answer = internal_error(record.request_id)
+            if not isinstance(error, RequestError):
                 logger.exception("request %s failed", record.request_id)
-            record.outcome = answer.outcome
+                error = internal_error(record.request_id)
+            answer = error_response(scope, error)
             if not started:
-                await answer.response()(scope, receive, send_with_id)
+                await answer(scope, receive, send_with_id)
 
     def _report(self, record: RequestRecord, path: str) -> None:
         if path in PROBES:

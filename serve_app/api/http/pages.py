@@ -21,7 +21,9 @@ _PORTS = {"http": 80, "https": 443}
 _OWN_SITES = frozenset({"same-origin", "none"})
 """`Sec-Fetch-Site` for our own pages, and for an address that a user typed. `same-site` is not among them: it can be
 another port of this machine."""
-_EXPOSED = "x-request-id, x-seed, x-stream-id, x-ignored-fields, x-clamped-fields, retry-after, x-should-retry"
+_EXPOSED = (
+    "x-request-id, request-id, x-seed, x-stream-id, x-ignored-fields, x-clamped-fields, retry-after, x-should-retry"
+)
 """Headers that pages of other origins may read."""
 _PREFLIGHT_AGE_S = 600
 _LONGEST_NAME = 100

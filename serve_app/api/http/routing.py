@@ -16,11 +16,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from serve_app.api.error_shapes import error_shape
 from serve_app.api.errors import ApiError
-from serve_app.api.http.endpoint import RECORD
+from serve_app.api.http.endpoint import error_response
 from serve_app.api.http.middleware import RequestScope
 from serve_app.api.http.pages import Pages
-from serve_app.observability.logs import RequestRecord
 from serve_app.observability.metrics import MetricsSink
 
 
@@ -28,7 +28,7 @@ def application(routes: Sequence[Route], metrics: MetricsSink, pages: Pages) -> 
     """An application of these routes, with the middleware and the error handler for every request."""
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(RequestScope, metrics=metrics, pages=pages)],
+        middleware=[Middleware(RequestScope, metrics=metrics, pages=pages, error_shape=error_shape)],
         exception_handlers={HTTPException: _http_error},
     )
     app.router.redirect_slashes = False
@@ -48,7 +48,6 @@ def route(path: str, endpoint: Callable[[Request], Awaitable[Response]] | ASGIAp
 async def _http_error(request: Request, error: Exception) -> Response:
     """What Starlette itself refuses: unknown paths and methods."""
     assert isinstance(error, HTTPException)
-    record: RequestRecord = request.scope[RECORD]
     if error.status_code == 404:
         answer = ApiError(404, f"Nothing is served at {request.url.path[:100]}.", code="not_found")
     else:
@@ -58,5 +57,4 @@ async def _http_error(request: Request, error: Exception) -> Response:
             return Response(json.dumps({"methods": methods}), 200, allow, media_type="application/json")
         message = f"{request.method[:20]} is not served at {request.url.path[:100]}; send {' or '.join(methods)}."
         answer = ApiError(error.status_code, message, code="method_not_allowed", headers=allow)
-    record.outcome = answer.outcome
-    return answer.response()
+    return error_response(request.scope, answer)
