@@ -24,14 +24,13 @@ NO_EFFECT = frozenset(
         "prompt_cache_key",
         "prompt_cache_retention",
         "prompt_cache_options",
-        "parallel_tool_calls",
         "prediction",
     }
 )
 """OpenAI's fields that change nothing in an answer, or only its speed: accepted with any value, and not reported."""
 
 NOT_SERVED: Mapping[str, tuple[Any, ...]] = {
-    # Tools, media and services around a model
+    # Tools, media and services around a model; "tools" and "tool_choice" are here for the endpoint without chats
     "tools": (),
     "tool_choice": ("none", "auto"),
     "functions": (),

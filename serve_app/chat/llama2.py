@@ -10,15 +10,22 @@ from collections.abc import Sequence
 from typing import Literal
 
 from serve_app.chat.conversation import ChatMessage
+from serve_app.chat.generic_tools import GENERIC_MARKERS, written_out
 from serve_app.chat.options import DEFAULT_OPTIONS, ChatOptions
 from serve_app.chat.prompt_error import PromptError
+from serve_app.chat.template_style import TemplateStyle
+from serve_app.chat.texts import uses_tools
 from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.chat.tokenizer_error import TokenizerError
+from serve_app.chat.tool_turns import arranged
 from serve_app.chat.turn_markers import TurnMarkers
 
 _BEGIN_INST, _END_INST = "[INST]", "[/INST]"
 _BEGIN_SYSTEM, _END_SYSTEM = "<<SYS>>\n", "\n<</SYS>>\n\n"
 TAGS = (_BEGIN_INST, _END_INST, "<<SYS>>", "<</SYS>>")
+
+_STYLE = TemplateStyle()
+"""The format knows nothing of tools."""
 
 _GOLDEN_TEXT = "[INST] Hi [/INST]"
 _GOLDEN_IDS = [1, 518, 25580, 29962, 6324, 518, 29914, 25580, 29962]
@@ -39,18 +46,24 @@ class Llama2Format:
         if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
             raise TokenizerError("Llama-2's chat format needs a tokenizer with a BOS and an EOS token.")
         self._tokenizer = tokenizer
-        self._markers = TurnMarkers(TAGS, tokenizer, policy=tags, owner="the Llama-2 chat format")
+        owner = "the Llama-2 chat format"
+        self._markers = TurnMarkers(TAGS, tokenizer, policy=tags, owner=owner)
+        self._with_tools = TurnMarkers((*TAGS, *GENERIC_MARKERS), tokenizer, policy=tags, owner=owner)
         self._bos = tokenizer.bos_token_id
         self._eos = tokenizer.eos_token_id
         check_golden_ids(tokenizer)
 
     variables: frozenset[str] = frozenset()
     """Empty, since this format has no template."""
+    shows_tools = False
+    shows_reasoning = False
 
     def encode(self, messages: Sequence[ChatMessage], options: ChatOptions = DEFAULT_OPTIONS) -> list[int]:
         """The prompt's ids. Raises `PromptError` for turns out of order or for a tag under `reject`."""
-        guarded = [self._markers.guarded(message, f"messages[{i}].content") for i, message in enumerate(messages)]
-        turns = _turns(guarded, open_answer=options.continue_final_message)
+        markers = self._with_tools if uses_tools(messages, options) else self._markers
+        guarded, options = markers.guarded_chat(messages, options)
+        written, _ = written_out(arranged(guarded, one_call=False), options.tools, _STYLE)
+        turns = _turns(written, open_answer=options.continue_final_message)
         opened = f" {turns.pop()}" if options.continue_final_message else ""
         ids: list[int] = []
         for user, answer in zip(turns[:-1:2], turns[1::2], strict=True):

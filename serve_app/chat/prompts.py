@@ -6,15 +6,18 @@ Promises ids that leave room for an answer, or a `PromptError`. Knows no HTTP.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from serve_app.chat.answers import AnswerFormat, answer_format
 from serve_app.chat.conversation import ChatMessage, Unknown, parse_messages, refuse_unknown
 from serve_app.chat.detokenizer import new_detokenizer
+from serve_app.chat.json_values import count_values
 from serve_app.chat.llama2 import Llama2Format
-from serve_app.chat.options import DEFAULT_OPTIONS, ChatOptions
+from serve_app.chat.options import DEFAULT_OPTIONS, ChatOptions, Tool
 from serve_app.chat.prompt_error import PromptError, context_exceeded
 from serve_app.chat.templates import ChatTemplate
+from serve_app.chat.texts import tool_texts
 from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.config import ChatConfig
 
@@ -27,6 +30,10 @@ class ChatFormat(Protocol):
 
     variables: frozenset[str]
     """Names that `ChatOptions.variables` may set."""
+    shows_tools: bool
+    """The model's template has a form of its own for tools. Else they are written as `generic_tools` does."""
+    shows_reasoning: bool
+    """The model's template reads the reasoning of earlier answers."""
 
     def encode(self, messages: Sequence[ChatMessage], options: ChatOptions = DEFAULT_OPTIONS) -> list[int]:
         """The prompt's ids, BOS included where the format has one. Raises `PromptError`."""
@@ -76,15 +83,34 @@ class PromptFormatter:
             raise PromptError(
                 "This model has no chat template, so it can't take messages; send a prompt instead.", param="messages"
             )
-        parsed = parse_messages(messages, unknown)
-        # Every message costs a token at least, and templates may take more than linear time in their number.
-        fewest = sum(max(1, self.tokenizer.fewest_tokens(message.content)) for message in parsed)
+        parsed = parse_messages(messages, unknown, keep_reasoning=self._chat_format.shows_reasoning)
+        if options.tool_choice.mode == "none":
+            options = replace(options, tools=())
+        fewest = sum(map(self._fewest_message_tokens, parsed))
         _require_room(fewest, context_tokens, "messages", counted="at least ")
+        fewest += sum(map(self._fewest_tool_tokens, options.tools))
+        _require_room(fewest, context_tokens, "messages and tools", counted="at least ")
         if options.continue_final_message:
             _require_open_end(parsed)
         ids = self._chat_format.encode(parsed, options)
         _require_room(len(ids), context_tokens, "messages")
         return ids
+
+    @property
+    def shows_tools(self) -> bool:
+        """The model's chat template has a form of its own for tools. Else they are written as `generic_tools` does."""
+        return self._chat_format is not None and self._chat_format.shows_tools
+
+    def _fewest_message_tokens(self, message: ChatMessage) -> int:
+        """A lower bound. Every message costs a token at least, and templates may take more than linear time in their
+        number. So does every value in a call's arguments."""
+        calls = sum(max(count_values(c.arguments), self.tokenizer.fewest_tokens(c.text)) for c in message.tool_calls)
+        return max(1, self.tokenizer.fewest_tokens(message.content)) + calls
+
+    def _fewest_tool_tokens(self, tool: Tool) -> int:
+        """A lower bound, unless the template leaves out parts of a schema."""
+        texts = sum(map(len, tool_texts(tool))) // self.tokenizer.longest_token_chars
+        return max(count_values(tool.parameters), texts)
 
     def answer_format(self, ids: Sequence[int], options: ChatOptions = DEFAULT_OPTIONS) -> AnswerFormat | None:
         """How the answer to the chat with these ids is read; None: it is text and nothing else."""
@@ -111,6 +137,9 @@ def _require_open_end(messages: Sequence[ChatMessage]) -> None:
     where, last = f"messages[{len(messages) - 1}]", messages[-1]
     if last.role != "assistant":
         raise PromptError("continue_final_message needs an assistant's message at the end.", param=where)
+    if last.tool_calls:
+        message = "The last message has tool calls: there is nothing to continue."
+        raise PromptError(message, param=f"{where}.tool_calls")
     if not last.content.strip():
         raise PromptError("The last message is empty: there is nothing to continue.", param=f"{where}.content")
 

@@ -6,6 +6,7 @@ Promises that the caller gets the template's own words when it refuses the messa
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jinja2.defaults import DEFAULT_NAMESPACE
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
@@ -21,7 +22,7 @@ from serve_app.chat.tokenizer_error import TokenizerError
 from serve_app.transformers_internals import render_template
 
 TemplateMessage = Mapping[str, object]
-"""What a template sees of one message: `role`, `content` and, when given, `name`."""
+"""What a template sees of one message: `role`, `content` and what else it has (`template_style.template_message`)."""
 
 
 _OURS = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
@@ -60,6 +61,7 @@ def render(
     messages: Sequence[TemplateMessage],
     special_tokens: Mapping[str, str],
     options: ChatOptions = DEFAULT_OPTIONS,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The text of the prompt, by default up to where the assistant's answer begins.
 
@@ -71,6 +73,7 @@ def render(
     variables: dict[str, object] = {
         **options.variables,
         "add_generation_prompt": options.add_generation_prompt,
+        "tools": list(tools) or None,
         **special_tokens,
     }
     try:
@@ -80,17 +83,22 @@ def render(
     except TemplateError as error:
         reason = error.message or type(error).__name__
         raise PromptError(f"The model's chat template refuses these messages: {reason}", param="messages") from error
-    except (TypeError, ValueError, LookupError, ArithmeticError) as error:  # Python errors in the template's code
+    except (TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:  # in the template's code
         raise PromptError(f"The model's chat template fails on these messages: {error}", param="messages") from error
 
 
-def try_render(template: str, messages: Sequence[TemplateMessage], special_tokens: Mapping[str, str]) -> str:
+def try_render(
+    template: str,
+    messages: Sequence[TemplateMessage],
+    special_tokens: Mapping[str, str],
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> str:
     """The text that a template makes of trial messages; "" when it refuses them.
 
     Raises `TokenizerError` when it is no template at all.
     """
     try:
-        return render(template, messages, special_tokens)
+        return render(template, messages, special_tokens, tools=tools)
     except PromptError:
         return ""
 

@@ -7,24 +7,35 @@ or a turn marker to those the template writes. Knows no HTTP.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Literal
+from functools import partial
+from typing import Literal, NamedTuple
 
 from serve_app.chat.conversation import ChatMessage
-from serve_app.chat.options import DEFAULT_OPTIONS, ChatOptions
+from serve_app.chat.generic_tools import GENERIC_MARKERS, written_out
+from serve_app.chat.harmless import Disarmed
+from serve_app.chat.marks import Marks, alternatives, unused_marks
+from serve_app.chat.options import DEFAULT_OPTIONS, ChatOptions, Tool
 from serve_app.chat.prompt_error import PromptError
-from serve_app.chat.rendering import TemplateMessage, own_variables, render, try_render
+from serve_app.chat.rendering import own_variables, render, try_render
+from serve_app.chat.template_style import TemplateStyle, find_style, template_message, template_tool
+from serve_app.chat.texts import chat_texts, uses_tools, with_message_texts, with_tool_texts
 from serve_app.chat.tokenizer import ChatTokenizer, Piece
 from serve_app.chat.tokenizer_error import TokenizerError
-from serve_app.chat.turn_markers import TurnMarkers, find_turn_markers
+from serve_app.chat.tool_turns import arranged
+from serve_app.chat.turn_markers import TurnMarkers, find_tool_markers, find_turn_markers
 
 logger = logging.getLogger(__name__)
 
-_MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
-"""Unicode's noncharacters, kept for internal use: two that the messages lack fence a control token in the text."""
 _SENTINEL = "serve_app-probe"
+
+
+class _Defence(NamedTuple):
+    """Against turn markers in texts."""
+
+    markers: TurnMarkers
+    disarmed: Disarmed
 
 
 class ChatTemplate:
@@ -57,12 +68,18 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._template = tokenizer.template
         self._knows_developer = "developer" in self._template
-        self._without_controls = _Disarmed(tokenizer.control_tokens)
-        self._takes_parts = False
-        self._takes_parts = self._needs_parts()
-        markers = find_turn_markers(self._try, tokenizer.control_tokens)
-        self._markers = TurnMarkers(markers, tokenizer, policy=tags, owner="this model's chat template")
-        self._without_markers = _Disarmed(markers)
+        self._style = find_style(self._try, parts=self._needs_parts())
+        self.shows_tools = self._style.shows_tools
+        self.shows_reasoning = self._style.shows_reasoning
+        controls = tokenizer.control_tokens
+        self._without_controls = Disarmed(controls)
+        self._fences = {
+            lenient: alternatives(controls & tokenizer.skipped_tokens if lenient else controls)
+            for lenient in (False, True)
+        }
+        markers = find_turn_markers(self._show, controls)
+        self._of_turns = self._defence(markers, tags)
+        self._of_tools = self._defence(dict.fromkeys((*markers, *self._tool_markers())), tags)
         self.variables = own_variables(self._template) - tokenizer.special_tokens.keys()
         """Names that `ChatOptions.variables` may set."""
         if markers:
@@ -78,8 +95,10 @@ class ChatTemplate:
             raise PromptError(f"This model's chat template has no variable {min(foreign)!r}.")
         if not self._knows_developer:
             messages = [replace(m, role="system") if m.role == "developer" else m for m in messages]
-        messages = [self._markers.guarded(m, f"messages[{index}].content") for index, m in enumerate(messages)]
-        self._check_markers(messages, options)
+        defence = self._of_tools if uses_tools(messages, options) else self._of_turns
+        messages, options = defence.markers.guarded_chat(messages, options)
+        messages = arranged(messages, one_call=self._style.one_call)
+        self._check_markers(messages, options, defence)
         harmless = [self._without_controls.message(message) for message in messages]
         harmless_options = self._without_controls.options(options)
         if (harmless, harmless_options) == (messages, options):
@@ -93,136 +112,78 @@ class ChatTemplate:
             "The messages contain text that would join into a control token of this model.", param="messages"
         )
 
-    def _check_markers(self, messages: Sequence[ChatMessage], options: ChatOptions) -> None:
+    def _check_markers(self, messages: Sequence[ChatMessage], options: ChatOptions, defence: _Defence) -> None:
         """Raises `PromptError` when the template makes a turn marker of any text but the assistant's."""
-        harmless = [m if m.role == "assistant" else self._without_markers.message(m) for m in messages]
-        harmless_options = self._without_markers.options(options)
+        harmless = [m if m.role == "assistant" else defence.disarmed.message(m) for m in messages]
+        harmless_options = defence.disarmed.options(options)
         if (harmless, harmless_options) == (messages, options):
             return
-        if self._turns(messages, options) != self._turns(harmless, harmless_options):
-            markers = ", ".join(self._markers.markers)
+        count = defence.markers.count
+        if count(self._text(messages, options)) != count(self._text(harmless, harmless_options)):
+            markers = ", ".join(defence.markers.markers)
             message = f"The messages contain text that would join into a turn marker of this model ({markers})."
             raise PromptError(message, param="messages")
 
-    def _turns(self, messages: Sequence[ChatMessage], options: ChatOptions) -> tuple[int, ...]:
-        return self._markers.count("".join(piece.text for piece in self._pieces(messages, options, lenient=True)))
+    def _text(self, messages: Sequence[ChatMessage], options: ChatOptions) -> str:
+        return "".join(piece.text for piece in self._pieces(messages, options, lenient=True))
 
     def _encode(self, messages: Sequence[ChatMessage], options: ChatOptions, *, lenient: bool) -> list[int]:
         return self._tokenizer.encode_pieces(self._pieces(messages, options, lenient=lenient))
 
     def _pieces(self, messages: Sequence[ChatMessage], options: ChatOptions, *, lenient: bool) -> list[Piece]:
         """The rendered prompt. `lenient`: leave `<think>` in the assistant's texts for the template to cut or keep."""
-        start, end, cut = _unused_marks(messages)
-        fenced = self._fenced(messages, start, end, lenient=lenient)
+        marks = unused_marks(chat_texts(messages, options.tools))
+        fenced = [self._fenced(message, marks, lenient=lenient) for message in messages]
+        fence = partial(marks.fenced, tokens=self._fences[False])
+        tools = [with_tool_texts(tool, fence) for tool in options.tools]
         if options.continue_final_message:
-            fenced[-1] = replace(fenced[-1], content=f"{fenced[-1].content}{cut} ")
-        seen = [self._seen(message) for message in fenced]
-        text = render(self._template, seen, self._tokenizer.special_tokens, options)
+            fenced[-1] = replace(fenced[-1], content=f"{fenced[-1].content}{marks.cut} ")
+        text = marks.plain(self._render(fenced, tools, self._style, options))
         if options.continue_final_message:
-            text = _open_end(text, cut)
-        return self._split(text, start, end)
+            text = marks.open_end(text)
+        return marks.split(text, self._tokenizer.control_tokens)
 
-    def _try(self, messages: Sequence[ChatMessage]) -> str:
+    def _render(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Tool], style: TemplateStyle, options: ChatOptions
+    ) -> str:
+        messages, tools = written_out(messages, tools, style)
+        seen = [template_message(message, style) for message in messages]
+        return render(
+            self._template, seen, self._tokenizer.special_tokens, options, [template_tool(tool) for tool in tools]
+        )
+
+    def _fenced(self, message: ChatMessage, marks: Marks, *, lenient: bool) -> ChatMessage:
+        """The message with marks around its control tokens."""
+        fence = partial(marks.fenced, tokens=self._fences[False])
+        content = partial(marks.fenced, tokens=self._fences[lenient and message.role == "assistant"])
+        return with_message_texts(message, fence, content)
+
+    def _try(self, messages: Sequence[ChatMessage], tools: Sequence[Tool], style: TemplateStyle) -> str:
         """The text of a trial; "" when the template refuses it."""
-        seen = [self._seen(message) for message in messages]
-        return try_render(self._template, seen, self._tokenizer.special_tokens)
+        seen = [template_message(message, style) for message in messages]
+        return try_render(self._template, seen, self._tokenizer.special_tokens, [template_tool(tool) for tool in tools])
 
-    def _fenced(self, messages: Sequence[ChatMessage], start: str, end: str, *, lenient: bool) -> list[ChatMessage]:
-        """The messages with marks around their control tokens."""
-        fenced = []
-        for message in messages:
-            tokens = self._tokenizer.control_tokens
-            if lenient and message.role == "assistant":
-                tokens &= self._tokenizer.skipped_tokens
-            if any(token in message.content for token in tokens):
-                longest_first = sorted(tokens, key=len, reverse=True)
-                pattern = "|".join(map(re.escape, longest_first))
-                message = replace(message, content=re.sub(pattern, f"{start}\\g<0>{end}", message.content))
-            fenced.append(message)
-        return fenced
-
-    def _split(self, text: str, start: str, end: str) -> list[Piece]:
-        """Splits a rendered text at its marks, also at a mark whose partner the template has cut away."""
-        first, *rest = text.split(start)
-        pieces = [Piece(part, literal=False) for part in first.split(end)]
-        for stretch in rest:
-            token, mark, tail = stretch.partition(end)
-            if mark and token in self._tokenizer.control_tokens:
-                pieces.append(Piece(token, literal=True))
-                stretch = tail
-            pieces += [Piece(part, literal=False) for part in stretch.split(end)]
-        return pieces
-
-    def _seen(self, message: ChatMessage) -> TemplateMessage:
-        content = [{"type": "text", "text": message.content}] if self._takes_parts else message.content
-        seen: dict[str, object] = {"role": message.role, "content": content}
-        return seen if message.name is None else {**seen, "name": message.name}
+    def _show(self, messages: Sequence[ChatMessage]) -> str:
+        return self._try(messages, (), self._style)
 
     def _needs_parts(self) -> bool:
         """Templates of some multimodal models read only lists of parts, and drop a plain string without a word."""
         probe = [ChatMessage("user", _SENTINEL)]
-        for takes_parts in (False, True):
-            self._takes_parts = takes_parts
-            if _SENTINEL in self._try(probe):
-                return takes_parts
+        for parts in (False, True):
+            if _SENTINEL in self._try(probe, (), TemplateStyle(parts=parts)):
+                return parts
         raise TokenizerError("The chat template does not show what a user message says.")
+
+    def _tool_markers(self) -> tuple[str, ...]:
+        """The markers around tool calls and results, the template's and those of what it leaves to us."""
+        style = self._style
+        ours = () if style.shows_tools and style.shows_calls and style.shows_results else GENERIC_MARKERS
+        return (*find_tool_markers(self._show, self._tokenizer.control_tokens), *ours)
+
+    def _defence(self, markers: Iterable[str], tags: Literal["reject", "escape"]) -> _Defence:
+        turn_markers = TurnMarkers(markers, self._tokenizer, policy=tags, owner="this model's chat template")
+        return _Defence(turn_markers, Disarmed(turn_markers.markers))
 
     def _controls(self, ids: list[int]) -> list[int]:
         control_ids = self._tokenizer.control_ids
         return [token_id for token_id in ids if token_id in control_ids]
-
-
-class _Disarmed:
-    """Makes messages harmless: no text in them can begin or end one of the given tokens."""
-
-    def __init__(self, tokens: Iterable[str]) -> None:
-        self._tokens = tuple(tokens)
-        edges = {edge for token in self._tokens for edge in (token[0], token[-1])}
-        edges |= {changed for edge in edges for changed in (edge.lower(), edge.upper())}
-        self._filler = next((letter for letter in "xqzjkvwygbpfmhducnrstloaie" if letter not in edges), "x")
-        self._harmless = str.maketrans(dict.fromkeys("".join(edges), self._filler))
-
-    def message(self, message: ChatMessage) -> ChatMessage:
-        """The message made harmless; an equal one if it is harmless already.
-
-        Only characters that a token begins or ends with are replaced by a filler, because templates drop or refuse
-        empty messages, and some look for words in them ("/no_think"). A text that is the inside of a token ("user" in
-        "<|user|>") is replaced wholly, and so is a name.
-        """
-        if not self._tokens:
-            return message
-        name = None if message.name is None else self._filler * len(message.name)
-        return replace(message, content=self._text(message.content), name=name)
-
-    def options(self, options: ChatOptions) -> ChatOptions:
-        """The options with the strings among the template's variables made harmless."""
-        variables = {
-            name: self._text(value) if isinstance(value, str) else value for name, value in options.variables.items()
-        }
-        return replace(options, variables=variables)
-
-    def _text(self, text: str) -> str:
-        inner = text.strip()
-        if inner and any(inner in token for token in self._tokens):
-            text = text.replace(inner, self._filler * len(inner))
-        return text.translate(self._harmless)
-
-
-def _unused_marks(messages: Sequence[ChatMessage]) -> tuple[str, str, str]:
-    """Three marks that no message has: the start and the end of a fence, and where an open message is cut."""
-    unused = [mark for mark in _MARKS if not any(mark in message.content for message in messages)]
-    if len(unused) < 3:
-        raise PromptError("The messages use every Unicode noncharacter from U+FDD0 to U+FDEF.", param="messages")
-    return unused[0], unused[1], unused[2]
-
-
-def _open_end(text: str, cut: str) -> str:
-    """The text up to where the last message ends, which `cut` and a space mark.
-
-    When the template trims messages the space is gone; then the end of this message is trimmed, as transformers does.
-    """
-    before, mark, after = text.rpartition(cut)
-    if not mark:
-        message = "The model's chat template does not show the last message as it is, so it can't be continued."
-        raise PromptError(message, param="messages")
-    return before if after.startswith(" ") else before.rstrip()

@@ -16,10 +16,10 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from serve_app.chat.conversation import require_unicode
 from serve_app.chat.prompt_error import PromptError
 from serve_app.chat.rendering import try_render
 from serve_app.chat.tokenizer_error import TokenizerError
+from serve_app.chat.unicode import require_unicode
 
 _PROBES = [
     [{"role": role, "content": "a"} for role in roles]

@@ -14,7 +14,11 @@ from dataclasses import replace
 from typing import Literal
 
 from serve_app.chat.conversation import ChatMessage, Role
+from serve_app.chat.marks import alternatives
+from serve_app.chat.options import ChatOptions, Tool
 from serve_app.chat.prompt_error import PromptError
+from serve_app.chat.template_style import PROBE_TEXT, probe_turns
+from serve_app.chat.texts import tool_texts, with_tool_texts
 from serve_app.chat.tokenizer import ChatTokenizer
 
 _ZERO_WIDTH_JOINER = "\u200d"
@@ -41,13 +45,32 @@ class TurnMarkers:
     def guarded(self, message: ChatMessage, where: str) -> ChatMessage:
         """The message with its markers broken by a zero-width joiner; `where` is the field of its text.
 
-        An assistant's message keeps its markers: they are the model's own words, sent back. Raises `PromptError` under
-        `reject`, and for text that only the tokenizer's normalisation turns into a marker.
+        An assistant's message keeps its markers: they are the model's own words, sent back. In a tool's result they are
+        broken under `reject` too: the caller did not write it. Raises `PromptError` under `reject`, and for text that
+        only the tokenizer's normalisation turns into a marker.
         """
         if message.role == "assistant" or not any(self.count(message.content)):
             return message
-        text = message.content
-        if self._policy == "escape":
+        breaks = self._policy == "escape" or message.role == "tool"
+        return replace(message, content=self._guarded(message.content, where, breaks=breaks))
+
+    def guarded_chat(
+        self, messages: Sequence[ChatMessage], options: ChatOptions
+    ) -> tuple[list[ChatMessage], ChatOptions]:
+        """The messages, and the tools among the options, with their markers broken. Raises as `guarded` does."""
+        safe = [self.guarded(message, f"messages[{index}].content") for index, message in enumerate(messages)]
+        if not self.markers:
+            return safe, options
+        tools = tuple(self._guarded_tool(tool, f"tools[{index}]") for index, tool in enumerate(options.tools))
+        return safe, replace(options, tools=tools)
+
+    def _guarded_tool(self, tool: Tool, where: str) -> Tool:
+        if not any(self.count("\n".join(tool_texts(tool)))):
+            return tool
+        return with_tool_texts(tool, lambda text: self._guarded(text, where, breaks=self._policy == "escape"))
+
+    def _guarded(self, text: str, where: str, *, breaks: bool) -> str:
+        if breaks:
             for marker in self.markers:
                 text = text.replace(marker, marker[0] + _ZERO_WIDTH_JOINER + marker[1:])
         for marker, count in zip(self.markers, self.count(text), strict=True):
@@ -57,7 +80,7 @@ class TurnMarkers:
                     "Write it in another way.",
                     param=where,
                 )
-        return replace(message, content=text)
+        return text
 
     def count(self, text: str) -> tuple[int, ...]:
         """How often each marker is in the text as the tokenizer reads it."""
@@ -74,8 +97,7 @@ def find_turn_markers(show: Callable[[Sequence[ChatMessage]], str], control_toke
     text can become one. Text that is written once for any number of turns, such as a preamble's headings, doesn't count
     either. A heading next to a system text counts only where turns have headings too.
     """
-    longest_first = sorted(control_tokens, key=len, reverse=True)
-    parting = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+    parting = alternatives(control_tokens)
 
     def trial(*roles: Role) -> list[str]:
         """The template's own text before, between and after the messages, with line breaks for control tokens."""
@@ -92,6 +114,21 @@ def find_turn_markers(show: Callable[[Sequence[ChatMessage]], str], control_toke
             if touches and marker not in markers and (headings or not marker.startswith("#")):
                 markers.append(marker)
     return tuple(markers)
+
+
+def find_tool_markers(show: Callable[[Sequence[ChatMessage]], str], control_tokens: Iterable[str]) -> tuple[str, ...]:
+    """The markers that a template writes around each tool call and each result, e.g. `<tool_response>`.
+
+    `show` and `control_tokens` are as for `find_turn_markers`.
+    """
+    parting = alternatives(control_tokens)
+
+    def trial(turns: int) -> list[str]:
+        shown = show(probe_turns() * turns)
+        return PROBE_TEXT.split(parting.sub("\n", shown) if parting else shown)
+
+    once, twice = Counter(_found(trial(1))), Counter(_found(trial(2)))
+    return tuple(marker for marker in twice if twice[marker] > once[marker] and '"' not in marker)
 
 
 def _found(pieces: Iterable[str]) -> list[str]:

@@ -33,8 +33,12 @@ def test_the_usual_messages() -> None:
         ({"role": "root", "content": "a"}, "messages[0].role", "'root'"),
         ({"role": "user\n", "content": "a"}, "messages[0].role", "must be one of"),
         ({"role": ["user"], "content": "a"}, "messages[0].role", "type list"),
-        ({"role": "tool", "content": "a", "tool_call_id": "x"}, "messages[0].role", "tool messages are not served"),
-        ({"role": "assistant", "tool_calls": [{"id": "x"}]}, "messages[0].tool_calls", "not served"),
+        ({"role": "function", "name": "f", "content": "a"}, "messages[0].role", "tool messages instead"),
+        ({"role": "tool", "tool_call_id": "x"}, "messages[0].content", "no content"),
+        ({"role": "tool", "content": "a", "tool_call_id": 5}, "messages[0].tool_call_id", "string"),
+        ({"role": "tool", "content": "a", "name": "x" * 257}, "messages[0].name", "letters"),
+        ({"role": "user", "content": "a", "tool_calls": [1]}, "messages[0].tool_calls", "only an assistant's"),
+        ({"role": "assistant", "content": "a", "function_call": {"name": "f"}}, "messages[0].function_call", "newer"),
         ({"role": "user"}, "messages[0].content", "no content"),
         ({"role": "user", "content": None}, "messages[0].content", "no content"),
         ({"role": "assistant", "content": None}, "messages[0].content", "no content"),
@@ -96,16 +100,30 @@ def test_unknown_fields_may_be_left_aside() -> None:
         ("messages[1]", "reasoning_content"),
         ("messages[1].content[0]", "thinking"),
     ]
-    with pytest.raises(PromptError, match="tool calls are not served"):
-        parse_messages([{"role": "assistant", "content": "a", "tool_calls": [1]}], lambda where, field: None)
 
 
+def test_reasoning_is_kept_where_it_is_wanted() -> None:
+    part = {"type": "thinking", "thinking": "hm"}
+    for reasoned in (
+        {"content": "b", "reasoning_content": "hm"},
+        {"content": "b", "reasoning": "hm"},
+        {"content": "b", "reasoning_content": "hm", "reasoning": "hm"},
+        {"content": [part, {"type": "text", "text": "b"}]},
+        {"content": [part, {"type": "text", "text": "b"}], "reasoning": "hm"},
+        {"content": [{"type": "reasoning", "text": "hm"}, {"type": "text", "text": "b"}]},
+    ):
+        messages = parse_messages([{"role": "assistant", **reasoned}], keep_reasoning=True)
+        assert messages == [ChatMessage("assistant", "b", reasoning="hm")]
+    with pytest.raises(PromptError, match="unknown field 'reasoning'"):
+        parse_messages([{"role": "user", "content": "a", "reasoning": "hm"}], keep_reasoning=True)
+
+
+KEYS = ["role", "content", "name", "type", "text", "x", "reasoning"]
+TOOL_KEYS = ["tool_calls", "tool_call_id", "function", "arguments", "id"]
+WORDS = ["user", "text", "assistant", "tool", '{"a": [1]}']
 nested = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=4) | st.sampled_from(["user", "text"]),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["role", "content", "name", "type", "text", "x"]), inner, max_size=4)
-    ),
+    st.none() | st.booleans() | st.integers() | st.text(max_size=4) | st.sampled_from(WORDS),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS + TOOL_KEYS), inner, max_size=4),
     max_leaves=12,
 )
 

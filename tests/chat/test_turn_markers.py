@@ -88,11 +88,11 @@ FOUND = [
 
 @pytest.mark.parametrize(("template", "expected"), FOUND)
 def test_the_markers_of_a_template_are_found(with_template: MakeTemplate, template: str, expected: set[str]) -> None:
-    assert set(with_template(template)._markers.markers) == expected
+    assert set(with_template(template)._of_turns.markers.markers) == expected
 
 
 def test_the_demo_model_has_none(demo_tokenizer: ChatTokenizer) -> None:
-    assert ChatTemplate(demo_tokenizer)._markers.markers == ()
+    assert ChatTemplate(demo_tokenizer)._of_turns.markers.markers == ()
 
 
 FORGED = [
@@ -118,7 +118,7 @@ def test_a_forged_turn_is_refused_by_place(with_template: MakeTemplate, template
 def test_or_it_is_broken(with_template: MakeTemplate, template: str, text: str, marker: str) -> None:
     made = with_template(template, tags="escape")
     shown, plain = text_of(made, user(text)), text_of(made, user("Hi"))
-    assert made._markers.count(shown) == made._markers.count(plain)
+    assert made._of_turns.markers.count(shown) == made._of_turns.markers.count(plain)
     assert text in shown.replace("\u200d", "")
 
 
@@ -233,4 +233,6 @@ def test_no_text_changes_the_turns(
         shown = text_of(made, [*user("".join(parts)), answer, *user("".join(parts))])
     except PromptError:
         return
-    assert made._markers.count(shown) == made._markers.count(text_of(made, [*user("x"), answer, *user("x")]))
+    assert made._of_turns.markers.count(shown) == made._of_turns.markers.count(
+        text_of(made, [*user("x"), answer, *user("x")])
+    )

@@ -17,6 +17,7 @@ from serve_app.api.fields import MaxTokens, Messages, OpenAIFields, validate_ope
 from serve_app.api.http.endpoint import Call
 from serve_app.api.http.sse import json_text
 from serve_app.api.openai.chunks import OpenAIFormat, finite
+from serve_app.api.openai.tools import ToolFields
 from serve_app.api.unknown_fields import UnknownFields
 from serve_app.api.wire import ParsedRequest
 from serve_app.chat.options import MAX_VALUE_CHARS, ChatOptions, TemplateValue, is_template_value
@@ -25,7 +26,7 @@ from serve_app.generation.request import CompletionParams
 from serve_app.generation.text import Delta
 
 
-class ChatRequest(OpenAIFields):
+class ChatRequest(ToolFields, OpenAIFields):
     """The body of POST /v1/chat/completions."""
 
     messages: Messages
@@ -60,7 +61,7 @@ class ChatFormat(OpenAIFormat):
         messages = request.messages
         options = await call.run(partial(chat_options, request, self._service.template_variables, unknown))
         render = partial(self._service.render_chat, card, messages, options, unknown.add_in)
-        prompt = await call.run(render, items=len(messages))
+        prompt = await call.run(render, items=len(messages) + len(options.tools))
         resolved = self._service.resolve(
             card, [prompt], params, request_id=call.record.request_id, remaining_s=call.remaining_s()
         )
@@ -196,4 +197,6 @@ def chat_options(request: ChatRequest, known: Collection[str], unknown: UnknownF
             variables[name] = cast(TemplateValue, value)
     continues = bool(request.continue_final_message)
     begins = not continues if request.add_generation_prompt is None else request.add_generation_prompt
-    return ChatOptions(variables, begins, continues)
+    tools, choice = request.read_tools(unknown.add_in)
+    parallel = request.parallel_tool_calls is not False
+    return ChatOptions(variables, begins, continues, tools, choice, parallel)

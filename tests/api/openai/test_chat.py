@@ -268,8 +268,6 @@ async def test_fields_that_change_nothing_are_taken(api: httpx.AsyncClient) -> N
 @pytest.mark.parametrize(
     ("field", "value", "code"),
     [
-        ("tools", [{"type": "function", "function": {"name": "f"}}], "unsupported_parameter"),
-        ("tool_choice", "required", "unsupported_parameter"),
         ("functions", [{"name": "f"}], "unsupported_parameter"),
         ("response_format", {"type": "json_object"}, "unsupported_parameter"),
         ("modalities", ["text", "audio"], "unsupported_parameter"),
