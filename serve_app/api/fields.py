@@ -7,13 +7,13 @@ no endpoint.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from serve_app.api.errors import bad_request, from_validation, unknown_parameter
-from serve_app.api.unknown_fields import NO_EFFECT, NOT_SERVED, UnknownFields, refuse_if_not_served
+from serve_app.api.unknown_fields import NO_EFFECT, NOT_SERVED, UnknownFields, has_no_effect, refuse_if_not_served
 from serve_app.generation.request import CompletionParams
 
 NO_LIMIT = -1
@@ -24,6 +24,8 @@ MAX_CHOICES_PER_PROMPT = 8
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIASES = 1024
 MAX_CACHE_SALT_CHARS = 256
+MAX_PROMPT_LOGPROBS = 20
+"""Of the most likely tokens for each token of the prompt. vLLM's default limit."""
 
 
 def _stops(value: Any) -> Any:
@@ -70,6 +72,11 @@ def _up_to_the_first_wrong(value: Any) -> Any:
         return value
     wrong = next((index for index, item in enumerate(value) if not isinstance(item, dict)), len(value))
     return value[: wrong + 1]
+
+
+def off_if_false(value: Any) -> Any:
+    """False, which some clients send for a number that they leave out, as None."""
+    return None if value is False else value
 
 
 MaxTokens = Annotated[int, AfterValidator(_limit)]
@@ -144,7 +151,7 @@ class StreamOptions(OpenModel):
 class OpenAIFields(SamplingFields, OpenModel):
     """The fields that /v1/chat/completions and /v1/completions share.
 
-    `min_tokens`, `ignore_eos` and `stop_token_ids` are extensions that vLLM has too.
+    From `min_tokens` on they are extensions that vLLM has too.
     """
 
     model: str | None = None
@@ -155,17 +162,31 @@ class OpenAIFields(SamplingFields, OpenModel):
     logit_bias: Annotated[tuple[tuple[int, float], ...], BeforeValidator(_logit_bias)] = ()
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
+    """There is one tier, and an answer whose request names a tier says so."""
     min_tokens: int | None = Field(None, ge=0)
     ignore_eos: bool | None = None
     stop_token_ids: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS)
+    prompt_logprobs: Annotated[int | None, BeforeValidator(off_if_false)] = Field(None, ge=0, le=MAX_PROMPT_LOGPROBS)
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    truncate_prompt_tokens: int | None = Field(None, ge=-1)
+    truncation_side: Literal["left", "right"] | None = None
 
-    def params(self, *, max_tokens: int | None, logprobs: int | None) -> CompletionParams:
+    def params(self, *, max_tokens: int | None, logprobs: int | None, echo: bool = False) -> CompletionParams:
         """The parameters of the request. Its schema gives the arguments, which the two schemas write differently.
 
         Raises `ApiError`.
         """
         if self.repeat_penalty is not None and self.repetition_penalty not in (None, self.repeat_penalty):
             raise bad_request("Give repetition_penalty or repeat_penalty, not both.", param="repeat_penalty")
+        if self.stream and self.prompt_logprobs is not None:
+            message = "prompt_logprobs can't be streamed; on /v1/completions, echo and logprobs can."
+            raise bad_request(message, param="prompt_logprobs", code="invalid_value")
+        if self.truncate_prompt_tokens == 0:
+            message = "truncate_prompt_tokens must be at least 1, or -1 for what fits the context."
+            raise bad_request(message, param="truncate_prompt_tokens", code="invalid_value")
+        asked = [self.prompt_logprobs, logprobs if echo else None]
         sampling = self.sampling()
         if self.repeat_penalty is not None:
             sampling["repetition_penalty"] = self.repeat_penalty
@@ -178,6 +199,11 @@ class OpenAIFields(SamplingFields, OpenModel):
             min_tokens=self.min_tokens or 0,
             ignore_eos=bool(self.ignore_eos),
             stop_token_ids=tuple(self.stop_token_ids or ()),
+            prompt_logprobs=max((top for top in asked if top is not None), default=None),
+            echo=echo,
+            streamed=bool(self.stream),
+            truncate_to=self.truncate_prompt_tokens,
+            keep_first=self.truncation_side == "right",
         )
 
 
@@ -211,7 +237,8 @@ def _judge(part: OpenModel, prefix: str, unknown: UnknownFields) -> None:
     for name, value in (part.model_extra or {}).items():
         if not prefix:
             refuse_if_not_served(name, value, part.not_served)
-        if value is not None and (prefix or (name not in part.no_effect and name not in part.not_served)):
+        silent = name in part.not_served or has_no_effect(name, value, part.no_effect)
+        if value is not None and (prefix or not silent):
             unknown.add(prefix + name)
     for name in type(part).model_fields:
         if isinstance(inner := getattr(part, name), OpenModel):

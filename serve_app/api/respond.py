@@ -9,6 +9,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 
 from starlette.responses import Response
 
@@ -23,7 +24,8 @@ from serve_app.generation.text import Delta
 from serve_app.observability.logs import RequestRecord
 
 INLINE_ENTRIES = 2_000
-"""Entries of the largest answer that is written in the event loop: tokens, and the alternatives listed with them.
+"""Entries of the largest answer that is written in the event loop: tokens, the alternatives listed with them, and both
+of the prompt where its logprobs are shown.
 Writing 2,000 takes about 10 ms."""
 
 _JSON = json.JSONEncoder(ensure_ascii=False)
@@ -70,7 +72,11 @@ async def _events(
         async with running, aclosing(running.deltas()) as deltas:
             async for delta in deltas:
                 _note(record, delta)
-                events = writer.gained(delta)
+                gained = partial(writer.gained, delta)
+                # The logprobs of a prompt come at once.
+                scores = delta.prompt_logprobs
+                many = scores is not None and len(scores) * (1 + scores.top) > INLINE_ENTRIES
+                events = await asyncio.to_thread(gained) if many else gained()
                 yield b"".join(events if started else [*writer.opened(), *events])
                 started = True
             yield b"".join(writer.ended(running.usage))
@@ -88,7 +94,7 @@ async def _whole(running: RunningCompletion, request: ResolvedRequest, whole: Wh
     finally:
         usage = running.usage
         record.cached_prompt_tokens = usage.cached_tokens
-    entries = usage.completion_tokens * (1 + (request.requests[0].sampling.logprobs or 0))
+    entries = usage.completion_tokens * (1 + (request.requests[0].sampling.logprobs or 0)) + request.prompt_logprobs
     in_loop = entries <= INLINE_ENTRIES
 
     def written() -> bytes:

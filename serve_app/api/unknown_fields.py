@@ -7,7 +7,7 @@ access log. The name is a client's text, and is made safe for both. Knows no end
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -19,7 +19,6 @@ NO_EFFECT = frozenset(
         "user",
         "metadata",
         "store",
-        "service_tier",
         "safety_identifier",
         "prompt_cache_key",
         "prompt_cache_retention",
@@ -28,6 +27,10 @@ NO_EFFECT = frozenset(
     }
 )
 """OpenAI's fields that change nothing in an answer, or only its speed: accepted with any value, and not reported."""
+
+_NEUTRAL: Mapping[str, Any] = {"priority": 0}
+"""Fields that change only when an answer comes -> the value that asks for nothing. Other values are ignored and named:
+there are no classes of requests."""
 
 NOT_SERVED: Mapping[str, tuple[Any, ...]] = {
     # Tools, media and services around a model; "tools" and "tool_choice" are here for the endpoint without chats
@@ -64,7 +67,6 @@ NOT_SERVED: Mapping[str, tuple[Any, ...]] = {
     "continue_": (),
     "template": (),
     "truncate": (),
-    "truncate_prompt_tokens": (),
     "options": (),
     "extra_body": (),
     "lora": (),
@@ -155,10 +157,7 @@ NOT_SERVED: Mapping[str, tuple[Any, ...]] = {
     "no_stop_trim": (),
     "skip_special_tokens": (True,),
     "n_probs": (0,),
-    "prompt_logprobs": (),
     "logprob_token_ids": (),
-    "return_token_ids": (),
-    "return_tokens_as_token_ids": (),
 }
 """Fields of OpenAI's or of other servers' (vLLM, SGLang, TGI, llama.cpp, Ollama, text-generation-webui, Mistral, ...)
 that would change an answer in a way that is not served -> their harmless values, besides null, false and empty ones. A
@@ -207,6 +206,11 @@ def safe_name(name: str) -> str:
     cut = _INDEX.sub("[]", name[: 2 * _MAX_NAME_CHARS])
     safe = quote(cut[:_MAX_NAME_CHARS], safe="[]", errors="replace")
     return safe if len(cut) <= _MAX_NAME_CHARS else safe + _MORE
+
+
+def has_no_effect(name: str, value: Any, no_effect: Collection[str] = NO_EFFECT) -> bool:
+    """Whether this value of a field changes nothing that is worth a word."""
+    return name in no_effect or (name in _NEUTRAL and _NEUTRAL[name] == value and not isinstance(value, bool))
 
 
 def refuse_if_not_served(name: str, value: Any, not_served: Mapping[str, tuple[Any, ...]] = NOT_SERVED) -> None:

@@ -12,6 +12,7 @@ from typing import Protocol
 from serve_app.chat.answers import AnswerFormat, answer_format
 from serve_app.chat.conversation import ChatMessage, Unknown, parse_messages, refuse_unknown
 from serve_app.chat.detokenizer import new_detokenizer
+from serve_app.chat.gaps import gap_format
 from serve_app.chat.json_values import count_values
 from serve_app.chat.llama2 import Llama2Format
 from serve_app.chat.options import DEFAULT_OPTIONS, ChatOptions, Tool
@@ -60,6 +61,7 @@ class PromptFormatter:
             self._chat_format = Llama2Format(tokenizer, tags=config.llama2_tags)
         elif config.format == "template" or template is not None:
             self._chat_format = ChatTemplate(tokenizer, tags=config.llama2_tags)
+        self._gap_format = gap_format(tokenizer)
 
     @property
     def template_variables(self) -> frozenset[str]:
@@ -119,17 +121,35 @@ class PromptFormatter:
             return None
         return answer_format(template, self.tokenizer.shown(ids[-_READ_TOKENS:]))
 
-    def render_text(self, prompt: str, *, parse_special: bool = False, context_tokens: int | None = None) -> list[int]:
+    def render_text(
+        self, prompt: str, *, parse_special: bool = False, add_bos: bool = True, context_tokens: int | None = None
+    ) -> list[int]:
         """The ids of a raw prompt, with the BOS that the model's prompts normally begin with.
 
         Control tokens in it are text unless `parse_special`. Raises `PromptError`, also for a prompt without any id.
         """
         _require_room(self.tokenizer.fewest_tokens(prompt), context_tokens, "prompt", counted="at least ")
-        ids = self.tokenizer.encode_text(prompt, add_bos=True, parse_special=parse_special)
+        ids = self.tokenizer.encode_text(prompt, add_bos=add_bos, parse_special=parse_special)
         if not ids:
             raise PromptError("The prompt is empty.", param="prompt")
         _require_room(len(ids), context_tokens, "prompt")
         return ids
+
+    def render_gap(
+        self, prefix: str, suffix: str, *, parse_special: bool = False, context_tokens: int | None = None
+    ) -> tuple[list[int], tuple[int, ...]]:
+        """The ids of a prompt whose answer belongs between two texts, and the ids that end such an answer.
+
+        The texts are read as in `render_text`. Raises `PromptError`, also for a model without tokens for that.
+        """
+        if self._gap_format is None:
+            message = "This model has no tokens for the text after a gap (fill-in-the-middle); leave suffix out."
+            raise PromptError(message, param="suffix", code="unsupported_parameter")
+        fewest = self.tokenizer.fewest_tokens(prefix) + self.tokenizer.fewest_tokens(suffix)
+        _require_room(fewest, context_tokens, "prompt", counted="at least ")
+        ids = self._gap_format.encode(prefix, suffix, parse_special=parse_special)
+        _require_room(len(ids), context_tokens, "prompt")
+        return ids, self._gap_format.ends
 
 
 def _require_open_end(messages: Sequence[ChatMessage]) -> None:

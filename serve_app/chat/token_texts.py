@@ -37,3 +37,15 @@ class TokenTexts:
             if self._byte_fallback and BYTE_TOKEN.fullmatch(token):
                 return bytes([int(token[3:5], 16)])
         return self.text(token_id).encode()
+
+
+class TokenNumbers(TokenTexts):
+    """The tokens of a tokenizer by their ids, instead of their texts: no two tokens are shown alike."""
+
+    def text(self, token_id: int) -> str:
+        """The token's id, as vLLM writes it."""
+        return f"token_id:{token_id}"
+
+    def utf8(self, token_id: int) -> bytes | None:
+        """The bytes of `text`."""
+        return self.text(token_id).encode()

@@ -135,6 +135,21 @@ class ChatTokenizer:
             ids += encode(piece.text, literal=piece.literal)
         return ids
 
+    def encode_apart(self, text: str, *, first: bool, parse_special: bool) -> list[int]:
+        """A text between tokens that are given as ids. `first`: it is the first text of its prompt. No BOS is added.
+
+        Control tokens in it are text unless `parse_special`. Raises `PromptError` for text that is not valid Unicode.
+        """
+        require_unicode(text, "prompt")
+        if not text:
+            return []
+        return (self._encode if first else self._encode_later)(text, literal=not parse_special)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its string in the vocabulary; None if there is none."""
+        found: int | None = self._encoder.token_to_id(token)
+        return found
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens skipped and spaces as they are. Ids without a token have no text."""
         if self.own_texts.keys().isdisjoint(ids):

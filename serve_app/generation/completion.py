@@ -42,6 +42,7 @@ class Completion:
                 request.stop_token_ids,
                 each.sampling.min_tokens,
                 None if request.answer is None else new_parser(request.answer),
+                request.echo,
             )
             for each in request.requests
         ]

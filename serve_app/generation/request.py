@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from msgspec import Struct
 
@@ -15,8 +15,15 @@ from serve_app.chat.answers import AnswerFormat
 from serve_app.chat.prompt_error import context_exceeded
 from serve_app.core import Fingerprint, GenerationDefaults, GenerationRequest, ModelCard, RequestError, SamplingParams
 
-MAX_CHOICES = 32
-"""Over all prompts of one request. A request counts as one stream in `max_streams`, whatever its choices."""
+MAX_CHOICES = 128
+"""Over all prompts of one request: evaluation harnesses send as many prompts at once. Half of what a replica's engine
+takes by default (32 running, 256 waiting). A request counts as one stream in `max_streams`, whatever its choices."""
+MAX_PROMPT_LOGPROBS = 500_000
+"""Logprobs of prompts that one request may ask for, the most likely tokens included: 4 MB between replica and ingress,
+and 18 MB of JSON, which takes 3 s in a thread of its own (AVX2)."""
+MAX_STREAMED_PROMPT_LOGPROBS = 10_000
+"""The same for a stream. These events come all at once, 0.4 MB; those of a resumable stream are written in the event
+loop, in about 60 ms."""
 SEED_BITS = 53
 """Bits of a seed drawn here: as many as a JavaScript client can read and send back. Callers may use 64."""
 ANY_SEED = -1
@@ -54,6 +61,15 @@ class CompletionParams:
     min_tokens: int = 0
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
+    prompt_logprobs: int | None = None
+    """See `GenerationRequest`."""
+    echo: bool = False
+    """The prompt is shown before each answer."""
+    truncate_to: int | None = None
+    """Longest prompt; a longer one is cut to it. -1: what the context holds beside the answer."""
+    keep_first: bool = False
+    """A prompt is cut at its end, not at its beginning."""
+    streamed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +102,9 @@ class ResolvedRequest(Struct, frozen=True):
     """What the caller's own limit was cut to, to fit the context; None when it was not."""
     answer: AnswerFormat | None = None
     """See `Prompt`."""
+    echo: bool = False
+    """The prompt is shown before each answer. Then logprobs are those of all tokens that are counted, also of the one
+    that ended the answer: as many as prompt and answer have tokens."""
 
     @property
     def request_id(self) -> str:
@@ -117,6 +136,15 @@ class ResolvedRequest(Struct, frozen=True):
         """Tokens of all prompts. Each prompt counts once, however many choices it has."""
         return sum(len(request.prompt_token_ids) for request in self.requests[:: self.choices_per_prompt])
 
+    @property
+    def prompt_logprobs(self) -> int:
+        """Number of the prompts' logprobs that are computed, those of the most likely tokens included."""
+        return sum(
+            len(request.prompt_token_ids) * (1 + request.prompt_logprobs)
+            for request in self.requests
+            if request.prompt_logprobs is not None
+        )
+
 
 def resolve(
     defaults: GenerationDefaults,
@@ -139,15 +167,15 @@ def resolve(
     limit = params.default_max_tokens if params.max_tokens is None else params.max_tokens
     requests: list[GenerationRequest] = []
     cut_to: int | None = None
-    for prompt in prompts:
+    for prompt in _truncated(card, prompts, params, limit):
         _check_ids(card, prompt.ids, prompt.param)
-        room = _room(card, prompt)
+        room = _room(card, prompt, least=0 if limit == 0 else 1)
         max_new_tokens = room if limit is None else min(room, limit)
         if params.max_tokens is not None and max_new_tokens < params.max_tokens:
             cut_to = max_new_tokens if cut_to is None else min(cut_to, max_new_tokens)
         if sampling.min_tokens > max_new_tokens:
             raise _invalid(f"min_tokens is larger than the {max_new_tokens} that can come.", "min_tokens")
-        for _ in range(params.n):
+        for number in range(params.n):
             request = GenerationRequest(
                 request_id=request_id,
                 fingerprint=card.fingerprint,
@@ -159,12 +187,41 @@ def resolve(
                 constraint=prompt.constraint,
                 cache_salt=params.cache_salt,
                 remaining_s=remaining_s,
+                # Where each choice shows the prompt, each gives its logprobs; else the first one of the prompt does.
+                prompt_logprobs=params.prompt_logprobs if params.echo or number == 0 else None,
             )
             requests.append(request)
     first = prompts[0]
-    return ResolvedRequest(
-        card.name, tuple(requests), first.continues, params.stop, params.n, cut_to, answer=first.answer
+    resolved = ResolvedRequest(
+        card.name, tuple(requests), first.continues, params.stop, params.n, cut_to, first.answer, params.echo
     )
+    _check_prompt_logprobs(resolved, params)
+    return resolved
+
+
+def _truncated(
+    card: ModelCard, prompts: Sequence[Prompt], params: CompletionParams, limit: int | None
+) -> Sequence[Prompt]:
+    """The prompts, cut as the caller asked; `limit`: of the answer."""
+    if params.truncate_to is None:
+        return prompts
+    longest = params.truncate_to
+    if longest < 0:
+        context = min(card.context_tokens, card.kv_capacity_tokens)
+        longest = max(1, context - (1 if limit is None else limit))
+    return [replace(each, ids=each.ids[:longest] if params.keep_first else each.ids[-longest:]) for each in prompts]
+
+
+def _check_prompt_logprobs(request: ResolvedRequest, params: CompletionParams) -> None:
+    """Raise `RequestError` if the request asks for more of its prompts' logprobs than an answer may hold."""
+    most = MAX_STREAMED_PROMPT_LOGPROBS if params.streamed else MAX_PROMPT_LOGPROBS
+    if request.prompt_logprobs > most:
+        what = "stream" if params.streamed else "request"
+        message = (
+            f"A {what} can have at most {most} logprobs of prompts, those of the most likely tokens included; this one "
+            f"asks for {request.prompt_logprobs}. Ask for fewer of the most likely tokens, or send fewer tokens"
+        )
+        raise _invalid(f"{message}, or do not stream." if params.streamed else f"{message} at once.", "logprobs")
 
 
 def _sampling(asked: CompletionParams, model: GenerationDefaults) -> SamplingParams:
@@ -191,10 +248,10 @@ def _check_ids(card: ModelCard, ids: Sequence[int], param: str) -> None:
         raise _invalid(f"A token id must be below the vocabulary's size of {card.vocab_size}.", param)
 
 
-def _room(card: ModelCard, prompt: Prompt) -> int:
-    """Tokens that the context leaves for the answer, at least one. Raises `PromptError`."""
+def _room(card: ModelCard, prompt: Prompt, *, least: int = 1) -> int:
+    """Tokens that the context leaves for the answer, at least `least`. Raises `PromptError`."""
     limit = min(card.context_tokens, card.kv_capacity_tokens)
-    if len(prompt.ids) >= limit:
+    if len(prompt.ids) + least > limit:
         raise context_exceeded(limit, len(prompt.ids), prompt.param)
     return limit - len(prompt.ids)
 

@@ -22,6 +22,8 @@ from serve_app.generation.replica import ReplicaClient
 from serve_app.generation.request import Prompt, ResolvedRequest, resolve
 from serve_app.generation.text import Delta
 
+TRUNCATED_CONTEXTS = 16
+"""A prompt that is to be cut may be as long as this many contexts: encoding and rendering it takes time."""
 _LONGEST_NAME = 100
 """Characters of a model's name that an error repeats."""
 
@@ -75,20 +77,48 @@ class CompletionService:
         unknown: Unknown = refuse_unknown,
         *,
         limited: bool = True,
+        truncates: bool = False,
     ) -> Prompt:
         """The prompt of a chat. `unknown` is as in `parse_messages`. Safe on any thread. Raises `PromptError`.
 
-        `limited`: a prompt that leaves no room for an answer is refused.
+        `limited`: a prompt that leaves no room for an answer is refused. `truncates`: a longer one will be cut.
         """
-        limit = card.context_tokens if limited else None
+        longest = card.context_tokens * (TRUNCATED_CONTEXTS if truncates else 1)
+        limit = longest if limited else None
         ids = self._formatter.render_chat(messages, options, context_tokens=limit, unknown=unknown)
         answer = self._formatter.answer_format(ids, options)
         return Prompt(tuple(ids), options.continue_final_message, "messages", answer, options.text_grammar)
 
-    def render_text(self, card: ModelCard, text: str, *, parse_special: bool = False) -> Prompt:
-        """The prompt of a text that is to be continued. Safe on any thread. Raises `PromptError`."""
-        ids = self._formatter.render_text(text, parse_special=parse_special, context_tokens=card.context_tokens)
+    def render_text(
+        self,
+        card: ModelCard,
+        text: str,
+        *,
+        parse_special: bool = False,
+        add_bos: bool = True,
+        truncates: bool = False,
+        room: int = 1,
+    ) -> Prompt:
+        """The prompt of a text that is to be continued, by `room` tokens at least. `truncates`: a longer one will be
+        cut. Safe on any thread. Raises `PromptError`.
+        """
+        context_tokens = card.context_tokens * TRUNCATED_CONTEXTS if truncates else card.context_tokens + 1 - room
+        ids = self._formatter.render_text(
+            text, parse_special=parse_special, add_bos=add_bos, context_tokens=context_tokens
+        )
         return Prompt(tuple(ids), True, "prompt")
+
+    def render_gap(
+        self, card: ModelCard, prefix: str, suffix: str, *, parse_special: bool = False
+    ) -> tuple[Prompt, tuple[int, ...]]:
+        """The prompt of a text whose answer belongs before `suffix`, and the ids that end such an answer.
+
+        Safe on any thread. Raises `PromptError`, also for a model that can't do that.
+        """
+        ids, ends = self._formatter.render_gap(
+            prefix, suffix, parse_special=parse_special, context_tokens=card.context_tokens
+        )
+        return Prompt(tuple(ids), False, "prompt"), ends
 
     def start(self, request: ResolvedRequest) -> RunningCompletion:
         """The answer; entering it starts the work. Raises `PromptError` for stop strings that can't be used."""

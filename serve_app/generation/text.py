@@ -13,7 +13,7 @@ from typing import NamedTuple
 from serve_app.chat.detokenizer import Detokenizer
 from serve_app.chat.parts import AnswerParser, CallPart, Part, TextPart, joined
 from serve_app.chat.stop_strings import StopStrings
-from serve_app.core import FinishReason, TokenBatch, TokenLogprobs
+from serve_app.core import FinishReason, PromptLogprobs, TokenBatch, TokenLogprobs
 
 
 class TokenLogprob(NamedTuple):
@@ -41,6 +41,8 @@ class Delta(NamedTuple):
     """The parts that became certain, if the answer's text is read as parts; None: it is text and nothing else."""
     stop: str | None = None
     """The stop string that ended the choice."""
+    prompt_logprobs: PromptLogprobs | None = None
+    """With the first tokens, if they were requested."""
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -95,8 +97,10 @@ class ChoiceText:
         stop_token_ids: frozenset[int],
         min_tokens: int = 0,
         parser: AnswerParser | None = None,
+        scores_end: bool = False,
     ) -> None:
-        """`stop_token_ids` are counted and have neither text nor logprobs. `parser` reads the text, if it has parts.
+        """`stop_token_ids` are counted and have no text, and no logprobs unless `scores_end`. `parser` reads the text,
+        if it has parts.
 
         A stop string counts only if a token after the first `min_tokens` completes it.
         Raises `PromptError` for a stop string that can't be used.
@@ -107,6 +111,7 @@ class ChoiceText:
         self._stop_token_ids = stop_token_ids
         self._min_tokens = min_tokens
         self._parser = parser
+        self._scores_end = scores_end
         self._logprobs = _HeldLogprobs()
         self.tokens = 0
         """Counted for the caller: all up to the end, EOS included."""
@@ -125,8 +130,8 @@ class ChoiceText:
             text = ""
             if token_id not in self._stop_token_ids:
                 text = self._detokenizer.push(token_id)
-                if batch.logprobs is not None:
-                    self._logprobs.add(token_id, batch.logprobs[index])
+            if batch.logprobs is not None and (self._scores_end or token_id not in self._stop_token_ids):
+                self._logprobs.add(token_id, batch.logprobs[index])
             text, stopped = self._show(text, self.tokens + index + 1)
             texts.append(text)
             if stopped:
@@ -166,6 +171,7 @@ class ChoiceText:
             reason,
             told,
             self._stops.hit,
+            batch.prompt_logprobs,
         )
 
     def _read(self, parser: AnswerParser, texts: Sequence[str], tokens: int, *, ended: bool) -> tuple[Part, ...]:

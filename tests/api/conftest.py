@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 import httpx
 import pytest
 import uvicorn
-from fake_replica import FakeReplica, Script, Step, card
+from fake_replica import FakeReplica, Script, Step, card, prompt_scores
 from memory_metrics import MemoryMetrics
 from starlette.applications import Starlette
 from unlogged_stream_ids import unlogged_stream_ids
@@ -65,6 +65,9 @@ def writes(tokenizer: ChatTokenizer, eos: int) -> Writes:
             ids = tokenizer.encode_text(text, add_bos=False, parse_special=False)
             ids = [*ids, eos] if end == "eos" else ids
             ids = ids[: request.max_new_tokens]
+            of_prompt = prompt_scores(request) if request.needs_prompt_logprobs else None
+            if not request.max_new_tokens:
+                return [TokenBatch(0, (), None, FinishReason.LENGTH, GenerationStats(), of_prompt)]
             steps: list[Step] = []
             for first in range(len(request.output_token_ids), len(ids), batch):
                 some = tuple(ids[first : first + batch])
@@ -78,7 +81,7 @@ def writes(tokenizer: ChatTokenizer, eos: int) -> Writes:
                     steps.append(pause_s)
                 first_of_attempt = first == len(request.output_token_ids)
                 stats = GenerationStats(cached_prompt_tokens=cached) if last or first_of_attempt else None
-                steps.append(TokenBatch(first, some, logprobs, reason, stats))
+                steps.append(TokenBatch(first, some, logprobs, reason, stats, None if first else of_prompt))
             return steps if end == "eos" else [*steps, end]
 
         return script

@@ -131,7 +131,7 @@ async def test_our_own_endpoint_refuses_them(api: httpx.AsyncClient, more: dict[
 
 
 NEITHER = {"messages", "prompt"}  # known to one endpoint each
-SERVED_BY_TEXT = {"best_of", "add_special_tokens"}
+SERVED_BY_TEXT = {"best_of", "add_special_tokens", "echo", "suffix"}
 SERVED_BY_CHAT = {"tools", "tool_choice"}
 
 
@@ -218,7 +218,7 @@ async def test_each_endpoint_refuses_the_prompt_of_the_other(api: httpx.AsyncCli
     assert (response.status_code, response.json()["error"]["param"]) == (400, "messages")
     response = await api.post("/v1/chat/completions", json={**CHAT, "prompt": "Hi"})
     assert (response.status_code, response.json()["error"]["param"]) == (400, "prompt")
-    response = await api.post("/v1/completions", json={**TEXT, "add_special_tokens": False})
+    response = await api.post("/v1/chat/completions", json={**CHAT, "add_special_tokens": True})
     assert (response.status_code, response.json()["error"]["param"]) == (400, "add_special_tokens")
 
 

@@ -50,7 +50,7 @@ def json_text(text: str) -> str:
 
 def one_line(json: str) -> str:
     """The same JSON with NEL, LS and PS escaped: many clients end a line at these characters, though SSE does not."""
-    return json.translate(_LINE_ENDS)
+    return json if json.isascii() or json.isprintable() else json.translate(_LINE_ENDS)
 
 
 @dataclass(frozen=True, slots=True)

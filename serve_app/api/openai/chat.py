@@ -16,7 +16,8 @@ from serve_app.api.errors import bad_request
 from serve_app.api.fields import MaxTokens, Messages, OpenAIFields, validate_open
 from serve_app.api.http.endpoint import Call
 from serve_app.api.http.sse import json_text
-from serve_app.api.openai.chunks import OpenAIFormat, finite
+from serve_app.api.openai.chunks import OpenAIFormat
+from serve_app.api.openai.extras import finite
 from serve_app.api.openai.tools import ToolFields
 from serve_app.api.unknown_fields import UnknownFields
 from serve_app.api.wire import ParsedRequest
@@ -51,6 +52,7 @@ class ChatFormat(OpenAIFormat):
     whole_kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
     id_prefix = "chatcmpl"
+    prompts_in_choices = False
 
     async def parse(self, call: Call) -> ParsedRequest:
         """See `WireFormat`."""
@@ -60,7 +62,8 @@ class ChatFormat(OpenAIFormat):
         card = await self._service.ready_model(request.model)
         messages = request.messages
         options = await call.run(partial(chat_options, request, self._service.template_variables, unknown))
-        render = partial(self._service.render_chat, card, messages, options, unknown.add_in)
+        truncates = params.truncate_to is not None
+        render = partial(self._service.render_chat, card, messages, options, unknown.add_in, truncates=truncates)
         prompt = await call.run(render, items=len(messages) + len(options.tools))
         resolved = self._service.resolve(
             card, [prompt], params, request_id=call.record.request_id, remaining_s=call.remaining_s()
@@ -76,6 +79,10 @@ class ChatFormat(OpenAIFormat):
         """See `OpenAIFormat`."""
         delta = '{"role": "assistant", "content": "", "refusal": null}'
         return f'{{"index": {index}, "delta": {delta}, "logprobs": null, "finish_reason": null}}'
+
+    def empty_piece(self, choice: int) -> str:
+        """See `OpenAIFormat`."""
+        return f'{{"index": {choice}, "delta": {{}}, "logprobs": null, "finish_reason": null}}'
 
     def pieces(self, answer_id: str, delta: Delta) -> Iterable[str]:
         """See `OpenAIFormat`. Logprobs are in the first entry of their delta."""

@@ -12,23 +12,24 @@ import time
 import uuid
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
+
+from msgspec.structs import asdict
 
 from serve_app.api.errors import api_error
 from serve_app.api.fields import OpenAIFields, StreamOptions
 from serve_app.api.http.sse import one_line
+from serve_app.api.openai.extras import NO_EXTRAS, Extras, prompt_logprobs
 from serve_app.api.wire import ParsedRequest, WireFormat, usage_document
-from serve_app.chat.token_texts import TokenTexts
+from serve_app.chat.token_texts import TokenNumbers, TokenTexts
 from serve_app.core import RequestError
 from serve_app.generation.completion import Usage
 from serve_app.generation.events import EventWriter
 from serve_app.generation.request import ResolvedRequest
 from serve_app.generation.service import CompletionService
 from serve_app.generation.text import Delta
-
-LOWEST_LOGPROB = -9999.0
-"""What OpenAI gives for a token that can't come; JSON has no -Infinity."""
 
 
 class OpenAIFormat(WireFormat):
@@ -39,16 +40,23 @@ class OpenAIFormat(WireFormat):
     chunk_kind: ClassVar[str]
     """`object` of a chunk."""
     id_prefix: ClassVar[str]
+    prompts_in_choices: ClassVar[bool]
+    """Whether what is shown of a prompt is in the entries of its choices, else beside `choices`."""
 
     def __init__(self, service: CompletionService, *, refuse_unknown_fields: bool) -> None:
         """Unknown fields are ignored, and named in the answer, unless they are to be refused."""
         self._service = service
         self._refuse_unknown_fields = refuse_unknown_fields
         self._tokens = TokenTexts(service.tokenizer)
+        self._extras = NO_EXTRAS
+        self._request: ResolvedRequest | None = None
+        """The request, in a copy of this format that was made for it."""
 
-    def _parsed(self, resolved: ResolvedRequest, fields: OpenAIFields, max_tokens_param: str) -> ParsedRequest:
+    def _parsed(
+        self, resolved: ResolvedRequest, fields: OpenAIFields, max_tokens_param: str, *, echo: bool = False
+    ) -> ParsedRequest:
         """The `settings` are `envelope` (the fields around the choices in every chunk), `usage` (whether the usage is
-        wanted at the end) and `continuous_usage` (whether it is wanted in every chunk)."""
+        wanted at the end), `continuous_usage` (whether it is wanted in every chunk) and the `extras`, if any."""
         envelope: dict[str, Any] = {
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
             "object": self.chunk_kind if fields.stream else self.whole_kind,
@@ -57,34 +65,80 @@ class OpenAIFormat(WireFormat):
             # OpenAI's id of a backend configuration: the same fingerprint and seed give the same answer.
             "system_fingerprint": "fp_" + hashlib.sha256(resolved.fingerprint.encode()).hexdigest()[:10],
         }
+        if fields.service_tier is not None:
+            envelope["service_tier"] = "default"
         options = fields.stream_options or StreamOptions()
-        settings = {
+        extras = Extras(
+            token_ids=bool(fields.return_token_ids),
+            tokens_as_ids=bool(fields.return_tokens_as_token_ids),
+            echo=echo,
+            prompt_logprobs=fields.prompt_logprobs,
+        )
+        settings: dict[str, Any] = {
             "envelope": envelope,
             "usage": bool(options.include_usage),
             "continuous_usage": bool(options.include_usage and options.continuous_usage_stats),
         }
-        whole = None if fields.stream else partial(self._whole, envelope)
+        if extras != NO_EXTRAS:
+            settings["extras"] = asdict(extras)
+        whole = None if fields.stream else partial(self._showing(resolved, extras)._whole, envelope)
         return ParsedRequest(resolved, whole, settings, max_tokens_param)
 
     def writer(self, request: ResolvedRequest, settings: Mapping[str, Any]) -> EventWriter:
         """See `WireFormat`."""
-        return ChunkWriter(self, request, settings)
+        return ChunkWriter(self._showing(request, Extras(**settings.get("extras", {}))), request, settings)
+
+    def _showing(self, request: ResolvedRequest, extras: Extras) -> Self:
+        """This format for one request, whose answer shows these extras."""
+        if extras == NO_EXTRAS:
+            return self
+        made = copy(self)
+        made._extras, made._request = extras, request
+        if extras.tokens_as_ids:
+            made._tokens = TokenNumbers(self._service.tokenizer)
+        return made
 
     def _whole(self, envelope: Mapping[str, Any], gained: Sequence[Sequence[Delta]], usage: Usage) -> dict[str, Any]:
-        return {
+        document = {
             **envelope,
             "choices": [self._entry(envelope["id"], index, of_choice) for index, of_choice in enumerate(gained)],
             "usage": usage_document(usage),
         }
+        if self._request is None:
+            return document
+        per_prompt = self._request.choices_per_prompt
+        for index, entry in enumerate(document["choices"] if self.prompts_in_choices else [document]):
+            entry |= self._of_prompt(index, gained[index - index % per_prompt])
+        return document
 
     def _entry(self, answer_id: str, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
         """The entry of choice `index` in a whole answer, from all that it gained."""
-        return {
+        entry = {
             "index": index,
             **self.content(answer_id, index, deltas),
             "logprobs": None if all(delta.logprobs is None for delta in deltas) else self.logprobs(deltas),
             "finish_reason": deltas[-1].finish_reason,
         }
+        if self._extras.token_ids:
+            entry["token_ids"] = [token_id for delta in deltas for token_id in delta.token_ids]
+        return entry
+
+    def prompt_ids(self, choice: int) -> Sequence[int]:
+        """The prompt of a choice, if its ids are to be shown; else nothing."""
+        if self._request is None or not self._extras.token_ids:
+            return ()
+        return self._request.requests[choice].prompt_token_ids
+
+    def _of_prompt(self, choice: int, deltas: Sequence[Delta]) -> dict[str, Any]:
+        """What is shown of the prompt of this choice; `deltas`: those of the first choice with this prompt."""
+        shown: dict[str, Any] = {}
+        if ids := self.prompt_ids(choice):
+            shown["prompt_token_ids"] = list(ids)
+        if (top := self._extras.prompt_logprobs) is not None and self._request is not None:
+            scores = next(delta.prompt_logprobs for delta in deltas if delta.prompt_logprobs is not None)
+            ids = self._request.requests[choice].prompt_token_ids
+            shown["prompt_logprobs"] = prompt_logprobs(ids, scores, top, self._tokens)
+        return shown
 
     def _logprobs_json(self, delta: Delta) -> str:
         """The `logprobs` of a chunk."""
@@ -101,6 +155,18 @@ class OpenAIFormat(WireFormat):
     def opening(self, index: int) -> str:
         """The JSON of choice `index`'s entry before its first token; "": there is none."""
         return ""
+
+    def shown_pieces(self, answer_id: str, delta: Delta) -> list[str]:
+        """The `pieces`, and the ids of the delta's tokens where they are to be shown."""
+        pieces = [piece for piece in self.pieces(answer_id, delta) if piece]
+        if self._extras.token_ids and (delta.token_ids or delta.finish_reason is not None):
+            *pieces, last = pieces or [self.empty_piece(delta.choice)]
+            pieces.append(f'{last[:-1]}, "token_ids": {json.dumps(delta.token_ids)}}}')
+        return pieces
+
+    @abstractmethod
+    def empty_piece(self, choice: int) -> str:
+        """The JSON of an entry that adds nothing to its choice."""
 
     @abstractmethod
     def pieces(self, answer_id: str, delta: Delta) -> Iterable[str]:
@@ -124,12 +190,15 @@ class ChunkWriter(EventWriter):
 
     def opened(self) -> list[bytes]:
         """The opening chunk of each choice, in the formats that have one."""
-        return self._chunks(self._entries.opening(index) for index in range(self._choices))
+        chunks = self._chunks(self._entries.opening(index) for index in range(self._choices))
+        if not self._entries.prompts_in_choices and (ids := self._entries.prompt_ids(0)):
+            chunks[0] = chunks[0].removesuffix(b"}\n\n") + f', "prompt_token_ids": {json.dumps(ids)}}}\n\n'.encode()
+        return chunks
 
     def gained(self, delta: Delta) -> list[bytes]:
         """The chunks that carry `delta`; none if it adds nothing to the answer yet."""
         self._completion_tokens += len(delta.token_ids)
-        return self._chunks(self._entries.pieces(self._answer_id, delta))
+        return self._chunks(self._entries.shown_pieces(self._answer_id, delta))
 
     def ended(self, usage: Usage) -> list[bytes]:
         """The usage if it was asked for, and `[DONE]`."""
@@ -150,8 +219,3 @@ class ChunkWriter(EventWriter):
             counts = f'"prompt_tokens": {prompt}, "completion_tokens": {all_ - prompt}, "total_tokens": {all_}'
             end = f'], "usage": {{{counts}}}}}\n\n'
         return [f"{self._head}{piece}{end}".encode() for piece in pieces if piece]
-
-
-def finite(logprob: float) -> float:
-    """The logprob as OpenAI gives it: at least `LOWEST_LOGPROB`."""
-    return max(logprob, LOWEST_LOGPROB)
