@@ -119,6 +119,15 @@ class ChatConfig(_Config):
     """What to do with `[INST]`, `[/INST]`, `<<SYS>>`, `<</SYS>>` in user and system text, and with the marks of turns
     in another model's template that are ordinary text, such as `### Instruction:`: refuse with 400 (Meta's own rule),
     or break them with a zero-width joiner."""
+    tool_format: Literal[
+        "auto", "none", "hermes", "llama3_json", "pythonic", "mistral", "deepseek", "kimi", "function_gemma", "gemma4",
+        "tool_code", "qwen3_coder", "glm", "minimax", "harmony", "generic_json",
+    ] = "auto"  # fmt: skip
+    """How the model writes tool calls. `auto`: what the checkpoint declares, else what its chat template shows, else
+    `generic_json`. `none`: calls are text."""
+    reasoning_format: Literal["auto", "none", "think", "mistral", "cohere", "seed", "gemma4", "harmony"] = "auto"
+    """How the model marks its reasoning: `think` is `<think>`, `mistral` is `[THINK]`. `auto`: as in `tool_format`.
+    `none`: reasoning is text."""
 
 
 class EngineConfig(_Config):

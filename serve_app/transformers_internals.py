@@ -25,6 +25,23 @@ def render_template(template: str, messages: Sequence[Mapping[str, object]], var
     return str(texts[0])
 
 
+def compiled_response_template(template: Mapping[str, object]) -> Any:
+    """A checkpoint's response template, validated, with its regular expressions compiled. Raises ValueError."""
+    from transformers.utils.chat_parsing.response_templates import load_response_template
+
+    return load_response_template(dict(template))
+
+
+def response_field_value(text: str, field: Any, captures: Mapping[str, str]) -> Any:
+    """What a field of a compiled response template makes of the text of its region; None if it can't read it."""
+    from transformers.utils.chat_parsing.content_parsers import process_field
+
+    try:
+        return process_field(text, field, dict(captures))
+    except (ValueError, LookupError, TypeError, AttributeError):  # whatever a model wrote
+        return None
+
+
 def attention_name(config: Any) -> str:
     """The attention implementation that a loaded model's config was given."""
     return str(config._attn_implementation)

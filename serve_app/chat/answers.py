@@ -5,37 +5,180 @@ Promises that an equal format reads an equal text in the same way in every proce
 
 from __future__ import annotations
 
+import json
+from collections.abc import Collection, Mapping
+
 from msgspec import Struct
 
+from serve_app.chat.answer_parser import MarkedParser
+from serve_app.chat.options import ChatOptions
 from serve_app.chat.parts import AnswerParser
-from serve_app.chat.reasoning import ReasoningParser
-
-_REASONING = (("<think>", "</think>"),)
-"""(start, end) of reasoning, as templates and models write it."""
+from serve_app.chat.tool_formats import harmony
+from serve_app.chat.tool_formats.choice import (
+    GENERIC,
+    HARMONY,
+    REASONING,
+    new_tool_format,
+    reasoning_format_of,
+    tool_format_of,
+)
+from serve_app.chat.tool_formats.declared import DeclaredParser, declared_tokens, prefix_of
+from serve_app.chat.tool_formats.xml_calls import argument_types
 
 
 class AnswerFormat(Struct, frozen=True):
     """How one answer's text is read. A request without it has an answer that is text and nothing else."""
 
-    reasoning_end: str
-    """What ends the model's reasoning, e.g. `</think>`."""
+    reasoning_end: str = ""
+    """What ends the model's reasoning, e.g. `</think>`. Empty: the answer has none, or its format knows."""
     reasoning_start: str = ""
     """What begins it. Empty: the prompt has begun it."""
+    tool_format: str = ""
+    """The name of the format of tool calls, or `harmony`, which has reasoning, too."""
+    tools: Mapping[str, Mapping[str, bool]] = {}
+    """The tools that the request offers: name -> argument -> whether its schema makes it a text. Without any, calls
+    are text."""
+    single_call: bool = False
+    """The answer ends with its first call."""
+    split_reasoning: bool = True
+    """For formats that know the reasoning themselves."""
+    declared: str = ""
+    """The checkpoint's own response template as JSON. It takes the place of the formats above."""
+    prefix: str = ""
+    """For `declared`: what the prompt has of the answer already."""
+    shown_tokens: tuple[str, ...] = ()
+    """Special tokens that the text of the answer has to show: they are marks."""
+    end_tokens: tuple[str, ...] = ()
+    """Tokens that end the answer, besides EOS."""
 
 
-def answer_format(template: str, prompt: str) -> AnswerFormat | None:
-    """The format of the answer to a chat; None when it is text and nothing else.
+class AnswerFormats:
+    """The formats of one model's answers."""
 
-    `template`: the model's chat template, which shows what marks the model uses. `prompt`: the end of the prompt, with
-    the names of control tokens in it: it may have begun the reasoning, or ended it so that there is none.
-    """
-    for start, end in _REASONING:
-        if end in template:
-            last = prompt.rstrip()
-            return None if last.endswith(end) else AnswerFormat(end, "" if last.endswith(start) else start)
-    return None
+    def __init__(
+        self,
+        template: str,
+        skipped_tokens: Collection[str],
+        *,
+        declared: Mapping[str, object] | None = None,
+        tool_format: str = "auto",
+        reasoning_format: str = "auto",
+    ) -> None:
+        """`template`: the chat template, which shows what marks the model uses. `skipped_tokens`: the special tokens.
+
+        `declared`: the checkpoint's response template; it is used where both formats are `auto`. "none" is a format,
+        too.
+        """
+        auto = tool_format == reasoning_format == "auto"
+        self._declared = json.dumps(declared) if declared and auto else ""
+        self._skipped = frozenset(skipped_tokens)
+        tool_format = tool_format_of(template) if tool_format == "auto" else tool_format
+        if reasoning_format == "auto":
+            reasoning_format = HARMONY if tool_format == HARMONY else reasoning_format_of(template)
+        self.tool_format = "" if tool_format == "none" else tool_format
+        """The name of the format of tool calls; "" if calls are text."""
+        self._reasoning_format = reasoning_format
+        self._reasoning = REASONING.get(reasoning_format, ("", ""))
+
+    def of(self, prompt: str, options: ChatOptions) -> AnswerFormat | None:
+        """The format of the answer to a chat; None when it is text and nothing else.
+
+        `prompt`: the end of the prompt, with the names of control tokens in it: it may have begun the reasoning, or
+        ended it so that there is none.
+        """
+        if options.continue_final_message:
+            return None
+        offered = options.tools if options.tool_choice.mode != "none" else ()
+        tools = argument_types({tool.name: tool.parameters or {} for tool in offered})
+        single_call = bool(tools) and (not options.parallel_tool_calls or options.tool_choice.mode == "named")
+        forced = options.tool_choice.mode in ("required", "named")
+        constrained = bool(tools) and (
+            forced or bool(options.text_grammar) or any(tool.strict for tool in options.tools)
+        )
+        if self._declared and not constrained:
+            return self._of_declared(prompt, options, tools, single_call=single_call)
+        if HARMONY in (self.tool_format, self._reasoning_format):
+            return self._of_harmony(options, tools, single_call=single_call)
+        start, end = self._reasoning_of(prompt) if options.split_reasoning else ("", "")
+        tool_format = self.tool_format
+        if constrained and tool_format == GENERIC:
+            tool_format = "hermes"  # the one of the generic forms that a grammar asks for, and that has a mark
+        if not tool_format:
+            tools = {}
+        if not end and not tools:
+            return None
+        marks = {start, end}
+        end_tokens: tuple[str, ...] = ()
+        if tools:
+            calls = new_tool_format(tool_format, tools)
+            marks.update(calls.begins, calls.tokens)
+            end_tokens = calls.end_tokens
+        return AnswerFormat(
+            end,
+            start,
+            tool_format if tools else "",
+            tools,
+            single_call,
+            shown_tokens=self._shown(marks),
+            end_tokens=end_tokens,
+        )
+
+    def _reasoning_of(self, prompt: str) -> tuple[str, str]:
+        start, end = self._reasoning
+        last = prompt.rstrip()
+        if not end or last.endswith(end):
+            return "", ""
+        return ("" if last.endswith(start) else start), end
+
+    def _of_harmony(
+        self, options: ChatOptions, tools: Mapping[str, Mapping[str, bool]], *, single_call: bool
+    ) -> AnswerFormat:
+        calls = tools if self.tool_format == HARMONY else {}
+        splits = options.split_reasoning and self._reasoning_format == HARMONY
+        return AnswerFormat(
+            "",
+            "",
+            HARMONY,
+            calls,
+            single_call,
+            splits,
+            shown_tokens=self._shown(harmony.TOKENS),
+            end_tokens=harmony.END_TOKENS,
+        )
+
+    def _of_declared(
+        self, prompt: str, options: ChatOptions, tools: Mapping[str, Mapping[str, bool]], *, single_call: bool
+    ) -> AnswerFormat:
+        return AnswerFormat(
+            tools=tools,
+            single_call=single_call,
+            split_reasoning=options.split_reasoning,
+            declared=self._declared,
+            prefix=prefix_of(self._declared, prompt),
+            shown_tokens=declared_tokens(self._declared, self._skipped),
+        )
+
+    def _shown(self, marks: Collection[str]) -> tuple[str, ...]:
+        return tuple(sorted(self._skipped.intersection(marks)))
 
 
 def new_parser(answer: AnswerFormat) -> AnswerParser:
     """A parser for one answer, before its first character."""
-    return ReasoningParser(answer.reasoning_start, answer.reasoning_end)
+    if answer.declared:
+        return DeclaredParser(
+            answer.declared,
+            answer.prefix,
+            answer.tools,
+            reasoning=answer.split_reasoning,
+            single_call=answer.single_call,
+        )
+    if answer.tool_format == HARMONY:
+        return harmony.HarmonyParser(
+            reasoning=answer.split_reasoning, tools=bool(answer.tools), single_call=answer.single_call
+        )
+    return MarkedParser(
+        reasoning=(answer.reasoning_start, answer.reasoning_end) if answer.reasoning_end else None,
+        begun=bool(answer.reasoning_end) and not answer.reasoning_start,
+        tools=new_tool_format(answer.tool_format, answer.tools) if answer.tools else None,
+        single_call=answer.single_call,
+    )

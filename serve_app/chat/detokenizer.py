@@ -38,16 +38,18 @@ class Detokenizer(Protocol):
         ...
 
 
-def new_detokenizer(tokenizer: ChatTokenizer, prompt_ids: Sequence[int] = ()) -> Detokenizer:
+def new_detokenizer(
+    tokenizer: ChatTokenizer, prompt_ids: Sequence[int] = (), shown_tokens: Sequence[str] = ()
+) -> Detokenizer:
     """The detokenizer of one output. Raises `TokenizerError` for a decoder that can't be streamed.
 
     `prompt_ids`: of a raw prompt, which the output continues; empty for a chat, whose answer stands alone. Only the
-    prompt's last few tokens are read.
+    prompt's last few tokens are read. `shown_tokens`: special tokens whose text is their name, instead of none.
     """
     if tokenizer.decoder_kinds == {"ByteLevel"}:
-        return _ByteLevel(tokenizer, prompt_ids)
+        return _ByteLevel(tokenizer, prompt_ids, shown_tokens)
     if tokenizer.decoder_kinds <= _TOKENWISE:
-        return _Tokenwise(tokenizer, prompt_ids)
+        return _Tokenwise(tokenizer, prompt_ids, shown_tokens)
     raise TokenizerError(f"This tokenizer's decoder ({', '.join(sorted(tokenizer.decoder_kinds))}) can't be streamed.")
 
 
@@ -57,9 +59,9 @@ class _ByteLevel:
     Python's `replace` and Rust's lossy decoding both put one U+FFFD for each maximal ill-formed part (Unicode 3.9).
     """
 
-    def __init__(self, tokenizer: ChatTokenizer, prompt_ids: Sequence[int]) -> None:
+    def __init__(self, tokenizer: ChatTokenizer, prompt_ids: Sequence[int], shown_tokens: Sequence[str]) -> None:
         self._tokenizer = tokenizer
-        self._own_texts = tokenizer.own_texts
+        self._own_texts = {**tokenizer.own_texts, **_named(tokenizer, shown_tokens)}
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         tail = b""
         for token_id in reversed(prompt_ids):
@@ -96,8 +98,9 @@ class _Tokenwise:
     turns all of it into U+FFFD, so until then nothing in it is certain.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer, prompt_ids: Sequence[int]) -> None:
+    def __init__(self, tokenizer: ChatTokenizer, prompt_ids: Sequence[int], shown_tokens: Sequence[str]) -> None:
         self._tokenizer = tokenizer
+        self._named = _named(tokenizer, shown_tokens)
         self._byte_fallback = "ByteFallback" in tokenizer.decoder_kinds
         self._window: list[int] = []
         for token_id in reversed(prompt_ids):
@@ -109,6 +112,8 @@ class _Tokenwise:
         self._shown = tokenizer.decode(self._window)
 
     def push(self, token_id: int) -> str:
+        if (name := self._named.get(token_id)) is not None:
+            return self.flush() + name
         token = self._tokenizer.visible_token(token_id)
         if token is None:
             return ""
@@ -134,6 +139,11 @@ class _Tokenwise:
             return text[len(self._shown) :]
         different = (index for index, (new, old) in enumerate(zip(text, self._shown, strict=False)) if new != old)
         return text[next(different, len(text)) :]
+
+
+def _named(tokenizer: ChatTokenizer, tokens: Sequence[str]) -> dict[int, str]:
+    """Id -> name of these tokens, as far as the tokenizer has them."""
+    return {token_id: name for name in tokens if (token_id := tokenizer.token_id(name)) is not None}
 
 
 @cache

@@ -46,8 +46,15 @@ class AnswerParser(Protocol):
     lost: what a parser does not recognise is text.
     """
 
-    in_reasoning: bool
-    """Whether the text so far ends inside the model's reasoning."""
+    @property
+    def in_reasoning(self) -> bool:
+        """Whether the text so far ends inside the model's reasoning."""
+        ...
+
+    @property
+    def ended(self) -> bool:
+        """Whether the answer is complete, whatever text may follow: it may have one call, and that is complete."""
+        ...
 
     def push(self, text: str) -> list[Part]:
         """The parts that are certain now."""

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from serve_app.chat.answers import AnswerFormat, answer_format
+from serve_app.chat.answers import AnswerFormat, AnswerFormats
+from serve_app.chat.constraints import Constraints
 from serve_app.chat.conversation import ChatMessage, Unknown, parse_messages, refuse_unknown
 from serve_app.chat.detokenizer import new_detokenizer
 from serve_app.chat.gaps import gap_format
@@ -20,6 +21,7 @@ from serve_app.chat.prompt_error import PromptError, context_exceeded
 from serve_app.chat.templates import ChatTemplate
 from serve_app.chat.texts import tool_texts
 from serve_app.chat.tokenizer import ChatTokenizer
+from serve_app.chat.tool_formats.choice import GENERIC
 from serve_app.config import ChatConfig
 
 _READ_TOKENS = 16
@@ -62,6 +64,15 @@ class PromptFormatter:
         elif config.format == "template" or template is not None:
             self._chat_format = ChatTemplate(tokenizer, tags=config.llama2_tags)
         self._gap_format = gap_format(tokenizer)
+        self._constraints = Constraints(template or "", tokenizer.added_tokens)
+        generic = config.tool_format == "auto" and not self.shows_tools
+        self.answers = AnswerFormats(
+            template or "",
+            tokenizer.skipped_tokens,
+            declared=tokenizer.response_template,
+            tool_format=GENERIC if generic else config.tool_format,
+            reasoning_format=config.reasoning_format,
+        )
 
     @property
     def template_variables(self) -> frozenset[str]:
@@ -116,10 +127,13 @@ class PromptFormatter:
 
     def answer_format(self, ids: Sequence[int], options: ChatOptions = DEFAULT_OPTIONS) -> AnswerFormat | None:
         """How the answer to the chat with these ids is read; None: it is text and nothing else."""
-        template = self.tokenizer.template
-        if template is None or options.continue_final_message or not options.split_reasoning:
+        if self._chat_format is None:
             return None
-        return answer_format(template, self.tokenizer.shown(ids[-_READ_TOKENS:]))
+        return self.answers.of(self.tokenizer.shown(ids[-_READ_TOKENS:]), options)
+
+    def constraint(self, options: ChatOptions, answer: AnswerFormat | None) -> str:
+        """What the answer to a chat with these options must match; see `GenerationRequest.constraint`."""
+        return self._constraints.of(options, answer)
 
     def render_text(
         self, prompt: str, *, parse_special: bool = False, add_bos: bool = True, context_tokens: int | None = None

@@ -54,6 +54,7 @@ class ChatTokenizer:
         template: str | None,
         special_tokens: Mapping[str, str],
         adds_bos: bool,
+        response_template: Mapping[str, object] | None = None,
     ) -> None:
         """From the JSON of a tokenizers.Tokenizer. `control_tokens`: the added tokens that text must not become."""
         description = json.loads(backend)
@@ -65,10 +66,14 @@ class ChatTokenizer:
         vocabulary = self._encoder.get_vocab(with_added_tokens=True)
 
         self.template = template
+        self.response_template = response_template
+        """How an answer is read, if the checkpoint declares it; see transformers' `parse_response`."""
         self.special_tokens = dict(special_tokens)
         """Variables for the template, e.g. `bos_token`."""
         self.skipped_tokens = frozenset(token["content"] for token in description["added_tokens"] if token["special"])
         """Tokens that `decode` leaves out: the special ones. A model's `<think>` often isn't special."""
+        self.added_tokens = {token["content"]: int(token["id"]) for token in description["added_tokens"]}
+        """Name -> id of the tokens beside the words of the vocabulary, special or not."""
         self.control_tokens = control
         unknown = self._literal_encoder.encode(_RARE_TEXT, add_special_tokens=False).ids
         self.control_ids = frozenset(vocabulary[token] for token in control).difference(unknown)
@@ -112,6 +117,7 @@ class ChatTokenizer:
             control_tokens=_control_tokens(backend, template, special_tokens, frozenset(listed)),
             template=template,
             special_tokens=special_tokens,
+            response_template=getattr(loaded, "response_template", None),
             adds_bos=loaded.bos_token_id is not None and loaded("a")["input_ids"][:1] == [loaded.bos_token_id],
         )
 

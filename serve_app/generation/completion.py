@@ -37,7 +37,11 @@ class Completion:
         self._texts = [
             ChoiceText(
                 each.choice,
-                new_detokenizer(tokenizer, each.prompt_token_ids if request.continues else ()),
+                new_detokenizer(
+                    tokenizer,
+                    each.prompt_token_ids if request.continues else (),
+                    () if request.answer is None else request.answer.shown_tokens,
+                ),
                 request.stops,
                 request.stop_token_ids,
                 each.sampling.min_tokens,

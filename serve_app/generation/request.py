@@ -85,6 +85,8 @@ class Prompt:
     """How the answer's text is read; None: it is text and nothing else."""
     constraint: str = ""
     """What the answer must match; see `GenerationRequest`."""
+    end_token_ids: tuple[int, ...] = ()
+    """Ids that end the answer, besides the model's own."""
 
 
 class ResolvedRequest(Struct, frozen=True):
@@ -162,7 +164,8 @@ def resolve(
     _check_ids(card, params.stop_token_ids, "stop_token_ids")
     sampling = _sampling(params, defaults)
     # A tokenizer may know more ids than the model has; the engine would refuse them.
-    eos = () if params.ignore_eos else (token_id for token_id in defaults.eos_token_ids if token_id < card.vocab_size)
+    eos = () if params.ignore_eos else (*defaults.eos_token_ids, *prompts[0].end_token_ids)
+    eos = tuple(token_id for token_id in eos if token_id < card.vocab_size)
     stop_token_ids = tuple(sorted({*params.stop_token_ids, *eos}))
     limit = params.default_max_tokens if params.max_tokens is None else params.max_tokens
     requests: list[GenerationRequest] = []

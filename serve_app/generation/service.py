@@ -87,7 +87,10 @@ class CompletionService:
         limit = longest if limited else None
         ids = self._formatter.render_chat(messages, options, context_tokens=limit, unknown=unknown)
         answer = self._formatter.answer_format(ids, options)
-        return Prompt(tuple(ids), options.continue_final_message, "messages", answer, options.text_grammar)
+        constraint = self._formatter.constraint(options, answer)
+        names = () if answer is None else answer.end_tokens
+        ends = tuple(token_id for name in names if (token_id := self.tokenizer.token_id(name)) is not None)
+        return Prompt(tuple(ids), options.continue_final_message, "messages", answer, constraint, ends)
 
     def render_text(
         self,

@@ -117,13 +117,16 @@ class ChoiceText:
         """Counted for the caller: all up to the end, EOS included."""
         self.reasoning_tokens = 0
         """Those of `tokens` that the model reasoned with, the marks around the reasoning included."""
+        self._parts: list[Part] = []
+        """Those that belong to no delta yet."""
         self._called = False
         """The answer has called a tool."""
 
     def push(self, batch: TokenBatch) -> Delta:
         """The text of `batch`. With a `finish_reason` in the result the choice has ended: push no more.
 
-        A stop string ends the choice before the model does; the rest of the batch is dropped then.
+        A stop string ends the choice before the model does, and so does a call where the answer may have only one; the
+        rest of the batch is dropped then.
         """
         texts: list[str] = []
         for index, token_id in enumerate(batch.token_ids):
@@ -134,11 +137,12 @@ class ChoiceText:
                 self._logprobs.add(token_id, batch.logprobs[index])
             text, stopped = self._show(text, self.tokens + index + 1)
             texts.append(text)
-            if stopped:
+            if self._read(text, of_token=True) or stopped:
                 return self._delta(batch, texts, FinishReason.STOP)
         if batch.finish_reason is None:
             return self._delta(batch, texts, None)
         text, stopped = self._show(self._detokenizer.flush(), self.tokens + len(texts), last=True)
+        self._read(text, of_token=False)
         if texts:
             texts[-1] += text
         elif text:
@@ -160,7 +164,11 @@ class ChoiceText:
         logprobs = self._logprobs.take()
         told = None
         if self._parser is not None:
-            told = self._read(self._parser, texts, len(token_ids), ended=reason is not None)
+            if reason is not None:
+                self._parts += self._parser.flush()
+            told = tuple(joined(self._parts))
+            self._parts.clear()
+            self._called = self._called or any(isinstance(part, CallPart) for part in told)
             if self._called and reason is FinishReason.STOP and self._stops.hit is None:
                 reason = FinishReason.TOOL_CALLS
         return Delta(
@@ -174,14 +182,12 @@ class ChoiceText:
             batch.prompt_logprobs,
         )
 
-    def _read(self, parser: AnswerParser, texts: Sequence[str], tokens: int, *, ended: bool) -> tuple[Part, ...]:
-        """The parts that these texts make certain; the first `tokens` of the texts belong to a token each."""
-        parts: list[Part] = []
-        for index, text in enumerate(texts):
-            was_reasoning = parser.in_reasoning
-            parts += parser.push(text)
-            self.reasoning_tokens += index < tokens and (was_reasoning or parser.in_reasoning)
-        if ended:
-            parts += parser.flush()
-        self._called = self._called or any(isinstance(part, CallPart) for part in parts)
-        return tuple(joined(parts))
+    def _read(self, text: str, *, of_token: bool) -> bool:
+        """Read more of the text, that of a token or what became certain without one. Whether the answer is complete."""
+        parser = self._parser
+        if parser is None:
+            return False
+        was_reasoning = parser.in_reasoning
+        self._parts += parser.push(text)
+        self.reasoning_tokens += of_token and (was_reasoning or parser.in_reasoning)
+        return parser.ended

@@ -240,3 +240,21 @@ def tiny(decoder: object) -> ChatTokenizer:
         special_tokens={"eos_token": "</s>"},
         adds_bos=False,
     )
+
+
+@pytest.mark.parametrize("byte_level", [True, False])
+def test_a_special_token_that_is_a_mark_is_shown_by_its_name(byte_level: bool) -> None:
+    backend = byte_level_backend() if byte_level else metaspace_backend()
+    backend.add_special_tokens(["[CALL]"])
+    tokenizer = ChatTokenizer(
+        backend.to_str(), control_tokens=["[CALL]"], template=None, special_tokens={}, adds_bos=False
+    )
+    mark = tokenizer.token_id("[CALL]")
+    assert mark is not None
+    words = tokenizer.encode_text("the quick", add_bos=False, parse_special=False)
+    ids = [*words, mark, *words]
+    hidden, shown = new_detokenizer(tokenizer), new_detokenizer(tokenizer, shown_tokens=["[CALL]", "[OTHER]"])
+    assert "".join(map(hidden.push, ids)) + hidden.flush() == tokenizer.decode(ids)
+    text = "".join(map(shown.push, ids)) + shown.flush()
+    assert text.replace("[CALL]", "", 1) == tokenizer.decode(ids)
+    assert text.startswith("the quick[CALL]")

@@ -5,7 +5,9 @@ from itertools import accumulate
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from serve_app.chat.answers import AnswerFormat, new_parser
 from serve_app.chat.detokenizer import new_detokenizer
+from serve_app.chat.parts import ArgumentsPart, CallPart, TextPart
 from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.core import FinishReason, TokenBatch, TokenLogprobs
 from serve_app.generation.text import ChoiceText, TokenLogprob
@@ -152,3 +154,44 @@ def test_an_unfinished_character_at_the_end_is_shown_as_such(tokenizer: ChatToke
     text = choice(tokenizer, [])
     delta = text.push(TokenBatch(0, tuple(ids[:-1]), finish_reason=FinishReason.LENGTH))
     assert "".join(delta.texts) == tokenizer.decode(ids[:-1])
+
+
+CALL = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+
+
+def calling(tokenizer: ChatTokenizer, *, single_call: bool = False, stops: tuple[str, ...] = ()) -> ChoiceText:
+    answer = AnswerFormat("</think>", "<think>", "hermes", {"f": {}}, single_call)
+    return ChoiceText(0, new_detokenizer(tokenizer), stops, frozenset(), parser=new_parser(answer))
+
+
+def test_an_answer_that_calls_ends_with_tool_calls_unless_it_was_cut(tokenizer: ChatTokenizer) -> None:
+    ids = tuple(tokenizer.encode_text(f"Hi. {CALL}", add_bos=False, parse_special=False))
+    whole = calling(tokenizer).push(TokenBatch(0, ids, finish_reason=FinishReason.STOP))
+    assert whole.parts == (TextPart("Hi."), CallPart(0, "f"), ArgumentsPart(0, "{}"))
+    assert whole.finish_reason is FinishReason.TOOL_CALLS
+    cut = calling(tokenizer).push(TokenBatch(0, ids, finish_reason=FinishReason.LENGTH))
+    assert cut.finish_reason is FinishReason.LENGTH
+    stopped = calling(tokenizer, stops=("</tool",)).push(TokenBatch(0, ids, finish_reason=FinishReason.STOP))
+    assert (stopped.finish_reason, stopped.stop) == (FinishReason.STOP, "</tool")
+
+
+def test_an_answer_that_may_have_one_call_ends_at_the_same_token_in_every_batch(tokenizer: ChatTokenizer) -> None:
+    ids = tuple(tokenizer.encode_text(f"{CALL}\n{CALL} and more", add_bos=False, parse_special=False))
+    whole = calling(tokenizer, single_call=True)
+    delta = whole.push(TokenBatch(0, ids, finish_reason=FinishReason.STOP))
+    assert delta.parts == (CallPart(0, "f"), ArgumentsPart(0, "{}"))
+    assert delta.finish_reason is FinishReason.TOOL_CALLS
+    single = calling(tokenizer, single_call=True)
+    for index, token_id in enumerate(ids):
+        if single.push(TokenBatch(index, (token_id,))).finish_reason is not None:
+            break
+    assert single.tokens == whole.tokens == len(delta.token_ids) == index + 1
+
+
+def test_reasoning_tokens_do_not_depend_on_the_batches(tokenizer: ChatTokenizer) -> None:
+    ids = tuple(tokenizer.encode_text("<think>Well, hm.</think>Yes.", add_bos=False, parse_special=False))
+    whole, single = calling(tokenizer), calling(tokenizer)
+    whole.push(TokenBatch(0, ids, finish_reason=FinishReason.STOP))
+    for index, token_id in enumerate(ids):
+        single.push(TokenBatch(index, (token_id,)))
+    assert 0 < single.reasoning_tokens == whole.reasoning_tokens < len(ids)

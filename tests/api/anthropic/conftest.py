@@ -54,7 +54,7 @@ class CallParser:
     """Reads `[think:...]` as reasoning and `[name(arguments)]` as a call. It tells each part at the end of the text,
     pieces of the arguments apart."""
 
-    in_reasoning = False
+    in_reasoning = ended = False
 
     def __init__(self) -> None:
         self._text = ""

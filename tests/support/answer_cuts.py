@@ -1,0 +1,33 @@
+"""Reads texts as answers, in any cut."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+from serve_app.chat.answers import AnswerFormat, new_parser
+from serve_app.chat.parts import Part, joined
+
+TOOLS = {"get_weather": {"city": True, "days": False}, "now": {}}
+"""The tools that the requests of these tests offer: name -> argument -> whether it is a text."""
+
+
+def parts_of(answer: AnswerFormat, pieces: Sequence[str]) -> list[Part]:
+    """The parts of a text that comes in these pieces, up to where the answer ends by itself."""
+    parser = new_parser(answer)
+    parts: list[Part] = []
+    for piece in pieces:
+        parts += parser.push(piece)
+        if parser.ended:
+            break
+    return joined(parts + parser.flush())
+
+
+def random_cuts(text: str, number: int, seed: int) -> Iterator[list[str]]:
+    """The text in random pieces, each time with another mean size."""
+    draw = random.Random(seed)
+    for _ in range(number):
+        share = draw.choice((0.02, 0.1, 0.3, 0.7))
+        bounds = [0, *(index for index in range(1, len(text)) if draw.random() < share), len(text)]
+        yield [text[low:high] for low, high in pairwise(bounds)]
