@@ -24,6 +24,7 @@ from serve_app.api.native import NativeFormat
 from serve_app.api.openai.chat import ChatFormat
 from serve_app.api.openai.completions import TextFormat
 from serve_app.api.openai.models import Models
+from serve_app.api.openapi.pages import pages as pages_of_the_api
 from serve_app.api.respond import Responder
 from serve_app.api.resume import ENDPOINT, Resume
 from serve_app.config import ApiConfig
@@ -67,6 +68,7 @@ def create_app(
         endpoint("/v1/models", list_models, "GET", "HEAD"),
         endpoint("/v1/models/{model:path}", one_model, "GET", "HEAD"),
         *probes(service.state, service.sampling_defaults),
+        *pages_of_the_api(),
     ]
     return application(routes, metrics, pages)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from serve_app.api.errors import bad_request, from_validation, unknown_parameter
@@ -74,20 +74,28 @@ def _up_to_the_first_wrong(value: Any) -> Any:
     return value[: wrong + 1]
 
 
-def off_if_false(value: Any) -> Any:
-    """False, which some clients send for a number that they leave out, as None."""
+def _none_if_false(value: Any) -> Any:
     return None if value is False else value
 
 
-MaxTokens = Annotated[int, AfterValidator(_limit)]
-Stops = Annotated[tuple[str, ...], BeforeValidator(_stops)]
+off_if_false = BeforeValidator(_none_if_false, json_schema_input_type=int | bool | None)
+"""Takes false, which some clients send for a number that they leave out, as null."""
+MaxTokens = Annotated[
+    int, AfterValidator(_limit), WithJsonSchema({"type": "integer", "anyOf": [{"const": NO_LIMIT}, {"minimum": 1}]})
+]
+Stops = Annotated[tuple[str, ...], BeforeValidator(_stops, json_schema_input_type=str | list[str] | None)]
+LogitBias = Annotated[
+    tuple[tuple[int, float], ...], BeforeValidator(_logit_bias, json_schema_input_type=dict[str, float] | None)
+]
 Messages = Annotated[list[dict[str, Any]], BeforeValidator(_up_to_the_first_wrong)]
 
 
 class RequestModel(BaseModel):
     """A request body: strict types, no unknown fields, no NaN and no Infinity."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class DrawFields(RequestModel):
@@ -120,6 +128,7 @@ class SamplingFields(DrawFields):
     """How tokens are chosen, and where the answer stops."""
 
     stop: Stops = ()
+    """The answer ends before the first of these that appears."""
 
     def sampling(self) -> dict[str, Any]:
         """As arguments of `CompletionParams`."""
@@ -159,7 +168,7 @@ class OpenAIFields(SamplingFields, OpenModel):
     repeat_penalty: float | None = Field(None, ge=0.01, le=100)
     """llama.cpp's and Ollama's name of `repetition_penalty`."""
     n: int | None = Field(None, ge=1, le=MAX_CHOICES_PER_PROMPT)
-    logit_bias: Annotated[tuple[tuple[int, float], ...], BeforeValidator(_logit_bias)] = ()
+    logit_bias: LogitBias = ()
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
@@ -167,7 +176,7 @@ class OpenAIFields(SamplingFields, OpenModel):
     min_tokens: int | None = Field(None, ge=0)
     ignore_eos: bool | None = None
     stop_token_ids: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS)
-    prompt_logprobs: Annotated[int | None, BeforeValidator(off_if_false)] = Field(None, ge=0, le=MAX_PROMPT_LOGPROBS)
+    prompt_logprobs: Annotated[int | None, off_if_false] = Field(None, ge=0, le=MAX_PROMPT_LOGPROBS)
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     truncate_prompt_tokens: int | None = Field(None, ge=-1)

@@ -51,14 +51,18 @@ def _are_ids(value: Any) -> bool:
 class CompletionRequest(OpenAIFields):
     """The body of POST /v1/completions."""
 
-    prompt: Annotated[tuple[str | tuple[int, ...], ...], BeforeValidator(_prompts)]
+    prompt: Annotated[
+        tuple[str | tuple[int, ...], ...],
+        BeforeValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+    ]
+    """Text or token ids to be continued, or several of either."""
     suffix: str | None = None
     """The text after the gap that the answer fills; needs a model with tokens for that."""
     echo: bool | None = None
     max_tokens: int | None = Field(None, ge=NO_LIMIT)
     """Left out: all that is left of the context (OpenAI's own default of 16 surprises everybody). 0: no answer, where
     something of the prompt is shown."""
-    logprobs: Annotated[int | None, BeforeValidator(off_if_false)] = Field(None, ge=0, le=5)
+    logprobs: Annotated[int | None, off_if_false] = Field(None, ge=0, le=5)
     """Null or false: none."""
     parse_special: bool | None = None
     """Whether control tokens in a text are read as such, as on /stream; else they are text."""

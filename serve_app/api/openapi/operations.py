@@ -1,0 +1,182 @@
+"""Every operation of the HTTP API: its path, what it takes and what it answers.
+
+Promises that each path of the application is here; a test compares them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pydantic import BaseModel
+
+from serve_app.api.anthropic.fields import CountFields, MessagesFields
+from serve_app.api.native import PromptDocument, QueryDocument
+from serve_app.api.openai.chat import ChatRequest
+from serve_app.api.openai.completions import CompletionRequest
+from serve_app.api.openapi import anthropic_answers as anthropic
+from serve_app.api.openapi import openai_answers as openai
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
+    """One method of one path."""
+
+    method: str
+    path: str
+    name: str
+    """OpenAPI's `operationId`."""
+    summary: str
+    tag: str
+    body: type[BaseModel] | None = None
+    query: type[BaseModel] | None = None
+    answers: tuple[type[BaseModel], ...] = ()
+    """What its JSON may be. Empty: it has none."""
+    events: tuple[type[BaseModel], ...] = ()
+    """What the data of the events of its stream may be. Empty: it never streams."""
+    path_parameters: Mapping[str, str] = field(default_factory=dict)
+    """Name -> what it is."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Request headers of its own: name -> what it is for."""
+    others: Mapping[int, type[BaseModel] | None] = field(default_factory=dict)
+    """Other answers than 200 and errors, by status."""
+    errors: tuple[int, ...] = ()
+    shapes: tuple[type[BaseModel], ...] = (openai.ErrorAnswer,)
+    """What an error may look like."""
+
+
+GENERATION_ERRORS = (400, 403, 404, 408, 413, 415, 431, 500, 503, 504)
+READ_ERRORS = (400, 403, 404, 410, 431, 500, 503)
+_RESUMES = {
+    "X-Stream-Resume": "1: the stream can be resumed, and its events have ids.",
+    "Last-Event-ID": "With X-Stream-Resume: continue the stream after this event.",
+}
+_VERSION = {"anthropic-version": "Anthropic's clients send it, and get their own schema."}
+
+OPERATIONS: tuple[Operation, ...] = (
+    Operation(
+        method="post",
+        path="/stream",
+        name="stream",
+        summary="One event for each token of the answer",
+        tag="stream",
+        body=PromptDocument,
+        events=(openai.StreamedToken, openai.StreamDone, openai.ErrorAnswer),
+        headers=_RESUMES,
+        errors=GENERATION_ERRORS,
+    ),
+    Operation(
+        method="get",
+        path="/stream",
+        name="stream_by_query",
+        summary="The same for a browser's EventSource",
+        tag="stream",
+        query=QueryDocument,
+        events=(openai.StreamedToken, openai.StreamDone, openai.ErrorAnswer),
+        headers={"Last-Event-ID": "With ?resume=1: continue the stream after this event."},
+        others={204: None},
+        errors=GENERATION_ERRORS,
+    ),
+    Operation(
+        method="get",
+        path="/v1/streams/{stream_id}",
+        name="resume_stream",
+        summary="The rest of a stream whose connection was lost",
+        tag="stream",
+        path_parameters={"stream_id": "The id in the header X-Stream-Id of the stream."},
+        headers={"Last-Event-ID": "The id of the last event that arrived."},
+        events=(openai.StreamedToken, openai.StreamDone, openai.ErrorAnswer),
+        others={204: None},
+        errors=READ_ERRORS,
+    ),
+    Operation(
+        method="post",
+        path="/v1/chat/completions",
+        name="create_chat_completion",
+        summary="The answer to a chat, whole or as a stream",
+        tag="OpenAI",
+        body=ChatRequest,
+        answers=(openai.ChatCompletion,),
+        events=(openai.ChatCompletionChunk, openai.ErrorAnswer),
+        headers=_RESUMES,
+        errors=GENERATION_ERRORS,
+    ),
+    Operation(
+        method="post",
+        path="/v1/completions",
+        name="create_completion",
+        summary="The continuation of a text, whole or as a stream",
+        tag="OpenAI",
+        body=CompletionRequest,
+        answers=(openai.TextCompletion,),
+        events=(openai.TextCompletion, openai.ErrorAnswer),
+        headers=_RESUMES,
+        errors=GENERATION_ERRORS,
+    ),
+    Operation(
+        method="post",
+        path="/v1/messages",
+        name="create_message",
+        summary="The answer to a chat, whole or as a stream",
+        tag="Anthropic",
+        body=MessagesFields,
+        answers=(anthropic.AnthropicMessage,),
+        events=anthropic.EVENTS,
+        headers=_RESUMES,
+        errors=GENERATION_ERRORS,
+        shapes=(anthropic.AnthropicError,),
+    ),
+    Operation(
+        method="post",
+        path="/v1/messages/count_tokens",
+        name="count_message_tokens",
+        summary="The tokens that a chat's prompt has",
+        tag="Anthropic",
+        body=CountFields,
+        answers=(anthropic.CountedTokens,),
+        errors=GENERATION_ERRORS,
+        shapes=(anthropic.AnthropicError,),
+    ),
+    Operation(
+        method="get",
+        path="/v1/models",
+        name="list_models",
+        summary="The model that is served",
+        tag="OpenAI",
+        headers=_VERSION,
+        answers=(openai.ServedModels, anthropic.AnthropicModels),
+        errors=READ_ERRORS,
+        shapes=(openai.ErrorAnswer, anthropic.AnthropicError),
+    ),
+    Operation(
+        method="get",
+        path="/v1/models/{model}",
+        name="retrieve_model",
+        summary="The same model by its name",
+        tag="OpenAI",
+        path_parameters={"model": "A name of the model; it may contain slashes."},
+        headers=_VERSION,
+        answers=(openai.ServedModel, anthropic.AnthropicModel),
+        errors=READ_ERRORS,
+        shapes=(openai.ErrorAnswer, anthropic.AnthropicError),
+    ),
+    Operation(
+        method="get",
+        path="/health",
+        name="health",
+        summary="Whether the process answers",
+        tag="probes",
+        answers=(openai.Health,),
+        errors=(403,),
+    ),
+    Operation(
+        method="get",
+        path="/ready",
+        name="ready",
+        summary="Whether a model can serve, and how far it is with loading",
+        tag="probes",
+        answers=(openai.Ready,),
+        others={503: openai.NotReady},
+        errors=(403,),
+    ),
+)
