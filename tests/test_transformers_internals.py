@@ -52,6 +52,24 @@ def test_a_template_is_rendered() -> None:
     assert text == "<s>a|b|", broken("render_jinja_template")
 
 
+def test_a_response_template_is_compiled_and_its_regions_are_read() -> None:
+    call = {"open_pattern": "<call (?P<name>[a-z]+)>", "close": "</call>", "content": "json", "repeats": True}
+    call["transform"] = {"function": {"name": "{name}", "arguments": "{content}"}}
+    template = {"start_anchor": "go:", "fields": {"tool_calls": call, "content": {"close": "<end>"}}}
+    try:
+        compiled = internals.compiled_response_template(template)
+    except (ImportError, TypeError) as error:
+        pytest.fail(broken(f"load_response_template: {error}"))
+    field = compiled.fields["tool_calls"]
+    assert (compiled.implicit, compiled.truncate_past_last_anchor("go:1go:2")) == ("content", "2")
+    assert (field.close_literals, field.close_literal_can_extend, field.open_literals) == (["</call>"], False, None)
+    assert (field.content, field.content_args, field.transform_each) == ("json", {}, False)
+    assert field.open_re.search("<call f", 0, 7, partial=True).partial
+    value = internals.response_field_value('{"a": 1}', field, {"name": "f"})
+    assert value == {"function": {"name": "f", "arguments": {"a": 1}}}, broken("process_field")
+    assert internals.response_field_value("no JSON", field, {"name": "f"}) is None
+
+
 def test_a_templates_variables_are_told_from_the_functions_arguments() -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 

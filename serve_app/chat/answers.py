@@ -9,10 +9,11 @@ import json
 from collections.abc import Collection, Mapping
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from serve_app.chat.answer_parser import MarkedParser
 from serve_app.chat.options import ChatOptions
-from serve_app.chat.parts import AnswerParser
+from serve_app.chat.parts import AnswerParser, Part, ReasoningPart
 from serve_app.chat.tool_formats import harmony
 from serve_app.chat.tool_formats.choice import (
     GENERIC,
@@ -42,6 +43,8 @@ class AnswerFormat(Struct, frozen=True):
     """The answer ends with its first call."""
     split_reasoning: bool = True
     """For formats that know the reasoning themselves."""
+    show_reasoning: bool = True
+    """False: the answer leaves the reasoning out."""
     declared: str = ""
     """The checkpoint's own response template as JSON. It takes the place of the formats above."""
     prefix: str = ""
@@ -81,6 +84,11 @@ class AnswerFormats:
         self._reasoning = REASONING.get(reasoning_format, ("", ""))
 
     def of(self, prompt: str, options: ChatOptions) -> AnswerFormat | None:
+        """See `_of`, with what the caller wants to see of the reasoning."""
+        answer = self._of(prompt, options)
+        return answer if answer is None or options.show_reasoning else replace(answer, show_reasoning=False)
+
+    def _of(self, prompt: str, options: ChatOptions) -> AnswerFormat | None:
         """The format of the answer to a chat; None when it is text and nothing else.
 
         `prompt`: the end of the prompt, with the names of control tokens in it: it may have begun the reasoning, or
@@ -141,7 +149,7 @@ class AnswerFormats:
             HARMONY,
             calls,
             single_call,
-            splits,
+            split_reasoning=splits,
             shown_tokens=self._shown(harmony.TOKENS),
             end_tokens=harmony.END_TOKENS,
         )
@@ -164,6 +172,36 @@ class AnswerFormats:
 
 def new_parser(answer: AnswerFormat) -> AnswerParser:
     """A parser for one answer, before its first character."""
+    parser = _parser(answer)
+    return parser if answer.show_reasoning else _WithoutReasoning(parser)
+
+
+class _WithoutReasoning:
+    """A parser that leaves the reasoning out. See `AnswerParser`."""
+
+    def __init__(self, parser: AnswerParser) -> None:
+        self._parser = parser
+
+    @property
+    def in_reasoning(self) -> bool:
+        return self._parser.in_reasoning
+
+    @property
+    def ended(self) -> bool:
+        return self._parser.ended
+
+    def push(self, text: str) -> list[Part]:
+        return _said(self._parser.push(text))
+
+    def flush(self) -> list[Part]:
+        return _said(self._parser.flush())
+
+
+def _said(parts: list[Part]) -> list[Part]:
+    return [part for part in parts if not isinstance(part, ReasoningPart)]
+
+
+def _parser(answer: AnswerFormat) -> AnswerParser:
     if answer.declared:
         return DeclaredParser(
             answer.declared,

@@ -52,6 +52,8 @@ class ChatOptions:
     """What the text of the answer must match, in the form of `GenerationRequest.constraint`. Empty: anything."""
     split_reasoning: bool = True
     """Tell the model's reasoning apart from its text. False: all of it is text."""
+    show_reasoning: bool = True
+    """False: the answer leaves the reasoning out, where it is told apart."""
 
 
 DEFAULT_OPTIONS = ChatOptions()

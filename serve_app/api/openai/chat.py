@@ -26,6 +26,9 @@ from serve_app.chat.parts import ArgumentsPart, CallPart, Part, ReasoningPart, T
 from serve_app.generation.request import CompletionParams
 from serve_app.generation.text import Delta
 
+_THINKING_SWITCHES = frozenset({"enable_thinking", "thinking"})
+"""Variables by which chat templates turn the model's reasoning on and off."""
+
 
 class ChatRequest(ToolFields, OpenAIFields):
     """The body of POST /v1/chat/completions."""
@@ -41,6 +44,10 @@ class ChatRequest(ToolFields, OpenAIFields):
     verbosity: Any = None
     enable_thinking: Any = None
     """Sets the chat template's variable of this name if there is one; so do `reasoning_effort` and `verbosity`."""
+    include_reasoning: bool | None = None
+    """vLLM's: false leaves the reasoning out of the answer."""
+    separate_reasoning: bool | None = None
+    """SGLang's: false makes the reasoning a part of the content."""
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
 
@@ -75,9 +82,10 @@ class ChatFormat(OpenAIFormat):
         """See `OpenAIFormat`."""
         return {"message": message(answer_id, index, (part for delta in deltas for part in delta.parts))}
 
-    def opening(self, index: int) -> str:
-        """See `OpenAIFormat`."""
-        delta = '{"role": "assistant", "content": "", "refusal": null}'
+    def opening(self, index: int, *, may_call: bool) -> str:
+        """See `OpenAIFormat`. OpenAI's content is null where there may be calls and no text."""
+        content = "null" if may_call else '""'
+        delta = f'{{"role": "assistant", "content": {content}, "refusal": null}}'
         return f'{{"index": {index}, "delta": {delta}, "logprobs": null, "finish_reason": null}}'
 
     def empty_piece(self, choice: int) -> str:
@@ -192,6 +200,12 @@ def chat_options(request: ChatRequest, known: Collection[str], unknown: UnknownF
     }
     for name in ("reasoning_effort", "verbosity", "enable_thinking"):
         named.setdefault(name, (name, getattr(request, name)))
+    switches = _THINKING_SWITCHES.intersection(known)
+    if named["reasoning_effort"][1] == "none" and switches:
+        param, _ = named.pop("reasoning_effort")
+        for name in switches:
+            if named.get(name, (name, None))[1] is None:
+                named[name] = (param, False)
     for name, (param, value) in named.items():
         if value is None:
             continue
@@ -206,4 +220,13 @@ def chat_options(request: ChatRequest, known: Collection[str], unknown: UnknownF
     begins = not continues if request.add_generation_prompt is None else request.add_generation_prompt
     tools, choice = request.read_tools(unknown.add_in)
     parallel = request.parallel_tool_calls is not False
-    return ChatOptions(variables, begins, continues, tools, choice, parallel)
+    return ChatOptions(
+        variables,
+        begins,
+        continues,
+        tools,
+        choice,
+        parallel,
+        split_reasoning=request.separate_reasoning is not False,
+        show_reasoning=request.include_reasoning is not False,
+    )

@@ -152,8 +152,8 @@ class OpenAIFormat(WireFormat):
     def logprobs(self, deltas: Sequence[Delta]) -> dict[str, Any]:
         """The `logprobs` of an entry, where they were asked for."""
 
-    def opening(self, index: int) -> str:
-        """The JSON of choice `index`'s entry before its first token; "": there is none."""
+    def opening(self, index: int, *, may_call: bool) -> str:
+        """The JSON of choice `index`'s entry before its first token; "": there is none. `may_call`: it has tools."""
         return ""
 
     def shown_pieces(self, answer_id: str, delta: Delta) -> list[str]:
@@ -180,6 +180,7 @@ class ChunkWriter(EventWriter):
         """`settings` are those of the `ParsedRequest`."""
         self._entries = entries
         self._choices = request.choices
+        self._may_call = request.answer is not None and bool(request.answer.tools)
         self._answer_id: str = settings["envelope"]["id"]
         self._include_usage: bool = settings["usage"]
         self._head = f'data: {json.dumps(settings["envelope"])[:-1]}, "choices": ['
@@ -190,7 +191,7 @@ class ChunkWriter(EventWriter):
 
     def opened(self) -> list[bytes]:
         """The opening chunk of each choice, in the formats that have one."""
-        chunks = self._chunks(self._entries.opening(index) for index in range(self._choices))
+        chunks = self._chunks(self._entries.opening(index, may_call=self._may_call) for index in range(self._choices))
         if not self._entries.prompts_in_choices and (ids := self._entries.prompt_ids(0)):
             chunks[0] = chunks[0].removesuffix(b"}\n\n") + f', "prompt_token_ids": {json.dumps(ids)}}}\n\n'.encode()
         return chunks

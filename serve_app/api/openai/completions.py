@@ -129,7 +129,7 @@ class TextFormat(OpenAIFormat):
         prompt = "" if self._echo is None else self._echo.text(index)
         return {"text": prompt + "".join(text for delta in deltas for text in delta.texts)}
 
-    def opening(self, index: int) -> str:
+    def opening(self, index: int, *, may_call: bool) -> str:
         """See `OpenAIFormat`: the prompt, unless its logprobs are to come with it, and its ids."""
         ids = self.prompt_ids(index)
         shown = self._echo is not None and not self._scores_prompt

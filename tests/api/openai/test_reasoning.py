@@ -14,7 +14,10 @@ from small_tokenizers import CHATML, byte_level_backend
 from starlette.applications import Starlette
 from transformers import PreTrainedTokenizerFast
 
+from serve_app.api.openai.chat import ChatRequest, chat_options
+from serve_app.api.unknown_fields import UnknownFields
 from serve_app.chat.tokenizer import ChatTokenizer
+from serve_app.observability.logs import RequestRecord
 
 THINKS = "{% if false %}</think>{% endif %}" + CHATML
 """A template that knows the mark, as those that cut the reasoning out of earlier answers."""
@@ -63,3 +66,41 @@ async def test_a_stream_tells_the_same(thinking: httpx.AsyncClient, headers: dic
     deltas = [json.loads(line)["choices"][0]["delta"] for line in lines]
     assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "Hm, a greeting."
     assert "".join(delta.get("content") or "" for delta in deltas) == "Hello!"
+
+
+async def test_reasoning_may_be_left_out_or_be_a_part_of_the_content(thinking: httpx.AsyncClient) -> None:
+    hidden = (await thinking.post(URL, json={**HI, "include_reasoning": False})).json()
+    message = hidden["choices"][0]["message"]
+    assert (message["content"], "reasoning" in message) == ("Hello!", False)
+    assert hidden["usage"]["completion_tokens_details"]["reasoning_tokens"] > 0
+    whole = (await thinking.post(URL, json={**HI, "separate_reasoning": False})).json()
+    assert whole["choices"][0]["message"]["content"] == "<think>\nHm, a greeting.\n</think>\n\nHello!"
+
+
+@pytest.mark.parametrize(
+    ("fields", "variables", "ignored"),
+    [
+        ({"reasoning_effort": "none"}, {"enable_thinking": False}, []),
+        ({"reasoning_effort": "low"}, {}, ["reasoning_effort"]),
+        (
+            {"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}},
+            {"enable_thinking": True},
+            [],
+        ),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, {"enable_thinking": False}, []),
+    ],
+)
+def test_no_effort_turns_the_reasoning_off(
+    fields: dict[str, Any], variables: dict[str, Any], ignored: list[str]
+) -> None:
+    record = RequestRecord("r1")
+    unknown = UnknownFields(record, refused=False)
+    options = chat_options(ChatRequest.model_validate({**HI, **fields}), {"enable_thinking"}, unknown)
+    assert (dict(options.variables), record.ignored_fields) == (variables, ignored)
+
+
+def test_where_reasoning_can_not_be_turned_off_the_field_is_ignored_and_named() -> None:
+    record = RequestRecord("r1")
+    request = ChatRequest.model_validate({**HI, "reasoning_effort": "none"})
+    options = chat_options(request, set(), UnknownFields(record, refused=False))
+    assert (options.variables, record.ignored_fields) == ({}, ["reasoning_effort"])

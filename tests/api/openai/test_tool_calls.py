@@ -82,7 +82,7 @@ async def test_a_stream_begins_a_call_once_and_then_adds_to_its_arguments(
 ) -> None:
     body = {"messages": MESSAGES, "tools": TOOLS, "stream": True}
     choices = deltas_of((await api.post(URL, json=body, headers=headers)).text)
-    assert choices[0]["delta"]["role"] == "assistant"
+    assert choices[0]["delta"] == {"role": "assistant", "content": None, "refusal": None}
     assert choices[-1]["finish_reason"] == "tool_calls"
     pieces = [choice["delta"]["tool_calls"][0] for choice in choices if "tool_calls" in choice["delta"]]
     for index, name in enumerate(("get_weather", "get_time")):
