@@ -63,21 +63,25 @@ class AnswerFormats:
         template: str,
         skipped_tokens: Collection[str],
         *,
+        shows_tools: bool = True,
         declared: Mapping[str, object] | None = None,
         tool_format: str = "auto",
         reasoning_format: str = "auto",
     ) -> None:
         """`template`: the chat template, which shows what marks the model uses. `skipped_tokens`: the special tokens.
 
-        `declared`: the checkpoint's response template; it is used where both formats are `auto`. "none" is a format,
-        too.
+        `shows_tools`: the template has a form of its own for tools. `declared`: the checkpoint's response template; it
+        is used where both formats are `auto`. "none" is a format, too.
         """
         auto = tool_format == reasoning_format == "auto"
         self._declared = json.dumps(declared) if declared and auto else ""
         self._skipped = frozenset(skipped_tokens)
-        tool_format = tool_format_of(template) if tool_format == "auto" else tool_format
+        self._shows_tools = shows_tools
+        shown = tool_format_of(template)
+        if tool_format == "auto":
+            tool_format = shown if shows_tools else GENERIC
         if reasoning_format == "auto":
-            reasoning_format = HARMONY if tool_format == HARMONY else reasoning_format_of(template)
+            reasoning_format = HARMONY if HARMONY in (shown, tool_format) else reasoning_format_of(template)
         self.tool_format = "" if tool_format == "none" else tool_format
         """The name of the format of tool calls; "" if calls are text."""
         self._reasoning_format = reasoning_format
@@ -103,7 +107,7 @@ class AnswerFormats:
         constrained = bool(tools) and (
             forced or bool(options.text_grammar) or any(tool.strict for tool in options.tools)
         )
-        if self._declared and not constrained:
+        if self._declared and not constrained and (self._shows_tools or not tools):
             return self._of_declared(prompt, options, tools, single_call=single_call)
         if HARMONY in (self.tool_format, self._reasoning_format):
             return self._of_harmony(options, tools, single_call=single_call)

@@ -21,7 +21,6 @@ from serve_app.chat.prompt_error import PromptError, context_exceeded
 from serve_app.chat.templates import ChatTemplate
 from serve_app.chat.texts import tool_texts
 from serve_app.chat.tokenizer import ChatTokenizer
-from serve_app.chat.tool_formats.choice import GENERIC
 from serve_app.config import ChatConfig
 
 _READ_TOKENS = 16
@@ -65,12 +64,12 @@ class PromptFormatter:
             self._chat_format = ChatTemplate(tokenizer, tags=config.llama2_tags)
         self._gap_format = gap_format(tokenizer)
         self._constraints = Constraints(template or "", tokenizer.added_tokens)
-        generic = config.tool_format == "auto" and not self.shows_tools
         self.answers = AnswerFormats(
             template or "",
             tokenizer.skipped_tokens,
+            shows_tools=self.shows_tools,
             declared=tokenizer.response_template,
-            tool_format=GENERIC if generic else config.tool_format,
+            tool_format=config.tool_format,
             reasoning_format=config.reasoning_format,
         )
 
