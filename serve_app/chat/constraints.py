@@ -13,6 +13,7 @@ from typing import Any
 from serve_app.chat.answers import AnswerFormat
 from serve_app.chat.call_grammar import GrammarTexts, call_form, calls_grammar, text_and_calls_grammar
 from serve_app.chat.options import ChatOptions, Tool
+from serve_app.chat.prompt_error import PromptError
 from serve_app.chat.tool_formats.choice import HARMONY
 
 _WHITESPACE = r"WHITESPACE: /[ \t\r\n]{1,8}/"
@@ -30,7 +31,10 @@ class Constraints:
         self._texts = GrammarTexts(added_tokens)
 
     def of(self, options: ChatOptions, answer: AnswerFormat | None) -> str:
-        """The grammar of an answer in this format, in the form of `GenerationRequest.constraint`; "" without one."""
+        """The grammar of an answer in this format, in the form of `GenerationRequest.constraint`; "" without one.
+
+        Raises `PromptError` for a forced call where calls are text.
+        """
         text, calls = options.text_grammar, ""
         forced = options.tool_choice.mode in ("required", "named")
         strict = any(tool.strict for tool in options.tools)
@@ -38,7 +42,10 @@ class Constraints:
             return ""
         if answer is not None and answer.tools and answer.tool_format:
             calls = self._calls(options, answer.tool_format)
-        if forced and calls:
+        if forced and not calls:
+            message = "This server reads no tool calls (chat.tool_format), so none can be forced."
+            raise PromptError(message, param="tool_choice")
+        if forced:
             return self._after_reasoning({"calls": calls}, answer)
         if text and calls:
             return self._after_reasoning({"text": text, "calls": calls}, answer)

@@ -16,6 +16,7 @@ from serve_app.chat.constraints import Constraints
 from serve_app.chat.detokenizer import new_detokenizer
 from serve_app.chat.options import ChatOptions, Tool, ToolChoice
 from serve_app.chat.parts import ArgumentsPart, CallPart, ReasoningPart
+from serve_app.chat.prompt_error import PromptError
 from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.chat.tool_formats import harmony
 from serve_app.chat.tool_formats.choice import HARMONY, new_tool_format
@@ -179,3 +180,11 @@ def test_text_of_a_model_with_channels_has_its_grammar_in_the_last_one() -> None
     assert lets_through(grammar, f"{analysis}<|channel|>final<|message|>Yes")
     assert lets_through(grammar, "<|channel|>final<|message|>No")
     assert not lets_through(grammar, "Yes")
+
+
+def test_where_calls_are_text_none_can_be_forced() -> None:
+    made, constraints = formats("none")
+    options = ChatOptions(tools=TOOLS, tool_choice=ToolChoice("required"))
+    with pytest.raises(PromptError, match=r"chat\.tool_format") as caught:
+        constraints.of(options, made.of("", options))
+    assert caught.value.param == "tool_choice"
