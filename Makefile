@@ -1,6 +1,6 @@
 # Everything starts here: `make serve` serves the demo model, `make test` runs the tests. `make help` lists the rest.
 #
-#   make serve PORT=8001              another port
+#   make serve PORT=8001              another port (and gRPC on 9001; GRPC_PORT=N another one, 0 none)
 #   make serve CONFIG=my.yaml         another config
 #   make serve GPU=1                  the demo model on a GPU, in an environment of its own (.venv-gpu)
 #   make serve PYTHON=python3.12      another Python (3.11 to 3.13)
@@ -24,7 +24,7 @@ INSTALL = $(VENV)/bin/python constraints/install.py --constraint $(CONSTRAINTS) 
 # Two processes: one for the tests of the Ray cluster, which mostly wait, one for all others.
 PYTEST = $(VENV)/bin/pytest -n 2
 
-.PHONY: help serve stop test check client bench compare chaos clean
+.PHONY: help serve stop test check client proto bench compare chaos clean
 .DEFAULT_GOAL := help
 
 help:
@@ -33,14 +33,16 @@ help:
 	@echo 'make test    set up, and run the tests'
 	@echo 'make check   ruff, mypy, import-linter, deptry and the tests'
 	@echo 'make client  write the blocking client from the asynchronous one'
+	@echo 'make proto   write the Python modules of proto/*.proto'
 	@echo 'make bench   measure the engine and the service (loadtest/README.md)'
 	@echo 'make compare install llama.cpp, transformers serve, vLLM and ray.serve.llm, and measure them beside it'
 	@echo 'make chaos   five minutes of load while replicas die: is any answer lost or changed?'
 	@echo 'make clean   remove the environments and caches in this folder; fetched models stay'
-	@echo 'Variables: PORT, HOST, CONFIG, GPU=1, PYTHON, TORCH_INDEX; see the head of the Makefile.'
+	@echo 'Variables: PORT, GRPC_PORT, HOST, CONFIG, GPU=1, PYTHON, TORCH_INDEX; see the head of the Makefile.'
 
 serve: $(RUNTIME)
-	@exec $(VENV)/bin/serve-app serve $(CONFIG) $(if $(PORT),--port $(PORT)) $(if $(HOST),--host $(HOST))
+	@exec $(VENV)/bin/serve-app serve $(CONFIG) $(if $(PORT),--port $(PORT)) $(if $(GRPC_PORT),--grpc-port $(GRPC_PORT)) \
+		$(if $(HOST),--host $(HOST))
 
 stop:
 	@if [ -x $(VENV)/bin/serve-app ]; then exec $(VENV)/bin/serve-app stop $(if $(PORT),--port $(PORT)); \
@@ -60,6 +62,9 @@ check: $(DEVELOPMENT)
 
 client: $(DEVELOPMENT)
 	$(VENV)/bin/python scripts/unasync.py
+
+proto: $(DEVELOPMENT)
+	$(VENV)/bin/python scripts/protos.py
 
 bench: $(DEVELOPMENT)
 	$(VENV)/bin/python -m loadtest.bench $(ARGS)

@@ -20,6 +20,7 @@ from serve_app.api.http.pages import Pages
 from serve_app.api.http.probes import probes
 from serve_app.api.http.routing import application, route
 from serve_app.api.http.sse import EventStream, StreamSettings
+from serve_app.api.jina import JinaFormat
 from serve_app.api.native import NativeFormat
 from serve_app.api.openai.chat import ChatFormat
 from serve_app.api.openai.completions import TextFormat
@@ -45,21 +46,25 @@ def create_app(
     settings = stream_settings or StreamSettings(config.heartbeat_s, config.slow_reader_bytes)
     admission = Admission(config.max_streams, metrics)
     refuse_unknown_fields = config.unknown_fields == "refuse"
-    native = NativeFormat(service)
+    native, jina = NativeFormat(service), JinaFormat(service)
     chat = ChatFormat(service, refuse_unknown_fields=refuse_unknown_fields)
     text = TextFormat(service, refuse_unknown_fields=refuse_unknown_fields)
     messages = MessagesFormat(service, refuse_unknown_fields=refuse_unknown_fields)
-    resume = Resume(service, streams, (native, chat, text, messages), settings)
+    resume = Resume(service, streams, (native, jina, chat, text, messages), settings)
     responder = Responder(service, resume, settings)
     models, anthropic_models = Models(service), AnthropicModels(service)
     list_models = _for_client(models.handle_list, anthropic_models.handle_list)
     one_model = _for_client(models.handle_one, anthropic_models.handle_one)
 
-    def endpoint(path: str, handler: Handler, *methods: str) -> Route:
-        return route(path, Endpoint(path, handler, admission, config), *methods)
+    def endpoint(path: str, handler: Handler, *methods: str, get_with_body: bool = False) -> Route:
+        return route(path, Endpoint(path, handler, admission, config, get_with_body=get_with_body), *methods)
+
+    async def stream(call: Call) -> Response | EventStream:
+        from_jina = call.method == "GET" and call.body is not None
+        return await responder.answer(jina if from_jina else native, call)
 
     routes = [
-        endpoint("/stream", partial(responder.answer, native), "GET", "POST"),
+        endpoint("/stream", stream, "GET", "POST", get_with_body=True),
         endpoint("/v1/chat/completions", partial(responder.answer, chat), "POST"),
         endpoint("/v1/completions", partial(responder.answer, text), "POST"),
         endpoint("/v1/messages", partial(responder.answer, messages), "POST"),

@@ -129,6 +129,12 @@ def api_error(error: RequestError) -> ApiError:
     return ApiError(status, error.message, type=kind, param=error.param, code=error.code, retry_after_s=retry_after_s)
 
 
+def body_too_large(max_bytes: int) -> ApiError:
+    """413."""
+    message = f"The request body is larger than this server's limit of {max_bytes} bytes."
+    return ApiError(413, message, code="body_too_large", headers={"connection": "close"})
+
+
 def internal_error(request_id: str) -> ApiError:
     """500. The log has the cause, under the request's id."""
     message = f"Internal error. The server's log has the details of request {request_id}."

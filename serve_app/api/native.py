@@ -14,9 +14,9 @@ from starlette.datastructures import QueryParams
 
 from serve_app.api.errors import api_error, bad_request
 from serve_app.api.fields import NO_LIMIT, MaxTokens, Messages, SamplingFields, validate
+from serve_app.api.headers import RESUME_QUERY
 from serve_app.api.http.endpoint import Call
 from serve_app.api.http.sse import json_text
-from serve_app.api.resume import RESUME_QUERY
 from serve_app.api.wire import ParsedRequest, WireFormat, usage_document
 from serve_app.core import FinishReason, RequestError
 from serve_app.generation.completion import Usage
@@ -50,7 +50,7 @@ class QueryDocument(SamplingFields):
 
 
 class NativeFormat(WireFormat):
-    """The wire format of POST /stream and GET /stream."""
+    """The wire format of POST /stream, and of GET /stream without a body."""
 
     name = "stream"
 
@@ -59,7 +59,7 @@ class NativeFormat(WireFormat):
 
     async def parse(self, call: Call) -> ParsedRequest:
         """See `WireFormat`."""
-        document = await call.run(partial(_document, call))
+        document = await call.run(partial(self.document, call))
         card = await self._service.ready_model()
         if document.messages is not None:
             messages = document.messages
@@ -76,6 +76,13 @@ class NativeFormat(WireFormat):
         """See `WireFormat`."""
         return NativeWriter(request.seed)
 
+    def document(self, call: Call) -> PromptDocument:
+        """The document in a call's body or query. Raises `ApiError`."""
+        if call.body is None:
+            query = validate(QueryDocument, _query_fields(call.query), from_text=True)
+            return PromptDocument.model_construct(**dict(query), messages=None)
+        return read_document(call.body)
+
 
 def _params(document: PromptDocument) -> CompletionParams:
     if document.max_tokens == NO_LIMIT:
@@ -85,11 +92,9 @@ def _params(document: PromptDocument) -> CompletionParams:
     )
 
 
-def _document(call: Call) -> PromptDocument:
-    if call.body is None:
-        query = validate(QueryDocument, _query_fields(call.query), from_text=True)
-        return PromptDocument.model_construct(**dict(query), messages=None)
-    document = validate(PromptDocument, call.body)
+def read_document(body: Mapping[str, Any]) -> PromptDocument:
+    """A body as a `PromptDocument`. Raises `ApiError`."""
+    document = validate(PromptDocument, body)
     if (document.prompt is None) == (document.messages is None):
         raise bad_request("Give either prompt or messages.", param="prompt", code="invalid_value")
     if document.parse_special and document.messages is not None:
@@ -133,16 +138,20 @@ class NativeWriter(EventWriter):
         if token_ids:
             self._last_token_id = token_ids[-1]
         self._finish_reason = delta.finish_reason
-        return [
-            f'data: {{"token_id":{token_id},"generated_text":{json_text(text)}}}\n\n'.encode()
-            for token_id, text in zip(token_ids, delta.texts, strict=True)
-        ]
+        return [self._event(*token) for token in zip(token_ids, delta.texts, strict=True)]
 
     def ended(self, usage: Usage) -> list[bytes]:
         """The `done` event."""
-        document = {"finish_reason": self._finish_reason, "usage": usage_document(usage), "seed": self._seed}
-        return [f"event: done\ndata: {json.dumps(document)}\n\n".encode()]
+        return [f"event: done\ndata: {self._summary(usage)}\n\n".encode()]
 
     def failed(self, error: RequestError) -> bytes:
         """The `error` event, which ends the stream."""
         return b"event: error\ndata: " + api_error(error).body() + b"\n\n"
+
+    def _event(self, token_id: int, text: str) -> bytes:
+        """The event of one token."""
+        return f'data: {{"token_id":{token_id},"generated_text":{json_text(text)}}}\n\n'.encode()
+
+    def _summary(self, usage: Usage) -> str:
+        """The data of the last event."""
+        return json.dumps({"finish_reason": self._finish_reason, "usage": usage_document(usage), "seed": self._seed})

@@ -17,6 +17,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 
 from serve_app.api.errors import SERVER_ERROR, ApiError, bad_request
+from serve_app.api.headers import LAST_EVENT_ID_HEADER, RESUME_HEADER, RESUME_QUERY, STREAM_ID_HEADER
 from serve_app.api.http.endpoint import Call
 from serve_app.api.http.sse import EventStream, StreamSettings
 from serve_app.api.wire import ParsedRequest, WireFormat
@@ -31,10 +32,6 @@ from serve_app.resume.registry import ResumableStreams
 from serve_app.resume.stream import ResumableStream
 from serve_app.resume.transcript import Event, Transcript
 
-RESUME_HEADER = "x-stream-resume"
-RESUME_QUERY = "resume"
-STREAM_ID_HEADER = "x-stream-id"
-LAST_EVENT_ID_HEADER = "last-event-id"
 ENDPOINT = "/v1/streams/{stream_id}"
 
 _RETRY = b"retry: 1000\n"

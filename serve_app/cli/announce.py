@@ -6,6 +6,7 @@ All that is said of the model comes from the model card that the server sends.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -20,20 +21,31 @@ from serve_app.models.cache import cache_directory
 _STOP = "Ctrl-C here, or serve-app stop in another terminal"
 
 
-def address(file: ConfigFile, host: str, port: int) -> str:
-    """The URL of the first application, as reached from this machine."""
-    return banner.address(host, port, file.apps[0].route_prefix, https=file.https)
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where the first application is reached from this machine."""
+
+    url: str
+    grpc: str | None
+    """`host:port`; None: without gRPC."""
+
+    @classmethod
+    def of(cls, file: ConfigFile, host: str, port: int, grpc_port: int | None) -> Address:
+        """The address of a service that listens there."""
+        url = banner.address(host, port, file.apps[0].route_prefix, https=file.https)
+        return cls(url, None if grpc_port is None else banner.authority(host, grpc_port))
 
 
-def ready(file: ConfigFile, url: str, serve_pid: int, state: Readiness) -> None:
-    """Print what is served at `url`, from what /ready said."""
+def ready(file: ConfigFile, address: Address, serve_pid: int, state: Readiness) -> None:
+    """Print what is served there, from what /ready said."""
     try:
         card = msgspec.convert((state.details or {}).get("model"), ModelCard)
     except msgspec.ValidationError:  # a server of another version
-        print(f"\nserve_app is ready at {url}\n", flush=True)
+        print(f"\nserve_app is ready at {address.url}\n", flush=True)
         return
     cache = cache_directory(file.apps[0].config.cache_dir)
-    print(banner.banner(card, url, _log_folder(serve_pid), cache, stop=_STOP), flush=True)
+    logs = _log_folder(serve_pid)
+    print(banner.banner(card, address.url, logs, cache, grpc=address.grpc, stop=_STOP), flush=True)
 
 
 def _log_folder(serve_pid: int) -> Path:

@@ -15,7 +15,7 @@ import unicodedata
 from serve_app.cli.command_error import CommandError
 from serve_app.cli.progress import ProgressLine
 from serve_app.client import APIError, Client, ConnectionLost, Message, Options, Readiness, ServeAppError
-from serve_app.client.protocol import DEFAULT_URL
+from serve_app.client.protocol import DEFAULT_URL, GRPC_SCHEMES
 from serve_app.core import LoadStage
 
 HELP = """\
@@ -28,7 +28,9 @@ Ctrl-C ends an answer. A line that ends in \\ goes on in the next one."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("--url", default=DEFAULT_URL, help=f"the server (default: {DEFAULT_URL})")
+    parser.add_argument(
+        "--url", default=DEFAULT_URL, help=f"the server (default: {DEFAULT_URL}; gRPC: grpc://HOST:PORT)"
+    )
     parser.add_argument("--system", metavar="TEXT", help="the system text")
     parser.add_argument("--temperature", type=float, help="0 is greedy; default: the model's own")
     parser.add_argument("--max-tokens", type=int, help="longest answer in tokens; default: the server's")
@@ -48,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         raise CommandError(str(error), status=2) from error
     with client:
-        name = _wait_for_model(client, arguments.wait)
+        name = _wait_for_model(client, arguments.url, arguments.wait)
         conversation = Conversation(client, options, arguments.system)
         if arguments.once is not None:
             return 0 if conversation.ask(arguments.once) else 1
@@ -104,7 +106,7 @@ def printable(text: str) -> str:
     return "".join(letter for letter in text if letter in "\n\t" or unicodedata.category(letter) != "Cc")
 
 
-def _wait_for_model(client: Client, timeout_s: float) -> str:
+def _wait_for_model(client: Client, url: str, timeout_s: float) -> str:
     """The model's name, once it can answer."""
     with ProgressLine() as line:
 
@@ -114,6 +116,8 @@ def _wait_for_model(client: Client, timeout_s: float) -> str:
 
         try:
             client.wait_until_ready(timeout_s, progress=show)
+            if url.startswith(GRPC_SCHEMES):
+                return "the model"  # gRPC has no call that names it
             return ", ".join(model.id for model in client.models())
         except ServeAppError as error:
             raise CommandError(_advice(error)) from error

@@ -56,6 +56,8 @@ class ConfigFile:
     data: dict[str, Any]
     host: str
     port: int
+    grpc_port: int | None
+    """None: without gRPC."""
     https: bool
     apps: tuple[ServedApp, ...]
     foreign: tuple[str, ...]
@@ -204,6 +206,7 @@ def _config_file(path: FilePath, data: dict[str, Any]) -> ConfigFile:
         data=data,
         host=served.http_options.host,
         port=served.http_options.port,
+        grpc_port=served.grpc_options.port if served.grpc_options.grpc_servicer_functions else None,
         https=served.http_options.ssl_certfile is not None,
         apps=tuple(
             ServedApp(application.name, application.route_prefix, AppConfig.model_validate(application.args))

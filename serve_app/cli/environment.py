@@ -10,6 +10,8 @@ from collections.abc import Mapping
 
 from serve_app.deployments.serve_settings import CHEAP_STREAMS
 
+_GRPC_MESSAGE_BYTES = str(64 * 2**20)
+
 SERVER_ENVIRONMENT = {
     # Without it Ray would join the last cluster that `ray start` made on this machine, and a second server here would
     # replace the first one's application. Set RAY_ADDRESS=auto (or host:port) to serve on a running cluster.
@@ -25,7 +27,12 @@ SERVER_ENVIRONMENT = {
     # Serve replaces a dead HTTP proxy after three health checks. With Serve's default of 10 s between checks, the proxy
     # was away for 23 to 32 s (loadtest/chaos.py).
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
-    # By default Serve's own HTTP servers send errors as plain text, and wait for headers without a limit.
+    # By default a client's gRPC message may have 2 GiB, and one between Serve's processes 4 MiB. Messages are checked
+    # against `api.max_body_bytes` once they are there.
+    "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": _GRPC_MESSAGE_BYTES,
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": _GRPC_MESSAGE_BYTES,
+    # By default Serve's own HTTP servers send errors as plain text, and wait for headers without a limit. Its gRPC
+    # servers listen on all addresses.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.deployments.serve_http.middlewares",
 }
 _NOT_SET = ("RAY_ADDRESS", "")

@@ -38,6 +38,9 @@ from serve_app.processors import schedulable_cpus
 SERVE_RUN = (sys.executable, "-m", "ray.serve.scripts", "run")
 """`serve run`, of this very environment, whatever PATH holds."""
 DEFAULT_PORT = 8000
+DEFAULT_GRPC_PORT = 9000
+ADD_SERVICES = "serve_app.api.grpc.services.add_services"
+"""What a config names in `grpc_options.grpc_servicer_functions`."""
 _POLL_S = 0.5
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -46,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("config", nargs="?", default=DEMO_CONFIG, help=f"default: the demo's, {DEMO_CONFIG}")
     parser.add_argument("--port", type=int, help="serve on this port in place of the config's")
+    parser.add_argument("--grpc-port", type=int, help="serve gRPC on this port in place of the config's (0: no gRPC)")
     parser.add_argument("--host", help="listen on this address in place of the config's (0.0.0.0: on all)")
     parser.add_argument(ALLOW_OPEN, action="store_true", help="serve on a Ray cluster that asks for no token")
 
@@ -55,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     file = load(Path(arguments.config))
     host = arguments.host if arguments.host is not None else file.host
     port = arguments.port if arguments.port is not None else file.port
+    grpc_port = _grpc_port(arguments, file, port)
     environment = server_environment(os.environ)
     _look_for_cluster(environment)
     if not own_cluster(environment):
@@ -63,6 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
         remove_what_crashes_left()
         if own_cluster(environment):  # on a running cluster the port and the weights are needed on its nodes, not here
             require_free(host, port)
+            if grpc_port is not None:
+                require_free(host, grpc_port, "--grpc-port")
             if missing := shortages(file):  # Ray would wait forever for a machine that has them
                 raise CommandError("; ".join(missing))
             environment |= ray_cpus(environment, schedulable_cpus(), os.cpu_count() or 1)
@@ -75,7 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
                 haproxy_folder = until_the_end.enter_context(private_folder(held.note))
                 environment |= haproxy_environment(environment, held.launcher, haproxy_folder)
                 until_the_end.callback(held.launcher.unlink, missing_ok=True)
-        path = _derived_config(file, host, port) if (host, port) != (file.host, file.port) else file.path
+        as_is = (host, port, grpc_port) == (file.host, file.port, file.grpc_port)
+        path = file.path if as_is else _derived_config(file, host, port, grpc_port)
         with _Stopping() as stopping:
             # In a session of its own the child does not get the terminal's Ctrl-C; this process passes it on once.
             child = subprocess.Popen(
@@ -87,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
             stopping.of(child)
             held.record(child.pid, file.path)
-            failed = _watch(child, file, announce.address(file, host, port), stopping)
+            failed = _watch(child, file, announce.Address.of(file, host, port, grpc_port), stopping)
             status = child.wait()
     return 1 if failed or (status and not stopping.begun) else 0
 
@@ -109,10 +117,21 @@ def _look_for_cluster(environment: Mapping[str, str]) -> None:
         raise CommandError(f"no Ray cluster answers at {named}, the address in RAY_ADDRESS; correct or unset it")
 
 
-def require_free(host: str, port: int) -> None:
-    """Raise CommandError unless this process could listen there."""
+def _grpc_port(arguments: argparse.Namespace, file: ConfigFile, port: int) -> int | None:
+    """The port for gRPC; None: without. With `--port` alone, gRPC is as far from the config's port as HTTP is.
+
+    So several services on one machine need one option each.
+    """
+    if arguments.grpc_port is not None:
+        return arguments.grpc_port or None
+    return None if file.grpc_port is None else file.grpc_port + port - file.port
+
+
+def require_free(host: str, port: int, option: str = "--port") -> None:
+    """Raise CommandError unless this process could listen there. `option`: sets the port."""
     if not 0 < port <= LAST_PORT:  # getaddrinfo takes them modulo 65536, and 0 would be any port
-        raise CommandError(f"there is no port {port}; ports go from 1 to {LAST_PORT}", status=2)
+        advice = "" if option == "--port" else f"; set gRPC's with {option}"
+        raise CommandError(f"there is no port {port}; ports go from 1 to {LAST_PORT}{advice}", status=2)
     other = port + 1 if port < LAST_PORT else DEFAULT_PORT
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -124,8 +143,8 @@ def require_free(host: str, port: int) -> None:
             probe.bind(address)
         except OSError as error:
             raise CommandError(
-                f"port {port} on {host} can't be used ({error.strerror}); choose another one, with --port {other} "
-                f"or `make serve PORT={other}`"
+                f"port {port} on {host} can't be used ({error.strerror}); choose another one, with {option} {other} "
+                f"or `make serve {option[2:].upper().replace('-', '_')}={other}`"
             ) from error
 
 
@@ -146,29 +165,33 @@ def _fetch_models(file: ConfigFile) -> None:
         fetch(app.config)
 
 
-def _derived_config(file: ConfigFile, host: str, port: int) -> Path:
-    """A copy of the config with another address."""
-    options = {**(file.data.get("http_options") or {}), "host": host, "port": port}
-    data = {**file.data, "http_options": options}
+def _derived_config(file: ConfigFile, host: str, port: int, grpc_port: int | None) -> Path:
+    """A copy of the config with other addresses."""
+    data = {**file.data, "http_options": {**(file.data.get("http_options") or {}), "host": host, "port": port}}
+    if grpc_port != file.grpc_port:
+        options = file.data.get("grpc_options") or {}
+        functions = [] if grpc_port is None else options.get("grpc_servicer_functions") or [ADD_SERVICES]
+        data["grpc_options"] = {**options, "port": grpc_port or options.get("port", DEFAULT_GRPC_PORT)}
+        data["grpc_options"]["grpc_servicer_functions"] = functions
     path = state_directory() / "servers" / f"{port}.yaml"
     path.write_text(f"# {file.path}, with another address\n{yaml.safe_dump(data, sort_keys=False)}", encoding="utf-8")
     return path
 
 
-def _watch(child: subprocess.Popen[bytes], file: ConfigFile, url: str, stopping: _Stopping) -> bool:
+def _watch(child: subprocess.Popen[bytes], file: ConfigFile, address: announce.Address, stopping: _Stopping) -> bool:
     """Show the service's stages until it is ready or ends. Returns whether it failed for good (and was stopped)."""
     if file.https:
-        print(f"serving {file.path} on {url}; /ready there says when the model is loaded")
+        print(f"serving {file.path} on {address.url}; /ready there says when the model is loaded")
         return False
     said = ""
-    with Client(url, retries=0, timeout_s=10.0) as client:
+    with Client(address.url, retries=0, timeout_s=10.0) as client:
         while child.poll() is None and not stopping.begun:
             try:
                 state = client.ready()
             except ServeAppError:  # Serve's proxy does not listen yet, or has no route to the application yet
                 state = Readiness(ready=False)
             if state.ready:
-                announce.ready(file, url, child.pid, state)
+                announce.ready(file, address, child.pid, state)
                 return False
             if state.error:
                 print(f"\nserve-app serve: {state.error}", file=sys.stderr)

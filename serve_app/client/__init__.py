@@ -1,7 +1,7 @@
-"""A Python client for serve_app's HTTP API, sync and async, over httpx.
+"""A Python client for serve_app's API over HTTP and gRPC, sync and async.
 
 Streams documents as the server makes them, raises typed errors, and ends the work on the server when an iterator is
-closed. Imports nothing of the server, so it can be copied out or installed alone.
+closed. Imports nothing of the server but the messages of `serve_app.proto`, and those only for a `grpc://` address.
 """
 
 from serve_app.client.asynchronous import AsyncClient, AsyncStream

@@ -6,19 +6,19 @@ Closing a stream, or cancelling its task, closes its connection, and with it the
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing
-from typing import Any, Self, Unpack
+from typing import TYPE_CHECKING, Self, Unpack
 
 import httpx
-from httpx_sse import EventSource
 
 from serve_app.client import protocol
+from serve_app.client.asynchronous_http import AsyncHttp
 from serve_app.client.documents import Completion, Done, Message, Model, ModelOutputDocument, Options, Readiness
-from serve_app.client.errors import ConnectionLost, NotReady, Overloaded, ServeAppError, ServerError
-from serve_app.client.resume import SILENCE_S, Position
+from serve_app.client.errors import NotReady, ServerError
+
+if TYPE_CHECKING:
+    from serve_app.client.asynchronous_grpc import AsyncGrpc
 
 
 class AsyncStream(AsyncIterator[ModelOutputDocument]):
@@ -63,13 +63,18 @@ class AsyncClient:
         timeout_s: float = 600.0,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        """`timeout_s` limits how long the server may send nothing, not how long an answer takes.
+        """`base_url`: `http://`, `https://`, or for gRPC `grpc://host:port` and with TLS `grpcs://host:port`.
 
-        Raises ValueError when `base_url` is not an HTTP URL, or the environment's proxy settings can't be used.
+        `timeout_s` limits how long the server may send nothing over HTTP, and how long an answer may take over gRPC.
+        Raises ValueError when `base_url` is no such URL, or the environment's proxy settings can't be used.
         """
-        self._http = protocol.open_http(httpx.AsyncClient, base_url, headers, timeout_s, transport)
-        self._retries = retries
-        self._timeout_s = timeout_s
+        self._connections: AsyncHttp | AsyncGrpc
+        if base_url.startswith(protocol.GRPC_SCHEMES):
+            from serve_app.client.asynchronous_grpc import AsyncGrpc  # imported here: grpc takes 0.1 s
+
+            self._connections = AsyncGrpc(base_url, headers, retries, timeout_s)
+        else:
+            self._connections = AsyncHttp(base_url, headers, retries, timeout_s, transport)
 
     def stream(
         self,
@@ -87,7 +92,7 @@ class AsyncClient:
         """
         body = protocol.stream_body(prompt, messages, options)
         headers = protocol.request_headers(request_id, resume=resume)
-        return AsyncStream(self._items(body, headers, resume=resume))
+        return AsyncStream(self._connections.items(body, headers, resume=resume))
 
     async def complete(
         self,
@@ -108,22 +113,15 @@ class AsyncClient:
         return protocol.joined(documents, stream.done)
 
     async def models(self) -> tuple[Model, ...]:
-        """The models that the server serves."""
-        response = await self._send(self._http.build_request("GET", "/v1/models"))
-        try:
-            async with aclosing(response):
-                content = await response.aread()
-        except httpx.TransportError as reason:
-            raise protocol.lost(reason, self._http.base_url) from reason
-        return protocol.read_models(content)
+        """The models that the server serves. Raises ServeAppError over gRPC, which has no call for that."""
+        return await self._connections.models()
 
     async def ready(self) -> Readiness:
-        """Whether the server can answer now, and how far it is with loading. Raises ConnectionLost without a server."""
-        try:
-            response = await self._http.get("/ready")
-        except httpx.TransportError as reason:
-            raise protocol.lost(reason, self._http.base_url) from reason
-        return protocol.read_readiness(response.status_code, response.content)
+        """Whether the server can answer now, and over HTTP how far it is with loading.
+
+        Raises ConnectionLost without a server.
+        """
+        return await self._connections.ready()
 
     async def wait_until_ready(
         self, timeout_s: float = 600.0, poll_s: float = 0.5, progress: Callable[[Readiness], None] | None = None
@@ -148,81 +146,10 @@ class AsyncClient:
 
     async def aclose(self) -> None:
         """Close the connections, and with them every stream."""
-        await self._http.aclose()
+        await self._connections.aclose()
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
-
-    async def _items(
-        self, body: dict[str, Any], headers: dict[str, str], *, resume: bool
-    ) -> AsyncGenerator[ModelOutputDocument | Done, None]:
-        """The documents of one stream; with `resume`, over as many connections as it takes."""
-        position = Position()
-        timeout = protocol.timeout(self._timeout_s, SILENCE_S if resume else math.inf)
-        send = self._send
-        request = self._http.build_request("POST", "/stream", json=body, headers=headers, timeout=timeout)
-        while True:
-            try:
-                response = await send(request)
-                if resume:
-                    position.began(response.headers)
-                async with aclosing(self._documents(response, position)) as documents:
-                    async for document in documents:
-                        yield document
-                return
-            except ServeAppError as error:
-                pause_s = position.pause_s(error)
-                if pause_s is None:
-                    raise
-            await asyncio.sleep(pause_s)
-            send = self._send_once  # from here on `position` limits the attempts
-            rest_headers = headers | position.headers
-            request = self._http.build_request("GET", position.path, headers=rest_headers, timeout=timeout)
-
-    async def _documents(
-        self, response: httpx.Response, position: Position
-    ) -> AsyncGenerator[ModelOutputDocument | Done, None]:
-        """The documents of one connection. Raises ConnectionLost when it ends before the stream does."""
-        request_id = response.headers.get("x-request-id")
-        done = False
-        source: Any = EventSource(response)  # only one of its two reading methods is typed as a generator
-        async with aclosing(response), aclosing(source.aiter_sse()) as events:
-            try:
-                async for event in events:
-                    # Read to the end even after the last event, so that the connection can be used again.
-                    item = None if done else protocol.read_event(event, request_id)
-                    if item is not None and position.take(event.id):
-                        done = isinstance(item, Done)
-                        yield item
-            except httpx.TransportError as reason:
-                if not done:
-                    raise protocol.lost(reason, self._http.base_url) from reason
-        if not done:
-            raise protocol.ended_early()
-
-    async def _send(self, request: httpx.Request) -> httpx.Response:
-        """The response to read from, with status 200. Repeats a request where `protocol.retry_delay_s` allows it."""
-        attempt = 0
-        while True:
-            try:
-                return await self._send_once(request)
-            except (Overloaded, ConnectionLost) as error:
-                delay_s = protocol.retry_delay_s(error, attempt, self._retries)
-                if delay_s is None:
-                    raise
-            await asyncio.sleep(delay_s)
-            attempt += 1
-
-    async def _send_once(self, request: httpx.Request) -> httpx.Response:
-        try:
-            response = await self._http.send(request, stream=True)
-            if response.status_code == 200:
-                return response
-            async with aclosing(response):
-                content = await response.aread()
-        except httpx.TransportError as reason:
-            raise protocol.lost(reason, self._http.base_url) from reason
-        raise protocol.error_of(response.status_code, response.headers, content)

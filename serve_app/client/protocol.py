@@ -31,6 +31,7 @@ from serve_app.client.errors import (
 )
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+GRPC_SCHEMES = ("grpc://", "grpcs://")
 CONNECT_TIMEOUT_S = 5.0
 LONGEST_RETRY_AFTER_S = 30.0  # for a longer Retry-After the error is raised at once
 FIRST_BACKOFF_S = 0.25
@@ -51,7 +52,7 @@ def open_http(
             base_url=base_url,
             headers=headers,
             timeout=timeout(timeout_s),
-            trust_env=not _is_loopback(parts.hostname),  # a proxy for the outside can't reach this machine's loopback
+            trust_env=not is_loopback(parts.hostname),  # a proxy for the outside can't reach this machine's loopback
             transport=transport,
         )
     except (ImportError, ValueError, httpx.InvalidURL) as reason:
@@ -61,7 +62,8 @@ def open_http(
         ) from reason
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether this host is this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

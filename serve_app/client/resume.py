@@ -28,6 +28,12 @@ class Position:
         self._last_event_id = ""
         """As the server gave it: only the server knows what it means."""
         self._failures = 0
+        self._events = 0
+
+    @property
+    def is_fresh(self) -> bool:
+        """No event has come."""
+        return self._events == 0
 
     @property
     def path(self) -> str:
@@ -49,6 +55,7 @@ class Position:
             return False
         self._last_event_id = event_id or self._last_event_id
         self._failures = 0
+        self._events += 1
         return True
 
     def pause_s(self, error: ServeAppError) -> float | None:

@@ -6,19 +6,19 @@ Closing or dropping a stream closes its connection, and with it the work on the 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
-from typing import Any, Self, Unpack
+from typing import TYPE_CHECKING, Self, Unpack
 
 import httpx
-from httpx_sse import EventSource
 
 from serve_app.client import protocol
 from serve_app.client.documents import Completion, Done, Message, Model, ModelOutputDocument, Options, Readiness
-from serve_app.client.errors import ConnectionLost, NotReady, Overloaded, ServeAppError, ServerError
-from serve_app.client.resume import SILENCE_S, Position
+from serve_app.client.errors import NotReady, ServerError
+from serve_app.client.synchronous_http import Http
+
+if TYPE_CHECKING:
+    from serve_app.client.synchronous_grpc import Grpc
 
 
 class Stream(Iterator[ModelOutputDocument]):
@@ -63,13 +63,18 @@ class Client:
         timeout_s: float = 600.0,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        """`timeout_s` limits how long the server may send nothing, not how long an answer takes.
+        """`base_url`: `http://`, `https://`, or for gRPC `grpc://host:port` and with TLS `grpcs://host:port`.
 
-        Raises ValueError when `base_url` is not an HTTP URL, or the environment's proxy settings can't be used.
+        `timeout_s` limits how long the server may send nothing over HTTP, and how long an answer may take over gRPC.
+        Raises ValueError when `base_url` is no such URL, or the environment's proxy settings can't be used.
         """
-        self._http = protocol.open_http(httpx.Client, base_url, headers, timeout_s, transport)
-        self._retries = retries
-        self._timeout_s = timeout_s
+        self._connections: Http | Grpc
+        if base_url.startswith(protocol.GRPC_SCHEMES):
+            from serve_app.client.synchronous_grpc import Grpc  # imported here: grpc takes 0.1 s
+
+            self._connections = Grpc(base_url, headers, retries, timeout_s)
+        else:
+            self._connections = Http(base_url, headers, retries, timeout_s, transport)
 
     def stream(
         self,
@@ -87,7 +92,7 @@ class Client:
         """
         body = protocol.stream_body(prompt, messages, options)
         headers = protocol.request_headers(request_id, resume=resume)
-        return Stream(self._items(body, headers, resume=resume))
+        return Stream(self._connections.items(body, headers, resume=resume))
 
     def complete(
         self,
@@ -106,22 +111,15 @@ class Client:
         return protocol.joined(documents, stream.done)
 
     def models(self) -> tuple[Model, ...]:
-        """The models that the server serves."""
-        response = self._send(self._http.build_request("GET", "/v1/models"))
-        try:
-            with closing(response):
-                content = response.read()
-        except httpx.TransportError as reason:
-            raise protocol.lost(reason, self._http.base_url) from reason
-        return protocol.read_models(content)
+        """The models that the server serves. Raises ServeAppError over gRPC, which has no call for that."""
+        return self._connections.models()
 
     def ready(self) -> Readiness:
-        """Whether the server can answer now, and how far it is with loading. Raises ConnectionLost without a server."""
-        try:
-            response = self._http.get("/ready")
-        except httpx.TransportError as reason:
-            raise protocol.lost(reason, self._http.base_url) from reason
-        return protocol.read_readiness(response.status_code, response.content)
+        """Whether the server can answer now, and over HTTP how far it is with loading.
+
+        Raises ConnectionLost without a server.
+        """
+        return self._connections.ready()
 
     def wait_until_ready(
         self, timeout_s: float = 600.0, poll_s: float = 0.5, progress: Callable[[Readiness], None] | None = None
@@ -146,78 +144,10 @@ class Client:
 
     def close(self) -> None:
         """Close the connections, and with them every stream."""
-        self._http.close()
+        self._connections.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _items(
-        self, body: dict[str, Any], headers: dict[str, str], *, resume: bool
-    ) -> Generator[ModelOutputDocument | Done, None]:
-        """The documents of one stream; with `resume`, over as many connections as it takes."""
-        position = Position()
-        timeout = protocol.timeout(self._timeout_s, SILENCE_S if resume else math.inf)
-        send = self._send
-        request = self._http.build_request("POST", "/stream", json=body, headers=headers, timeout=timeout)
-        while True:
-            try:
-                response = send(request)
-                if resume:
-                    position.began(response.headers)
-                with closing(self._documents(response, position)) as documents:
-                    yield from documents
-                return
-            except ServeAppError as error:
-                pause_s = position.pause_s(error)
-                if pause_s is None:
-                    raise
-            time.sleep(pause_s)
-            send = self._send_once  # from here on `position` limits the attempts
-            rest_headers = headers | position.headers
-            request = self._http.build_request("GET", position.path, headers=rest_headers, timeout=timeout)
-
-    def _documents(self, response: httpx.Response, position: Position) -> Generator[ModelOutputDocument | Done, None]:
-        """The documents of one connection. Raises ConnectionLost when it ends before the stream does."""
-        request_id = response.headers.get("x-request-id")
-        done = False
-        source: Any = EventSource(response)  # only one of its two reading methods is typed as a generator
-        with closing(response), closing(source.iter_sse()) as events:
-            try:
-                for event in events:
-                    # Read to the end even after the last event, so that the connection can be used again.
-                    item = None if done else protocol.read_event(event, request_id)
-                    if item is not None and position.take(event.id):
-                        done = isinstance(item, Done)
-                        yield item
-            except httpx.TransportError as reason:
-                if not done:
-                    raise protocol.lost(reason, self._http.base_url) from reason
-        if not done:
-            raise protocol.ended_early()
-
-    def _send(self, request: httpx.Request) -> httpx.Response:
-        """The response to read from, with status 200. Repeats a request where `protocol.retry_delay_s` allows it."""
-        attempt = 0
-        while True:
-            try:
-                return self._send_once(request)
-            except (Overloaded, ConnectionLost) as error:
-                delay_s = protocol.retry_delay_s(error, attempt, self._retries)
-                if delay_s is None:
-                    raise
-            time.sleep(delay_s)
-            attempt += 1
-
-    def _send_once(self, request: httpx.Request) -> httpx.Response:
-        try:
-            response = self._http.send(request, stream=True)
-            if response.status_code == 200:
-                return response
-            with closing(response):
-                content = response.read()
-        except httpx.TransportError as reason:
-            raise protocol.lost(reason, self._http.base_url) from reason
-        raise protocol.error_of(response.status_code, response.headers, content)

@@ -1,4 +1,4 @@
-"""The deployment that speaks HTTP and handles text. It is up long before the model, and reports the loading.
+"""The deployment that speaks HTTP and gRPC and handles text. It is up long before the model, and reports the loading.
 
 Promises an answer to every request from the start: the application's, or 503 with the stage while the tokenizer or
 the model is not loaded. Only connects the other packages of serve_app.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
@@ -16,6 +18,8 @@ from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_app.api.grpc.refusal import Refusal
+from serve_app.api.grpc.servicer import Servicer
 from serve_app.api.http.loading import create_loading_app
 from serve_app.api.http.pages import Pages
 from serve_app.config import AppConfig
@@ -29,7 +33,7 @@ from serve_app.deployments.metrics import RayMetrics
 from serve_app.deployments.ray_internals import AsgiDeployment, http_host
 from serve_app.deployments.revisions import settled
 from serve_app.deployments.serve_settings import missing
-from serve_app.deployments.status.banner import banner, log_folder, say, service_url
+from serve_app.deployments.status.banner import banner, log_folder, say, service_address
 from serve_app.deployments.status.progress import ProgressBoard, Reporter
 from serve_app.deployments.status.readiness import Readiness, answers, deployment_status
 from serve_app.models.cache import cache_directory
@@ -72,8 +76,10 @@ class Ingress(AsgiDeployment):
         self._client = RayReplicaClient(model_server, readiness)
         self._metrics = RayMetrics()
         self._text_stage: LoadStage | None = LoadStage("loading the tokenizer")
-        self._pages = Pages(config.api, await asyncio.to_thread(http_host) or "127.0.0.1")
+        host = await asyncio.to_thread(http_host) or "127.0.0.1"
+        self._pages = Pages(config.api, host)
         self._front = _Front(create_loading_app(self._state, self._metrics, self._pages))
+        self._servicer = Servicer(self._front.in_process, self._state, host)
         self._streams: ResumableStreams | None = None
         tried = asyncio.Event()
         self._tasks = {asyncio.create_task(self._load_text(tried)), asyncio.create_task(self._report_metrics())}
@@ -106,6 +112,26 @@ class Ingress(AsgiDeployment):
     def asgi_app(self) -> ASGIApp:
         """See `AsgiDeployment`."""
         return self._front
+
+    async def Stream(self, request: bytes, grpc_context: Any) -> AsyncGenerator[Any, None]:
+        """`serve_app.v1.ServeApp/Stream`. Serve calls the method that has the RPC's name."""
+        async with aclosing(_with_status(self._servicer.stream(request, grpc_context), grpc_context)) as messages:
+            async for message in messages:
+                yield message
+
+    async def stream_doc(self, request: bytes, grpc_context: Any) -> AsyncGenerator[Any, None]:
+        """`jina.JinaSingleDocumentRequestRPC/stream_doc`."""
+        async with aclosing(_with_status(self._servicer.stream_doc(request, grpc_context), grpc_context)) as messages:
+            async for message in messages:
+                yield message
+
+    async def Check(self, request: bytes, grpc_context: Any) -> Any:
+        """`grpc.health.v1.Health/Check`."""
+        try:
+            return await self._servicer.check(request, grpc_context)
+        except Refusal as refusal:
+            _set_status(refusal, grpc_context)
+            raise
 
     async def _state(self) -> ModelCard | LoadStage:
         """The state of the model and of this replica's tokenizer together."""
@@ -164,7 +190,7 @@ class Ingress(AsgiDeployment):
                 break
             await asyncio.sleep(POLL_S)
         try:
-            url = await asyncio.to_thread(service_url, self._app_name)
+            url, grpc = await asyncio.to_thread(service_address, self._app_name)
         except Exception:  # Serve's private call may raise anything; the service runs without its banner
             logger.exception("the service's URL is not known")
             return
@@ -173,7 +199,7 @@ class Ingress(AsgiDeployment):
                 "streamed tokens cost up to three times the CPU time; start Ray with %s (see docs/operations.md)",
                 " ".join(settings),
             )
-        say(banner(state, url, log_folder(), cache_directory(self._config.cache_dir)))
+        say(banner(state, url, log_folder(), cache_directory(self._config.cache_dir), grpc=grpc))
 
     async def _report_metrics(self) -> None:
         while True:
@@ -202,6 +228,27 @@ class _Front:
             self._addresses.correct(scope)
             receive, send = _with_disconnects(receive), _without_second_request_id(scope, send)
         await self.app(scope, receive, send)
+
+    async def in_process(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request that comes from this process on to `app`."""
+        await self.app(scope, receive, send)
+
+
+async def _with_status(messages: AsyncGenerator[Any, None], context: Any) -> AsyncGenerator[Any, None]:
+    """`messages`, whose `Refusal` becomes the status of the call."""
+    async with aclosing(messages):
+        try:
+            async for message in messages:
+                yield message
+        except Refusal as refusal:
+            _set_status(refusal, context)
+            raise
+
+
+def _set_status(refusal: Refusal, context: Any) -> None:
+    """Serve takes the status of a call that raises from `context`, but not its metadata."""
+    context.set_code(refusal.code)
+    context.set_details(refusal.details)
 
 
 def _load_tokenizer(config: AppConfig, report: Reporter) -> tuple[PromptFormatter, GenerationDefaults]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 
-from serve_app.deployments.ray_internals import is_access_line
+from serve_app.deployments.ray_internals import is_access_line, is_answered_refusal
 
 QUIET = {"transformers": logging.ERROR, "huggingface_hub": logging.ERROR, "httpx": logging.WARNING}
 """Libraries whose log lines are advice for programmers, and the lowest level that is logged of each."""
@@ -18,10 +18,12 @@ QUIET = {"transformers": logging.ERROR, "huggingface_hub": logging.ERROR, "httpx
 def use_serve_log() -> None:
     """Send this process's `serve_app` log lines to Serve's handlers. Call it first in a replica's constructor.
 
-    Serve's own access line of each call is left out: the ingress writes one per request that says more.
+    Serve's own access line of each call is left out: the ingress writes one per request that says more. So are its
+    tracebacks of gRPC calls that were refused.
     """
     serve = logging.getLogger("ray.serve")
     serve.addFilter(lambda record: not is_access_line(record))
+    leave_out_refusals()
     ours = logging.getLogger("serve_app")
     ours.handlers = serve.handlers
     ours.setLevel(serve.getEffectiveLevel())
@@ -31,3 +33,8 @@ def use_serve_log() -> None:
     # The libraries read these when a replica imports them later. Stages are logged in place of progress bars.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+def leave_out_refusals() -> None:
+    """Log no traceback of a gRPC call that an ingress has refused: the ingress writes a line of it."""
+    logging.getLogger("ray.serve").addFilter(lambda record: not is_answered_refusal(record))

@@ -16,7 +16,7 @@ from typing import Any, cast
 from ray._private import state
 from ray.exceptions import RayError
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
-from ray.serve._private import constants
+from ray.serve._private import constants, default_impl
 from ray.serve._private.common import REPLICA_ID_FULL_ID_STR_PREFIX
 from ray.serve.context import (
     _get_global_client,
@@ -24,7 +24,7 @@ from ray.serve.context import (
     _RequestContext,
     _serve_request_context,
 )
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import RayServeException, gRPCStatusError
 from ray.serve.handle import DeploymentResponseGenerator
 from ray.serve.request_router import RequestRouter
 from starlette.types import ASGIApp
@@ -81,6 +81,26 @@ def http_host() -> str | None:
     """
     host: str | None = cast("Any", _get_global_client()).http_config.host
     return host
+
+
+def keep_grpc_on_http_host() -> None:
+    """Let the gRPC servers that Serve starts in this process from now on listen on the host of its HTTP servers.
+
+    Serve has no setting for their host, and would listen on all addresses.
+    """
+
+    def add_address(server: Any, address: str) -> None:
+        host, port = http_host() or "127.0.0.1", address.rpartition(":")[2]
+        if host not in ("0.0.0.0", "::"):
+            address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        server.add_insecure_port(address)
+
+    default_impl.add_grpc_address = add_address  # type: ignore[assignment]
+
+
+def is_answered_refusal(record: logging.LogRecord) -> bool:
+    """Whether this log record is Serve's traceback of a gRPC call that an ingress has refused with a status."""
+    return record.exc_info is not None and isinstance(record.exc_info[1], gRPCStatusError)
 
 
 def serve_setting(name: str, otherwise: bool) -> bool:

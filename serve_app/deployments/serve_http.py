@@ -1,4 +1,5 @@
-"""What Serve's own HTTP servers answer in place of an application, and how long they wait for headers.
+"""What Serve's own HTTP servers answer in place of an application, and how long they wait for headers; where its gRPC
+servers listen.
 
 Serve calls `middlewares` in each of its Python proxies and ingress replicas, where the environment variable
 RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it. Promises errors in the API's form.
@@ -16,6 +17,8 @@ from uvicorn.protocols.http import auto
 
 from serve_app.api.error_shapes import error_shape
 from serve_app.api.errors import INVALID_REQUEST, SERVER_ERROR, ApiError
+from serve_app.deployments.logs import leave_out_refusals
+from serve_app.deployments.ray_internals import keep_grpc_on_http_host
 
 HEADER_TIMEOUT_S = 10.0
 """How long a new connection may take for its first request's headers. uvicorn waits for ever."""
@@ -30,7 +33,12 @@ _ANSWERS = {
 
 
 def middlewares() -> list[Middleware]:
-    """The middleware for Serve's HTTP servers. Those that this process starts from now on use `BoundedProtocol`."""
+    """The middleware for Serve's HTTP servers. Those that this process starts from now on use `BoundedProtocol`.
+
+    Its gRPC servers listen on the same host.
+    """
+    keep_grpc_on_http_host()
+    leave_out_refusals()
     if not issubclass(auto.AutoHTTPProtocol, BoundedProtocol):
         auto.AutoHTTPProtocol = type("BoundedHTTPProtocol", (BoundedProtocol, auto.AutoHTTPProtocol), {})
     return [Middleware(JsonErrors)]

@@ -23,10 +23,12 @@ def unasync() -> ModuleType:
 
 
 def test_the_file_is_up_to_date(unasync: ModuleType) -> None:
-    made = unasync.blocking(unasync.SOURCE.read_text(encoding="utf-8"))
-    assert unasync.TARGET.read_text(encoding="utf-8") == made, "asynchronous.py was changed: run `make client`"
+    for source, target in unasync.TWINS.items():
+        made = unasync.blocking(source.read_text(encoding="utf-8"), target)
+        assert target.read_text(encoding="utf-8") == made, f"{source.name} was changed: run `make client`"
 
 
 def test_nothing_asynchronous_is_left(unasync: ModuleType) -> None:
-    code = unasync.TARGET.read_text(encoding="utf-8").removeprefix(unasync.NOTICE)
-    assert not [line for line in code.splitlines() if "async" in line.lower() or "await" in line]
+    for target in unasync.TWINS.values():
+        code = target.read_text(encoding="utf-8").removeprefix(unasync.NOTICE.format(target=target.name))
+        assert not [line for line in code.splitlines() if "async" in line.lower() or "await" in line]

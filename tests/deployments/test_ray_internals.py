@@ -6,14 +6,18 @@ When a test fails after an update of Ray, its message says which name is to be m
 from __future__ import annotations
 
 import ast
+import asyncio
 import importlib
 import inspect
 import logging
+import socket
 from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import grpc
+import psutil
 import pytest
 import ray
 
@@ -28,6 +32,7 @@ NAMES = [
     ("ray.experimental.internal_kv", "_internal_kv_get"),
     ("ray.experimental.internal_kv", "_internal_kv_del"),
     ("ray.serve._private.constants", "SERVE_NAMESPACE"),
+    ("ray.serve._private.default_impl", "add_grpc_address"),
     ("ray.serve._private.common", "REPLICA_ID_FULL_ID_STR_PREFIX"),
     ("ray.serve.context", "_get_global_client"),
     ("ray.serve.context", "_get_serve_request_context"),
@@ -36,6 +41,8 @@ NAMES = [
     ("ray.serve._private.client", "ServeControllerClient.get_serve_details"),
     ("ray.serve._private.client", "ServeControllerClient.http_config"),
 ]
+WHOLE = (".state", ".constants", ".default_impl", ".client")
+"""Modules that are imported as a whole, or not at all."""
 UNLIKE_OTHERS = ("_deployment_id", "__serve_build_asgi_app__", "serve_access_log", "SERVE_REPLICA::")
 """What no import gives away."""
 
@@ -57,7 +64,8 @@ def test_every_imported_name_is_among_those() -> None:
     assert set(private_imports(ast.parse(PLACE.read_text(encoding="utf-8")))) == {
         ("ray._private", "state"),
         ("ray.serve._private", "constants"),
-        *((module, name) for module, name in known if not module.endswith((".state", ".constants", ".client"))),
+        ("ray.serve._private", "default_impl"),
+        *((module, name) for module, name in known if not module.endswith(WHOLE)),
     }
 
 
@@ -128,6 +136,53 @@ def test_serves_access_lines_are_told_apart() -> None:
     access = logging.makeLogRecord({"serve_access_log": True})
     assert [is_other(access), is_other(other)] == [False, True], broken("serve_access_log")
     assert [is_access_line(access), is_access_line(other)] == [True, False]
+
+
+@pytest.mark.parametrize(("host", "listens"), [("127.0.0.1", "127.0.0.1"), (None, "127.0.0.1"), ("0.0.0.0", "::")])
+async def test_serves_grpc_listens_where_its_http_does(
+    monkeypatch: pytest.MonkeyPatch, host: str | None, listens: str
+) -> None:
+    from ray.serve._private import default_impl
+    from ray.serve._private.grpc_util import start_grpc_server
+    from ray.serve.config import gRPCOptions
+
+    from serve_app.deployments import ray_internals
+
+    monkeypatch.setattr(default_impl, "add_grpc_address", default_impl.add_grpc_address)
+    monkeypatch.setattr(ray_internals, "http_host", lambda: host)
+    ray_internals.keep_grpc_on_http_host()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    running, server = await start_grpc_server(
+        lambda **_: None, gRPCOptions(port=port), event_loop=asyncio.get_running_loop()
+    )
+    try:
+        sockets = psutil.Process().net_connections("tcp")
+        found = {
+            each.laddr.ip.removeprefix("::ffff:")
+            for each in sockets
+            if each.laddr.port == port and each.status == "LISTEN"
+        }
+        assert found == {listens}, broken("add_grpc_address")
+    finally:
+        await server.stop(None)
+        await running
+
+
+def test_serves_traceback_of_a_refused_call_is_told_apart() -> None:
+    from ray.exceptions import RayTaskError
+    from ray.serve.exceptions import gRPCStatusError
+
+    from serve_app.api.grpc.refusal import Refusal
+    from serve_app.deployments.ray_internals import is_answered_refusal
+
+    refused = gRPCStatusError(Refusal(grpc.StatusCode.NOT_FOUND, "no"), grpc.StatusCode.NOT_FOUND, "no")
+    as_the_proxy_gets_it = RayTaskError("Stream", "traceback", refused).as_instanceof_cause()
+    for error, expected in [(refused, True), (as_the_proxy_gets_it, True), (KeyError(), False)]:
+        record = logging.makeLogRecord({"exc_info": (type(error), error, None)})
+        assert is_answered_refusal(record) is expected, broken("gRPCStatusError")
+    assert not is_answered_refusal(logging.makeLogRecord({}))
 
 
 def test_replicas_have_the_names_that_we_know_them_by() -> None:

@@ -13,7 +13,7 @@ from pydantic_core import from_json
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope
 
-from serve_app.api.errors import ApiError, bad_request
+from serve_app.api.errors import ApiError, bad_request, body_too_large
 from serve_app.api.http.slow_bodies import PROMPTLY_S, SlowBodies, TooManySlowBodies
 
 BODY_TIMEOUT_S = 30.0
@@ -45,7 +45,7 @@ async def read_json_object(
         raise ApiError(415, "Compressed request bodies are not accepted; send plain JSON.", code="unsupported_encoding")
     declared = headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > max_bytes:
-        raise _too_large(max_bytes)
+        raise body_too_large(max_bytes)
     incoming = _Incoming(receive, max_bytes)
     promptly_s = min(PROMPTLY_S, BODY_TIMEOUT_S)
     if not await incoming.read(promptly_s):
@@ -82,7 +82,7 @@ class _Incoming:
                     chunk: bytes = message.get("body", b"")
                     self._left -= len(chunk)
                     if self._left < 0:
-                        raise _too_large(self._max_bytes)
+                        raise body_too_large(self._max_bytes)
                     self.chunks.append(chunk)
                     more = message.get("more_body", False)
         except TimeoutError:
@@ -118,8 +118,3 @@ def _decode(body: bytes, content_type: str) -> dict[str, Any]:
 
 def _too_slow(message: str) -> ApiError:
     return ApiError(408, message, code="body_timeout", headers={"connection": "close"})
-
-
-def _too_large(max_bytes: int) -> ApiError:
-    message = f"The request body is larger than this server's limit of {max_bytes} bytes."
-    return ApiError(413, message, code="body_too_large", headers={"connection": "close"})

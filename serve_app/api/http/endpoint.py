@@ -30,6 +30,10 @@ RECORD = "serve_app.record"
 """Where the request's `RequestRecord` is in the ASGI scope."""
 ERROR_SHAPE = "serve_app.error_shape"
 """Where the `ErrorShape` of the request's client is in the ASGI scope."""
+DOCUMENT = "serve_app.document"
+"""Where a request that did not come as JSON has its `ReadDocument` in the ASGI scope."""
+ENDPOINT = "serve_app.endpoint"
+"""Where such a request has the endpoint's name for metrics and log in the ASGI scope."""
 INLINE_BYTES = 20_000
 """Size of the largest request that is processed in the event loop: tokenizing so much text takes about 10 ms, every
 other step less."""
@@ -39,15 +43,20 @@ which goes through the template."""
 
 _Result = TypeVar("_Result")
 
+ReadDocument = Callable[[int], tuple[dict[str, Any], int]]
+"""Takes the limit of a body in bytes. Returns the body as a JSON object, and its size in bytes. Raises `RequestError`.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
     """One request, as a handler sees it."""
 
+    method: str
     query: QueryParams
     path_params: dict[str, str]
     body: dict[str, Any] | None
-    """None for a GET."""
+    """None for a GET without a body."""
     headers: Headers
     record: RequestRecord
     deadline: float
@@ -115,9 +124,12 @@ class Admission:
 class Endpoint:
     """An ASGI application around one handler."""
 
-    def __init__(self, name: str, handler: Handler, admission: Admission, config: ApiConfig) -> None:
-        """`name`: what metrics and log call the endpoint."""
+    def __init__(
+        self, name: str, handler: Handler, admission: Admission, config: ApiConfig, *, get_with_body: bool = False
+    ) -> None:
+        """`name`: what metrics and log call the endpoint. `get_with_body`: the body of a GET is read, if it has one."""
         self._name = name
+        self._get_with_body = get_with_body
         self._handler = handler
         self._admission = admission
         self._config = config
@@ -125,29 +137,42 @@ class Endpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer; errors of the request become answers here."""
         record: RequestRecord = scope[RECORD]
-        record.endpoint = self._name
+        record.endpoint = scope.get(ENDPOINT, self._name)
         deadline = asyncio.get_running_loop().time() + self._config.request_timeout_s
         try:
             self._admission.refuse_when_full()
-            body, size_bytes = None, len(scope["query_string"])
-            if scope["method"] == "POST":  # before taking a place: a client that sends no body must not hold one
-                limit, slow_bodies = self._config.max_body_bytes, self._admission.slow_bodies
-                body, size_bytes = await read_json_object(scope, receive, limit, slow_bodies)
+            # Before taking a place: a client that sends no body must not hold one.
+            body, size_bytes = await self._body(scope, receive)
             with self._admission.place():
                 query = QueryParams(scope["query_string"])
                 path_params = scope.get("path_params", {})
-                call = Call(query, path_params, body, Headers(scope=scope), record, deadline, size_bytes)
+                headers = Headers(scope=scope)
+                call = Call(scope["method"], query, path_params, body, headers, record, deadline, size_bytes)
                 await _while_connected(receive, self._answer(call, scope, receive, send))
         except RequestError as refusal:
             await error_response(scope, refusal)(scope, receive, send)
         except ClientGone as gone:
             record.outcome = gone.outcome
 
+    async def _body(self, scope: Scope, receive: Receive) -> tuple[dict[str, Any] | None, int]:
+        """The body as a JSON object, and its size in bytes; for a GET without one None and the size of its query."""
+        limit = self._config.max_body_bytes
+        read: ReadDocument | None = scope.get(DOCUMENT)
+        if read is not None:
+            return read(limit)
+        if scope["method"] == "POST" or (self._get_with_body and _has_body(Headers(scope=scope))):
+            return await read_json_object(scope, receive, limit, self._admission.slow_bodies)
+        return None, len(scope["query_string"])
+
     async def _answer(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
         response = await self._handler(call)
         await response(scope, receive, send)
         if isinstance(response, EventStream) and response.error is not None:
             call.record.outcome = response.error.outcome
+
+
+def _has_body(headers: Headers) -> bool:
+    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
 
 async def _while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:

@@ -21,8 +21,16 @@ LATEST_LOGS = Path("/tmp/ray/session_latest/logs/serve")
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
-def banner(card: ModelCard, url: str, logs: Path, cache: Path, *, stop: str = "Ctrl-C, or serve shutdown") -> str:
-    """The text, without a trailing newline. `stop`: how to end what was started."""
+def banner(
+    card: ModelCard,
+    url: str,
+    logs: Path,
+    cache: Path,
+    *,
+    grpc: str | None = None,
+    stop: str = "Ctrl-C, or serve shutdown",
+) -> str:
+    """The text, without a trailing newline. `grpc`: host and port, if it is served. `stop`: how to end the service."""
     streams = max(1, card.kv_capacity_tokens // card.context_tokens)
     body = '{"messages": [{"role": "user", "content": "What is a prime number?"}]}'
     lines = [
@@ -36,7 +44,7 @@ def banner(card: ModelCard, url: str, logs: Path, cache: Path, *, stop: str = "C
         *(f"  note     {note}" for note in card.notes),
         f"  logs     {logs}",
         f"  cache    {cache}",
-        f"  URLs     {url}/stream, and OpenAI's {url}/v1",
+        f"  URLs     {url}/stream, and OpenAI's {url}/v1" + ("" if grpc is None else f", and gRPC at {grpc}"),
         f"  chat     serve-app chat --url {url}",
         f"  stop     {stop}",
         f"  try      curl -N {url}/stream -H 'Content-Type: application/json' -d '{body}'",
@@ -59,18 +67,26 @@ def say(text: str) -> None:
 
 def address(host: str, port: int, route_prefix: str | None, *, https: bool) -> str:
     """The URL of an application whose service listens there, for a program on the same machine."""
+    return f"http{'s' if https else ''}://{authority(host, port)}{(route_prefix or '/').rstrip('/')}"
+
+
+def authority(host: str, port: int) -> str:
+    """Host and port of a service that listens there, for a program on the same machine."""
     host = _WILDCARDS.get(host, host)
-    authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    return f"http{'s' if https else ''}://{authority}{(route_prefix or '/').rstrip('/')}"
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def service_url(app_name: str) -> str:
-    """Where this application answers, for a program on the machine of the proxy. Blocks for a round trip."""
+def service_address(app_name: str) -> tuple[str, str | None]:
+    """Where this application answers, for a program on the machine of the proxy: its URL, and `host:port` for gRPC.
+
+    Blocks for a round trip.
+    """
     details = serve_details()
-    options = details["http_options"] or {}
+    options, grpc = details["http_options"] or {}, details["grpc_options"] or {}
     host, port = options.get("host") or "127.0.0.1", options.get("port", 8000)
     route_prefix = details["applications"][app_name]["route_prefix"]
-    return address(host, port, route_prefix, https=bool(options.get("ssl_certfile")))
+    url = address(host, port, route_prefix, https=bool(options.get("ssl_certfile")))
+    return url, authority(host, grpc.get("port", 9000)) if grpc.get("grpc_servicer_functions") else None
 
 
 def log_folder() -> Path:

@@ -1,0 +1,110 @@
+"""The asynchronous client's channels over gRPC: calls, retries, and streams that survive a lost connection."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from serve_app.client import grpc_protocol, protocol
+from serve_app.client.documents import Done, Model, ModelOutputDocument, Readiness
+from serve_app.client.errors import NotReady, ServeAppError
+from serve_app.client.resume import Position
+
+
+class AsyncGrpc:
+    """Channels to one server."""
+
+    def __init__(self, base_url: str, headers: Mapping[str, str] | None, retries: int, timeout_s: float) -> None:
+        """See `AsyncClient`."""
+        self._url = base_url
+        self._target, self._secure = grpc_protocol.target_of(base_url)
+        self._headers = dict(headers or {})
+        self._retries = retries
+        self._timeout_s = timeout_s
+        self._channels: dict[bool, Any] = {}
+        """By whether they are for streams that can be resumed."""
+
+    async def items(
+        self, body: dict[str, Any], headers: dict[str, str], *, resume: bool
+    ) -> AsyncGenerator[ModelOutputDocument | Done, None]:
+        """The documents of one stream; with `resume`, over as many calls as it takes."""
+        position = Position()
+        request, failures = grpc_protocol.request_of(body), 0
+        while True:
+            try:
+                async with aclosing(
+                    self._documents(request, headers | position.headers, position, resume)
+                ) as documents:
+                    async for document in documents:
+                        yield document
+                return
+            except ServeAppError as error:
+                pause_s = position.pause_s(error)
+                if pause_s is None and position.is_fresh and grpc_protocol.may_be_repeated(error):
+                    pause_s = protocol.retry_delay_s(error, failures, self._retries)
+                if pause_s is None:
+                    raise
+            failures += 1
+            await asyncio.sleep(pause_s)
+
+    async def models(self) -> tuple[Model, ...]:
+        """See `AsyncClient`."""
+        raise ServeAppError("the models can't be listed over gRPC; ask the server's HTTP address")
+
+    async def ready(self) -> Readiness:
+        """See `AsyncClient`."""
+        check = self._channel(False).unary_unary(grpc_protocol.CHECK)
+        try:
+            answer = await check(
+                b"", metadata=grpc_protocol.metadata_of(self._headers), timeout=grpc_protocol.CHECK_TIMEOUT_S
+            )
+        except grpc.RpcError as reason:
+            error = grpc_protocol.error_of(reason, self._url, begun=False)
+            if isinstance(error, NotReady) or reason.code() == grpc.StatusCode.NOT_FOUND:  # Serve has no route yet
+                return Readiness(ready=False)
+            raise error from reason
+        return Readiness(ready=answer == grpc_protocol.SERVING)
+
+    async def aclose(self) -> None:
+        """Close the channels, and with them every stream."""
+        for channel in self._channels.values():
+            await channel.close()
+
+    async def _documents(
+        self, request: bytes, headers: dict[str, str], position: Position, resume: bool
+    ) -> AsyncGenerator[ModelOutputDocument | Done, None]:
+        """The documents of one call. Raises ConnectionLost when it ends before the stream does."""
+        metadata = grpc_protocol.metadata_of(self._headers | headers)
+        call = self._channel(resume).unary_stream(grpc_protocol.STREAM)(
+            request, metadata=metadata, timeout=self._timeout_s
+        )
+        begun = done = False
+        try:
+            async for content in call:
+                begun = True
+                item = grpc_protocol.read_message(content, position)
+                if item is not None:
+                    done = isinstance(item, Done)
+                    yield item
+        except grpc.RpcError as reason:
+            if not done:
+                raise grpc_protocol.error_of(reason, self._url, begun=begun) from reason
+        finally:
+            call.cancel()
+        if not done:
+            raise protocol.ended_early()
+
+    def _channel(self, resume: bool) -> Any:
+        if resume not in self._channels:
+            options = grpc_protocol.channel_options(self._target, resume=resume)
+            if self._secure:
+                credentials = grpc.ssl_channel_credentials()
+                self._channels[resume] = grpc.aio.secure_channel(self._target, credentials, options)
+            else:
+                self._channels[resume] = grpc.aio.insecure_channel(self._target, options)
+        return self._channels[resume]

@@ -1,0 +1,1 @@
+"""The messages of proto/*.proto, for the server and for the client. `make proto` writes all other files here."""

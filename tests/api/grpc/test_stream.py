@@ -1,0 +1,280 @@
+"""`ServeApp/Stream` on a plain gRPC server: the same answers, errors, limits and log lines as POST /stream."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+from fake_replica import FakeReplica, Script, card, counts
+from grpc_server import grpc_server
+from memory_metrics import MemoryMetrics
+from starlette.applications import Starlette
+
+from serve_app.api.grpc.servicer import Servicer
+from serve_app.api.grpc.services import STREAM
+from serve_app.api.http.loading import create_loading_app
+from serve_app.api.http.pages import Pages
+from serve_app.chat.tokenizer import ChatTokenizer
+from serve_app.config import ApiConfig
+from serve_app.core import Failure, FailureCode, LoadStage
+from serve_app.generation.replica import ReplicaLost
+from serve_app.proto.serve_app_pb2 import Message, ModelOutputDocument, PromptDocument
+
+MakeApp = Callable[..., Starlette]
+HI = PromptDocument(messages=[Message(role="user", content="Hi")], seed=7)
+Open = Callable[..., Awaitable["Caller"]]
+
+
+class Caller:
+    """A channel to one server."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.channel = channel
+
+    def stream(self, request: PromptDocument | bytes, *metadata: tuple[str, str], timeout: float = 60) -> Any:
+        call = self.channel.unary_stream(STREAM, response_deserializer=ModelOutputDocument.FromString)
+        content = request if isinstance(request, bytes) else request.SerializeToString()
+        return call(content, metadata=metadata, timeout=timeout)
+
+    async def refused(self, request: PromptDocument | bytes, *metadata: tuple[str, str]) -> tuple[Any, dict[str, Any]]:
+        """(status code, the details)."""
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            [_ async for _ in self.stream(request, *metadata)]
+        return refused.value.code(), json.loads(refused.value.details() or "")
+
+
+@pytest.fixture
+async def open_grpc(replica: FakeReplica) -> AsyncIterator[Open]:
+    """open_grpc(app, bound_to=...) -> a caller of the app over gRPC."""
+    async with AsyncExitStack() as open_ones:
+
+        async def open_one(app: Starlette, bound_to: str | None = None) -> Caller:
+            target = await open_ones.enter_async_context(grpc_server(Servicer(app, replica.model, bound_to)))
+            channel = grpc.aio.insecure_channel(target)
+            open_ones.push_async_callback(channel.close)
+            return Caller(channel)
+
+        yield open_one
+
+
+@pytest.fixture
+async def caller(replica: FakeReplica, make_app: MakeApp, open_grpc: Open) -> Caller:
+    return await open_grpc(make_app(replica))
+
+
+def sse(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
+
+
+async def test_it_gives_what_post_stream_gives(caller: Caller, api: httpx.AsyncClient) -> None:
+    call = caller.stream(HI, ("x-request-id", "abc"))
+    *tokens, last = [message async for message in call]
+    body = {"messages": [{"role": "user", "content": "Hi"}], "seed": 7}
+    *documents, done = sse((await api.post("/stream", json=body)).text)
+    assert [{"token_id": each.token_id, "generated_text": each.generated_text} for each in tokens] == documents
+    assert all(each.HasField("token_id") and not each.HasField("done") and not each.event_id for each in tokens)
+    assert not last.HasField("token_id")
+    assert (last.done.finish_reason, last.done.seed) == (done["finish_reason"], 7)
+    assert last.done.usage.prompt_tokens == done["usage"]["prompt_tokens"]
+    assert last.done.usage.completion_tokens == len(tokens)
+    assert last.done.usage.total_tokens == done["usage"]["total_tokens"]
+    assert last.done.usage.cached_prompt_tokens == 2
+    trailing = dict(await call.trailing_metadata())
+    assert (trailing["x-request-id"], trailing["x-seed"]) == ("abc", "7")
+
+
+async def test_every_field_reaches_the_replica(caller: Caller, replica: FakeReplica, tokenizer: ChatTokenizer) -> None:
+    request = PromptDocument(
+        prompt="Once <|im_end|>",
+        max_tokens=3,
+        temperature=0.0,
+        top_p=0.5,
+        top_k=3,
+        min_p=0.25,
+        repetition_penalty=1.5,
+        presence_penalty=-1.0,
+        frequency_penalty=2.0,
+        seed=2**64 - 1,
+        stop=["#", "%"],
+        cache_salt="tenant",
+        parse_special=True,
+    )
+    *_, last = [message async for message in caller.stream(request)]
+    assert last.done.finish_reason == "length"
+    made = replica.requests[0]
+    sampling = made.sampling
+    assert (made.max_new_tokens, made.cache_salt, sampling.seed) == (3, "tenant", 2**64 - 1)
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.0, 0.5, 3, 0.25)
+    penalties = sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty
+    assert penalties == (1.5, -1.0, 2.0)
+    assert not tokenizer.control_ids.isdisjoint(made.prompt_token_ids)
+
+
+async def test_stop_strings_cut(caller: Caller) -> None:
+    messages = [message async for message in caller.stream(PromptDocument(prompt="Hi", stop=["brown"]))]
+    assert "".join(message.generated_text for message in messages) == "The quick "
+    assert messages[-1].done.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("request_", "param", "code"),
+    [
+        (PromptDocument(), "prompt", "invalid_value"),
+        (PromptDocument(prompt="a", messages=[Message(role="user", content="b")]), "prompt", "invalid_value"),
+        (PromptDocument(prompt="a", max_tokens=0), "max_tokens", "invalid_value"),
+        (PromptDocument(prompt="a", temperature=float("nan")), "temperature", "invalid_value"),
+        (PromptDocument(prompt="a", top_p=float("inf")), "top_p", "invalid_value"),
+        (PromptDocument(prompt="a", top_k=2**40), "top_k", "invalid_value"),
+        (PromptDocument(prompt="a", stop=["x"] * 17), "stop", "invalid_value"),
+        (PromptDocument(messages=[Message(role="king", content="b")]), "messages[0].role", None),
+        (PromptDocument(prompt="a").SerializeToString() + b"\xf8\x01\x01", "#31", "unknown_parameter"),
+        (b"\x12\x04\xa2\x01\x01\x01", "messages[0].#20", "unknown_parameter"),
+        (b"\x0a\xff", None, "invalid_protobuf"),
+        (b"\x0a\x02\xff\xfe", None, "invalid_protobuf"),
+    ],
+)
+async def test_what_is_wrong_is_said(caller: Caller, request_: Any, param: str | None, code: str | None) -> None:
+    status, details = await caller.refused(request_, ("x-request-id", "r1"))
+    assert status == grpc.StatusCode.INVALID_ARGUMENT
+    assert set(details["error"]) == {"message", "type", "param", "code"}
+    assert (details["error"]["param"], details["status"], details["request_id"]) == (param, 400, "r1")
+    if code is not None:
+        assert details["error"]["code"] == code
+
+
+async def test_a_message_beyond_the_limit(make_app: MakeApp, replica: FakeReplica, open_grpc: Open) -> None:
+    caller = await open_grpc(make_app(replica, max_body_bytes=1000))
+    status, details = await caller.refused(PromptDocument(prompt="a" * 1000))
+    assert (status, details["error"]["code"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "body_too_large")
+    assert not replica.requests
+
+
+async def test_a_full_service_refuses(make_app: MakeApp, replica: FakeReplica, open_grpc: Open) -> None:
+    replica.scripts[:] = [counts(pause_s=0.01)]
+    caller = await open_grpc(make_app(replica, max_streams=1))
+    first = caller.stream(HI)
+    await anext(aiter(first))
+    status, details = await caller.refused(HI)
+    assert (status, details["error"]["code"]) == (grpc.StatusCode.UNAVAILABLE, "overloaded")
+    assert details["retry_after_s"] == 1
+    first.cancel()
+
+
+async def test_a_model_that_loads(open_grpc: Open, replica: FakeReplica, metrics: MemoryMetrics) -> None:
+    async def loading() -> LoadStage:
+        return LoadStage("loading weights", 0.5)
+
+    caller = await open_grpc(create_loading_app(loading, metrics, Pages(ApiConfig())))
+    status, details = await caller.refused(HI)
+    assert (status, details["error"]["code"]) == (grpc.StatusCode.UNAVAILABLE, "not_ready")
+    assert "loading weights" in details["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [
+        (Failure(FailureCode.DEADLINE_EXCEEDED, "Too late."), grpc.StatusCode.DEADLINE_EXCEEDED),
+        (Failure(FailureCode.POISON, "It kills."), grpc.StatusCode.INTERNAL),
+        (Failure(FailureCode.WRONG_WEIGHTS, "Gone."), grpc.StatusCode.UNAVAILABLE),
+        (KeyError("a bug"), grpc.StatusCode.INTERNAL),
+    ],
+)
+async def test_an_error_in_the_stream_comes_after_its_tokens(
+    caller: Caller, replica: FakeReplica, writes: Callable[..., Script], failure: Any, code: grpc.StatusCode
+) -> None:
+    replica.scripts[:] = [writes("The quick", end=failure)]
+    call = caller.stream(HI, ("x-request-id", "r2"))
+    messages = aiter(call)
+    assert (await anext(messages)).generated_text.startswith("The")
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        [_ async for _ in messages]
+    details = json.loads(error.value.details() or "")
+    assert (error.value.code(), details["request_id"]) == (code, "r2")
+    assert "KeyError" not in (error.value.details() or "")
+
+
+async def test_a_replica_dies_and_nothing_is_seen(
+    caller: Caller, replica: FakeReplica, writes: Callable[..., Script]
+) -> None:
+    expected = [message async for message in caller.stream(HI)]
+    replica.requests.clear()
+    replica.scripts[:] = [writes("The quick brown", end=ReplicaLost("killed")), writes()]
+    assert [message async for message in caller.stream(HI)] == expected
+    assert len(replica.requests) == 2
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 - any condition, of things that tell nobody
+            await asyncio.sleep(0.005)
+
+
+async def test_cancelling_stops_the_work(
+    caller: Caller, replica: FakeReplica, caplog: pytest.LogCaptureFixture
+) -> None:
+    replica.scripts[:] = [counts(pause_s=0.01)]
+    caplog.set_level(logging.INFO, logger="serve_app.access")
+    call = caller.stream(HI)
+    await anext(aiter(call))
+    call.cancel()
+    await until(lambda: replica.cancelled == 1)
+    await until(lambda: "outcome=disconnected" in caplog.text)
+
+
+async def test_a_callers_deadline_stops_the_work(caller: Caller, replica: FakeReplica) -> None:
+    replica.scripts[:] = [counts(pause_s=0.01)]
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        [_ async for _ in caller.stream(HI, timeout=0.3)]
+    assert error.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    await until(lambda: replica.cancelled == 1)
+
+
+async def test_log_and_metrics_name_the_call(
+    caller: Caller, metrics: MemoryMetrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="serve_app.access")
+    messages = [message async for message in caller.stream(HI, ("x-request-id", "r3"))]
+    await caller.refused(PromptDocument(prompt="secret", max_tokens=0))
+    lines = [record.getMessage() for record in caplog.records if record.name == "serve_app.access"]
+    assert f"request_id=r3 endpoint={STREAM} status=200 outcome=stop" in lines[0]
+    assert f"output_tokens={len(messages) - 1}" in lines[0]
+    assert f"endpoint={STREAM} status=400 outcome=invalid_value" in lines[1]
+    assert "secret" not in caplog.text
+    assert metrics.counters["serve_app_requests", (STREAM, "stop")] == 1
+    assert metrics.gauges["serve_app_requests_in_progress", ()] == 0
+
+
+async def test_a_slow_caller_is_cut_and_its_place_is_free(
+    make_app: MakeApp, replica: FakeReplica, open_grpc: Open, writes: Callable[..., Script], metrics: MemoryMetrics
+) -> None:
+    replica.state = card(vocab_size=512, context_tokens=300_000)
+    replica.scripts[:] = [counts(100_000, ids=lambda index: 300)]
+    app = make_app(replica, stream={"slow_reader_bytes": 50_000, "drain_s": 0.1})
+    caller = await open_grpc(app)
+    call = caller.stream(PromptDocument(prompt="Hi", max_tokens=100_000))
+    await anext(aiter(call))
+    await until(lambda: metrics.gauges["serve_app_requests_in_progress", ()] == 0)
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        [_ async for _ in call]
+    assert error.value.code() in (grpc.StatusCode.ABORTED, grpc.StatusCode.UNAVAILABLE)
+
+
+async def test_a_limit_beyond_the_context_is_cut(caller: Caller) -> None:
+    call = caller.stream(PromptDocument(prompt="a", max_tokens=2**62))
+    assert [message async for message in call][-1].done.finish_reason == "stop"
+    assert dict(await call.trailing_metadata())["x-clamped-fields"].startswith("max_tokens=")
+
+
+@pytest.mark.parametrize("bound_to", ["0.0.0.0", "127.0.0.1", None])
+async def test_callers_of_this_machine_are_served(
+    make_app: MakeApp, replica: FakeReplica, open_grpc: Open, bound_to: str | None
+) -> None:
+    caller = await open_grpc(make_app(replica), bound_to)
+    assert [message async for message in caller.stream(HI)][-1].done.seed == 7
