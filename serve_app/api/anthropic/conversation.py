@@ -1,6 +1,6 @@
 """Anthropic's messages as OpenAI-style messages, which `CompletionService.render_chat` takes.
 
-    system             one message at the front; inline system messages stay where they are
+    system             one message at the front; inline system messages stay where they are, or become the user's text
     text               more content of the turn: consecutive messages of a role are one turn
     tool_use           an entry of the assistant's `tool_calls`
     tool_result        a message of the role `tool`
@@ -20,6 +20,7 @@ from typing import Any
 
 from serve_app.api.errors import ApiError, bad_request
 from serve_app.api.unknown_fields import UnknownFields, unsupported
+from serve_app.chat.unicode import shown
 from serve_app.core import RequestError
 
 _ROLES = ("user", "assistant", "system")
@@ -30,7 +31,6 @@ _BILLING = "x-anthropic-billing-header"
 would keep every prompt behind it out of the cache."""
 _ERROR_MARK = "Error: "
 """Put before a tool result with `is_error`: a template has no other place for it."""
-_SHOWN_CHARS = 40
 _OPENAI_PLACE = re.compile(r"messages\[(\d+)\](?:\.\w+|\[\d+\])*")
 
 
@@ -41,6 +41,8 @@ class Conversation:
     messages: list[dict[str, Any]] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
     call_ids: set[str] = field(default_factory=set)
+    has_inline_system: bool = False
+    """A system message stands behind another message."""
 
     @property
     def continues(self) -> bool:
@@ -78,30 +80,36 @@ class Conversation:
         return RequestError(self.place(error.message), code=error.code, param=param, retry_after_s=error.retry_after_s)
 
 
-def converted(system: object, messages: Sequence[Mapping[str, Any]], unknown: UnknownFields) -> Conversation:
-    """The conversation of a request. Raises `ApiError`."""
+def converted(
+    system: object, messages: Sequence[Mapping[str, Any]], unknown: UnknownFields, *, inline_system: str = "system"
+) -> Conversation:
+    """The conversation of a request. `inline_system`: the role that inline system messages get. Raises `ApiError`."""
     made = Conversation()
     if system not in (None, "", []):
-        _add_system(made, system, "system", unknown)
+        _add_system(made, system, "system", "system", unknown)
     if not messages:
         raise bad_request("messages must have at least one message.", param="messages", code="invalid_value")
     for index, message in enumerate(messages):
-        _add_message(made, message, f"messages[{index}]", unknown)
+        _add_message(made, message, f"messages[{index}]", inline_system, unknown)
     if made.continues:
         _check_prefill(made, unknown)
     return made
 
 
-def _add_message(made: Conversation, message: Mapping[str, Any], where: str, unknown: UnknownFields) -> None:
+def _add_message(
+    made: Conversation, message: Mapping[str, Any], where: str, inline_system: str, unknown: UnknownFields
+) -> None:
     role, content, at = message.get("role"), message.get("content"), f"{where}.content"
     if role not in _ROLES:
-        expected = f"{where}.role must be one of {', '.join(_ROLES)}; it is {_shown(role)}."
+        expected = f"{where}.role must be one of {', '.join(_ROLES)}; it is {shown(role)}."
         raise bad_request(expected, param=f"{where}.role", code="invalid_value")
     for key, value in message.items():
         if key not in ("role", "content") and value not in _OFF:
             unknown.add_in(where, key)
     if role == "system":
-        _add_system(made, content, at, unknown)
+        inline = any(earlier["role"] != "system" for earlier in made.messages)
+        made.has_inline_system |= inline
+        _add_system(made, content, inline_system if inline else "system", at, unknown)
     elif isinstance(content, str):
         made.add_text(role, content, at)
     else:
@@ -109,15 +117,15 @@ def _add_message(made: Conversation, message: Mapping[str, Any], where: str, unk
             _add_block(made, role, block, place, unknown)
 
 
-def _add_system(made: Conversation, content: object, where: str, unknown: UnknownFields) -> None:
+def _add_system(made: Conversation, content: object, role: str, where: str, unknown: UnknownFields) -> None:
     if isinstance(content, str):
-        made.add_text("system", content, where)
+        made.add_text(role, content, where)
         return
     for block, place in _blocks(content, where):
         if block["type"] != "text":
             raise _not_served(block["type"], place)
         if not (text := _text(block, place, unknown)).startswith(_BILLING):
-            made.add_text("system", text, where)
+            made.add_text(role, text, where)
 
 
 def _blocks(content: object, where: str) -> Iterator[tuple[Mapping[str, Any], str]]:
@@ -171,7 +179,7 @@ def _add_result(made: Conversation, block: Mapping[str, Any], where: str, unknow
     _report(block, ("tool_use_id", "content", "is_error"), where, unknown)
     call_id = _string(block, "tool_use_id", where)
     if call_id not in made.call_ids:
-        message = f"{where}.tool_use_id: no tool_use block before it has the id {_shown(call_id)}."
+        message = f"{where}.tool_use_id: no tool_use block before it has the id {shown(call_id)}."
         raise bad_request(message, param=f"{where}.tool_use_id", code="invalid_value")
     content, at = block.get("content"), f"{where}.content"
     if isinstance(content, str) or not content:
@@ -220,10 +228,4 @@ def _string(block: Mapping[str, Any], name: str, where: str) -> str:
 
 
 def _not_served(kind: str, where: str) -> ApiError:
-    return unsupported(where, f"content blocks of the type {_shown(kind)} are not supported by this server.")
-
-
-def _shown(value: object) -> str:
-    if not isinstance(value, str):
-        return "null" if value is None else f"of type {type(value).__name__}"
-    return ascii(value if len(value) <= _SHOWN_CHARS else f"{value[:_SHOWN_CHARS]}...")
+    return unsupported(where, f"content blocks of the type {shown(kind)} are not supported by this server.")

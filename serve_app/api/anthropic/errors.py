@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from serve_app.api.errors import ApiError, ErrorShape
+from serve_app.core import FailureCode
 
 _TYPES: Mapping[int, str] = {
     401: "authentication_error",
@@ -35,8 +36,14 @@ def error_document(error: ApiError, request_id: str) -> dict[str, object]:
     return {"type": "error", "error": content, "request_id": request_id}
 
 
+_TOO_LONG = "prompt is too long"
+"""Anthropic's own words, by which its clients (Claude Code, litellm) know that the conversation has to be shortened."""
+
+
 def _named(error: ApiError) -> str:
     """The message, with the field at its beginning if it does not name it."""
+    if error.code == FailureCode.CONTEXT_LENGTH_EXCEEDED:
+        return f"{_TOO_LONG}: {error.message}"
     if error.param is None or error.param in error.message:
         return error.message
     return f"{error.param}: {error.message}"

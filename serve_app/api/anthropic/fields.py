@@ -39,6 +39,14 @@ _NOT_SERVED = {
     "repeat_penalty": (1,),
     "response_format": ({"type": "text"},),
     "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "json_schema": (),
+    "regex": (),
+    "ebnf": (),
+    "grammar": (),
     "functions": (),
     "function_call": ("none", "auto"),
     "parallel_tool_calls": (True,),
@@ -102,7 +110,7 @@ class PromptFields(OpenModel):
     messages: Messages
     system: Any = None
     """A text, or a list of text blocks."""
-    tools: list[Any] | None = None
+    tools: Any = None
     tool_choice: ToolChoiceFields | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None

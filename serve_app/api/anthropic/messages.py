@@ -34,6 +34,8 @@ _EFFORT_VARIABLE = "reasoning_effort"
 _EFFORTS = {"xhigh": "high", "max": "high"}
 """Efforts that no template knows -> the nearest that they know."""
 
+_REFUSED_BY_TEMPLATE = "invalid_prompt"
+
 Fields = TypeVar("Fields", bound=PromptFields)
 
 
@@ -84,26 +86,36 @@ class MessagesFormat(WireFormat):
     async def _prompt(
         self, call: Call, request: PromptFields, unknown: UnknownFields, card: ModelCard, *, limited: bool = True
     ) -> Prompt:
+        """Many templates refuse a system message behind another message. Its text is the user's then."""
+
         def rendered() -> Prompt:
             talk = converted(request.system, request.messages, unknown)
             options = self._options(request, talk, unknown)
-
-            def report(where: str, name: str) -> None:
-                unknown.add_in(talk.place(where), name)
-
             try:
-                return self._service.render_chat(card, talk.messages, options, report, limited=limited)
+                return self._rendered(card, talk, options, unknown, limited=limited)
             except RequestError as error:
-                raise talk.in_callers_terms(error) from None
+                if not talk.has_inline_system or error.code != _REFUSED_BY_TEMPLATE:
+                    raise
+            talk = converted(request.system, request.messages, unknown, inline_system="user")
+            return self._rendered(card, talk, options, unknown, limited=limited)
 
-        return await call.run(rendered, items=len(request.messages) + len(request.tools or ()))
+        return await call.run(rendered, items=len(request.messages) + _count(request.tools))
+
+    def _rendered(
+        self, card: ModelCard, talk: Conversation, options: ChatOptions, unknown: UnknownFields, *, limited: bool
+    ) -> Prompt:
+        def report(where: str, name: str) -> None:
+            unknown.add_in(talk.place(where), name)
+
+        try:
+            return self._service.render_chat(card, talk.messages, options, report, limited=limited)
+        except RequestError as error:
+            raise talk.in_callers_terms(error) from None
 
     def _options(self, request: PromptFields, talk: Conversation, unknown: UnknownFields) -> ChatOptions:
         if request.schema_of_text is not None:
             raise unsupported("output_config.format")
-        tools = parsed_tools(request.tools or (), unknown)
-        if tools:
-            raise unsupported("tools")
+        tools = parsed_tools(request.tools, unknown)
         choice, parallel = parsed_choice(request.tool_choice, tools)
         return ChatOptions(
             self._variables(request, unknown),
@@ -129,3 +141,7 @@ class MessagesFormat(WireFormat):
         elif effort:
             unknown.add("output_config.effort")
         return variables
+
+
+def _count(tools: Any) -> int:
+    return len(tools) if isinstance(tools, list) else 0

@@ -22,14 +22,31 @@ SWITCH = "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>
 Make = Callable[..., httpx.AsyncClient]
 
 
+STRICT = (
+    "{% for m in messages %}{% if m['role'] == 'system' and not loop.first %}"
+    "{{ raise_exception('System message must be at the beginning.') }}{% endif %}"
+    "{% if 'refuse' in m['content'] %}{{ raise_exception('no thanks') }}{% endif %}{% endfor %}"
+)
+"""As Qwen3.5's and Mistral's."""
+
+
 @pytest.fixture(scope="session")
 def thinker(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
     """A tokenizer whose template knows `<think>`, and a switch for it."""
-    folder: Path = tmp_path_factory.mktemp("thinker")
+    return _tokenizer(tmp_path_factory.mktemp("thinker"), CHATML + SWITCH)
+
+
+@pytest.fixture(scope="session")
+def strict(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
+    """A tokenizer whose template takes a system message only at the front."""
+    return _tokenizer(tmp_path_factory.mktemp("strict"), STRICT + CHATML)
+
+
+def _tokenizer(folder: Path, template: str) -> ChatTokenizer:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=byte_level_backend(), eos_token="<|im_end|>", unk_token="<|endoftext|>"
     )
-    fast.chat_template = CHATML + SWITCH
+    fast.chat_template = template
     fast.save_pretrained(folder)
     return ChatTokenizer.load(folder)
 

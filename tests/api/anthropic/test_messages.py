@@ -382,6 +382,28 @@ async def test_the_prompt_that_becomes_of_a_conversation(
     )
 
 
+async def test_a_template_that_takes_a_system_message_only_at_the_front(
+    strict: ChatTokenizer, writes: Callable[..., Script], make_app: Any, http: Any
+) -> None:
+    replica = FakeReplica([writes()], state=card(vocab_size=strict.vocab_size))
+    api = http(make_app(replica, text=strict))
+    turns = [
+        {"role": "user", "content": "One"},
+        {"role": "system", "content": "Be brief."},
+        {"role": "assistant", "content": "Two"},
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Three"},
+    ]
+    response = await api.post(URL, json={**HI, "system": "S", "messages": turns})
+    assert response.status_code == 200, response.text
+    assert strict.shown(replica.requests[0].prompt_token_ids) == (
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nOne\nBe brief.<|im_end|>\n"
+        "<|im_start|>assistant\nTwo<|im_end|>\n<|im_start|>user\nBe kind.\nThree<|im_end|>\n<|im_start|>assistant\n"
+    )
+    response = await api.post(URL, json={**HI, "messages": [*turns, {"role": "user", "content": "refuse me"}]})
+    assert "no thanks" in response.json()["error"]["message"]
+
+
 async def test_an_error_in_the_middle_of_a_stream(api: httpx.AsyncClient, replica: FakeReplica) -> None:
     replica.scripts = [says(tokens(0, 84), 0.02, Failure(FailureCode.ENGINE_FAILED, "It broke."))]
     response = await api.post(URL, json={**HI, "stream": True}, headers={"x-request-id": "r-9"})
@@ -426,4 +448,6 @@ async def test_tokens_of_a_prompt_that_is_too_long_are_counted(api: httpx.AsyncC
     assert (await api.post(f"{URL}/count_tokens", json=body)).json()["input_tokens"] > 3000
     refused = await api.post(URL, json=body)
     assert refused.status_code == 400
-    assert refused.json()["error"]["details"] == {"error_code": "context_length_exceeded"}
+    error = refused.json()["error"]
+    assert error["details"] == {"error_code": "context_length_exceeded"}
+    assert error["message"].startswith("prompt is too long: This model's maximum context length is 256 tokens.")
