@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import anthropic
 import httpx
 import pytest
-from fake_replica import FakeReplica, card
+from fake_replica import FakeReplica, Script, card
+from starlette.applications import Starlette
 
 from serve_app.api.anthropic.fields import ToolChoiceFields
 from serve_app.api.anthropic.tools import parsed_choice, parsed_tools
@@ -18,7 +21,7 @@ from serve_app.observability.logs import RequestRecord
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
 WEATHER: dict[str, Any] = {"name": "weather", "description": "Of a city.", "input_schema": SCHEMA}
-HI: dict[str, Any] = {"max_tokens": 100, "messages": [{"role": "user", "content": "Weather?"}]}
+HI: dict[str, Any] = {"max_tokens": 500, "messages": [{"role": "user", "content": "Weather?"}]}
 
 
 def parse(raw: Any) -> tuple[tuple[Tool, ...], list[str]]:
@@ -130,3 +133,65 @@ async def test_errors_inside_a_call_name_the_callers_place(api: httpx.AsyncClien
     response = await api.post("/v1/messages", json={**HI, "system": "S", "messages": turns, "tools": [WEATHER]})
     assert response.status_code == 400
     assert response.json()["error"]["message"].startswith("messages[1].content[0] ")
+
+
+CITY = {"city": "Röme 🙂"}
+CALLS = "".join(
+    f'<tool_call>\n{{"name": "{name}", "arguments": {{"city": "R\\u00f6me 🙂"}}}}\n</tool_call>\n'
+    for name in ("weather", "time")
+)
+TOOLS = [WEATHER, {**WEATHER, "name": "time"}]
+
+
+@pytest.fixture
+def caller(writes: Callable[..., Script], tokenizer: ChatTokenizer) -> FakeReplica:
+    """A model that says something and calls two tools."""
+    state = card(vocab_size=tokenizer.vocab_size, context_tokens=4096)
+    return FakeReplica([writes(f"I look.\n{CALLS}")], state=state)
+
+
+@pytest.mark.parametrize("headers", [{}, {"x-stream-resume": "1"}])
+async def test_anthropics_client_puts_calls_together(
+    caller: FakeReplica, make_app: Callable[..., Starlette], serve: Callable[[Starlette], Any], headers: dict[str, str]
+) -> None:
+    client = anthropic.AsyncAnthropic(api_key="none", base_url=await serve(make_app(caller)), max_retries=0)
+    async with client.messages.stream(**HI, model="tiny", tools=TOOLS, extra_headers=headers) as stream:
+        pieces = [event.partial_json async for event in stream if event.type == "input_json"]
+        message = await stream.get_final_message()
+    assert len(pieces) > 4
+    whole = await client.messages.create(**HI, model="tiny", tools=TOOLS)
+    for answer in (message, whole):
+        text, weather, time = answer.content
+        assert (text.text, answer.stop_reason) == ("I look.", "tool_use")
+        assert [(call.name, call.input) for call in (weather, time)] == [("weather", CITY), ("time", CITY)]
+        assert weather.id.startswith("toolu_")
+    results = [{"type": "tool_result", "tool_use_id": block.id, "content": "Fine."} for block in message.content[1:]]
+    turns = [*HI["messages"], message.to_param(), {"role": "user", "content": results}]
+    again = await client.messages.create(**{**HI, "messages": turns}, model="tiny", tools=TOOLS)
+    assert again.stop_reason == "tool_use"
+
+
+async def test_one_call_at_most(
+    caller: FakeReplica, make_app: Callable[..., Starlette], http: Callable[[Starlette], httpx.AsyncClient]
+) -> None:
+    choice = {"type": "auto", "disable_parallel_tool_use": True}
+    body = {**HI, "tools": TOOLS, "tool_choice": choice}
+    answer = (await http(make_app(caller)).post("/v1/messages", json=body)).json()
+    assert [block["type"] for block in answer["content"]] == ["text", "tool_use"]
+    assert answer["stop_reason"] == "tool_use"
+
+
+@pytest.mark.parametrize(
+    ("choice", "forced"),
+    [({"type": "any"}, True), ({"type": "tool", "name": "time"}, True), ({"type": "auto"}, False)],
+)
+async def test_a_forced_call_is_constrained(
+    caller: FakeReplica,
+    make_app: Callable[..., Starlette],
+    http: Callable[[Starlette], httpx.AsyncClient],
+    choice: dict[str, Any],
+    forced: bool,
+) -> None:
+    body = {**HI, "tools": TOOLS, "tool_choice": choice}
+    assert (await http(make_app(caller)).post("/v1/messages", json=body)).status_code == 200
+    assert bool(caller.requests[0].constraint) == forced
