@@ -7,6 +7,7 @@ limits. Knows no request, no sequence and no wire format.
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ LIMITS = LLParserLimits(
 0.25 s for one mask; with 10,000 symbols 1,000 properties take 0.15 s and 12 ms (2 cores). A state of the lexer takes 1
 to 2 kB, in each sequence."""
 
+NO_EXTENSION = "no token that the grammar allows may come next"
+"""Why an output can't go on, or begin, where no mask has a bit."""
 _ACCEPT_TOKEN = "<|the output may end here|>"
 
 
@@ -62,6 +65,15 @@ def load_vocabulary(folder: Path, *, trust_remote_code: bool = False) -> Vocabul
         raise VocabularyError(f"this model's tokenizer can't be used with a grammar: {reason}") from error
 
 
+def start_loading(folder: Path, *, trust_remote_code: bool = False) -> Future[Vocabulary]:
+    """`load_vocabulary` on a thread of its own, beside what else a process loads at its start."""
+    thread = ThreadPoolExecutor(1, thread_name_prefix="vocabulary")
+    try:
+        return thread.submit(load_vocabulary, folder, trust_remote_code=trust_remote_code)
+    finally:
+        thread.shutdown(wait=False)  # it ends when it has loaded
+
+
 def make_vocabulary(description: dict[str, Any]) -> Vocabulary:
     """The vocabulary of a tokenizer that is described as in tokenizer.json."""
     model = description["model"]["vocab"]
@@ -97,14 +109,15 @@ def compile_grammar(vocabulary: Vocabulary, grammar: str) -> LLMatcher:
     if matcher.is_error():
         raise GrammarError(f"the grammar can't be used: {matcher_error(matcher)}")
     if not any(mask):
-        raise GrammarError("the grammar can't be used: no token of this model can begin an output that it allows")
+        raise GrammarError(f"the grammar can't be used: {NO_EXTENSION}")
     return matcher
 
 
 def matcher_error(matcher: LLMatcher) -> str:
     """Why a matcher is in its state of error, in one line."""
     lines = [line.strip() for line in matcher.get_error().splitlines()]
-    return next((line for line in lines if line and line != "<non-verbose/>"), "unknown error")
+    reason = next((line for line in lines if line and line != "<non-verbose/>"), "unknown error")
+    return NO_EXTENSION if reason == "NoExtensionBias" else reason
 
 
 def _description(folder: Path, trust_remote_code: bool) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from serve_app.grammar import (
     compile_grammar,
     load_vocabulary,
     make_vocabulary,
+    start_loading,
 )
 
 WORDS = LLMatcher.grammar_from_regex("(fox|dog)( fox| dog)*")
@@ -100,6 +101,12 @@ def test_a_tokenizer_whose_tokens_are_no_bytes_is_one_sentence(tmp_path: Path) -
     tokenizer.decoder = decoders.WordPiece()
     with pytest.raises(VocabularyError, match="can't be used with a grammar: can't determine decoder type"):
         load_vocabulary(folder_of(tmp_path, tokenizer))
+
+
+def test_it_may_be_loaded_beside_other_work(tmp_path: Path) -> None:
+    assert start_loading(folder_of(tmp_path, byte_level_backend())).result(20).accept_id > 0
+    with pytest.raises(VocabularyError):
+        start_loading(tmp_path / "nowhere").result(20)
 
 
 def test_a_folder_without_a_tokenizer_is_one_sentence(tmp_path: Path) -> None:

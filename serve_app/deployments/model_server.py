@@ -87,6 +87,7 @@ class ModelServer:
 
         from serve_app.engine.cpu.threads import default_threads
         from serve_app.engine.engine import Engine
+        from serve_app.grammar import start_loading
         from serve_app.models.cache import cache_directory
         from serve_app.models.loader import load
         from serve_app.models.source import resolve
@@ -96,6 +97,7 @@ class ModelServer:
         resources: dict[str, float] = ray.get_runtime_context().get_assigned_resources()  # type: ignore[no-untyped-call]
         cache = cache_directory(config.cache_dir)
         files = resolve(config.model, cache, progress=report)
+        vocabulary = start_loading(files.tokenizer_folder, trust_remote_code=config.model.trust_remote_code)
         loaded = load(files, config.model, has_gpu=resources.get("GPU", 0) > 0, progress=report)
         replicas = config.model_server
         only_replica = replicas.autoscaling is None and replicas.num_replicas in (None, 1)
@@ -110,6 +112,7 @@ class ModelServer:
             on_stage=report,
             before_isolated=before_isolated,
             kernel_cache=cache / "kernels",
+            vocabulary=vocabulary,
         )
         freeze()
         return engine, _card(loaded, engine)

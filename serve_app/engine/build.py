@@ -40,6 +40,9 @@ from serve_app.engine.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
+MASK_THREADS = 4
+"""Threads that compute the masks of grammars, at most; no more than compute the model. 32 masks take about 1 ms."""
+
 Backends = SequenceOf[Callable[[], AttentionBackend]]
 
 
@@ -113,7 +116,14 @@ def build_core(
         row_cost=measure_row_cost(runner) if measured else ROW_COST,
     )
     sampler = Sampler(kernels)
-    core = EngineCore(runner, scheduler, sampler, numerics_id=capacity.numerics_id, before_isolated=before_isolated)
+    core = EngineCore(
+        runner,
+        scheduler,
+        sampler,
+        numerics_id=capacity.numerics_id,
+        mask_threads=min(MASK_THREADS, config.threads or 1),
+        before_isolated=before_isolated,
+    )
     return core, capacity
 
 

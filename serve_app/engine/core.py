@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
 
 import torch
 
-from serve_app.core import Failure, FailureCode, GenerationRequest, Reply, TokenBatch
+from serve_app.core import Failure, FailureCode, FinishReason, GenerationRequest, Reply, TokenBatch
+from serve_app.engine.constraint import MaskBuilder, Masks, Place
 from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.prompt_lookup import count_accepted
-from serve_app.engine.sampling import Sampled, Sampler
+from serve_app.engine.sampling import NO_TOKEN, NOT_A_NUMBER, Sampled, Sampler
 from serve_app.engine.scheduler import Chunk, Scheduler
 from serve_app.engine.sequence import Sequence
 
@@ -48,12 +50,14 @@ class EngineCore:
         sampler: Sampler,
         *,
         numerics_id: str = "",
+        mask_threads: int = 1,
         before_isolated: Callable[[GenerationRequest], None] = lambda request: None,
     ) -> None:
         """Drive `runner` with the steps that `scheduler` chooses.
 
         Args:
             numerics_id: goes into the stats of each sequence.
+            mask_threads: threads that compute the masks of grammars.
             before_isolated: called with the request before each step that holds an isolated sequence.
         """
         self.runner = runner
@@ -62,6 +66,7 @@ class EngineCore:
         self.counters = StepCounters()
         self.step_started: float | None = None
         """When the step that is being computed began, on the monotonic clock; None between steps."""
+        self._masks = MaskBuilder(runner.vocab_size, mask_threads)
         self._numerics_id = numerics_id
         self._before_isolated = before_isolated
 
@@ -91,10 +96,11 @@ class EngineCore:
         if not chunks:
             return []
         self._begin(chunks)
+        masks = self._start_masks(chunks)
         logits = self.runner.step(chunks)
         meanwhile()
         logits = self._score(chunks, logits)
-        gains = self._collect(chunks, self._sample(chunks, logits))
+        gains = self._collect(chunks, self._sample(chunks, logits, masks))
         self._finish(gains)
         return gains
 
@@ -122,19 +128,33 @@ class EngineCore:
             row = end
         return logits[sampled]
 
-    def _sample(self, chunks: list[Chunk], logits: torch.Tensor) -> dict[Sequence, list[Sampled]]:
+    def _start_masks(self, chunks: list[Chunk]) -> Future[Masks] | None:
+        """Begin the masks of the step's rows that have a grammar; None if none has."""
+        places: list[Place] = []
+        row = 0
+        for chunk in chunks:
+            if chunk.completes:
+                if chunk.sequence.constraint is not None:
+                    places.append(Place(row, chunk.sequence.constraint, chunk.draft))
+                row += 1 + len(chunk.draft)
+        return self._masks.start(places) if places else None
+
+    def _sample(
+        self, chunks: list[Chunk], logits: torch.Tensor, masks: Future[Masks] | None
+    ) -> dict[Sequence, list[Sampled]]:
         """For each chunk that completes: the token after its end, and the one after each id of its draft."""
         ready = [chunk for chunk in chunks if chunk.completes]
         if not ready:
             return {}
-        sampled = iter(self.sampler.sample(logits, [row for chunk in ready for row in chunk.rows()]))
+        rows = [row for chunk in ready for row in chunk.rows()]
+        sampled = iter(self.sampler.sample(logits, rows, None if masks is None else masks.result()))
         return {chunk.sequence: list(islice(sampled, 1 + len(chunk.draft))) for chunk in ready}
 
     def _collect(self, chunks: list[Chunk], sampled: dict[Sequence, list[Sampled]]) -> list[Gain]:
         """Append what was sampled to the sequences."""
         ready = [chunk for chunk in chunks if chunk.sequence in sampled]
         for chunk in chunks:
-            if chunk.draft and any(choice.token_id < 0 for choice in sampled[chunk.sequence]):
+            if chunk.draft and any(choice.token_id == NOT_A_NUMBER for choice in sampled[chunk.sequence]):
                 # A wrong guess may be the cause: the sequence computes its token again, without a draft.
                 ready.remove(chunk)
                 self.scheduler.discard_draft(chunk.sequence)
@@ -146,20 +166,26 @@ class EngineCore:
     def _advance(self, chunk: Chunk, sampled: list[Sampled], now: float) -> Reply:
         """Append a chunk's sampled tokens, as far as its draft was right and nothing ends the output."""
         scores = chunk.sequence.prompt_scores
-        if sampled[0].token_id < 0 or (scores is not None and not scores.are_numbers):
+        if sampled[0].token_id == NOT_A_NUMBER or (scores is not None and not scores.are_numbers):
             return Failure(FailureCode.ENGINE_FAILED, "the model's output is not a number; the request can't be served")
         sequence, index = chunk.sequence, chunk.sequence.output_len
         if sequence.first_token_at is None:
             sequence.first_token_at = now
+        reason = sequence.request.finish_reason(index, None)  # at once if no token is wanted
+        if sampled[0].token_id == NO_TOKEN and reason is None:
+            if (failed := sequence.constraint.failed if sequence.constraint is not None else None) is not None:
+                return Failure(FailureCode.INVALID_REQUEST, failed)
+            reason = FinishReason.STOP
         accepted = count_accepted(chunk.draft, [choice.token_id for choice in sampled])
         kept: list[Sampled] = []
-        reason = sequence.request.finish_reason(index, None)  # at once if no token is wanted
-        while reason is None and len(kept) <= accepted:
+        while reason is None and len(kept) <= accepted and sampled[len(kept)].token_id != NO_TOKEN:
             kept.append(sampled[len(kept)])
             reason = sequence.append(kept[-1].token_id)
         if chunk.draft:
             accepted = min(accepted, len(kept))
-            self.scheduler.accept_draft(sequence, accepted)
+            # Where no id may come after the draft, its last one is computed again: that step ends the output.
+            again = reason is None and len(kept) == accepted
+            self.scheduler.accept_draft(sequence, accepted - again)
             self.counters.drafted_tokens += len(chunk.draft)
             self.counters.accepted_tokens += accepted
         self.counters.output_tokens += len(kept)

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
+from contextlib import aclosing
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -23,12 +24,24 @@ import torch
 from transformers import PreTrainedModel
 
 from serve_app.config import EngineConfig
-from serve_app.core import Failure, FailureCode, Fingerprint, GenerationRequest, LoadStage, Reply, TokenBatch
+from serve_app.core import (
+    Failure,
+    FailureCode,
+    Fingerprint,
+    FinishReason,
+    GenerationRequest,
+    LoadStage,
+    Reply,
+    TokenBatch,
+)
 from serve_app.engine.build import EngineCapacity, build_core
+from serve_app.engine.constraint import Constraint
 from serve_app.engine.core import EngineCore, Gain, StepCounters, ends
+from serve_app.engine.grammars import Grammars
 from serve_app.engine.refusal import refusal
 from serve_app.engine.replies import ReplyStream, deliver
 from serve_app.engine.sequence import Sequence
+from serve_app.grammar import GrammarError, Vocabulary, VocabularyError
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +82,7 @@ class Engine:
         on_stage: Callable[[LoadStage], None] = lambda stage: None,
         before_isolated: Callable[[GenerationRequest], None] = lambda request: None,
         kernel_cache: Path | None = None,
+        vocabulary: Future[Vocabulary] | None = None,
     ) -> None:
         """Choose and check the attention kernel, allocate the KV cache and start the thread that serves.
 
@@ -82,12 +96,15 @@ class Engine:
             before_isolated: called with an isolated request, on the engine's thread, before each step of its own.
             kernel_cache: folder for compiled CPU kernels and for the outcomes of GPU kernel trials. Without it our CPU
                 kernels are not used.
+            vocabulary: what grammars are compiled for; it may be loading still. Without it requests with a grammar are
+                refused.
 
         Raises:
             EngineError: the engine can't be built; the message is one sentence that says what to do.
         """
         self._config = config
         self._fingerprint = fingerprint
+        self._grammars = Grammars(vocabulary)
         self._streams: dict[Sequence, ReplyStream] = {}
         self._outbox: list[tuple[ReplyStream, Reply]] = []
         self._lock = threading.Condition()
@@ -150,14 +167,27 @@ class Engine:
 
         Ends after a batch with a finish reason, or after a Failure. Closing it stops the work within one step.
         """
-        if (answer := self._answer_at_once(request)) is not None:
-            yield answer
+        if (failure := self._refusal(request)) is not None:
+            yield failure
             return
         deadline = None if request.remaining_s is None else time.monotonic() + request.remaining_s
+        constraint: Constraint | None = None
+        if request.constraint:
+            async with aclosing(self._constrain(request)) as steps:
+                async for step in steps:
+                    if isinstance(step, Constraint):
+                        constraint = step
+                    else:
+                        yield step
+            if constraint is None:
+                return
+        if (answer := _answer_at_once(request, constraint)) is not None:
+            yield answer
+            return
         stream = ReplyStream(asyncio.get_running_loop())
         with self._lock:
             self._arrivals += 1
-            sequence = Sequence(request, self._arrivals, deadline)
+            sequence = Sequence(request, self._arrivals, deadline, constraint=constraint)
         # Read before the submission: afterwards only the engine's thread may touch the sequence.
         delivered = len(request.output_token_ids)
         if not self._command(lambda: self._submit(sequence, stream), pending=1):
@@ -191,15 +221,17 @@ class Engine:
         """A Failure of an engine that no longer serves. Pass `NOT_READY` for a request that it has never computed."""
         return Failure(code, self._error or "the replica is shutting down")
 
-    def _answer_at_once(self, request: GenerationRequest) -> Reply | None:
-        """A refusal, or the final batch of a request whose output earlier attempts had already completed; else None."""
-        if (failure := self._refusal(request)) is not None:
-            return failure
-        if request.needs_prompt_logprobs:
-            return None
-        output = request.output_token_ids
-        reason = request.finish_reason(len(output), output[-1] if output else None)
-        return None if reason is None else TokenBatch(len(output), finish_reason=reason)
+    async def _constrain(self, request: GenerationRequest) -> AsyncGenerator[Reply | Constraint, None]:
+        """The request's constraint, after an empty batch for each second that this takes; or a Failure instead."""
+        making = asyncio.ensure_future(self._grammars.constraint(request))
+        try:
+            while not (await asyncio.wait({making}, timeout=HEARTBEAT_S))[0]:
+                yield TokenBatch(len(request.output_token_ids))
+            yield making.result()
+        except (GrammarError, VocabularyError) as error:
+            yield Failure(FailureCode.INVALID_REQUEST, str(error))
+        finally:
+            making.cancel()
 
     def _refusal(self, request: GenerationRequest) -> Failure | None:
         if request.fingerprint != self._fingerprint:
@@ -292,3 +324,14 @@ class Engine:
         for sequence in [s for s, stream in self._streams.items() if stream.loop in closed]:
             logger.warning("a stream was dropped because its event loop was closed")
             self._command(lambda sequence=sequence: self._cancel(sequence))  # type: ignore[misc]
+
+
+def _answer_at_once(request: GenerationRequest, constraint: Constraint | None) -> TokenBatch | None:
+    """The last batch of a request whose output earlier attempts had already completed; else None."""
+    if request.needs_prompt_logprobs:
+        return None
+    output = request.output_token_ids
+    reason = request.finish_reason(len(output), output[-1] if output else None)
+    if reason is not FinishReason.STOP and constraint is not None and constraint.complete:
+        reason = FinishReason.STOP
+    return None if reason is None else TokenBatch(len(output), finish_reason=reason)

@@ -13,6 +13,7 @@ from collections.abc import Sequence as SequenceOf
 import torch
 
 from serve_app.core import Fingerprint, GenerationRequest, SamplingParams
+from serve_app.engine.constraint import Masks
 from serve_app.engine.core import EngineCore
 from serve_app.engine.kv_cache import PagePool
 from serve_app.engine.model_runner import ModelRunner
@@ -149,7 +150,9 @@ class _ForcedTokens(Sampler):
             core.step()
         return self._rows
 
-    def sample(self, logits: torch.Tensor, sequences: SequenceOf[Sequence | DraftPosition]) -> list[Sampled]:
+    def sample(
+        self, logits: torch.Tensor, sequences: SequenceOf[Sequence | DraftPosition], masks: Masks | None = None
+    ) -> list[Sampled]:
         return [self._next(position, row) for position, row in zip(sequences, logits, strict=True)]
 
     def _next(self, position: Sequence | DraftPosition, row: torch.Tensor) -> Sampled:

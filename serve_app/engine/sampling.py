@@ -10,14 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn import functional
 
 from serve_app.core import SamplingParams, TokenLogprobs
+from serve_app.engine.constraint import Masks
 from serve_app.engine.cpu.library import Kernels
 from serve_app.engine.sequence import DraftPosition, Sequence
+
+NOT_A_NUMBER = -1
+"""In place of a token id: the row's logits are not finite numbers, so the model's output can't be used."""
+NO_TOKEN = -2
+"""In place of a token id: the row's grammar allows none."""
 
 TOP_P_CANDIDATES = 512
 """How many of the largest probabilities top-p sorts at first. Sorting a whole row of 49,152 takes 3 ms on a CPU."""
@@ -61,7 +69,7 @@ class Sampled:
     """The outcome for one row."""
 
     token_id: int
-    """-1 when the row's logits are not finite numbers: the model's output can't be used."""
+    """Or `NOT_A_NUMBER`, or `NO_TOKEN`."""
     logprobs: TokenLogprobs | None = None
 
 
@@ -77,7 +85,9 @@ class Sampler:
         """`kernels`: choose the tokens for logits on a CPU, by the same function and 8 to 30 times as fast."""
         self._kernels = kernels
 
-    def sample(self, logits: torch.Tensor, sequences: SequenceOf[Sequence | DraftPosition]) -> list[Sampled]:
+    def sample(
+        self, logits: torch.Tensor, sequences: SequenceOf[Sequence | DraftPosition], masks: Masks | None = None
+    ) -> list[Sampled]:
         """Logits `[n, vocab]` in float32 (changed in place), one row per sequence -> one token each."""
         # Log-probabilities are those of the model's own distribution, so they are taken before the logits are changed.
         logprobs = {
@@ -85,23 +95,29 @@ class Sampler:
             for row, s in enumerate(sequences)
             if (top := s.request.sampling.logprobs) is not None
         }
-        self._adjust(logits, sequences)
         on_cpu = self._kernels is not None and logits.device.type == "cpu"
+        if on_cpu:
+            logits = logits.contiguous()
+        self._adjust(logits, sequences)
+        if masks is not None:
+            self._mask(logits, masks)
         chosen = self._choose_by_kernel(logits, sequences) if on_cpu else self._choose(logits, sequences)
+        for row in masks.ended if masks is not None else ():
+            chosen[row] = NO_TOKEN
         return [
             Sampled(token_id, _logprobs_of(token_id, *logprobs[row]) if row in logprobs and token_id >= 0 else None)
             for row, token_id in enumerate(chosen)
         ]
 
     def _choose(self, logits: torch.Tensor, sequences: SequenceOf[Sequence | DraftPosition]) -> list[int]:
-        """One token id for each row; -1 for a row whose logits are not finite numbers."""
+        """One token id for each row; `NOT_A_NUMBER` for a row whose logits are not finite numbers."""
         best, token_ids = logits.max(dim=-1)
         drawn = [row for row, s in enumerate(sequences) if s.request.sampling.temperature > 0]
         if drawn:
             rows = _to(torch.tensor(drawn), logits.device)
             token_ids = token_ids.index_copy(0, rows, self._draw(logits[rows], [sequences[row] for row in drawn]))
         # One copy from the device, and one wait for it.
-        chosen: list[int] = token_ids.masked_fill(~torch.isfinite(best), -1).tolist()
+        chosen: list[int] = token_ids.masked_fill(~torch.isfinite(best), NOT_A_NUMBER).tolist()
         return chosen
 
     def _choose_by_kernel(self, logits: torch.Tensor, sequences: SequenceOf[Sequence | DraftPosition]) -> list[int]:
@@ -114,10 +130,24 @@ class Sampler:
             choices[drawn, :4] = [(p.temperature, p.top_k, p.top_p, p.min_p) for p in params]
             choices[drawn, 4] = _draws([sequences[row] for row in drawn])
         ids = np.empty(len(sequences), dtype=np.int64)
-        logits = logits.contiguous()
         self._kernels.sample(logits.data_ptr(), *logits.shape, choices.ctypes.data, ids.ctypes.data)
         chosen: list[int] = ids.tolist()
         return chosen
+
+    def _mask(self, logits: torch.Tensor, masks: Masks) -> None:
+        """Add -inf to the logits of the ids that a grammar forbids; one that is not a number stays that."""
+        if self._kernels is not None and logits.device.type == "cpu":
+            rows = np.array(masks.rows, dtype=np.int64)
+            words, vocab = masks.words, logits.shape[1]
+            self._kernels.mask(logits.data_ptr(), vocab, words.ctypes.data, words.shape[1], rows.ctypes.data, len(rows))
+            return
+        octets = _to(torch.from_numpy(masks.words.view(np.uint8)), logits.device).int()
+        # One table entry for eight ids: on a CPU `masked_fill_` takes six times as long.
+        added = functional.embedding(octets, _octets(logits.device)).flatten(1)[:, : logits.shape[1]]
+        if masks.rows == list(range(len(logits))):
+            logits += added
+        else:
+            logits.index_add_(0, _to(torch.tensor(masks.rows), logits.device), added)
 
     def _adjust(self, logits: torch.Tensor, sequences: SequenceOf[Sequence | DraftPosition]) -> None:
         """Bias, penalties and forbidden stop ids. Each is a function of the output ids so far."""
@@ -205,6 +235,13 @@ def _draws(sequences: SequenceOf[Sequence | DraftPosition]) -> npt.NDArray[np.fl
         [s.request.choice for s in sequences],
         [s.output_len for s in sequences],
     )
+
+
+@cache
+def _octets(device: torch.device) -> torch.Tensor:
+    """For each byte of a mask what is added to the logits of its eight ids, `[256, 8]`."""
+    added = [[0.0 if octet >> bit & 1 else float("-inf") for bit in range(8)] for octet in range(256)]
+    return torch.tensor(added, device=device)
 
 
 def _to(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:

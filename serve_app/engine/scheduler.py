@@ -108,7 +108,8 @@ class Scheduler:
             if sequence in self.running and step.budget > 0:
                 self._add_chunk(sequence, 1, step)
         self._prefill(step, admitting=self.preemptions == preempted)
-        if self.prompt_lookup and self.preemptions == preempted:
+        constrained = any(sequence.constraint is not None for sequence in step.chunks)
+        if (self.prompt_lookup or constrained) and self.preemptions == preempted:
             self._add_drafts(step)
         return list(step.chunks.values())
 
@@ -192,7 +193,7 @@ class Scheduler:
         A step never has more rows of logits than sequences may run: guesses take the rows that are empty.
         """
         sampled = sum(chunk.completes for chunk in step.chunks.values())
-        if step.rows > 0:
+        if step.rows > 0 and self.prompt_lookup:
             unindexed = INDEXED_PER_STEP
             for sequence in step.chunks:  # those that decode come first, then prompts
                 unindexed -= sequence.index(unindexed)

@@ -10,6 +10,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 from serve_app.core import FinishReason, GenerationRequest, GenerationStats
+from serve_app.engine.constraint import Constraint
 from serve_app.engine.prompt_logprobs import PromptScores
 from serve_app.engine.prompt_lookup import Lookup
 
@@ -37,6 +38,8 @@ class Sequence:
     """Made when a step first has a free row for guesses."""
     may_guess: bool = True
     """False once a draft has been discarded."""
+    constraint: Constraint | None = None
+    """Where the request's grammar stands after the output; None without a grammar. It is kept through preemptions."""
     prompt_scores: PromptScores | None = None
     """The prompt's logprobs so far; None if they are not wanted."""
 
@@ -88,7 +91,12 @@ class Sequence:
     def append(self, token_id: int) -> FinishReason | None:
         """Add a sampled token; returns why the sequence ends with it, or None."""
         self.token_ids.append(token_id)
-        return self.request.finish_reason(self.output_len, token_id)
+        reason = self.request.finish_reason(self.output_len, token_id)
+        if self.constraint is not None and reason is not FinishReason.STOP:
+            self.constraint.advance((token_id,))
+            if self.constraint.complete:
+                return FinishReason.STOP
+        return reason
 
     def index(self, most: int) -> int:
         """Index up to `most` more of its ids for guessing; returns how many."""
@@ -99,12 +107,21 @@ class Sequence:
         return self.lookup.index(most)
 
     def guesses(self, count: int) -> list[tuple[int, float]]:
-        """Up to `count` guessed next ids with their probabilities (`Lookup.guess`). None would end the output."""
-        if not self.may_guess or self.lookup is None:
-            return []
+        """Up to `count` guessed next ids with their probabilities (`Lookup.guess`). None would end the output.
+
+        What a grammar forces is certain; what it forbids is cut.
+        """
         # The step also samples the id after the last guess, which must still belong to the output.
-        guesses = self.lookup.guess(min(count, self.request.max_new_tokens - self.output_len - 1))
-        stops = self.request.stop_token_ids
+        count = min(count, self.request.max_new_tokens - self.output_len - 1)
+        if not self.may_guess or count <= 0:
+            return []
+        constraint, stops = self.constraint, self.request.stop_token_ids
+        if constraint is not None and (forced := constraint.forced()):
+            guesses = [(token_id, 1.0) for token_id in forced[:count]]
+        else:
+            guesses = self.lookup.guess(count) if self.lookup is not None else []
+            if constraint is not None and guesses:
+                guesses = guesses[: constraint.allowed([token_id for token_id, _ in guesses])]
         return guesses[: next((place for place, (token_id, _) in enumerate(guesses) if token_id in stops), None)]
 
     def stats(self, now: float, numerics_id: str) -> GenerationStats:

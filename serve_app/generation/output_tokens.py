@@ -90,10 +90,16 @@ class OutputTokens:
         return TokenBatch(first, tuple(self.token_ids[first:end]), logprobs, prompt_logprobs=of_prompt)
 
     def complete(self) -> bool:
-        """Whether the output is complete, even if the batch with its `finish_reason` was lost; sets that if so."""
+        """Whether the output is complete, even if the batch with its `finish_reason` was lost; sets that if so.
+
+        Whether a grammar ends an output only a replica can tell: it may be complete although this says no, and at the
+        limit it may have stopped there.
+        """
         if self._request.prompt_logprobs is not None and self.prompt_logprobs is None:
             return False
         if self.finish_reason is None:
             last = self.token_ids[-1] if self.token_ids else None
-            self.finish_reason = self._request.finish_reason(len(self.token_ids), last)
+            reason = self._request.finish_reason(len(self.token_ids), last)
+            if not (self._request.constraint and reason is FinishReason.LENGTH):
+                self.finish_reason = reason
         return self.finish_reason is not None

@@ -20,8 +20,8 @@ from serve_app.engine.engine_error import EngineError
 def make_engine() -> Iterator[Callable[..., Engine]]:
     """Engines of tiny models, stopped at the end.
 
-    Keywords are EngineConfig's, `model`, `context`, `dtype`, `kernel_cache`, `before_isolated`, `on_stage`, and
-    `backends`: attention kernels to try in this order instead of what `attention` says.
+    Keywords are EngineConfig's, `model`, `context`, `dtype`, `kernel_cache`, `before_isolated`, `on_stage`,
+    `vocabulary`, and `backends`: attention kernels to try in this order instead of what `attention` says.
     """
     engines: list[Engine] = []
 
@@ -29,7 +29,7 @@ def make_engine() -> Iterator[Callable[..., Engine]]:
         model = settings.pop("model", None) or tiny_model(kind)
         extras = {
             name: settings.pop(name)
-            for name in ("kernel_cache", "before_isolated", "on_stage", "dtype")
+            for name in ("kernel_cache", "before_isolated", "on_stage", "dtype", "vocabulary")
             if name in settings
         }
         context, backends = settings.pop("context", CONTEXT), settings.pop("backends", None)

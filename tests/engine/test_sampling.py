@@ -21,7 +21,17 @@ from transformers import (
 )
 
 from serve_app.core import Fingerprint, GenerationRequest, SamplingParams
-from serve_app.engine.sampling import TOP_P_CANDIDATES, Sampler, inverse_cdf, philox4x32, scratch_bytes, uniforms
+from serve_app.engine.constraint import Masks
+from serve_app.engine.sampling import (
+    NO_TOKEN,
+    NOT_A_NUMBER,
+    TOP_P_CANDIDATES,
+    Sampler,
+    inverse_cdf,
+    philox4x32,
+    scratch_bytes,
+    uniforms,
+)
 from serve_app.engine.sequence import Sequence
 
 VOCAB = 1000
@@ -171,6 +181,61 @@ def test_logprobs_are_of_the_models_own_distribution() -> None:
     assert [token for token, _ in sampled.logprobs.top] == top.indices.tolist()
 
 
+def masks_of(allowed: dict[int, list[int]], vocab: int) -> Masks:
+    """Row -> the ids that may come in it."""
+    words = np.zeros((len(allowed), -(-vocab // 32) + 1), dtype=np.uint32)
+    for place, ids in enumerate(allowed.values()):
+        for token_id in ids:
+            words[place, token_id // 32] |= np.uint32(1 << token_id % 32)
+    return Masks(list(allowed), words, [row for row, ids in allowed.items() if not ids])
+
+
+@pytest.mark.parametrize("vocab", [VOCAB, 1024, 40])
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3, 4, 5], [1, 3, 4]])
+def test_a_mask_comes_before_every_choice_and_leaves_the_logprobs(vocab: int, rows: list[int]) -> None:
+    varied = [
+        SamplingParams(seed=1, temperature=0, logprobs=2),
+        SamplingParams(seed=2, temperature=1.3, logprobs=0),
+        SamplingParams(seed=3, top_k=1, repetition_penalty=1.9),
+        SamplingParams(seed=4, top_p=0.1, presence_penalty=2.0),
+        SamplingParams(seed=5, min_p=0.9, logit_bias=((0, 100.0),)),
+        SamplingParams(seed=6, temperature=0, min_tokens=90),
+    ]
+    allowed = {row: [3 + row, 17, 31 + row, vocab - 1] for row in rows}
+    given, by_hand = logits(6, seed=3, vocab=vocab), logits(6, seed=3, vocab=vocab)
+    for row, ids in allowed.items():
+        others = torch.ones(vocab, dtype=torch.bool)
+        others[ids] = False
+        by_hand[row, others] = float("-inf")
+    sequences = [sequence(params, output=(4, 4, 9)) for params in varied]
+    unmasked = Sampler().sample(given.clone(), sequences)
+    found = Sampler().sample(given.clone(), sequences, masks_of(allowed, vocab))
+    expected = Sampler().sample(by_hand, sequences)
+    assert [one.token_id for one in found] == [one.token_id for one in expected]
+    for row in range(6):
+        if row not in rows:
+            assert found[row] == unmasked[row]
+            continue
+        assert found[row].token_id in allowed[row]
+        if (told := found[row].logprobs) is not None:
+            own = given[row].log_softmax(-1)
+            assert told.logprob == own[found[row].token_id].item()
+            assert [token_id for token_id, _ in told.top] == own.topk(len(told.top)).indices.tolist()
+
+
+def test_a_row_that_may_have_no_token_has_none_and_one_without_numbers_stays_that() -> None:
+    rows = logits(4)
+    rows[0, 5] = float("nan")
+    rows[2, 5] = float("nan")
+    rows[3, 5] = float("inf")
+    masks = masks_of({0: [], 1: [], 2: [7], 3: [7]}, VOCAB)
+    for temperature in (0.0, 1.0):
+        params = SamplingParams(seed=1, temperature=temperature, logprobs=1)
+        found = Sampler().sample(rows.clone(), [sequence(params)] * 4, masks)
+        assert [one.token_id for one in found] == [NO_TOKEN, NO_TOKEN, NOT_A_NUMBER, NOT_A_NUMBER]
+        assert all(one.logprobs is None for one in found)
+
+
 def test_rows_that_are_not_numbers_are_refused_and_their_neighbours_are_not() -> None:
     rows = logits(4)
     rows[1, 5] = float("nan")
@@ -220,8 +285,9 @@ def test_parameters_that_no_sampler_can_honour_do_not_exist(field: dict) -> None
 def sampled_peak_bytes(logits: torch.Tensor, params: SamplingParams) -> int:
     """Most memory that sampling allocates at once, the logits included, as PyTorch's own profiler counts it."""
     rows = [sequence(params, output=(3,)) for _ in logits]
+    masks = masks_of({row: [5] for row in range(0, len(logits), 2)}, logits.shape[1])
     with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        Sampler().sample(logits, rows)
+        Sampler().sample(logits, rows, masks)
     assert profiler.profiler is not None
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))

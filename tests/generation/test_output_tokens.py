@@ -117,3 +117,16 @@ def test_an_output_without_tokens_is_complete_once_the_prompts_logprobs_are_ther
     assert output.complete()
     assert output.finish_reason is FinishReason.LENGTH
     assert OutputTokens(generation_request(max_new_tokens=0)).complete()
+
+
+def test_a_replica_tells_why_an_output_within_a_grammar_ended_at_the_limit() -> None:
+    request = generation_request(max_new_tokens=2, constraint='start: "ab"', stop_token_ids=(9,))
+    output = OutputTokens(request)
+    output.append(TokenBatch(0, (5, 6)))
+    assert not output.complete()
+    output.append(TokenBatch(2, finish_reason=FinishReason.STOP))
+    assert output.complete()
+    stopped = OutputTokens(request)
+    stopped.append(TokenBatch(0, (5, 9)))
+    assert stopped.complete()
+    assert stopped.finish_reason is FinishReason.STOP

@@ -93,6 +93,7 @@ class Kernels:
         self.layer = function("layer", *[_pointer] * 6)
         self.layers = function("layers", _pointer, _int, *[_pointer] * 4)
         self.sample = function("sample", _pointer, _int, _int, _pointer, _pointer)
+        self.mask = function("mask", _pointer, _int, _pointer, _int, _pointer, _int)
         self.store = function("store", *[_pointer] * 3, _int, _pointer, _pointer, _int, _int, _int)
         self.attend = function("attend", *[_pointer] * 5, _int, _pointer, *[_int] * 4, _float, _float, _int)
         self.key = key

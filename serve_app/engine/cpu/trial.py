@@ -20,13 +20,15 @@ HIDDEN = HEADS * DIM
 
 
 def call_all(kernels: Kernels) -> None:
-    """Compute two decoder layers with weights in each form, and sample once."""
+    """Compute two decoder layers with weights in each form, and mask and sample once."""
     for form in range(FORMS):
         for activation in (0, 1):
             _compute_layers(kernels, form, activation)
     choices = (ctypes.c_double * 10)(0.0, 0.0, 1.0, 0.0, 0.5, 0.7, 5.0, 0.9, 0.05, 0.5)
-    ids = (ctypes.c_int64 * 2)()
-    kernels.sample(_floats(2 * 1000), 2, 1000, choices, ids)
+    ids = (ctypes.c_int64 * 2)(0, 1)
+    logits = _floats(2 * 1000)
+    kernels.mask(logits, 1000, (ctypes.c_uint32 * 64)(*range(64)), 32, ids, 2)
+    kernels.sample(logits, 2, 1000, choices, ids)
 
 
 def _compute_layers(kernels: Kernels, form: int, activation: int) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve_app.core import Fingerprint, GenerationRequest, SamplingParams
+from serve_app.engine.constraint import Masks
 from serve_app.engine.cpu.library import Kernels
 from serve_app.engine.sampling import Sampler, uniforms
 from serve_app.engine.sequence import Sequence
@@ -102,6 +104,28 @@ def test_a_large_vocabulary_and_many_rows(kernels: Kernels) -> None:
     kinds = [{}, {"top_p": 0.95, "temperature": 0.8}, {"top_k": 50}, {"temperature": 6.0, "top_p": 0.9}]
     sequences = [at_position(SamplingParams(seed=i, **kinds[i % 4]), i) for i in range(24)]
     assert Sampler(kernels).sample(logits.clone(), sequences) == Sampler().sample(logits.clone(), sequences)
+
+
+@given(
+    vocab=st.sampled_from([1, 7, 31, 32, 33, 250, 1000]),
+    rows=st.lists(st.integers(0, 8), unique=True, min_size=1, max_size=9),
+    spare=st.integers(0, 2),
+    seed=st.integers(0, 500),
+)
+def test_it_masks_as_the_plain_sampler_does(
+    kernels: Kernels, vocab: int, rows: list[int], spare: int, seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    words = generator.integers(0, 2**32, (len(rows), -(-vocab // 32) + spare), dtype=np.uint32)
+    masks = Masks(rows, words & generator.integers(0, 2**32, words.shape, dtype=np.uint32), [])
+    logits = logits_of(9, vocab, seed, 1.0)
+    logits[seed % 9, seed % vocab] = [float("nan"), float("inf"), 0.0][seed % 3]
+    by_tensors, by_kernel = logits.clone(), logits.clone()
+    Sampler()._mask(by_tensors, masks)
+    Sampler(kernels)._mask(by_kernel, masks)
+    assert torch.equal(by_tensors.nan_to_num(nan=9e9), by_kernel.nan_to_num(nan=9e9))
+    for row in set(range(9)) - set(rows):
+        assert torch.equal(by_kernel[row].nan_to_num(nan=9e9), logits[row].nan_to_num(nan=9e9))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

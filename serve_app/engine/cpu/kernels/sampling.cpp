@@ -180,3 +180,24 @@ extern "C" void serve_app_sample(const float* logits, int64_t rows, int64_t voca
         ids[row] = choose(logits + row * vocab, vocab, choices[row], scratch);
     }
 }
+
+// Adds -inf to the logits [*, vocab] of the ids that masks [count, words] forbid: id i is allowed in row rows[r] where bit
+// i % 32 of word i / 32 of mask r is set. A logit that is not a number stays that.
+extern "C" void serve_app_mask(float* logits, int64_t vocab, const uint32_t* masks, int64_t words, const int64_t* rows,
+                               int64_t count) {
+#pragma omp parallel for schedule(static) if (count > 1)
+    for (int64_t r = 0; r < count; ++r) {
+        float* row = logits + rows[r] * vocab;
+        const uint32_t* mask = masks + r * words;
+        for (int64_t first = 0; first < vocab; first += 32) {
+            const uint32_t word = mask[first / 32];
+            const int64_t end = std::min<int64_t>(32, vocab - first);
+            for (int64_t i = 0; i < end; ++i) {
+                const uint32_t infinite = ((word >> i) & 1u) ? 0u : 0xFF800000u;
+                float added;
+                std::memcpy(&added, &infinite, sizeof added);
+                row[first + i] += added;
+            }
+        }
+    }
+}
