@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from serve_app.api.described import BlockMessage, Message
 from serve_app.api.errors import bad_request, from_validation, unknown_parameter
 from serve_app.api.unknown_fields import NO_EFFECT, NOT_SERVED, UnknownFields, has_no_effect, refuse_if_not_served
 from serve_app.generation.request import CompletionParams
@@ -87,7 +88,13 @@ Stops = Annotated[tuple[str, ...], BeforeValidator(_stops, json_schema_input_typ
 LogitBias = Annotated[
     tuple[tuple[int, float], ...], BeforeValidator(_logit_bias, json_schema_input_type=dict[str, float] | None)
 ]
-Messages = Annotated[list[dict[str, Any]], BeforeValidator(_up_to_the_first_wrong)]
+Messages = Annotated[
+    list[dict[str, Any]], BeforeValidator(_up_to_the_first_wrong, json_schema_input_type=list[Message])
+]
+BlockMessages = Annotated[
+    list[dict[str, Any]], BeforeValidator(_up_to_the_first_wrong, json_schema_input_type=list[BlockMessage])
+]
+"""Messages in Anthropic's schema."""
 
 
 class RequestModel(BaseModel):

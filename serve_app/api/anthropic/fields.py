@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, SkipValidation
 
+from serve_app.api.described import ContentPart, InputTool
 from serve_app.api.errors import bad_request
-from serve_app.api.fields import DrawFields, Messages, OpenModel, Stops
+from serve_app.api.fields import BlockMessages, DrawFields, OpenModel, Stops
 from serve_app.api.unknown_fields import NOT_SERVED, UnknownFields, unsupported
 from serve_app.generation.request import CompletionParams
 
@@ -107,10 +108,10 @@ class PromptFields(OpenModel):
 
     model: str | None = None
     """Left out or empty: the one model that is served."""
-    messages: Messages
-    system: Any = None
+    messages: BlockMessages
+    system: SkipValidation[str | list[ContentPart] | None] = None
     """A text, or a list of text blocks."""
-    tools: Any = None
+    tools: SkipValidation[list[InputTool] | None] = None
     tool_choice: ToolChoiceFields | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence, Set
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import SkipValidation
+
+from serve_app.api.described import ChosenFunction, FunctionTool
 from serve_app.api.errors import ApiError, bad_request
 from serve_app.api.fields import OpenModel
 from serve_app.api.unknown_fields import unsupported
@@ -35,8 +38,8 @@ Unknown = Callable[[str, str], None]
 class ToolFields(OpenModel):
     """The fields of a chat about tools."""
 
-    tools: Any = None
-    tool_choice: Any = None
+    tools: SkipValidation[list[FunctionTool] | None] = None
+    tool_choice: SkipValidation[Literal["auto", "none", "required"] | ChosenFunction | None] = None
     parallel_tool_calls: bool | None = None
 
     def read_tools(self, unknown: Unknown) -> tuple[tuple[Tool, ...], ToolChoice]:
