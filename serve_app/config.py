@@ -294,6 +294,24 @@ class StreamsConfig(_Config):
     stop."""
 
 
+class ResponsesConfig(_Config):
+    """Responses of `/v1/responses` that are kept, so that they can be read, followed and continued by their id. They
+    are where `streams.store` says, apart from the streams."""
+
+    store: bool = True
+    """Whether a response is kept whose request does not say (`store`). OpenAI keeps it, and clients that send
+    `previous_response_id` expect that. A response holds its prompt and its answer as token ids, and the items of the
+    conversation as text."""
+    expiry_s: float = Field(default=86_400, gt=0)
+    """How long a response is kept after it was last written or read. OpenAI keeps them for 30 days."""
+    max_responses: int = Field(default=10_000, ge=1)
+    """Most responses kept. For one more, the one that was not used for longest is dropped."""
+    max_bytes: Bytes = 64 * 2**20
+    """Most bytes of all kept responses together. One with 2,000 tokens of conversation takes about 20 kB."""
+    max_background: int = Field(default=64, ge=0)
+    """Most responses with `background: true` that an ingress replica generates at a time; one more gets 503."""
+
+
 class AppConfig(_Config):
     """The whole of `args` in a Serve config."""
 
@@ -302,6 +320,7 @@ class AppConfig(_Config):
     engine: EngineConfig = EngineConfig()
     api: ApiConfig = ApiConfig()
     streams: StreamsConfig = StreamsConfig()
+    responses: ResponsesConfig = ResponsesConfig()
     model_server: ReplicasConfig = ReplicasConfig()
     ingress: IngressConfig = IngressConfig()
     cache_dir: str | None = None

@@ -40,6 +40,8 @@ class FailureCode(StrEnum):
     REPLICA_LOST = "replica_lost"
     POISON = "request_killed_replica"
     ENGINE_FAILED = "engine_failed"
+    CANCELLED = "cancelled"
+    """Its caller has ended it. Only an ingress says so."""
 
 
 SAMPLING_BOUNDS: Mapping[str, tuple[float, float]] = {

@@ -27,6 +27,11 @@ from serve_app.api.openai.completions import TextFormat
 from serve_app.api.openai.models import Models
 from serve_app.api.openapi.pages import pages as pages_of_the_api
 from serve_app.api.respond import Responder
+from serve_app.api.responses.answers import KeptAnswers
+from serve_app.api.responses.conversation import ConversationReader
+from serve_app.api.responses.endpoints import RESPONSE, Responses
+from serve_app.api.responses.format import ResponsesFormat
+from serve_app.api.responses.kept import KeptResponses
 from serve_app.api.resume import ENDPOINT, Resume
 from serve_app.config import ApiConfig
 from serve_app.generation.service import CompletionService
@@ -41,8 +46,14 @@ def create_app(
     metrics: MetricsSink,
     pages: Pages,
     stream_settings: StreamSettings | None = None,
+    *,
+    responses: ResumableStreams,
+    keep_responses: bool = True,
 ) -> Starlette:
-    """The ASGI application of one ingress replica: one process, one event loop."""
+    """The ASGI application of one ingress replica: one process, one event loop.
+
+    `responses` are the streams of /v1/responses; `keep_responses` is their default of `store`.
+    """
     settings = stream_settings or StreamSettings(config.heartbeat_s, config.slow_reader_bytes)
     admission = Admission(config.max_streams, metrics)
     refuse_unknown_fields = config.unknown_fields == "refuse"
@@ -50,18 +61,27 @@ def create_app(
     chat = ChatFormat(service, refuse_unknown_fields=refuse_unknown_fields)
     text = TextFormat(service, refuse_unknown_fields=refuse_unknown_fields)
     messages = MessagesFormat(service, refuse_unknown_fields=refuse_unknown_fields)
-    resume = Resume(service, streams, (native, jina, chat, text, messages), settings)
+    kept = KeptResponses(service, responses)
+    reader = ConversationReader(service, kept)
+    response = ResponsesFormat(service, reader, refuse_unknown_fields=refuse_unknown_fields, keeps=keep_responses)
+    resume = Resume(service, streams, (native, jina, chat, text, messages, response), settings)
     responder = Responder(service, resume, settings)
+    answers = KeptAnswers(kept, service.tokenizer, settings)
+    by_id = Responses(service, response, reader, kept, answers, responder)
     models, anthropic_models = Models(service), AnthropicModels(service)
     list_models = _for_client(models.handle_list, anthropic_models.handle_list)
     one_model = _for_client(models.handle_one, anthropic_models.handle_one)
 
-    def endpoint(path: str, handler: Handler, *methods: str, get_with_body: bool = False) -> Route:
-        return route(path, Endpoint(path, handler, admission, config, get_with_body=get_with_body), *methods)
+    def endpoint(
+        path: str, handler: Handler, *methods: str, get_with_body: bool = False, reads_body: bool = True
+    ) -> Route:
+        made = Endpoint(path, handler, admission, config, get_with_body=get_with_body, reads_body=reads_body)
+        return route(path, made, *methods)
 
     async def stream(call: Call) -> Response | EventStream:
         from_jina = call.method == "GET" and call.body is not None
         return await responder.answer(jina if from_jina else native, call)
+
 
     routes = [
         endpoint("/stream", stream, "GET", "POST", get_with_body=True),
@@ -69,6 +89,12 @@ def create_app(
         endpoint("/v1/completions", partial(responder.answer, text), "POST"),
         endpoint("/v1/messages", partial(responder.answer, messages), "POST"),
         endpoint("/v1/messages/count_tokens", messages.handle_count, "POST"),
+        endpoint("/v1/responses", by_id.create, "POST"),
+        endpoint("/v1/responses/compact", by_id.compact, "POST"),
+        endpoint("/v1/responses/input_tokens", by_id.count, "POST"),
+        endpoint(RESPONSE, by_id.one, "DELETE", "GET"),
+        endpoint(f"{RESPONSE}/cancel", by_id.cancel, "POST", reads_body=False),
+        endpoint(f"{RESPONSE}/input_items", by_id.input_items, "GET"),
         endpoint(ENDPOINT, resume.handle, "GET"),
         endpoint("/v1/models", list_models, "GET", "HEAD"),
         endpoint("/v1/models/{model:path}", one_model, "GET", "HEAD"),

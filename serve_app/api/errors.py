@@ -31,6 +31,7 @@ _STATUSES: Mapping[str, tuple[int, str]] = {
     FailureCode.REPLICA_LOST: (503, SERVER_ERROR),
     FailureCode.POISON: (500, SERVER_ERROR),
     FailureCode.ENGINE_FAILED: (500, SERVER_ERROR),
+    FailureCode.CANCELLED: (409, INVALID_REQUEST),
     "journal_unavailable": (503, SERVER_ERROR),
     "model_not_found": (404, INVALID_REQUEST),
     "slow_reader": (408, INVALID_REQUEST),

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from serve_app.api.http.endpoint import Call
 from serve_app.api.http.sse import EventStream, StreamSettings
 from serve_app.api.resume import Resume
-from serve_app.api.wire import Whole, WireFormat
+from serve_app.api.wire import ParsedRequest, Whole, WireFormat
 from serve_app.generation.events import EventWriter
 from serve_app.generation.request import ResolvedRequest
 from serve_app.generation.service import CompletionService, RunningCompletion
@@ -46,7 +46,10 @@ class Responder:
         """
         if (rest := await self._resume.continued(call)) is not None:
             return rest
-        parsed = await wire.parse(call)
+        return await self.begin(wire, call, await wire.parse(call))
+
+    async def begin(self, wire: WireFormat, call: Call, parsed: ParsedRequest) -> Response | EventStream:
+        """The answer to a new request that is parsed already. Raises `RequestError`."""
         request, record = parsed.resolved, call.record
         record.prompt_tokens = request.prompt_tokens
         if request.cut_to is not None:

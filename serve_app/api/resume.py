@@ -6,22 +6,21 @@ whether to try again. Knows no store and no owner: `resume.registry` does.
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import re
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from functools import partial
 
-from starlette.datastructures import Headers
 from starlette.responses import Response
 
-from serve_app.api.errors import SERVER_ERROR, ApiError, bad_request
+from serve_app.api.callers import caller_digest, is_caller
+from serve_app.api.errors import ApiError, bad_request
 from serve_app.api.headers import LAST_EVENT_ID_HEADER, RESUME_HEADER, RESUME_QUERY, STREAM_ID_HEADER
 from serve_app.api.http.endpoint import Call
 from serve_app.api.http.sse import EventStream, StreamSettings
+from serve_app.api.weights import ServedWeights, replaced
 from serve_app.api.wire import ParsedRequest, WireFormat
-from serve_app.core import FailureCode, Fingerprint, ModelCard, not_ready
+from serve_app.core import Fingerprint
 from serve_app.generation.events import EventWriter
 from serve_app.generation.service import CompletionService
 from serve_app.observability.logs import RequestRecord
@@ -59,8 +58,7 @@ class Resume:
         self._streams = streams
         self._formats = {wire.name: wire for wire in formats}
         self._settings = settings
-        self._fingerprint: Fingerprint | None = None
-        """The model's, as last seen: a stream may be resumed while no replica of the model is up."""
+        self._weights = ServedWeights(service)
 
     def wanted(self, call: Call) -> bool:
         """Whether the caller asks for a stream that can be resumed. Raises `ApiError`."""
@@ -97,17 +95,17 @@ class Resume:
     async def open(self, call: Call, parsed: ParsedRequest, wire: WireFormat) -> EventStream:
         """A new stream that can be resumed. Raises `RequestError`."""
         request = parsed.resolved
-        self._fingerprint = request.fingerprint
+        self._weights.saw(request.fingerprint)
         stream_id = self._streams.new_id()
-        document = StreamDocument(request, _caller(stream_id, call), wire.name, parsed.settings)
+        document = StreamDocument(request, caller_digest(stream_id, call.headers), wire.name, parsed.settings)
         stream = self._streams.new(stream_id, document, self._transcript(document))
         return await self._answer(call.record, stream, None)
 
     async def _rest(self, call: Call, stream_id: str, mark: Mark) -> Response | EventStream:
         call.record.endpoint = ENDPOINT
-        fingerprint = await self._model()
+        fingerprint = await self._weights.fingerprint()
         stream = await self._streams.find(stream_id, lambda document: self._found(document, fingerprint))
-        if not hmac.compare_digest(stream.document.caller, _caller(stream_id, call)):
+        if not is_caller(stream.document.caller, stream_id, call.headers):
             message = (
                 "This stream belongs to other credentials; send the Authorization or x-api-key header that opened it."
             )
@@ -129,23 +127,13 @@ class Resume:
             paced=True,
         ).opened()
 
-    async def _model(self) -> Fingerprint:
-        """The fingerprint of the served weights. Raises `RequestError` (503) if this process never saw a replica up."""
-        state = await self._service.state()
-        if isinstance(state, ModelCard):
-            self._fingerprint = state.fingerprint
-        elif self._fingerprint is None:
-            raise not_ready(state)
-        return self._fingerprint
-
     def _found(self, document: StreamDocument, fingerprint: Fingerprint) -> Transcript:
         """An empty transcript for a stream that was found in the store.
 
         Raises `ApiError` if the model was replaced since, and `StreamGone`.
         """
         if document.request.fingerprint != fingerprint:
-            message = "The model was replaced after this stream began, and it can't be continued. Send it again."
-            raise ApiError(410, message, type=SERVER_ERROR, code=str(FailureCode.WRONG_WEIGHTS))
+            raise replaced("stream")
         return self._transcript(document)
 
     def _transcript(self, document: StreamDocument) -> Transcript:
@@ -198,20 +186,3 @@ def _parse_event_id(last_event_id: str) -> tuple[str, Mark]:
         message = "Last-Event-ID is not the id of an event of this service."
         raise bad_request(message, param="Last-Event-ID", code="invalid_event_id")
     return match[1], Mark(int(match[2]), None if match[3] is None else int(match[3], 16))
-
-
-def _caller(stream_id: str, call: Call) -> str:
-    """Who may read the stream, as a digest of their credentials.
-
-    The store thus holds no API key, and the digest differs from stream to stream.
-    """
-    return hmac.digest(stream_id.encode(), credentials(call.headers).encode(), hashlib.sha256).hex()
-
-
-def credentials(headers: Headers) -> str:
-    """What a caller presents: a bearer token, the same key in `x-api-key` (Anthropic's header for it), or another
-    kind of `Authorization`. " " if it presents nothing."""
-    scheme, _, token = headers.get("authorization", "").strip().partition(" ")
-    if not scheme and (key := headers.get("x-api-key", "").strip()):
-        return key
-    return token.strip() if scheme.lower() == "bearer" else f"{scheme} {token}"

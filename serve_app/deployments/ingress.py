@@ -27,7 +27,7 @@ from serve_app.core import GenerationDefaults, LoadStage, ModelCard
 from serve_app.deployments.client_address import ClientAddresses
 from serve_app.deployments.dispatch.replica_client import RayReplicaClient
 from serve_app.deployments.garbage import freeze
-from serve_app.deployments.journal_actor import open_streams
+from serve_app.deployments.journal_actor import open_responses, open_streams
 from serve_app.deployments.logs import use_serve_log
 from serve_app.deployments.metrics import RayMetrics
 from serve_app.deployments.ray_internals import AsgiDeployment, http_host
@@ -80,7 +80,8 @@ class Ingress(AsgiDeployment):
         self._pages = Pages(config.api, host)
         self._front = _Front(create_loading_app(self._state, self._metrics, self._pages))
         self._servicer = Servicer(self._front.in_process, self._state, host)
-        self._streams: ResumableStreams | None = None
+        self._streams: tuple[ResumableStreams, ...] = ()
+        """The resumable streams, and the responses; none while the tokenizer loads."""
         tried = asyncio.Event()
         self._tasks = {asyncio.create_task(self._load_text(tried)), asyncio.create_task(self._report_metrics())}
         if _speaks_for_all():
@@ -93,8 +94,7 @@ class Ingress(AsgiDeployment):
 
     async def __del__(self) -> None:
         """Awaited by Serve when this replica stops: other ingresses may take its resumable streams over."""
-        if self._streams is not None:
-            await self._streams.aclose()
+        await asyncio.gather(*(streams.aclose() for streams in self._streams))
 
     async def _let_others_answer(self, deployment: str) -> None:
         """In an update, wait for the new model while ingress replicas of the old one answer.
@@ -174,8 +174,18 @@ class Ingress(AsgiDeployment):
         config = settled(self._config, self._board, self._app_name, self._model_deployment, report)
         formatter, defaults = _load_tokenizer(config, report)
         service = CompletionService(self._client, formatter, defaults, aliases=aliases(self._config.model))
-        self._streams = open_streams(self._client, self._config, self._app_name)
-        app = create_app(service, self._streams, self._config.api, self._metrics, pages=self._pages)
+        streams = open_streams(self._client, self._config, self._app_name)
+        responses = open_responses(self._client, self._config, self._app_name)
+        app = create_app(
+            service,
+            streams,
+            self._config.api,
+            self._metrics,
+            pages=self._pages,
+            responses=responses,
+            keep_responses=self._config.responses.store,
+        )
+        self._streams = (streams, responses)
         freeze()
         return app
 
@@ -205,11 +215,11 @@ class Ingress(AsgiDeployment):
         while True:
             self._metrics.repeat(REQUESTS_IN_PROGRESS)
             # Checked each time: when the replica that reports stops, Serve gives its rank to another one.
-            if self._streams is not None and _speaks_for_all():
+            if self._streams and _speaks_for_all():
                 try:
-                    journals, size_bytes = await self._streams.journals()
-                    self._metrics.gauge(JOURNALS, journals)
-                    self._metrics.gauge(JOURNAL_BYTES, size_bytes)
+                    sizes = [await streams.journals() for streams in self._streams]
+                    self._metrics.gauge(JOURNALS, sum(journals for journals, _ in sizes))
+                    self._metrics.gauge(JOURNAL_BYTES, sum(size_bytes for _, size_bytes in sizes))
                 except StoreUnavailable as error:  # `JournalWriter` logs a warning
                     logger.debug("the journals can't be counted: %s", error)
             await asyncio.sleep(METRICS_PERIOD_S)

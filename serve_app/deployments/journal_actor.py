@@ -31,13 +31,15 @@ from serve_app.resume.memory_store import MemoryJournalStore
 from serve_app.resume.registry import ResumableStreams
 
 NAMESPACE = "serve_app"
-VERSION = 2
+VERSION = 3
 """Version of the actor's methods and their arguments. An actor outlives redeploys, so each version has its own."""
 MAX_CALLS = 10_000
 """Calls at a time. Each reader at an ingress other than the owner's is one waiting call."""
 IDLE_EXIT_S = 3600.0
 """The actor ends after this long without a journal and a call, because `serve shutdown` does not end it."""
 CALL_TIMEOUT_S = 5.0
+_RESPONSE_GONE_S = 1.0
+"""`ResumeSettings.gone_s` of responses: a client that asks for one that was deleted should not wait for long."""
 START_TIMEOUT_S = 60.0
 """For a call that may have to start the actor: a process and its imports, 1 to 3 s on the 2-core machine."""
 
@@ -80,8 +82,9 @@ class JournalActor(MemoryJournalStore):
 class RayJournalStore:
     """A `resume.journal_store.JournalStore` over the actor of one application."""
 
-    def __init__(self, app_name: str, limits: JournalLimits) -> None:
-        self._name = f"journals of {app_name}, version {VERSION}"
+    def __init__(self, app_name: str, limits: JournalLimits, kind: str = "journals") -> None:
+        """Each `kind` of journals has an actor of its own."""
+        self._name = f"{kind} of {app_name}, version {VERSION}"
         self._limits = limits
         self._actor: Any = None
 
@@ -105,6 +108,14 @@ class RayJournalStore:
     async def acquire(self, stream_id: str, owner: str) -> bool:
         """See `JournalStore`."""
         return bool(await self._call(lambda actor: actor.acquire.remote(stream_id, owner), start=False))
+
+    async def ask_to_stop(self, stream_id: str) -> bool:
+        """See `JournalStore`."""
+        return bool(await self._call(lambda actor: actor.ask_to_stop.remote(stream_id), start=False))
+
+    async def erase(self, stream_id: str) -> bool:
+        """See `JournalStore`."""
+        return bool(await self._call(lambda actor: actor.erase.remote(stream_id), start=False))
 
     async def size(self) -> tuple[int, int]:
         """See `JournalStore`."""
@@ -170,19 +181,40 @@ def open_streams(client: ReplicaClient, app_config: AppConfig, app_name: str) ->
         max_event_bytes=config.max_bytes,
         max_stream_event_bytes=app_config.api.slow_reader_bytes,
     )
-    store: JournalStore
-    if config.store == "ray":
-        store = RayJournalStore(app_name, limits)
-    else:
-        try:
-            from serve_app.resume.redis_store import RedisJournalStore
-        except ModuleNotFoundError as error:
-            raise ModelError("streams.store is Redis, which needs: pip install 'serve_app[redis]'.") from error
-        try:
-            store = RedisJournalStore(config.store, limits)
-        except ValueError:  # its text may quote a part of the password
-            raise ModelError(
-                "streams.store is not a valid URL: write redis://[user:password@]host:port/0, with special characters "
-                "of the password percent-encoded."
-            ) from None
-    return ResumableStreams(client, store, settings)
+    return ResumableStreams(client, _open_store(config.store, app_name, limits, ""), settings)
+
+
+def open_responses(client: ReplicaClient, app_config: AppConfig, app_name: str) -> ResumableStreams:
+    """The kept responses of an ingress replica, in the same kind of store as its resumable streams.
+
+    A response that its reader left is generated no further until somebody reads it again, unless it is in the
+    background. Raises `ModelError` as `open_streams` does.
+    """
+    config = app_config.responses
+    limits = JournalLimits(max_journals=config.max_responses, max_bytes=config.max_bytes, expiry_s=config.expiry_s)
+    settings = ResumeSettings(
+        grace_s=0.0,
+        max_background=config.max_background,
+        gone_s=_RESPONSE_GONE_S,
+        lease_s=limits.lease_s,
+        max_event_bytes=app_config.streams.max_bytes,
+        max_stream_event_bytes=app_config.api.slow_reader_bytes,
+    )
+    return ResumableStreams(client, _open_store(app_config.streams.store, app_name, limits, "responses"), settings)
+
+
+def _open_store(url: str, app_name: str, limits: JournalLimits, kind: str) -> JournalStore:
+    """The store at this URL; each `kind` has its own journals and limits. Raises `ModelError`."""
+    if url == "ray":
+        return RayJournalStore(app_name, limits, kind or "journals")
+    try:
+        from serve_app.resume.redis_store import RedisJournalStore
+    except ModuleNotFoundError as error:
+        raise ModelError("streams.store is Redis, which needs: pip install 'serve_app[redis]'.") from error
+    try:
+        return RedisJournalStore(url, limits, kind)
+    except ValueError:  # its text may quote a part of the password
+        raise ModelError(
+            "streams.store is not a valid URL: write redis://[user:password@]host:port/0, with special characters "
+            "of the password percent-encoded."
+        ) from None

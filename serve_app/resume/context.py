@@ -31,6 +31,11 @@ class ResumeSettings:
     """A stream goes on this long after its last reader went."""
     max_unattended: int = 64
     """How many streams without a reader one process goes on with. Of more, those longest without a reader stop."""
+    max_background: int = 64
+    """How many streams that go on without a reader one process begins. One more is refused."""
+    refusal_s: float = 0.5
+    """How long the beginning of such a stream waits for a replica to refuse it. A refusal that comes later is how the
+    stream ends. Replicas that are full refuse within milliseconds."""
     settle_s: float = 5.0
     """How long to wait for a store that can't be reached, when a stream ends and when one is followed."""
     gone_s: float = 4.0

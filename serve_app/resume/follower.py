@@ -40,13 +40,13 @@ class Follower:
         """The records that are in the feed; after this process owned the stream, those that it has written."""
 
     async def run(self, attendance: Attendance) -> OwnedJournal | None:
-        """Follow the journal while there is a reader here.
+        """Follow the journal while there is a reader here, or to its end if it is generated without one.
 
         Returns the journal once its owner has stopped and this process has taken it over; None when the stream has
         finished or nobody reads here. Raises `StreamGone` and `StoreUnavailable`, as `StreamContext.look` does.
         """
         context, writer = self._context, self._context.writer
-        while attendance.readers:
+        while attendance.readers or self._document.background:
             await self.feed(await context.look(self._id, len(self.records), FOLLOW_WAIT_S))
             if self._feed.finished:
                 break

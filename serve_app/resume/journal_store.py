@@ -86,6 +86,8 @@ class AppendResult:
     lease: LeaseStatus
     unread_s: float | None = None
     """Seconds since somebody last read the journal; None: nobody has."""
+    stop: bool = False
+    """Somebody asked for the end of the stream: see `JournalStore.ask_to_stop`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ class JournalView:
     """What a reader sees of a journal."""
 
     document: bytes
-    """Empty unless the reader asked for position 0."""
+    """Empty unless the reader asked for position 0, and after `JournalStore.erase`."""
     records: tuple[bytes, ...]
     """All records from the position that the reader asked for."""
     finished: bool
@@ -123,6 +125,18 @@ class JournalStore(Protocol):
 
     async def acquire(self, stream_id: str, owner: str) -> bool:
         """Take the lease if nobody holds it (compare-and-swap). False when somebody does, or nothing is there."""
+        ...
+
+    async def ask_to_stop(self, stream_id: str) -> bool:
+        """Have the journal's owner end its stream: each of its appends is told so. False when nothing is there."""
+        ...
+
+    async def erase(self, stream_id: str) -> bool:
+        """Delete a journal's content, also from under its owner, whose next append is LOST. False: nothing is there.
+
+        What stays until it expires is an empty, finished journal that nobody owns. Without it the owner would find
+        the journal GONE and create it again.
+        """
         ...
 
     async def size(self) -> tuple[int, int]:

@@ -25,6 +25,7 @@ class _Journal:
     records: list[bytes] = field(default_factory=list)
     size_bytes: int = 0
     finished: bool = False
+    stop: bool = False
     read_at: float | None = None
 
 
@@ -80,7 +81,8 @@ class MemoryJournals:
         if append.action is not LeaseAction.HOLD:
             journal.leased_until = now
             journal.finished = journal.finished or append.action is LeaseAction.FINISH
-        return AppendResult(LeaseStatus.HELD, None if journal.read_at is None else now - journal.read_at)
+        unread_s = None if journal.read_at is None else now - journal.read_at
+        return AppendResult(LeaseStatus.HELD, unread_s, journal.stop)
 
     def read(self, stream_id: str, position: int) -> JournalView | None:
         """See `JournalStore.read`; does not wait."""
@@ -107,6 +109,24 @@ class MemoryJournals:
         self._touch(stream_id, journal, now)
         journal.owner = owner
         journal.leased_until = now + self.limits.lease_s
+        return True
+
+    def ask_to_stop(self, stream_id: str) -> bool:
+        """See `JournalStore.ask_to_stop`."""
+        journal = self._journals.get(stream_id)
+        if journal is not None:
+            journal.stop = True
+        return journal is not None
+
+    def erase(self, stream_id: str) -> bool:
+        """See `JournalStore.erase`."""
+        journal = self._journals.get(stream_id)
+        if journal is None:
+            return False
+        self.size_bytes -= journal.size_bytes
+        now = self._clock()
+        self._journals[stream_id] = _Journal("", b"", now, now, now, finished=True)
+        self._touch(stream_id, self._journals[stream_id], now)
         return True
 
     def lease_left_s(self, stream_id: str) -> float:
@@ -190,6 +210,16 @@ class MemoryJournalStore:
     async def acquire(self, stream_id: str, owner: str) -> bool:
         """See `JournalStore`."""
         return self.journals.acquire(stream_id, owner)
+
+    async def ask_to_stop(self, stream_id: str) -> bool:
+        """See `JournalStore`."""
+        return self.journals.ask_to_stop(stream_id)
+
+    async def erase(self, stream_id: str) -> bool:
+        """See `JournalStore`."""
+        erased = self.journals.erase(stream_id)
+        self._tell(stream_id)
+        return erased
 
     async def size(self) -> tuple[int, int]:
         """See `JournalStore`."""

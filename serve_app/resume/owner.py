@@ -25,6 +25,9 @@ from serve_app.resume.writer import OwnedJournal
 
 logger = logging.getLogger(__name__)
 
+CANCELLED = Failure(FailureCode.CANCELLED, "It was cancelled.")
+"""How a stream ends whose caller wants no more of it."""
+
 
 @dataclass(eq=False)
 class Owner:
@@ -52,6 +55,9 @@ class Owner:
         except TimeoutError:
             if self._patience is None or not self._patience.expired():
                 raise
+            if self.journal.stop_asked and self.journal.lease is not LeaseStatus.LOST:
+                self._accept()
+                self._fail(CANCELLED)
         except Refused:
             raise
         except Exception:
@@ -67,19 +73,32 @@ class Owner:
 
     @property
     def wanted(self) -> bool:
-        """Somebody reads the stream, or did so a moment ago."""
-        return bool(self.attendance.readers) or self.attendance.patience_s(self.journal.last_read) > 0
+        """Somebody reads the stream, or did so a moment ago, or it goes on without a reader."""
+        if self.document.background or self.attendance.readers:
+            return True
+        return self.attendance.patience_s(self.journal.last_read) > 0
+
+    def ask_to_stop(self) -> None:
+        """End the stream now, as if the store had told so."""
+        self.journal.stop_asked = True
+        self.judge()
+
+    def lose(self) -> None:
+        """Stop now, as if the store had told that another owner has the journal."""
+        self.journal.lease = LeaseStatus.LOST
+        self.judge()
 
     def judge(self) -> None:
-        """Stop generating when another owner has the journal, or once nobody has wanted the stream for long."""
+        """Stop generating when another owner has the journal, when the stream is to end, or once nobody has wanted it
+        for long."""
         patience = self._patience
         if patience is None or patience.expired():
             return
         now = asyncio.get_running_loop().time()
-        if self.journal.lease is LeaseStatus.LOST:
+        if self.journal.lease is LeaseStatus.LOST or self.journal.stop_asked:
             patience.reschedule(now)
-        elif self.attendance.readers or not self.accepted:  # until it is accepted, a request waits for it
-            patience.reschedule(None)
+        elif self.document.background or self.attendance.readers or not self.accepted:
+            patience.reschedule(None)  # until it is accepted, a request waits for it
         else:
             patience.reschedule(now + self.attendance.patience_s(self.journal.last_read))
 

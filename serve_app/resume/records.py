@@ -27,6 +27,8 @@ class StreamDocument(Struct, frozen=True):
     """The name of the wire format in which the stream's events are written."""
     settings: dict[str, Any] = {}
     """What the wire format's writer needs besides the request: JSON."""
+    background: bool = False
+    """It is generated to its end whether somebody reads it or not."""
 
 
 _DOCUMENT = msgspec.msgpack.Decoder(StreamDocument)

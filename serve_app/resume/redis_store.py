@@ -38,14 +38,15 @@ POLL_S = 0.1
 
 _PREFIX = "{serve_app}:"
 """Of all keys. The braces are the hash tag: a cluster keeps all of them in one slot."""
-_COMMON = tuple(_PREFIX + name for name in ("journals", "sizes", "bytes"))
+_COMMON = ("journals", "sizes", "bytes")
+"""Names of the keys that all journals of a store share. The scripts find a store's prefix in the first one."""
 
 _PRELUDE = """
 -- KEYS: what all journals share, then the two keys of each journal that the script is called for.
 -- ARGV: 1 max journals, 2 max bytes, 3 expiry, 4 lease (ms), 5 stream id, then the script's own.
--- For each journal: a hash (owner, document, created, lease, read, finished) and a list of records. For all: a sorted
--- set of ids by when they were last touched, a hash of their sizes and the sum of the sizes.
-local P = '{serve_app}:'
+-- For each journal: a hash (owner, document, created, lease, read, finished, stop) and a list of records. For all: a
+-- sorted set of ids by when they were last touched, a hash of their sizes and the sum of the sizes.
+local P = string.sub(KEYS[1], 1, -1 - #'journals')
 local ALL, SIZES, TOTAL = KEYS[1], KEYS[2], KEYS[3]
 local max_journals, max_bytes = tonumber(ARGV[1]), tonumber(ARGV[2])
 local expiry, lease, id = tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
@@ -100,25 +101,25 @@ return 'held'
 
 _APPEND = """
 -- From 5 on, for each journal: id, owner, position, then, number of records, records.
--- Returns for each the hold, and ms since the journal was read or -1
+-- Returns for each the hold, ms since the journal was read or -1, and whether the owner is to stop
 local function append(id, by, position, after, first, last)
   local owner = field(id, 'owner')
-  if owner and owner ~= by then return {'lost', -1} end
+  if owner and owner ~= by then return {'lost', -1, 0} end
   local count = redis.call('LLEN', log(id))
   if not owner or position > count then
     drop(id)
-    return {'gone', -1}
+    return {'gone', -1, 0}
   end
   if after == 'drop' then
     drop(id)
-    return {'held', -1}
+    return {'held', -1, 0}
   end
   redis.call('HSET', head(id), 'lease', now + lease)
   local size = 0
   for n = first + count - position, last do size = size + #ARGV[n] end
   if not make_room(size, 0) then
     drop(id)
-    return {'full', -1}
+    return {'full', -1, 0}
   end
   for n = first + count - position, last do redis.call('RPUSH', log(id), ARGV[n]) end
   grow(id, size)
@@ -126,7 +127,7 @@ local function append(id, by, position, after, first, last)
   if after ~= 'hold' then redis.call('HSET', head(id), 'lease', now) end
   if after == 'finish' then redis.call('HSET', head(id), 'finished', 1) end
   local read = field(id, 'read')
-  return {'held', read and now - tonumber(read) or -1}
+  return {'held', read and now - tonumber(read) or -1, field(id, 'stop') and 1 or 0}
 end
 local answers, n = {}, 5
 while n <= #ARGV do
@@ -158,6 +159,21 @@ touch(id)
 return 1
 """
 
+_ASK_TO_STOP = """
+if not field(id, 'owner') then return 0 end
+redis.call('HSET', head(id), 'stop', 1)
+return 1
+"""
+
+_ERASE = """
+if not field(id, 'owner') then return 0 end
+grow(id, -tonumber(redis.call('HGET', SIZES, id) or 0))
+redis.call('DEL', head(id), log(id))
+redis.call('HSET', head(id), 'owner', '', 'document', '', 'created', now, 'lease', now, 'finished', 1)
+touch(id)
+return 1
+"""
+
 _SIZE = """
 return {redis.call('ZCARD', ALL), tonumber(redis.call('GET', TOTAL) or 0)}
 """
@@ -166,8 +182,12 @@ return {redis.call('ZCARD', ALL), tonumber(redis.call('GET', TOTAL) or 0)}
 class RedisJournalStore:
     """A `resume.journal_store.JournalStore` over one Redis database, or over a Redis Cluster."""
 
-    def __init__(self, url: str, limits: JournalLimits) -> None:
-        """`url`: `redis://`, `rediss://` or `unix://`. Raises ValueError for another. Connects when first used."""
+    def __init__(self, url: str, limits: JournalLimits, kind: str = "") -> None:
+        """`url`: `redis://`, `rediss://` or `unix://`. Raises ValueError for another. Connects when first used.
+
+        Stores of one database with different `kind`s share nothing.
+        """
+        self._prefix = f"{_PREFIX}{kind}:" if kind else _PREFIX
         self._url = url
         self._options: dict[str, Any] = {
             "socket_timeout": TIMEOUT_S,
@@ -199,10 +219,10 @@ class RedisJournalStore:
             arguments += [append.stream_id, append.owner, append.position, str(append.action), len(append.records)]
             arguments += append.records
         stream_ids = [append.stream_id for append in appends]
-        answers: list[tuple[bytes, int]] = await self._run(_APPEND, stream_ids, arguments)
+        answers: list[tuple[bytes, int, int]] = await self._run(_APPEND, stream_ids, arguments)
         return [
-            AppendResult(LeaseStatus(lease.decode()), None if read_ms < 0 else read_ms / 1000)
-            for lease, read_ms in answers
+            AppendResult(LeaseStatus(lease.decode()), None if read_ms < 0 else read_ms / 1000, bool(stop))
+            for lease, read_ms, stop in answers
         ]
 
     async def read(self, stream_id: str, position: int, wait_s: float = 0.0) -> JournalView | None:
@@ -223,6 +243,14 @@ class RedisJournalStore:
         """See `JournalStore`."""
         return bool(await self._run(_ACQUIRE, [stream_id], [stream_id, owner]))
 
+    async def ask_to_stop(self, stream_id: str) -> bool:
+        """See `JournalStore`."""
+        return bool(await self._run(_ASK_TO_STOP, [stream_id], [stream_id]))
+
+    async def erase(self, stream_id: str) -> bool:
+        """See `JournalStore`."""
+        return bool(await self._run(_ERASE, [stream_id], [stream_id]))
+
     async def size(self) -> tuple[int, int]:
         """See `JournalStore`."""
         journals, size_bytes = await self._run(_SIZE, [], [""])
@@ -237,7 +265,8 @@ class RedisJournalStore:
     async def _run(self, script: str, stream_ids: Sequence[str], arguments: Sequence[Any]) -> Any:
         """What the script answers. Raises `StoreUnavailable`."""
         script = _PRELUDE + script
-        keys = [*_COMMON, *(f"{_PREFIX}{kind}:{id_}" for id_ in stream_ids for kind in ("journal", "records"))]
+        own = (f"{kind}:{id_}" for id_ in stream_ids for kind in ("journal", "records"))
+        keys = [self._prefix + name for name in (*_COMMON, *own)]
         given = (len(keys), *keys, *self._limits, *arguments)
         try:
             redis: Any = await self._client()

@@ -3,6 +3,7 @@
 RequestError
 ├── Refused            no replica has accepted a new stream
 ├── JournalsFull       the store has no room for another stream
+├── TooManyInBackground  this process generates as many streams in the background as it may
 ├── StreamGone         there is no such stream
 │   └── StreamChanged  the events that the client has are not the beginning of this stream
 └── ReaderTooSlow      the client reads too slowly
@@ -22,6 +23,14 @@ class JournalsFull(RequestError):
 
     def __init__(self) -> None:
         message = "The limit of resumable streams is reached; try again later, or without X-Stream-Resume."
+        super().__init__(message, code=FailureCode.OVERLOADED)
+
+
+class TooManyInBackground(RequestError):
+    """This process generates as many streams in the background as it may."""
+
+    def __init__(self, limit: int) -> None:
+        message = f"The limit of {limit} background responses is reached; try again later, or without background."
         super().__init__(message, code=FailureCode.OVERLOADED)
 
 

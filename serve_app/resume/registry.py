@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 from weakref import WeakValueDictionary
 
 from serve_app.core import MessageError
@@ -17,7 +18,8 @@ from serve_app.resume.context import ResumeSettings, StreamContext
 from serve_app.resume.event_log import EventMemory
 from serve_app.resume.journal_store import JournalStore
 from serve_app.resume.records import StreamDocument, read_document
-from serve_app.resume.refusals import StreamGone
+from serve_app.resume.refusals import StreamGone, TooManyInBackground
+from serve_app.resume.stored import StoredStream, end_stored, read_stored
 from serve_app.resume.stream import ResumableStream
 from serve_app.resume.stream_id import loggable, new_stream_id
 from serve_app.resume.transcript import Transcript
@@ -59,7 +61,10 @@ class ResumableStreams:
         return await self._context.store.size()
 
     def new(self, stream_id: str, document: StreamDocument, transcript: Transcript) -> ResumableStream:
-        """A new stream; its `begin` starts it."""
+        """A new stream; its `begin` starts it. Raises `TooManyInBackground`."""
+        limit = self._context.settings.max_background
+        if document.background and sum(stream.in_background for stream in self._streams.values()) >= limit:
+            raise TooManyInBackground(limit)
         return ResumableStream(stream_id, document, transcript, self._context, self._streams)
 
     async def find(self, stream_id: str, make: Callable[[StreamDocument], Transcript]) -> ResumableStream:
@@ -74,6 +79,8 @@ class ResumableStreams:
         if there is not None:
             return there
         view = await self._context.look(stream_id, 0)
+        if not view.document:  # it was erased
+            raise StreamGone
         if (there := self._here(stream_id)) is not None:  # another request for it came first
             return there
         try:
@@ -89,6 +96,26 @@ class ResumableStreams:
         if stream.finished:
             self._finished[stream_id] = stream
         return stream
+
+    async def stored(self, stream_id: str, patience_s: float = 0.0) -> StoredStream:
+        """What the stream's journal holds; see `read_stored`. Raises `StreamGone` and `StoreUnavailable`."""
+        return await read_stored(self._context, stream_id, patience_s)
+
+    async def cancel(self, stream_id: str) -> None:
+        """End the stream, whoever generates it; see `end_stored`. Raises `StreamGone` and `StoreUnavailable`."""
+        if (there := self._streams.get(stream_id)) is not None:
+            there.ask_to_stop()
+        await end_stored(self._context, stream_id)
+
+    async def erase(self, stream_id: str) -> None:
+        """Delete the stream, also while it is generated. Raises `StreamGone` and `StoreUnavailable`."""
+        if not await self._context.reach(partial(self._context.store.erase, stream_id)):
+            raise StreamGone
+        self._finished.pop(stream_id, None)
+        if (there := self._streams.get(stream_id)) is not None:
+            there.lose()
+            if there.finished:  # it is found here until its end is written
+                await there.closed()
 
     def _here(self, stream_id: str) -> ResumableStream | None:
         """The object that this process has for the stream, if it has all events or still gets them."""

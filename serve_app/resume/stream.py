@@ -81,7 +81,7 @@ class ResumableStream:
         self._creation = asyncio.create_task(writer.create(journal), name="journal creation")
         self._start(journal)
         try:
-            await self._accepted
+            await self._acceptance()
             await asyncio.wait({self._creation})
             self._creation.result()
             if journal.lease not in (LeaseStatus.HELD, LeaseStatus.GONE):  # gone: it is being created again
@@ -91,6 +91,35 @@ class ResumableStream:
             if not isinstance(error, Refused) and self._task is not None:  # after `Refused` the task ends by itself
                 self._task.cancel()
             raise
+
+    async def _acceptance(self) -> None:
+        """Wait for a replica to accept the stream; raises `Refused`. One that goes on without a reader may wait for a
+        replica after its `begin`."""
+        if self.document.background:
+            await asyncio.wait({self._accepted}, timeout=self._context.settings.refusal_s)
+            if not self._accepted.done():
+                self._accept()
+                if self._owner is not None:
+                    self._owner.accepted = True
+        await self._accepted
+
+    def ask_to_stop(self) -> None:
+        """End the stream at once if this process generates it. The caller has told the store."""
+        if self._owner is not None:
+            self._owner.ask_to_stop()
+
+    def lose(self) -> None:
+        """Stop generating: the store has deleted the journal."""
+        if self._owner is not None:
+            self._owner.lose()
+
+    async def discard(self) -> None:
+        """End a stream that nobody knows of, and drop its journal."""
+        self._dropped = True
+        if self.feed.closed:  # it has ended, and writes its end
+            await self.closed()
+        else:
+            await self.aclose()
 
     async def catch_up(self, view: JournalView) -> None:
         """Take in the journal of a stream that was found in the store. Raises `StreamGone` when it can't be read."""
@@ -104,6 +133,11 @@ class ResumableStream:
             self.feed.close()
         else:
             self._start(None)
+
+    @property
+    def in_background(self) -> bool:
+        """This process generates it, and goes on without a reader."""
+        return self._owner is not None and self.document.background
 
     async def closed(self) -> None:
         """Wait until this process does nothing more for the stream."""
@@ -182,7 +216,8 @@ class ResumableStream:
 
     def _limit_unattended(self) -> None:
         """Above `max_unattended` generated streams without a reader, stop those that have had none for longest."""
-        owned = (stream._attendance for stream in self._running.values() if stream._owner is not None)
+        generated = (stream for stream in self._running.values() if stream._owner is not None)
+        owned = (stream._attendance for stream in generated if not stream.document.background)
         unread = [attendance for attendance in owned if not attendance.readers]
         unread.sort(key=lambda attendance: attendance.left_at)
         for attendance in unread[: max(0, len(unread) - self._context.settings.max_unattended)]:

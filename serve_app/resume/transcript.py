@@ -117,6 +117,14 @@ class Transcript:
         output = self._outputs[choice]
         return replace(output.tokens(0), stats=output.stats)
 
+    def whole(self) -> tuple[list[TokenBatch], Failure | None]:
+        """The output of each choice so far, with its end if it has ended; and the failure that ended the stream."""
+        outputs = [
+            replace(self.output(choice), finish_reason=output.finish_reason)
+            for choice, output in enumerate(self._outputs)
+        ]
+        return outputs, self._failure
+
     def _advance(self) -> list[Event]:
         """The events of all turns that can be taken now."""
         events: list[Event] = []

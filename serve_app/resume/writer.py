@@ -44,6 +44,8 @@ class OwnedJournal:
         self.owner = owner
         self.document = document
         self.lease = LeaseStatus.HELD
+        self.stop_asked = False
+        """Somebody wants the stream to end: see `JournalStore.ask_to_stop`."""
         self.last_read: float | None = None
         """When somebody last read it, by this loop's clock; None: nobody has."""
         self.on_news: Callable[[], None] | None = None
@@ -84,6 +86,7 @@ class OwnedJournal:
         """Take in the store's answer to `append`."""
         self.lease = result.lease
         self._renewed_at = float("-inf") if result.lease is LeaseStatus.GONE else now
+        self.stop_asked = self.stop_asked or result.stop
         if result.unread_s is not None:
             self.last_read = now - result.unread_s
         if result.lease is LeaseStatus.HELD:

@@ -109,6 +109,9 @@ async def make_app(tokenizer: ChatTokenizer, eos: int, metrics: MemoryMetrics) -
         defaults: dict[str, object] | None = None,
         failover: FailoverSettings | None = None,
         journals: JournalStore | None = None,
+        kept: JournalStore | None = None,
+        keep_responses: bool = True,
+        background: ResumeSettings | None = None,
         resume: ResumeSettings | None = None,
         bound_to: str | None = None,
         aliases: frozenset[str] = frozenset(),
@@ -129,12 +132,29 @@ async def make_app(tokenizer: ChatTokenizer, eos: int, metrics: MemoryMetrics) -
             resume or ResumeSettings(lease_s=0.2, tick_s=0.01, settle_s=0.5, gone_s=0.1),
             failover,
         )
-        made.append(streams)
+        responses = ResumableStreams(
+            replica,
+            kept or MemoryJournalStore(JournalLimits(lease_s=60)),
+            background or ResumeSettings(grace_s=0.0, lease_s=0.2, tick_s=0.01, settle_s=0.5, gone_s=0.1),
+            failover,
+        )
+        made.extend((streams, responses))
         api_config = ApiConfig.model_validate(config)
         settings = None
         if stream is not None:
             settings = StreamSettings(**{"slow_reader_bytes": api_config.slow_reader_bytes, **stream})  # type: ignore[arg-type]
-        return create_app(service, streams, api_config, metrics, Pages(api_config, bound_to), settings)
+        app = create_app(
+            service,
+            streams,
+            api_config,
+            metrics,
+            Pages(api_config, bound_to),
+            settings,
+            responses=responses,
+            keep_responses=keep_responses,
+        )
+        app.state.responses = responses  # for tests in which an ingress dies
+        return app
 
     yield make
     for streams in made:

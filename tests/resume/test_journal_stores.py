@@ -269,6 +269,49 @@ async def test_many_journals_in_one_call(make_store: MakeStore) -> None:
     assert await store.append([]) == []
 
 
+async def test_whoever_owns_a_journal_is_told_to_stop(make_store: MakeStore) -> None:
+    store = make_store(lease_s=LEASE_S)
+    assert await store.ask_to_stop("s1") is False
+    await store.create("s1", "one", b"document")
+    (before,) = await store.append([Append("s1", "one", 0, (b"a",))])
+    assert await store.ask_to_stop("s1") is True
+    (after,) = await store.append([Append("s1", "one", 1, action=LeaseAction.RELEASE)])
+    assert (before.stop, after.stop) == (False, True)
+    assert await store.acquire("s1", "two")
+    (next_owners,) = await store.append([Append("s1", "two", 1)])
+    assert (next_owners.lease, next_owners.stop) == (LeaseStatus.HELD, True)
+
+
+async def test_an_erased_journal_is_empty_and_its_owner_lost_it(make_store: MakeStore) -> None:
+    store = make_store()
+    assert await store.erase("s1") is False
+    await store.create("s1", "one", b"document")
+    await store.append([Append("s1", "one", 0, (b"a", b"b"))])
+    await store.create("s2", "other", b"1234")
+    assert await store.erase("s1") is True
+    view = await store.read("s1", 0)
+    assert view is not None
+    assert (view.document, view.records, view.finished, view.leased) == (b"", (), True, False)
+    assert await store.size() == (2, 4)
+    (answer,) = await store.append([Append("s1", "one", 2, (b"c",))])
+    assert answer.lease is LeaseStatus.LOST
+    assert await store.create("s1", "one", b"document") is LeaseStatus.LOST, "it is not written again"
+    assert await store.acquire("s1", "two") is False
+    assert await store.size() == (2, 4)
+
+
+async def test_stores_of_different_kinds_share_nothing(redis_url: str) -> None:
+    limits = JournalLimits()
+    async with AsyncExitStack() as opened:
+        stores = [RedisJournalStore(redis_url, limits, kind) for kind in ("", "responses")]
+        for store in stores:
+            opened.push_async_callback(store.aclose)
+        await flush(stores[0])
+        await stores[0].create("s1", "one", b"document")
+        assert await stores[1].read("s1", 0) is None
+        assert [await store.size() for store in stores] == [(1, 8), (0, 0)]
+
+
 async def test_an_owner_hears_when_somebody_reads(make_store: MakeStore) -> None:
     store = make_store()
     await store.create("s", "a", b"")

@@ -56,7 +56,7 @@ class Call:
     query: QueryParams
     path_params: dict[str, str]
     body: dict[str, Any] | None
-    """None for a GET without a body."""
+    """None for a request without one, such as a GET."""
     headers: Headers
     record: RequestRecord
     deadline: float
@@ -125,9 +125,18 @@ class Endpoint:
     """An ASGI application around one handler."""
 
     def __init__(
-        self, name: str, handler: Handler, admission: Admission, config: ApiConfig, *, get_with_body: bool = False
+        self,
+        name: str,
+        handler: Handler,
+        admission: Admission,
+        config: ApiConfig,
+        *,
+        get_with_body: bool = False,
+        reads_body: bool = True,
     ) -> None:
-        """`name`: what metrics and log call the endpoint. `get_with_body`: the body of a GET is read, if it has one."""
+        """`name`: what metrics and log call the endpoint. `get_with_body`: the body of a GET is read, if it has one.
+        `reads_body`: a POST must have one."""
+        self._reads_body = reads_body
         self._name = name
         self._get_with_body = get_with_body
         self._handler = handler
@@ -155,12 +164,13 @@ class Endpoint:
             record.outcome = gone.outcome
 
     async def _body(self, scope: Scope, receive: Receive) -> tuple[dict[str, Any] | None, int]:
-        """The body as a JSON object, and its size in bytes; for a GET without one None and the size of its query."""
+        """The body as a JSON object, and its size in bytes; where none is read, None and the size of the query."""
         limit = self._config.max_body_bytes
         read: ReadDocument | None = scope.get(DOCUMENT)
         if read is not None:
             return read(limit)
-        if scope["method"] == "POST" or (self._get_with_body and _has_body(Headers(scope=scope))):
+        must_have = scope["method"] == "POST" and self._reads_body
+        if must_have or (self._get_with_body and _has_body(Headers(scope=scope))):
             return await read_json_object(scope, receive, limit, self._admission.slow_bodies)
         return None, len(scope["query_string"])
 

@@ -77,15 +77,15 @@ class Pages:
         if method != "OPTIONS" or asked is None or self._allowed_origin(headers) is None:
             return None
         allowed = {
-            "access-control-allow-methods": "GET, POST",
+            "access-control-allow-methods": "DELETE, GET, POST",
             "access-control-max-age": str(_PREFLIGHT_AGE_S),
-            "allow": "GET, OPTIONS, POST",
+            "allow": "DELETE, GET, OPTIONS, POST",
         }
         if wanted := headers.get("access-control-request-headers"):
             allowed["access-control-allow-headers"] = wanted
         if headers.get("access-control-request-private-network") == "true":
             allowed["access-control-allow-private-network"] = "true"
-        return Response(json.dumps({"methods": ["GET", "POST"]}), 200, allowed, media_type="application/json")
+        return Response(json.dumps({"methods": ["DELETE", "GET", "POST"]}), 200, allowed, media_type="application/json")
 
     def _answers_to(self, host: str) -> bool:
         if self._hosts is None:

@@ -1,0 +1,1 @@
+"""OpenAI's Responses API: answers that are kept, and can be read, followed, continued, cancelled and deleted by id."""

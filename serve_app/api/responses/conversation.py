@@ -1,0 +1,165 @@
+"""What a request's model is to read: the items before it, its own items, and the prompt that they become.
+
+Promises that an item of another caller is never read, and that a conversation that is too long is refused or, where the
+request says so, loses its oldest items. Knows no event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from serve_app.api.errors import bad_request
+from serve_app.api.http.endpoint import ITEM_BYTES, Call
+from serve_app.api.responses.fields import ConversationFields
+from serve_app.api.responses.ids import response_of
+from serve_app.api.responses.items import Item, read_items, references, text_of
+from serve_app.api.responses.kept import KeptResponses
+from serve_app.api.responses.messages import Messages
+from serve_app.api.template_variables import template_variables
+from serve_app.api.unknown_fields import UnknownFields, unsupported
+from serve_app.chat.options import ChatOptions
+from serve_app.chat.prompt_error import PromptError
+from serve_app.core import FailureCode, ModelCard
+from serve_app.generation.request import Prompt
+from serve_app.generation.service import CompletionService
+
+MAX_REFERENCED = 32
+"""Responses whose items one request may refer to: each is a call to the store."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """The items that the model reads, oldest first."""
+
+    instructions: str | None
+    items: Sequence[Item]
+    earlier: int
+    """How many of the items come from the previous response, and not from the request."""
+
+    def without(self, dropped: int) -> Conversation:
+        """The conversation without its oldest items."""
+        return Conversation(self.instructions, self.items[dropped:], max(0, self.earlier - dropped))
+
+    def cuts(self) -> list[int]:
+        """How many of the oldest items may be dropped: whole turns, so that no output loses its call."""
+        starts = [index for index, item in enumerate(self.items) if item.get("role") == "user"]
+        return [index for index in starts if index > 0]
+
+
+class ConversationReader:
+    """Reads conversations of requests, for one model."""
+
+    def __init__(self, service: CompletionService, kept: KeptResponses) -> None:
+        self._service = service
+        self._kept = kept
+
+    async def read(
+        self, call: Call, request: ConversationFields, response_id: str, unknown: UnknownFields
+    ) -> Conversation:
+        """The conversation with the previous response's items. Raises `RequestError`."""
+        items: list[Item] = []
+        if request.input is not None:
+            items = await call.run(partial(read_items, request.input, response_id, unknown))
+            items = await self._with_references(call, items)
+        earlier: list[Item] = []
+        if request.previous_response_id is not None:
+            earlier = await self._kept.conversation(call, request.previous_response_id)
+        return Conversation(request.instructions, [*earlier, *items], len(earlier))
+
+    async def prompt(
+        self, call: Call, card: ModelCard, conversation: Conversation, options: ChatOptions, *, truncates: bool
+    ) -> tuple[Prompt, Conversation]:
+        """The conversation as a prompt, and the part of the conversation that it holds. Raises `PromptError`.
+
+        `truncates`: a conversation that does not fit loses its oldest turns, as few as possible.
+        """
+        try:
+            return await self._render(call, card, conversation, options), conversation
+        except PromptError as error:
+            cuts = conversation.cuts()
+            if not truncates or error.code != FailureCode.CONTEXT_LENGTH_EXCEEDED or not cuts:
+                raise
+        low, high = 0, len(cuts) - 1  # the fewest cuts that fit are between them, if any do
+        while low < high:
+            middle = (low + high) // 2
+            try:
+                await self._render(call, card, conversation.without(cuts[middle]), options)
+                high = middle
+            except PromptError as error:
+                if error.code != FailureCode.CONTEXT_LENGTH_EXCEEDED:
+                    raise
+                low = middle + 1
+        shorter = conversation.without(cuts[low])
+        return await self._render(call, card, shorter, options), shorter
+
+    def options(self, request: ConversationFields, unknown: UnknownFields) -> ChatOptions:
+        """How the prompt is written. Raises `ApiError`."""
+        refuse_what_is_not_served(request)
+        known = self._service.template_variables
+        effort = None if request.reasoning is None else request.reasoning.effort
+        named = {
+            name: (f"chat_template_kwargs.{name}", value)
+            for name, value in (request.chat_template_kwargs or {}).items()
+        }
+        if effort == "none" and "enable_thinking" in known:
+            named.setdefault("enable_thinking", ("reasoning.effort", False))
+        elif effort is not None:
+            named.setdefault("reasoning_effort", ("reasoning.effort", effort))
+        if request.text is not None:
+            named.setdefault("verbosity", ("text.verbosity", request.text.verbosity))
+        return ChatOptions(template_variables(named, known, unknown))
+
+    async def _render(self, call: Call, card: ModelCard, conversation: Conversation, options: ChatOptions) -> Prompt:
+        written = Messages(conversation.instructions, conversation.items, conversation.earlier)
+        if not written.messages:
+            raise bad_request("The input has nothing that the model could answer.", param="input", code="invalid_value")
+        render = partial(self._service.render_chat, card, written.messages, options, _nothing_unknown)
+        # The items of earlier responses are not in the body, whose size decides where the work is done.
+        earlier_bytes = sum(map(_size, conversation.items[: conversation.earlier]))
+        try:
+            return await call.run(render, items=len(conversation.items) + earlier_bytes // ITEM_BYTES)
+        except PromptError as error:
+            raise written.named(error) from error
+
+    async def _with_references(self, call: Call, items: list[Item]) -> list[Item]:
+        """The items, with those that are referred to in place of the references. Raises `RequestError`."""
+        referred = dict(references(items))
+        if not referred:
+            return items
+        responses = {item_id: response_of(item_id) for item_id in referred.values()}
+        wanted = {response_id for response_id in responses.values() if response_id is not None}
+        if len(wanted) > MAX_REFERENCED:
+            message = f"The input refers to items of more than {MAX_REFERENCED} responses; send the items themselves."
+            raise bad_request(message, param="input", code="invalid_value")
+        found = await asyncio.gather(*(self._kept.items_or_none(call, response_id) for response_id in wanted))
+        by_id = {item["id"]: item for of_response in found for item in of_response}
+        for index, item_id in referred.items():
+            if item_id not in by_id:
+                message = f"Item with id '{item_id[:100]}' not found. Items are kept with responses that are kept."
+                raise bad_request(message, param=f"input[{index}].id", code="item_not_found")
+            items[index] = by_id[item_id]
+        return items
+
+
+def refuse_what_is_not_served(request: ConversationFields) -> None:
+    """Raises `ApiError` for what would change the answer and is not served."""
+    if request.tools:
+        raise unsupported("tools")
+    if request.tool_choice not in (None, "none", "auto"):
+        raise unsupported("tool_choice")
+    kind = ((request.text.format if request.text else None) or {}).get("type", "text")
+    if kind != "text":
+        raise unsupported("text.format")
+
+
+def _nothing_unknown(where: str, field: str) -> None:
+    """Fields of our own messages that the template does not read, such as the reasoning of earlier turns."""
+
+
+def _size(item: Item) -> int:
+    if item["type"] == "function_call":
+        return len(item["arguments"])
+    return len(item["encrypted_content"]) if item["type"] == "compaction" else len(text_of(item))

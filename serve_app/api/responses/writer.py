@@ -1,0 +1,149 @@
+"""Writes a response: as one document at any moment, and as OpenAI's typed events.
+
+Promises that both depend on the request's settings and on the tokens alone, so that any ingress writes the same. Event
+number k has the `sequence_number` k. Knows no store.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from serve_app.api.http.sse import one_line
+from serve_app.api.openai.chunks import finite
+from serve_app.api.responses.output import Logprob, Output, Told
+from serve_app.chat.token_texts import TokenTexts
+from serve_app.core import Failure, FailureCode, FinishReason, RequestError
+from serve_app.generation.completion import Usage
+from serve_app.generation.events import EventWriter
+from serve_app.generation.text import Delta, TokenLogprob
+
+_ERRORS: Mapping[str, str] = {
+    FailureCode.OVERLOADED: "rate_limit_exceeded",
+    FailureCode.INVALID_REQUEST: "invalid_prompt",
+    FailureCode.CONTEXT_LENGTH_EXCEEDED: "invalid_prompt",
+}
+"""Why a response failed -> OpenAI's code. Any other reason is `server_error`."""
+
+
+class ResponseWriter(EventWriter):
+    """One response on its way."""
+
+    def __init__(self, settings: Mapping[str, Any], tokens: TokenTexts) -> None:
+        """`settings`: those of the `ParsedRequest`. `response` is the document without what comes with the answer."""
+        self._envelope: dict[str, Any] = settings["response"]
+        self._tokens = tokens
+        self._output = Output(self._envelope["id"])
+        self._number = 0
+        self._queued = bool(self._envelope["background"])
+        """No token has come yet, and the response waits in the background."""
+        self._finish_reason: FinishReason | None = None
+        self._usage: Usage | None = None
+
+    def opened(self) -> list[bytes]:
+        """`response.created`, and that it is in progress or in the queue."""
+        document = f'"response":{_json(self.document())}'
+        state = "response.queued" if self._queued else "response.in_progress"
+        return self._numbered([("response.created", document), (state, document)])
+
+    def gained(self, delta: Delta) -> list[bytes]:
+        """The events of what is new in the output, and of items that are done."""
+        told: list[Told] = []
+        if self._queued and (delta.token_ids or delta.finish_reason is not None):
+            self._queued = False
+            told.append(("response.in_progress", f'"response":{_json(self.document())}'))
+        told += self._output.add(delta.parts, [self._logprob(each) for each in delta.logprobs or ()])
+        if delta.finish_reason is not None:
+            self._finish_reason = delta.finish_reason
+            told += self._output.end("incomplete" if delta.finish_reason is FinishReason.LENGTH else "completed")
+        return self._numbered(told)
+
+    def ended(self, usage: Usage) -> list[bytes]:
+        """The whole response."""
+        self._usage = usage
+        document = self.document()
+        return self._numbered([(f"response.{document['status']}", f'"response":{_json(document)}')])
+
+    def failed(self, error: RequestError) -> bytes:
+        """The response as far as it came. OpenAI has no event for a cancelled one: its status says so."""
+        document = self.document(error)
+        kind = "response.incomplete" if document["status"] == "cancelled" else "response.failed"
+        return self._numbered([(kind, f'"response":{_json(document)}')])[0]
+
+    def add(self, delta: Delta, usage: Usage) -> None:
+        """Take in what is new without writing it."""
+        self.gained(delta)
+        self._usage = usage
+
+    def document(self, error: RequestError | None = None, *, going_on: bool = True) -> dict[str, Any]:
+        """The response as it is now. `error`: what ended it. `going_on`: somebody generates it, if it has not ended."""
+        status = self._status(error, going_on=going_on)
+        ended = self._finish_reason is not None
+        incomplete = {"reason": "max_output_tokens"} if self._finish_reason is FinishReason.LENGTH else None
+        cause = None
+        if status == "failed" and error is not None:
+            cause = {"code": _ERRORS.get(error.code or "", "server_error"), "message": error.message}
+        return {
+            **self._envelope,
+            "status": status,
+            "error": cause,
+            "incomplete_details": incomplete,
+            "output": self._output.items("in_progress" if status == "in_progress" else "incomplete"),
+            "usage": usage_document(self._usage) if ended and self._usage is not None else None,
+        }
+
+    def _status(self, error: RequestError | None, *, going_on: bool) -> str:
+        if error is not None:
+            return "cancelled" if error.code == FailureCode.CANCELLED else "failed"
+        if self._finish_reason is not None:
+            return "incomplete" if self._finish_reason is FinishReason.LENGTH else "completed"
+        if self._queued:
+            return "queued"
+        return "in_progress" if going_on else "incomplete"
+
+    def _logprob(self, told: TokenLogprob) -> Logprob:
+        top = [self._token(*other) for other in told.logprobs.top]
+        return {**self._token(told.token_id, told.logprobs.logprob), "top_logprobs": top}
+
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        content = self._tokens.utf8(token_id)
+        return {
+            "token": self._tokens.text(token_id),
+            "bytes": [] if content is None else list(content),
+            "logprob": finite(logprob),
+        }
+
+    def _numbered(self, told: Sequence[Told]) -> list[bytes]:
+        events = []
+        for kind, rest in told:
+            text = f'event: {kind}\ndata: {{"type":"{kind}",{rest},"sequence_number":{self._number}}}\n\n'
+            events.append(text.encode())
+            self._number += 1
+        return events
+
+
+def usage_document(usage: Usage) -> dict[str, Any]:
+    """`usage` as a response has it."""
+    return {
+        "input_tokens": usage.prompt_tokens,
+        "input_tokens_details": {"cache_write_tokens": 0, "cached_tokens": usage.cached_tokens},
+        "output_tokens": usage.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+    }
+
+
+def error_event(error: RequestError, number: int) -> bytes:
+    """The event of an error that concerns this reader of a response, and not the response."""
+    details = {"type": "error", "code": error.code, "message": error.message, "param": error.param}
+    return f"event: error\ndata: {_json({**details, 'sequence_number': number})}\n\n".encode()
+
+
+def failure_of(failure: Failure | None) -> RequestError | None:
+    """What ended a response, from its journal."""
+    return None if failure is None else RequestError.of(failure)
+
+
+def _json(value: object) -> str:
+    return one_line(json.dumps(value, ensure_ascii=False))

@@ -1,0 +1,199 @@
+"""What a request of the Responses API may say, what it may not, and what the model reads of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from fake_replica import FakeReplica, card
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from responses_api import create
+from starlette.applications import Starlette
+
+from serve_app.api.responses.items import compaction, read_items, summary_of
+from serve_app.api.responses.messages import Messages
+from serve_app.api.unknown_fields import UnknownFields
+from serve_app.chat.prompt_error import PromptError
+from serve_app.chat.tokenizer import ChatTokenizer
+from serve_app.core import RequestError
+from serve_app.observability.logs import RequestRecord
+
+MakeApp = Callable[..., Starlette]
+Http = Callable[[Starlette], httpx.AsyncClient]
+USER = {"role": "user", "content": "Hi"}
+CALL = {"type": "function_call", "call_id": "c1", "name": "look", "arguments": "{}"}
+
+
+def messages_of(*items: dict[str, Any], instructions: str | None = None) -> list[dict[str, Any]]:
+    unknown = UnknownFields(RequestRecord("r1"), refused=True)
+    return Messages(instructions, read_items(list(items), "resp_" + "a" * 22, unknown), 0).messages
+
+
+def test_items_become_the_turns_of_a_chat() -> None:
+    made = messages_of(
+        {"role": "developer", "content": [{"type": "input_text", "text": "a"}, {"type": "input_text", "text": "b"}]},
+        USER,
+        {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "I look."}]},
+        CALL,
+        {**CALL, "call_id": "c2"},
+        {"type": "function_call_output", "call_id": "c1", "output": "1"},
+        {"type": "function_call_output", "call_id": "c2", "output": [{"type": "input_text", "text": "2"}]},
+        {**CALL, "call_id": "c3"},
+        instructions="Be brief.",
+    )
+    function = {"name": "look", "arguments": "{}"}
+    calls = [{"id": f"c{n}", "type": "function", "function": function} for n in (1, 2, 3)]
+    assert made == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "developer", "content": "a\nb"},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "I look.", "reasoning_content": "Hm.", "tool_calls": calls[:2]},
+        {"role": "tool", "tool_call_id": "c1", "content": "1"},
+        {"role": "tool", "tool_call_id": "c2", "content": "2"},
+        {"role": "assistant", "content": None, "tool_calls": calls[2:]},
+    ]
+
+
+def test_an_error_names_the_item_that_was_sent() -> None:
+    items = read_items([USER, CALL, CALL, USER], "resp_x", UnknownFields(RequestRecord("r1"), refused=True))
+    written = Messages("Be brief.", items, 1)
+    for message, place in ((0, "instructions"), (1, "previous_response_id"), (3, "input[2]")):
+        error = written.named(PromptError(f"messages[{message}].content is bad.", param=f"messages[{message}].content"))
+        assert (error.message, error.param) == (f"{place}.content is bad.", f"{place}.content")
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({}, "input"),
+    ({"input": None}, "input"),
+    ({"input": []}, "input"),
+    ({"input": 3}, "input"),
+    ({"input": ["Hi"]}, "input[0]"),
+    ({"input": [{}]}, "input[0].id"),
+    ({"input": [{"type": "computer_call"}]}, "input[0].type"),
+    ({"input": [{"type": ["x"]}]}, "input[0].type"),
+    ({"input": [{"role": "tool", "content": "x"}]}, "input[0].role"),
+    ({"input": [{"role": "user"}]}, "input[0].content"),
+    ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input[0].content[0]"),
+    ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "input[0].content[0].text"),
+    ({"input": [{**USER, "id": ""}]}, "input[0].id"),
+    ({"input": [{"type": "function_call", "call_id": 3}]}, "input[0].call_id"),
+    ({"input": [{"type": "function_call_output", "call_id": "c", "output": 3}]}, "input[0].output"),
+    ({"input": [{"type": "reasoning", "summary": "x"}]}, "input[0].summary"),
+    ({"input": [{"type": "compaction", "encrypted_content": "gAAA"}]}, "input[0].encrypted_content"),
+    ({"input": "Hi", "conversation": "conv_1"}, "conversation"),
+    ({"input": "Hi", "prompt": {"id": "p"}}, "prompt"),
+    ({"input": "Hi", "max_tokens": 3}, "max_tokens"),
+    ({"input": "Hi", "n": 2}, "n"),
+    ({"input": "Hi", "response_format": {"type": "json_object"}}, "response_format"),
+    ({"input": "Hi", "context_management": [{"type": "compaction"}]}, "context_management"),
+    ({"input": "Hi", "include": ["x"]}, "include"),
+    ({"input": "Hi", "metadata": {"a": 3}}, "metadata"),
+    ({"input": "Hi", "metadata": {"a": "x" * 513}}, "metadata"),
+    ({"input": "Hi", "max_output_tokens": 0}, "max_output_tokens"),
+    ({"input": "Hi", "truncation": "some"}, "truncation"),
+    ({"input": "Hi", "top_logprobs": 21}, "top_logprobs"),
+    ({"input": "Hi", "text": {"format": {"type": "grammar"}}}, "text.format"),
+]
+
+
+@pytest.mark.parametrize(("body", "param"), REFUSED)
+async def test_what_can_not_be_served_is_refused_by_name(
+    api: httpx.AsyncClient, body: dict[str, Any], param: str
+) -> None:
+    response = await api.post("/v1/responses", json=body)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == param
+
+
+async def test_what_changes_nothing_is_ignored_and_named(api: httpx.AsyncClient) -> None:
+    body = {
+        "input": [{**USER, "mood": "good"}],
+        "reasoning": {"effort": "low", "summary": "auto"},
+        "text": {"verbosity": "low"},
+        "include": ["reasoning.encrypted_content"],
+        "metadata": {},
+        "service_tier": "auto",
+        "prompt_cache_key": "k",
+        "max_tool_calls": 3,
+        "n": 1,
+        "odd": 1,
+    }
+    response = await api.post("/v1/responses", json=body)
+    assert response.status_code == 200, response.text
+    assert set(response.headers["x-ignored-fields"].split(", ")) == {
+        "input[].mood",
+        "reasoning.effort",
+        "reasoning.summary",
+        "text.verbosity",
+        "include.reasoning.encrypted_content",
+        "n",
+        "odd",
+    }
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["type", "role", "content", "id", "text", "call_id", "name", "arguments", "output"]),
+            inner | st.sampled_from(["message", "function_call", "reasoning", "user", "input_text", "item_reference"]),
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@given(JSON)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_garbage_is_refused_in_words(raw: Any) -> None:
+    unknown = UnknownFields(RequestRecord("r1"), refused=False)
+    if not isinstance(raw, str | list):
+        return
+    items, refused = [], None
+    try:
+        items = read_items(raw, "resp_" + "a" * 22, unknown)
+    except RequestError as error:
+        refused = error
+    assert refused is None or refused.param
+    assert all(item["type"] and item["id"] for item in items)
+
+
+@given(st.text())
+def test_a_summary_comes_back(summary: str) -> None:
+    try:
+        summary.encode()
+    except UnicodeEncodeError:
+        return
+    assert summary_of(compaction("cmp_1", summary)) == summary
+
+
+async def test_a_conversation_that_is_too_long_is_refused_or_loses_its_oldest_turns(
+    replica: FakeReplica, make_app: MakeApp, http: Http, tokenizer: ChatTokenizer
+) -> None:
+    replica.state = card(vocab_size=tokenizer.vocab_size, context_tokens=200)
+    api = http(make_app(replica))
+    turns = [
+        turn
+        for n in range(20)
+        for turn in ({"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": f"answer {n}"})
+    ]
+    body = {"input": [*turns, {"role": "user", "content": "last"}], "instructions": "Be brief."}
+    refused = await api.post("/v1/responses", json=body)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert "input" in refused.json()["error"]["message"]
+    response = await create(api, **body, truncation="auto")
+    items = (await api.get(f"/v1/responses/{response['id']}/input_items?order=asc&limit=100")).json()["data"]
+    assert 1 < len(items) < 41
+    assert items == (await api.get(f"/v1/responses/{response['id']}/input_items?order=asc&limit=100")).json()["data"]
+    assert items[0]["role"] == "user", "whole turns are dropped"
+    prompt = tokenizer.decode(list(replica.requests[-1].prompt_token_ids))
+    assert items[0]["content"][0]["text"] in prompt
+    assert "question 0" not in prompt
+    assert "Be brief." in prompt
+    assert "last" in prompt
