@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from pydantic import Field
 
@@ -19,15 +19,13 @@ from serve_app.api.http.sse import json_text
 from serve_app.api.openai.chunks import OpenAIFormat
 from serve_app.api.openai.extras import finite
 from serve_app.api.openai.tools import ToolFields
+from serve_app.api.template_variables import template_variables
 from serve_app.api.unknown_fields import UnknownFields
 from serve_app.api.wire import ParsedRequest
-from serve_app.chat.options import MAX_VALUE_CHARS, ChatOptions, TemplateValue, is_template_value
+from serve_app.chat.options import ChatOptions
 from serve_app.chat.parts import ArgumentsPart, CallPart, Part, ReasoningPart, TextPart
 from serve_app.generation.request import CompletionParams
 from serve_app.generation.text import Delta
-
-_THINKING_SWITCHES = frozenset({"enable_thinking", "thinking"})
-"""Variables by which chat templates turn the model's reasoning on and off."""
 
 
 class ChatRequest(ToolFields, OpenAIFields):
@@ -194,28 +192,8 @@ def chat_options(request: ChatRequest, known: Collection[str], unknown: UnknownF
     if request.add_generation_prompt and request.continue_final_message:
         message = "add_generation_prompt begins a new answer, so it can't be combined with continue_final_message."
         raise bad_request(message, param="continue_final_message", code="invalid_value")
-    variables: dict[str, TemplateValue] = {}
-    named = {
-        name: (f"chat_template_kwargs.{name}", value) for name, value in (request.chat_template_kwargs or {}).items()
-    }
-    for name in ("reasoning_effort", "verbosity", "enable_thinking"):
-        named.setdefault(name, (name, getattr(request, name)))
-    switches = _THINKING_SWITCHES.intersection(known)
-    if named["reasoning_effort"][1] == "none" and switches:
-        param, _ = named.pop("reasoning_effort")
-        for name in switches:
-            if named.get(name, (name, None))[1] is None:
-                named[name] = (param, False)
-    for name, (param, value) in named.items():
-        if value is None:
-            continue
-        if name not in known:
-            unknown.add(param)
-        elif not is_template_value(value):
-            message = f"A number, a boolean or a text of at most {MAX_VALUE_CHARS} characters is expected."
-            raise bad_request(f"Invalid value for '{param}': {message}", param=param, code="invalid_value")
-        else:
-            variables[name] = cast(TemplateValue, value)
+    fields = {name: (name, getattr(request, name)) for name in ("reasoning_effort", "verbosity", "enable_thinking")}
+    variables = template_variables(request.chat_template_kwargs, fields, known, unknown)
     continues = bool(request.continue_final_message)
     begins = not continues if request.add_generation_prompt is None else request.add_generation_prompt
     tools, choice = request.read_tools(unknown.add_in)

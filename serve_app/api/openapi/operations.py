@@ -16,6 +16,8 @@ from serve_app.api.openai.chat import ChatRequest
 from serve_app.api.openai.completions import CompletionRequest
 from serve_app.api.openapi import anthropic_answers as anthropic
 from serve_app.api.openapi import openai_answers as openai
+from serve_app.api.openapi import responses_answers as responses
+from serve_app.api.responses.fields import ConversationFields, ItemsQuery, ResponseRequest, RetrieveQuery
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +54,9 @@ _RESUMES = {
     "Last-Event-ID": "With X-Stream-Resume: continue the stream after this event.",
 }
 _VERSION = {"anthropic-version": "Anthropic's clients send it, and get their own schema."}
+
+_RESPONSE = "/v1/responses/{response_id}"
+_RESPONSE_ID = {"response_id": "The id of a response that is kept."}
 
 OPERATIONS: tuple[Operation, ...] = (
     Operation(
@@ -136,6 +141,80 @@ OPERATIONS: tuple[Operation, ...] = (
         answers=(anthropic.CountedTokens,),
         errors=GENERATION_ERRORS,
         shapes=(anthropic.AnthropicError,),
+    ),
+    Operation(
+        method="post",
+        path="/v1/responses",
+        name="create_response",
+        summary="A response: whole, as a stream or in the background",
+        tag="Responses",
+        body=ResponseRequest,
+        answers=(responses.ResponseDocument,),
+        events=responses.EVENTS,
+        errors=(*GENERATION_ERRORS, 410),
+    ),
+    Operation(
+        method="get",
+        path=_RESPONSE,
+        name="retrieve_response",
+        summary="A response as it is now, or its events",
+        tag="Responses",
+        path_parameters=_RESPONSE_ID,
+        query=RetrieveQuery,
+        answers=(responses.ResponseDocument,),
+        events=responses.EVENTS,
+        errors=READ_ERRORS,
+    ),
+    Operation(
+        method="delete",
+        path=_RESPONSE,
+        name="delete_response",
+        summary="Forget a response, also one that is generated",
+        tag="Responses",
+        path_parameters=_RESPONSE_ID,
+        answers=(responses.DeletedResponse,),
+        errors=READ_ERRORS,
+    ),
+    Operation(
+        method="post",
+        path=f"{_RESPONSE}/cancel",
+        name="cancel_response",
+        summary="End a response in the background",
+        tag="Responses",
+        path_parameters=_RESPONSE_ID,
+        answers=(responses.ResponseDocument,),
+        errors=READ_ERRORS,
+    ),
+    Operation(
+        method="get",
+        path=f"{_RESPONSE}/input_items",
+        name="list_input_items",
+        summary="What the model read, earlier responses included",
+        tag="Responses",
+        path_parameters=_RESPONSE_ID,
+        query=ItemsQuery,
+        answers=(responses.ItemList,),
+        errors=READ_ERRORS,
+    ),
+    Operation(
+        method="post",
+        path="/v1/responses/input_tokens",
+        name="count_input_tokens",
+        summary="The tokens that the model would read",
+        tag="Responses",
+        body=ConversationFields,
+        answers=(responses.CountedInput,),
+        errors=(*GENERATION_ERRORS, 410),
+    ),
+    Operation(
+        method="post",
+        path="/v1/responses/compact",
+        name="compact_response",
+        summary="A conversation as its user's messages and a summary",
+        tag="Responses",
+        body=ConversationFields,
+        answers=(responses.CompactedResponse,),
+        errors=(*GENERATION_ERRORS, 410),
     ),
     Operation(
         method="get",

@@ -42,7 +42,7 @@ class Compactor:
         request = await call.run(partial(read_request, ConversationFields, call.body or {}, unknown))
         card = await self._service.ready_model(request.model)
         response_id = new_response_id()
-        options = self._reader.options(request, unknown)
+        options = await call.run(partial(self._reader.options, request, unknown))
         conversation = await self._reader.read(call, request, response_id, unknown)
         task = {
             "id": input_item_id(response_id, "message", len(conversation.items)),
@@ -51,7 +51,9 @@ class Compactor:
             "content": [{"type": "input_text", "text": _TASK}],
         }
         asked = Conversation(conversation.instructions, [*conversation.items, task], conversation.earlier)
-        prompt, _ = await self._reader.prompt(call, card, asked, options, truncates=request.truncation == "auto")
+        prompt, _ = await self._reader.prompt(
+            call, card, asked, options, unknown, truncates=request.truncation == "auto"
+        )
         params = CompletionParams(temperature=0.0, default_max_tokens=MAX_SUMMARY_TOKENS)
         resolved = self._service.resolve(
             card, [prompt], params, request_id=call.record.request_id, remaining_s=call.remaining_s()

@@ -7,21 +7,25 @@ request says so, loses its oldest items. Knows no event.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from serve_app.api.errors import bad_request
 from serve_app.api.http.endpoint import ITEM_BYTES, Call
+from serve_app.api.openai.tools import chosen, function_tool, require_different_names
 from serve_app.api.responses.fields import ConversationFields
 from serve_app.api.responses.ids import response_of
 from serve_app.api.responses.items import Item, read_items, references, text_of
 from serve_app.api.responses.kept import KeptResponses
-from serve_app.api.responses.messages import Messages
+from serve_app.api.responses.messages import PREVIOUS, Messages
 from serve_app.api.template_variables import template_variables
 from serve_app.api.unknown_fields import UnknownFields, unsupported
-from serve_app.chat.options import ChatOptions
+from serve_app.chat.json_values import JsonLimit
+from serve_app.chat.options import ChatOptions, Tool
 from serve_app.chat.prompt_error import PromptError
+from serve_app.chat.unicode import shown
 from serve_app.core import FailureCode, ModelCard
 from serve_app.generation.request import Prompt
 from serve_app.generation.service import CompletionService
@@ -70,14 +74,22 @@ class ConversationReader:
         return Conversation(request.instructions, [*earlier, *items], len(earlier))
 
     async def prompt(
-        self, call: Call, card: ModelCard, conversation: Conversation, options: ChatOptions, *, truncates: bool
+        self,
+        call: Call,
+        card: ModelCard,
+        conversation: Conversation,
+        options: ChatOptions,
+        unknown: UnknownFields,
+        *,
+        truncates: bool,
     ) -> tuple[Prompt, Conversation]:
         """The conversation as a prompt, and the part of the conversation that it holds. Raises `PromptError`.
 
-        `truncates`: a conversation that does not fit loses its oldest turns, as few as possible.
+        Reasoning in the request's items that the template does not read goes to `unknown`. `truncates`: a conversation
+        that does not fit loses its oldest turns, as few as possible.
         """
         try:
-            return await self._render(call, card, conversation, options), conversation
+            return await self._render(call, card, conversation, options, unknown), conversation
         except PromptError as error:
             cuts = conversation.cuts()
             if not truncates or error.code != FailureCode.CONTEXT_LENGTH_EXCEEDED or not cuts:
@@ -86,41 +98,52 @@ class ConversationReader:
         while low < high:
             middle = (low + high) // 2
             try:
-                await self._render(call, card, conversation.without(cuts[middle]), options)
+                await self._render(call, card, conversation.without(cuts[middle]), options, unknown)
                 high = middle
             except PromptError as error:
                 if error.code != FailureCode.CONTEXT_LENGTH_EXCEEDED:
                     raise
                 low = middle + 1
         shorter = conversation.without(cuts[low])
-        return await self._render(call, card, shorter, options), shorter
+        return await self._render(call, card, shorter, options, unknown), shorter
 
     def options(self, request: ConversationFields, unknown: UnknownFields) -> ChatOptions:
-        """How the prompt is written. Raises `ApiError`."""
-        refuse_what_is_not_served(request)
-        known = self._service.template_variables
-        effort = None if request.reasoning is None else request.reasoning.effort
-        named = {
-            name: (f"chat_template_kwargs.{name}", value)
-            for name, value in (request.chat_template_kwargs or {}).items()
+        """How the prompt is written, and what the answer may be. Raises `ApiError` and `PromptError`."""
+        kind = ((request.text.format if request.text else None) or {}).get("type", "text")
+        if kind != "text":
+            raise unsupported("text.format")
+        reasoning, text = request.reasoning, request.text
+        fields = {
+            "reasoning_effort": ("reasoning.effort", None if reasoning is None else reasoning.effort),
+            "verbosity": ("text.verbosity", None if text is None else text.verbosity),
         }
-        if effort == "none" and "enable_thinking" in known:
-            named.setdefault("enable_thinking", ("reasoning.effort", False))
-        elif effort is not None:
-            named.setdefault("reasoning_effort", ("reasoning.effort", effort))
-        if request.text is not None:
-            named.setdefault("verbosity", ("text.verbosity", request.text.verbosity))
-        return ChatOptions(template_variables(named, known, unknown))
+        known = self._service.template_variables
+        tools, choice = chosen(flat_tools(request.tools or (), unknown), request.tool_choice)
+        return ChatOptions(
+            template_variables(request.chat_template_kwargs, fields, known, unknown),
+            tools=tools,
+            tool_choice=choice,
+            parallel_tool_calls=request.parallel_tool_calls is not False,
+        )
 
-    async def _render(self, call: Call, card: ModelCard, conversation: Conversation, options: ChatOptions) -> Prompt:
+    async def _render(
+        self, call: Call, card: ModelCard, conversation: Conversation, options: ChatOptions, unknown: UnknownFields
+    ) -> Prompt:
         written = Messages(conversation.instructions, conversation.items, conversation.earlier)
         if not written.messages:
             raise bad_request("The input has nothing that the model could answer.", param="input", code="invalid_value")
-        render = partial(self._service.render_chat, card, written.messages, options, _nothing_unknown)
+
+        def note(where: str, field: str) -> None:  # reasoning that the template does not read
+            place = written.place(where)
+            if place != PREVIOUS:
+                unknown.add_in(place, field)
+
+        render = partial(self._service.render_chat, card, written.messages, options, note)
         # The items of earlier responses are not in the body, whose size decides where the work is done.
         earlier_bytes = sum(map(_size, conversation.items[: conversation.earlier]))
         try:
-            return await call.run(render, items=len(conversation.items) + earlier_bytes // ITEM_BYTES)
+            items = len(conversation.items) + len(options.tools) + earlier_bytes // ITEM_BYTES
+            return await call.run(render, items=items)
         except PromptError as error:
             raise written.named(error) from error
 
@@ -144,19 +167,22 @@ class ConversationReader:
         return items
 
 
-def refuse_what_is_not_served(request: ConversationFields) -> None:
-    """Raises `ApiError` for what would change the answer and is not served."""
-    if request.tools:
-        raise unsupported("tools")
-    if request.tool_choice not in (None, "none", "auto"):
-        raise unsupported("tool_choice")
-    kind = ((request.text.format if request.text else None) or {}).get("type", "text")
-    if kind != "text":
-        raise unsupported("text.format")
+def flat_tools(raw: Sequence[Mapping[str, Any]], unknown: UnknownFields) -> tuple[Tool, ...]:
+    """`tools` as the Responses API has them: a function's fields stand beside its type.
 
-
-def _nothing_unknown(where: str, field: str) -> None:
-    """Fields of our own messages that the template does not read, such as the reasoning of earlier turns."""
+    Raises `ApiError`, also for tools that OpenAI runs itself, and `PromptError`.
+    """
+    limit = JsonLimit()
+    tools = []
+    for index, tool in enumerate(raw):
+        where = f"tools[{index}]"
+        if tool.get("type") != "function":
+            message = f"This server serves tools of the type function, not {shown(tool.get('type'))}."
+            raise bad_request(message, param=f"{where}.type", code="unsupported_parameter")
+        function = {name: value for name, value in tool.items() if name != "type"}
+        tools.append(function_tool(function, where, unknown.add_in, limit))
+    require_different_names(tools, "tools")
+    return tuple(tools)
 
 
 def _size(item: Item) -> int:

@@ -130,10 +130,10 @@ class Responses:
         unknown = self._format.unknown(call)
         request = await call.run(partial(read_request, ConversationFields, call.body or {}, unknown))
         card = await self._service.ready_model(request.model)
-        options = self._reader.options(request, unknown)
+        options = await call.run(partial(self._reader.options, request, unknown))
         conversation = await self._reader.read(call, request, new_response_id(), unknown)
         truncates = request.truncation == "auto"
-        prompt, _ = await self._reader.prompt(call, card, conversation, options, truncates=truncates)
+        prompt, _ = await self._reader.prompt(call, card, conversation, options, unknown, truncates=truncates)
         return json_response({"object": "response.input_tokens", "input_tokens": len(prompt.ids)})
 
     async def compact(self, call: Call) -> Response:

@@ -13,13 +13,21 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from serve_app.api.errors import bad_request
-from serve_app.api.fields import NO_LIMIT, MaxTokens, OpenModel, SamplingFields, StreamOptions, validate_open
+from serve_app.api.fields import (
+    NO_LIMIT,
+    MaxTokens,
+    OpenModel,
+    RequestModel,
+    SamplingFields,
+    StreamOptions,
+    validate_open,
+)
+from serve_app.api.openai.tools import MAX_TOOLS
 from serve_app.api.unknown_fields import UnknownFields, unsupported
 from serve_app.generation.request import CompletionParams
 
 MAX_ITEMS = 4096
 """Items of one input. A conversation that is continued may have as many again for each response."""
-MAX_TOOLS = 128
 LOGPROBS = "message.output_text.logprobs"
 _INCLUDABLE = {
     LOGPROBS,
@@ -151,6 +159,28 @@ class ResponseRequest(SamplingFields, ConversationFields):
         """The parameters of the request."""
         limit = None if self.max_output_tokens == NO_LIMIT else self.max_output_tokens
         return CompletionParams(**self.sampling(), max_tokens=limit, logprobs=self.logprobs)
+
+
+class RetrieveQuery(RequestModel):
+    """The query of GET /v1/responses/{response_id}, for the description of the API."""
+
+    stream: bool | None = None
+    """Events instead of the document."""
+    starting_after: int | None = Field(None, ge=0, lt=10**9)
+    """With `stream`: the `sequence_number` of the last event that arrived."""
+    include: list[str] | None = None
+    """A response always has all that it can have."""
+
+
+class ItemsQuery(RequestModel):
+    """The query of GET /v1/responses/{response_id}/input_items, for the description of the API."""
+
+    limit: int | None = Field(None, ge=1, le=100)
+    """Most items in the answer; default 20."""
+    order: Literal["asc", "desc"] | None = None
+    """Default `desc`: the newest first."""
+    after: str | None = None
+    """The id of the last item that arrived."""
 
 
 Body = TypeVar("Body", bound=ConversationFields)

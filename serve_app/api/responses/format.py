@@ -47,10 +47,10 @@ class ResponsesFormat(WireFormat):
         params = request.params()
         card = await self._service.ready_model(request.model)
         response_id = new_response_id()
-        options = self._reader.options(request, unknown)
+        options = await call.run(partial(self._reader.options, request, unknown))
         conversation = await self._reader.read(call, request, response_id, unknown)
         prompt, conversation = await self._reader.prompt(
-            call, card, conversation, options, truncates=request.truncation == "auto"
+            call, card, conversation, options, unknown, truncates=request.truncation == "auto"
         )
         resolved = self._service.resolve(
             card, [prompt], params, request_id=call.record.request_id, remaining_s=call.remaining_s()
@@ -107,7 +107,7 @@ class ResponsesFormat(WireFormat):
                 "verbosity": None if text is None else text.verbosity,
             },
             "tool_choice": "auto" if request.tool_choice is None else request.tool_choice,
-            "tools": request.tools or [],
+            "tools": [_tool_document(tool) for tool in request.tools or ()],
             "top_logprobs": request.top_logprobs or 0,
             "top_p": sampling.top_p,
             "truncation": request.truncation or "disabled",
@@ -115,3 +115,9 @@ class ResponsesFormat(WireFormat):
             "user": request.user,
             "metadata": request.metadata or {},
         }
+
+
+def _tool_document(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool as a response shows it, with the fields that OpenAI's always has."""
+    defaults = {"type": "function", "name": None, "description": None, "parameters": None, "strict": False}
+    return defaults | {name: value for name, value in tool.items() if value is not None}

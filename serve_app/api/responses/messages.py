@@ -15,6 +15,8 @@ from serve_app.core import FailureCode
 
 _SUMMARY = "This is a summary of the conversation up to here:\n\n"
 """What the model reads before the summary in a compaction item."""
+PREVIOUS = "previous_response_id"
+"""The place of what the request itself did not give."""
 _MESSAGE = re.compile(r"messages\[(\d+)\]")
 
 
@@ -35,21 +37,22 @@ class Messages:
             place = "previous_response_id" if index < first else f"input[{index - first}]"
             self._take(item, place)
 
-    def named(self, error: PromptError) -> PromptError:
-        """The error, with the places of the request instead of those of the messages."""
+    def place(self, text: str) -> str:
+        """A text about messages, such as `messages[1].content`, in the words of the request."""
 
-        def place(match: re.Match[str]) -> str:
+        def of_item(match: re.Match[str]) -> str:
             index = int(match[1])
             return self._places[index] if index < len(self._places) else "input"
 
-        def changed(text: str) -> str:
-            named = _MESSAGE.sub(place, text)
-            return "input" if named == "messages" else named
+        named = _MESSAGE.sub(of_item, text)
+        return "input" if named == "messages" else named
 
-        message = _MESSAGE.sub(place, error.message)
+    def named(self, error: PromptError) -> PromptError:
+        """The error, with the places of the request instead of those of the messages."""
+        message = self.place(error.message)
         if error.code == FailureCode.CONTEXT_LENGTH_EXCEEDED:
             message = message.replace("messages", "input")
-        param = None if error.param is None else changed(error.param)
+        param = None if error.param is None else self.place(error.param)
         return PromptError(message, param=param, code=error.code or "invalid_prompt")
 
     def _take(self, item: Item, place: str) -> None:

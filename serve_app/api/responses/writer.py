@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from serve_app.api.http.sse import one_line
-from serve_app.api.openai.chunks import finite
+from serve_app.api.openai.extras import finite
 from serve_app.api.responses.output import Logprob, Output, Told
 from serve_app.chat.token_texts import TokenTexts
 from serve_app.core import Failure, FailureCode, FinishReason, RequestError

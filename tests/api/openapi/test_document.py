@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import httpx
@@ -11,13 +13,13 @@ import pytest
 import schemathesis
 from fake_replica import FakeReplica
 from hypothesis import HealthCheck, given, settings
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 from schemathesis.checks import load_all_checks
 from schemathesis.specs.openapi import checks as openapi_checks
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from serve_app.api.openapi import anthropic_answers
+from serve_app.api.openapi import anthropic_answers, responses_answers
 from serve_app.api.openapi import openai_answers as answers
 from serve_app.api.openapi.document import openapi_document
 from serve_app.api.openapi.operations import OPERATIONS
@@ -139,6 +141,24 @@ async def test_anthropic_events_have_their_types(api: httpx.AsyncClient) -> None
     for event in events:
         types[event["type"]].model_validate(event, strict=True)
     assert {event["type"] for event in events} == types.keys() - {"error"}
+
+
+async def test_responses_have_their_types(api: httpx.AsyncClient) -> None:
+    created = await api.post("/v1/responses", json={"input": "Hi", "top_logprobs": 1})
+    responses_answers.ResponseDocument.model_validate_json(created.content, strict=True)
+    path = f"/v1/responses/{created.json()['id']}"
+    items = await api.get(f"{path}/input_items")
+    responses_answers.ItemList.model_validate_json(items.content, strict=True)
+    events = _data((await api.get(f"{path}?stream=true")).text)
+    seen: TypeAdapter[Any] = TypeAdapter(reduce(or_, responses_answers.EVENTS))
+    assert len({type(seen.validate_python(event, strict=True)) for event in events}) == 5
+    deleted = await api.delete(path)
+    responses_answers.DeletedResponse.model_validate_json(deleted.content, strict=True)
+    for other, model in (
+        ("/v1/responses/input_tokens", responses_answers.CountedInput),
+        ("/v1/responses/compact", responses_answers.CompactedResponse),
+    ):
+        model.model_validate_json((await api.post(other, json={"input": "Hi"})).content, strict=True)
 
 
 async def test_the_native_events_have_their_types(api: httpx.AsyncClient) -> None:

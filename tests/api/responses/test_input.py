@@ -197,3 +197,26 @@ async def test_a_conversation_that_is_too_long_is_refused_or_loses_its_oldest_tu
     assert "question 0" not in prompt
     assert "Be brief." in prompt
     assert "last" in prompt
+
+
+LOOK = {"type": "function", "name": "look", "parameters": {"type": "object", "properties": {"at": {"type": "string"}}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [{"type": "mcp", "server_label": "x"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function"}]}, "tools[0].name"),
+        ({"tools": [{**LOOK, "parameters": 3}]}, "tools[0].parameters"),
+        ({"tools": [LOOK, LOOK]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [LOOK], "tool_choice": {"type": "function", "name": "other"}}, "tool_choice"),
+        ({"tools": [LOOK], "tool_choice": {"type": "web_search"}}, "tool_choice"),
+    ],
+)
+async def test_tools_that_can_not_be_served_are_refused(
+    api: httpx.AsyncClient, fields: dict[str, Any], param: str
+) -> None:
+    response = await api.post("/v1/responses", json={"input": "Hi", **fields})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
