@@ -82,7 +82,6 @@ def create_app(
         from_jina = call.method == "GET" and call.body is not None
         return await responder.answer(jina if from_jina else native, call)
 
-
     routes = [
         endpoint("/stream", stream, "GET", "POST", get_with_body=True),
         endpoint("/v1/chat/completions", partial(responder.answer, chat), "POST"),
