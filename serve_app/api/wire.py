@@ -1,6 +1,7 @@
 """What a wire format is: how a body becomes a request, and how a completion becomes events or one document.
 
-Implemented by `native` and `openai`. To add one is to add such a class and its path in `app`. Knows no replica.
+Implemented by `native`, `jina`, `openai` and `anthropic`. To add one is to add such a class and its path in `app`.
+Knows no replica.
 """
 
 from __future__ import annotations

@@ -64,7 +64,10 @@ class JsonErrors:
                 if headers.get("content-type", "").startswith("text/plain"):
                     replaced = True
                     shape = error_shape(scope["path"], Headers(scope=scope))
-                    answer = _error(message["status"], headers).response(shape, headers.get("x-request-id", ""))
+                    request_id = headers.get("x-request-id", "")
+                    answer = _error(message["status"], headers).response(shape, request_id)
+                    if shape.id_header is not None and request_id:
+                        answer.headers[shape.id_header] = request_id
                     await answer(scope, receive, send)
             if not replaced:
                 await send(message)

@@ -56,6 +56,13 @@ async def test_serves_text_becomes_the_apis_error(
     assert response.headers["x-request-id"] == "abc"
 
 
+async def test_serves_text_becomes_the_error_that_the_client_reads() -> None:
+    async with answering(PlainTextResponse("Too many.", 503, headers={"x-request-id": "abc"})) as client:
+        response = await client.post("/v1/messages")
+    assert response.json()["error"]["type"] == "overloaded_error"
+    assert response.json()["request_id"] == response.headers["request-id"] == "abc"
+
+
 @pytest.mark.parametrize("response", [JSONResponse({"error": {}}, 503), PlainTextResponse("metrics", 200)])
 async def test_what_the_application_says_passes(response: Response) -> None:
     async with answering(response) as client:

@@ -20,6 +20,7 @@ STREAMS = [
     ("/stream", HI),
     ("/v1/chat/completions", {**HI, "stream": True}),
     ("/v1/completions", {"prompt": "Hi", "stream": True}),
+    ("/v1/messages", {**HI, "stream": True, "max_tokens": 100}),
 ]
 
 
