@@ -63,9 +63,10 @@ class PromptFormatter:
         elif config.format == "template" or template is not None:
             self._chat_format = ChatTemplate(tokenizer, tags=config.llama2_tags)
         self._gap_format = gap_format(tokenizer)
-        self._constraints = Constraints(template or "", tokenizer.added_tokens)
+        templates = (template or "") + (tokenizer.tool_template or "")
+        self._constraints = Constraints(templates, tokenizer.added_tokens)
         self.answers = AnswerFormats(
-            template or "",
+            templates,
             tokenizer.skipped_tokens,
             shows_tools=self.shows_tools,
             declared=tokenizer.response_template,

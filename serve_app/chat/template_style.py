@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -19,7 +19,9 @@ from serve_app.chat.conversation import ChatMessage
 from serve_app.chat.options import Tool
 from serve_app.chat.tool_calls import ToolCall
 
-_NAME, _KEY, _VALUE, _RESULT, _THOUGHT = (f"serve_app_probe_{word}" for word in ("name", "key", "v", "r", "t"))
+_TOOL, _CALLED, _KEY, _VALUE, _RESULT, _THOUGHT = (
+    f"serve_app_probe_{word}" for word in ("tool", "called", "key", "value", "result", "thought")
+)
 PROBE_TEXT = re.compile(r"serve_app_probe_\w+")
 """What the texts of the probes look like in a rendered prompt."""
 _ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -50,34 +52,37 @@ class TemplateStyle:
 Show = Callable[[Sequence[ChatMessage], Sequence[Tool], TemplateStyle], str]
 """The text that a template makes of a trial, or "" when it refuses it."""
 
-PROBE_TOOL = Tool(
-    _NAME, "A probe.", {"type": "object", "properties": {_KEY: {"type": "string", "description": "A key."}}}
-)
+PROBE_TOOL = Tool(_TOOL, "A probe.", {"type": "object", "properties": {"a": {"type": "string", "description": "A."}}})
 
 
 def probe_call(number: int = 0) -> ToolCall:
-    """A call of `PROBE_TOOL`."""
+    """A call that shares no text with `PROBE_TOOL`, so that it can be found beside it."""
     arguments = {_KEY: f"{_VALUE}{number}"}
-    return ToolCall(f"call_probe_{number}", _NAME, arguments, json.dumps(arguments))
+    return ToolCall(f"call_probe_{number}", _CALLED, arguments, json.dumps(arguments))
 
 
 def probe_turns(calls: int = 1, reasoning: str = "", content: str = "") -> list[ChatMessage]:
-    """A question, an answer that calls `PROBE_TOOL`, and the results."""
+    """A question, an answer with calls, and the results."""
     made = tuple(map(probe_call, range(calls)))
     answer = ChatMessage("assistant", content, reasoning=reasoning, tool_calls=made)
-    results = [ChatMessage("tool", f"{_RESULT}{n}", _NAME, tool_call_id=call.id) for n, call in enumerate(made)]
+    results = [ChatMessage("tool", f"{_RESULT}{n}", _CALLED, tool_call_id=call.id) for n, call in enumerate(made)]
     return [ChatMessage("user", "Hi"), answer, *results]
+
+
+def call_styles(style: TemplateStyle = TemplateStyle()) -> Iterator[TemplateStyle]:
+    """The style with each form of calls, the usual one first."""
+    for short, null, text in product((False, True), repeat=3):
+        yield replace(style, short_ids=short, null_content=null, text_arguments=text)
 
 
 def find_style(show: Show, *, parts: bool) -> TemplateStyle:
     """The style of the template that `show` runs. `parts`: it reads contents as lists of parts only."""
     plain = TemplateStyle(parts=parts)
-    shows_tools = _NAME in show([ChatMessage("user", "Hi")], [PROBE_TOOL], plain)
+    shows_tools = _TOOL in show([ChatMessage("user", "Hi")], [PROBE_TOOL], plain)
     tools = [PROBE_TOOL] if shows_tools else []
     style = replace(plain, shows_tools=shows_tools)
     best = 0
-    for short, null, text in product((False, True), repeat=3):
-        trial = replace(style, short_ids=short, null_content=null, text_arguments=text)
+    for trial in call_styles(style):
         if (found := _how_well(show(probe_turns(), tools, trial))) > best:
             best = found
             style = replace(trial, shows_calls=True)
@@ -98,7 +103,7 @@ def find_style(show: Show, *, parts: bool) -> TemplateStyle:
 
 def _how_well(shown: str) -> int:
     """How well a call is shown: 0 not at all, 1 in a form that no model was trained on, 2 well."""
-    if _NAME not in shown or f"{_VALUE}0" not in shown or _KEY not in shown:
+    if _CALLED not in shown or f"{_VALUE}0" not in shown or _KEY not in shown:
         return 0
     python_repr, twice_encoded = f"'{_KEY}'", f'\\"{_KEY}'
     return 1 if python_repr in shown or twice_encoded in shown else 2

@@ -19,7 +19,7 @@ from serve_app.chat.marks import Marks, alternatives, unused_marks
 from serve_app.chat.options import DEFAULT_OPTIONS, ChatOptions, Tool
 from serve_app.chat.prompt_error import PromptError
 from serve_app.chat.rendering import own_variables, render, try_render
-from serve_app.chat.template_style import TemplateStyle, find_style, template_message, template_tool
+from serve_app.chat.template_style import PROBE_TOOL, TemplateStyle, find_style, template_message, template_tool
 from serve_app.chat.texts import chat_texts, uses_tools, with_message_texts, with_tool_texts
 from serve_app.chat.tokenizer import ChatTokenizer, Piece
 from serve_app.chat.tokenizer_error import TokenizerError
@@ -58,19 +58,26 @@ class ChatTemplate:
     fails the comparison.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer, *, tags: Literal["reject", "escape"] = "reject") -> None:
-        """`tags`: what to do with turn markers in user and system text.
+    def __init__(
+        self, tokenizer: ChatTokenizer, *, tags: Literal["reject", "escape"] = "reject", with_tools: bool = False
+    ) -> None:
+        """`tags`: what to do with turn markers in user and system text. `with_tools`: use the tokenizer's template for
+        chats with tools.
 
         Raises `TokenizerError` when the tokenizer has no template or the template ignores what messages say.
         """
-        if tokenizer.template is None:
+        template = tokenizer.tool_template if with_tools else tokenizer.template
+        if template is None:
             raise TokenizerError("This tokenizer has no chat template.")
         self._tokenizer = tokenizer
-        self._template = tokenizer.template
+        self._template = template
+        self._probed_with = (PROBE_TOOL,) if with_tools else ()
         self._knows_developer = "developer" in self._template
         self._style = find_style(self._try, parts=self._needs_parts())
         self.shows_tools = self._style.shows_tools
+        """The template has a form of its own for tools. Else they are written as `generic_tools` does."""
         self.shows_reasoning = self._style.shows_reasoning
+        """The template reads the reasoning of earlier answers."""
         controls = tokenizer.control_tokens
         self._without_controls = Disarmed(controls)
         self._fences = {
@@ -82,6 +89,11 @@ class ChatTemplate:
         self._of_tools = self._defence(dict.fromkeys((*markers, *self._tool_markers())), tags)
         self.variables = own_variables(self._template) - tokenizer.special_tokens.keys()
         """Names that `ChatOptions.variables` may set."""
+        self._with_tools = None
+        if tokenizer.tool_template is not None and not with_tools:
+            self._with_tools = ChatTemplate(tokenizer, tags=tags, with_tools=True)
+            self._with_tools.variables = self.variables = self.variables | self._with_tools.variables
+            self.shows_tools = self._with_tools.shows_tools
         if markers:
             logger.info("turn markers of the chat template that are ordinary text: %s", " ".join(markers))
 
@@ -91,6 +103,8 @@ class ChatTemplate:
         Raises `PromptError` when the template refuses the messages or when a text would add a control token or a turn
         marker, and for variables that are not the template's own.
         """
+        if options.tools and self._with_tools is not None:
+            return self._with_tools.encode(messages, options)
         if foreign := options.variables.keys() - self.variables:
             raise PromptError(f"This model's chat template has no variable {min(foreign)!r}.")
         if not self._knows_developer:
@@ -132,7 +146,7 @@ class ChatTemplate:
 
     def _pieces(self, messages: Sequence[ChatMessage], options: ChatOptions, *, lenient: bool) -> list[Piece]:
         """The rendered prompt. `lenient`: leave `<think>` in the assistant's texts for the template to cut or keep."""
-        marks = unused_marks(chat_texts(messages, options.tools))
+        marks = unused_marks(chat_texts(messages, options))
         fenced = [self._fenced(message, marks, lenient=lenient) for message in messages]
         fence = partial(marks.fenced, tokens=self._fences[False])
         tools = [with_tool_texts(tool, fence) for tool in options.tools]
@@ -161,7 +175,8 @@ class ChatTemplate:
     def _try(self, messages: Sequence[ChatMessage], tools: Sequence[Tool], style: TemplateStyle) -> str:
         """The text of a trial; "" when the template refuses it."""
         seen = [template_message(message, style) for message in messages]
-        return try_render(self._template, seen, self._tokenizer.special_tokens, [template_tool(tool) for tool in tools])
+        shown = [template_tool(tool) for tool in tools or self._probed_with]
+        return try_render(self._template, seen, self._tokenizer.special_tokens, shown)
 
     def _show(self, messages: Sequence[ChatMessage]) -> str:
         return self._try(messages, (), self._style)

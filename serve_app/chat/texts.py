@@ -58,12 +58,13 @@ def with_tool_texts(tool: Tool, change: Change) -> Tool:
     return replace(tool, name=change(tool.name), description=change(tool.description), parameters=parameters)
 
 
-def chat_texts(messages: Iterable[ChatMessage], tools: Iterable[Tool]) -> Iterator[str]:
+def chat_texts(messages: Iterable[ChatMessage], options: ChatOptions) -> Iterator[str]:
     """The texts of a chat."""
     for message in messages:
         yield from message_texts(message)
-    for tool in tools:
+    for tool in options.tools:
         yield from tool_texts(tool)
+    yield from (value for value in options.variables.values() if isinstance(value, str))
 
 
 def uses_tools(messages: Iterable[ChatMessage], options: ChatOptions) -> bool:

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from serve_app.chat.prompt_error import PromptError
 from serve_app.chat.rendering import try_render
+from serve_app.chat.template_style import PROBE_TOOL, call_styles, probe_turns, template_message, template_tool
 from serve_app.chat.tokenizer_error import TokenizerError
 from serve_app.chat.unicode import require_unicode
 
@@ -55,6 +56,7 @@ class ChatTokenizer:
         special_tokens: Mapping[str, str],
         adds_bos: bool,
         response_template: Mapping[str, object] | None = None,
+        tool_template: str | None = None,
     ) -> None:
         """From the JSON of a tokenizers.Tokenizer. `control_tokens`: the added tokens that text must not become."""
         description = json.loads(backend)
@@ -68,6 +70,8 @@ class ChatTokenizer:
         self.template = template
         self.response_template = response_template
         """How an answer is read, if the checkpoint declares it; see transformers' `parse_response`."""
+        self.tool_template = tool_template
+        """The template for chats with tools, where a model brings one beside `template`."""
         self.special_tokens = dict(special_tokens)
         """Variables for the template, e.g. `bos_token`."""
         self.skipped_tokens = frozenset(token["content"] for token in description["added_tokens"] if token["special"])
@@ -107,15 +111,19 @@ class ChatTokenizer:
             raise TokenizerError(
                 f"{type(loaded).__name__} is a pure Python tokenizer; serve_app needs a fast one (a tokenizer.json)."
             )
+        tool_template = None
         if template is None and loaded.chat_template is not None:
             template = _own_template(loaded)
+            tool_template = _own_tool_template(loaded)
         backend = loaded.backend_tokenizer.to_str()
         special_tokens = {key: str(token) for key, token in loaded.special_tokens_map.items() if isinstance(token, str)}
         listed = getattr(loaded, "chat_control_tokens", None) or ()
         return cls(
             backend,
-            control_tokens=_control_tokens(backend, template, special_tokens, frozenset(listed)),
+            control_tokens=_control_tokens(backend, template, special_tokens, frozenset(listed))
+            | _control_tokens(backend, tool_template, special_tokens, frozenset(listed)),
             template=template,
+            tool_template=tool_template,
             special_tokens=special_tokens,
             response_template=getattr(loaded, "response_template", None),
             adds_bos=loaded.bos_token_id is not None and loaded("a")["input_ids"][:1] == [loaded.bos_token_id],
@@ -270,6 +278,9 @@ def _control_tokens(
     """
     tokenizer = Tokenizer.from_str(backend)
     shown = [try_render(template or "", probe, special_tokens) for probe in _PROBES]
+    for style in call_styles():
+        messages = [template_message(message, style) for message in probe_turns(reasoning="a")]
+        shown.append(try_render(template or "", messages, special_tokens, [template_tool(PROBE_TOOL)]))
     written = {token_id for text in shown for token_id in tokenizer.encode(text, add_special_tokens=False).ids}
     return frozenset(
         token.content
@@ -286,6 +297,11 @@ def _own_template(loaded: Any) -> str:
         return str(loaded.get_chat_template())
     except ValueError as error:
         raise TokenizerError(f"The tokenizer has no default chat template: {_first_line(error)}") from error
+
+
+def _own_tool_template(loaded: Any) -> str | None:
+    named = loaded.chat_template
+    return named.get("tool_use") if isinstance(named, Mapping) else None
 
 
 def _first_line(error: Exception) -> str:
