@@ -40,7 +40,7 @@ def text_of(response: httpx.Response, *, streamed: bool) -> str:
     *blocks, done, rest = response.text.split("\n\n")
     assert (done, rest) == ("data: [DONE]", "")
     choices = [choice for block in blocks for choice in json.loads(block.removeprefix("data: "))["choices"]]
-    return "".join(choice["delta"].get("content", "") if "delta" in choice else choice["text"] for choice in choices)
+    return "".join(choice["delta"].get("content") or "" if "delta" in choice else choice["text"] for choice in choices)
 
 
 @pytest.fixture
