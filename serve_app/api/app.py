@@ -25,6 +25,9 @@ from serve_app.api.native import NativeFormat
 from serve_app.api.openai.chat import ChatFormat
 from serve_app.api.openai.completions import TextFormat
 from serve_app.api.openai.models import Models
+from serve_app.api.openai.render import Render
+from serve_app.api.openai.tokenize import Tokenization
+from serve_app.api.openai.unserved import unserved
 from serve_app.api.openapi.pages import pages as pages_of_the_api
 from serve_app.api.respond import Responder
 from serve_app.api.responses.answers import KeptAnswers
@@ -68,6 +71,7 @@ def create_app(
     responder = Responder(service, resume, settings)
     answers = KeptAnswers(kept, service.tokenizer, settings)
     by_id = Responses(service, response, reader, kept, answers, responder)
+    tokenization = Tokenization(service, refuse_unknown_fields=refuse_unknown_fields)
     models, anthropic_models = Models(service), AnthropicModels(service)
     list_models = _for_client(models.handle_list, anthropic_models.handle_list)
     one_model = _for_client(models.handle_one, anthropic_models.handle_one)
@@ -86,6 +90,11 @@ def create_app(
         endpoint("/stream", stream, "GET", "POST", get_with_body=True),
         endpoint("/v1/chat/completions", partial(responder.answer, chat), "POST"),
         endpoint("/v1/completions", partial(responder.answer, text), "POST"),
+        endpoint("/v1/chat/completions/render", Render(chat, service.tokenizer).handle, "POST"),
+        endpoint("/v1/completions/render", Render(text, service.tokenizer).handle, "POST"),
+        endpoint("/tokenize", tokenization.handle_tokenize, "POST"),
+        endpoint("/detokenize", tokenization.handle_detokenize, "POST"),
+        endpoint("/tokenizer_info", tokenization.handle_info, "GET"),
         endpoint("/v1/messages", partial(responder.answer, messages), "POST"),
         endpoint("/v1/messages/count_tokens", messages.handle_count, "POST"),
         endpoint("/v1/responses", by_id.create, "POST"),
@@ -100,7 +109,7 @@ def create_app(
         *probes(service.state, service.sampling_defaults),
         *pages_of_the_api(),
     ]
-    return application(routes, metrics, pages)
+    return application(routes, metrics, pages, unserved)
 
 
 def _for_client(handler: Handler, for_anthropic: Handler) -> Handler:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -24,12 +25,20 @@ from serve_app.api.http.pages import Pages
 from serve_app.observability.metrics import MetricsSink
 
 
-def application(routes: Sequence[Route], metrics: MetricsSink, pages: Pages) -> Starlette:
-    """An application of these routes, with the middleware and the error handler for every request."""
+def application(
+    routes: Sequence[Route],
+    metrics: MetricsSink,
+    pages: Pages,
+    unserved: Callable[[str], ApiError | None] = lambda path: None,
+) -> Starlette:
+    """An application of these routes, with the middleware and the error handler for every request.
+
+    `unserved`: the refusal of an unknown path that deserves one of its own.
+    """
     app = Starlette(
         routes=routes,
         middleware=[Middleware(RequestScope, metrics=metrics, pages=pages, error_shape=error_shape)],
-        exception_handlers={HTTPException: _http_error},
+        exception_handlers={HTTPException: partial(_http_error, unserved)},
     )
     app.router.redirect_slashes = False
     return app
@@ -45,11 +54,13 @@ def route(path: str, endpoint: Callable[[Request], Awaitable[Response]] | ASGIAp
     return made
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
+async def _http_error(unserved: Callable[[str], ApiError | None], request: Request, error: Exception) -> Response:
     """What Starlette itself refuses: unknown paths and methods."""
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
-        answer = ApiError(404, f"Nothing is served at {request.url.path[:100]}.", code="not_found")
+        nothing = ApiError(404, f"Nothing is served at {request.url.path[:100]}.", code="not_found")
+        own_path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
+        answer = unserved(own_path) or nothing
     else:
         methods = sorted({*(error.headers or {}).get("Allow", "").split(", "), "OPTIONS"} - {""})
         allow = {"allow": ", ".join(methods)}

@@ -28,15 +28,9 @@ from serve_app.generation.request import CompletionParams
 from serve_app.generation.text import Delta
 
 
-class ChatRequest(ToolFields, OpenAIFields):
-    """The body of POST /v1/chat/completions."""
+class TemplateFields(ToolFields):
+    """The fields that decide how a chat is written, and how its answer is read."""
 
-    messages: Messages
-    max_tokens: MaxTokens | None = None
-    max_completion_tokens: MaxTokens | None = None
-    """OpenAI's newer name for `max_tokens`."""
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: Any = None
     verbosity: Any = None
@@ -48,6 +42,17 @@ class ChatRequest(ToolFields, OpenAIFields):
     """SGLang's: false makes the reasoning a part of the content."""
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+
+
+class ChatRequest(TemplateFields, OpenAIFields):
+    """The body of POST /v1/chat/completions."""
+
+    messages: Messages
+    max_tokens: MaxTokens | None = None
+    max_completion_tokens: MaxTokens | None = None
+    """OpenAI's newer name for `max_tokens`."""
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
 
 
 class ChatFormat(OpenAIFormat):
@@ -183,7 +188,7 @@ def _params(request: ChatRequest) -> CompletionParams:
     return request.params(max_tokens=max_tokens, logprobs=logprobs)
 
 
-def chat_options(request: ChatRequest, known: Collection[str], unknown: UnknownFields) -> ChatOptions:
+def chat_options(request: TemplateFields, known: Collection[str], unknown: UnknownFields) -> ChatOptions:
     """How the request's prompt is written. Raises `ApiError`.
 
     `chat_template_kwargs` take precedence over the fields that set a variable. `known`: the variables that the template

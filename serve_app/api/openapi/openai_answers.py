@@ -300,3 +300,53 @@ class TextCompletion(Envelope):
     object: Literal["text_completion"]
     choices: list[TextChoice]
     usage: Usage | RunningUsage | None = None
+
+
+class RenderedPrompt(Document):
+    """One prompt, as the model would get it."""
+
+    token_ids: list[int]
+    text: str
+    """The same with special tokens by their names."""
+    max_tokens: int
+    """The longest answer."""
+
+
+class Rendered(Document):
+    """What a request would become."""
+
+    model: str
+    prompts: list[RenderedPrompt]
+    sampling_params: dict[str, Any]
+    """With the model's defaults. The seed is null where the request has none: each request then draws its own."""
+
+
+class Tokenized(Document):
+    """The tokens of a text."""
+
+    count: int
+    max_model_len: int
+    """Longest prompt and answer together."""
+    tokens: list[int]
+    token_strs: list[str | None] | None
+    """Their names in the vocabulary, where they were asked for."""
+
+
+class Detokenized(Document):
+    """The text of tokens, special tokens by their names."""
+
+    prompt: str
+
+
+class TokenizerInfo(BaseModel):
+    """What a client needs to write prompts itself. Other special tokens may be there too."""
+
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
+
+    tokenizer_class: str
+    model_max_length: int
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: str | None

@@ -14,6 +14,7 @@ from serve_app.api.anthropic.fields import CountFields, MessagesFields
 from serve_app.api.native import PromptDocument, QueryDocument
 from serve_app.api.openai.chat import ChatRequest
 from serve_app.api.openai.completions import CompletionRequest
+from serve_app.api.openai.tokenize import DetokenizeRequest, TokenizeRequest
 from serve_app.api.openapi import anthropic_answers as anthropic
 from serve_app.api.openapi import openai_answers as openai
 from serve_app.api.openapi import responses_answers as responses
@@ -117,6 +118,55 @@ OPERATIONS: tuple[Operation, ...] = (
         events=(openai.TextCompletion, openai.ErrorAnswer),
         headers=_RESUMES,
         errors=GENERATION_ERRORS,
+    ),
+    Operation(
+        method="post",
+        path="/v1/chat/completions/render",
+        name="render_chat_completion",
+        summary="What a chat's request would become, without an answer",
+        tag="tokens",
+        body=ChatRequest,
+        answers=(openai.Rendered,),
+        errors=GENERATION_ERRORS,
+    ),
+    Operation(
+        method="post",
+        path="/v1/completions/render",
+        name="render_completion",
+        summary="What a text's request would become, without an answer",
+        tag="tokens",
+        body=CompletionRequest,
+        answers=(openai.Rendered,),
+        errors=GENERATION_ERRORS,
+    ),
+    Operation(
+        method="post",
+        path="/tokenize",
+        name="tokenize",
+        summary="The tokens of a text or of a chat's prompt",
+        tag="tokens",
+        body=TokenizeRequest,
+        answers=(openai.Tokenized,),
+        errors=GENERATION_ERRORS,
+    ),
+    Operation(
+        method="post",
+        path="/detokenize",
+        name="detokenize",
+        summary="The text of tokens",
+        tag="tokens",
+        body=DetokenizeRequest,
+        answers=(openai.Detokenized,),
+        errors=GENERATION_ERRORS,
+    ),
+    Operation(
+        method="get",
+        path="/tokenizer_info",
+        name="tokenizer_info",
+        summary="The tokenizer's special tokens and chat template",
+        tag="tokens",
+        answers=(openai.TokenizerInfo,),
+        errors=READ_ERRORS,
     ),
     Operation(
         method="post",
