@@ -55,6 +55,8 @@ class Cluster:
     """A running Ray Serve. Each application of a test has a route prefix of its own."""
 
     base_url: str
+    grpc: str
+    """`host:port` of gRPC. A call names its application in the metadata `application`."""
 
     def url(self, app_name: str) -> str:
         """Where the application deployed under `/app_name` answers."""
@@ -70,7 +72,7 @@ def ray_folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def cluster(ray_folder: Path) -> Iterator[Cluster]:
-    """Ray with 4 logical CPUs and Serve's proxy on a free port."""
+    """Ray with 4 logical CPUs and Serve's proxy on free ports."""
     # Ray listens on the machine's own address. A token of our own: no file in the home folder of who runs the tests.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -92,11 +94,18 @@ def cluster(ray_folder: Path) -> Iterator[Cluster]:
         include_dashboard=False,
         _system_config={"metrics_report_interval_ms": 500},
     )
-    port = free_port()
+    port, grpc_port = free_port(), free_port()
     # All nodes that a test adds are this machine, and could not each have a proxy on that port.
-    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": "127.0.0.1", "port": port},
+        grpc_options={
+            "port": grpc_port,
+            "grpc_servicer_functions": ["serve_app.api.grpc.services.add_services"],
+        },
+    )
     try:
-        yield Cluster(f"http://127.0.0.1:{port}")
+        yield Cluster(f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc_port}")
     finally:
         serve.shutdown()
         ray.shutdown()

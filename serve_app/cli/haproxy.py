@@ -40,7 +40,8 @@ for argument; do
 done
 if [ -f "$file" ] && ! grep -qx {rewritten} "$file"; then
   unknown={starting}
-  if grep -qE '^[[:space:]]*use_backend ' "$file"; then unknown={missing}; fi
+  # An application's HTTP has such a line. That of gRPC's fallback is there before any application.
+  if grep -E '^[[:space:]]*use_backend ' "$file" | grep -qv ' grpc'; then unknown={missing}; fi
   sed -i -E -f {every} -f "$unknown" "$file" || exit
 fi
 exec {program} "$@"

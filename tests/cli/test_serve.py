@@ -139,6 +139,63 @@ def test_another_port_goes_into_a_copy_of_the_config(
     assert derived == original
 
 
+ADD_SERVICES = "serve_app.api.grpc.services.add_services"
+
+
+@pytest.fixture
+def with_grpc(config: Path, port: int) -> Path:
+    """The config, with gRPC 7 above the port of HTTP."""
+    data = yaml.safe_load(config.read_text())
+    data["grpc_options"] = {"port": port + 7, "grpc_servicer_functions": [ADD_SERVICES]}
+    config.write_text(yaml.safe_dump(data))
+    return config
+
+
+@pytest.mark.parametrize(
+    ("options", "grpc_port"),
+    [([], 7), (["--port", "+1"], 8), (["--port", "+1", "--grpc-port", "+3"], 3), (["--grpc-port", "0"], None)],
+)
+def test_the_port_of_grpc(
+    with_grpc: Path, port: int, state: Path, start: Callable[..., Serving], options: list[str], grpc_port: int | None
+) -> None:
+    """`+1`: the config's port of HTTP, and 1."""
+    given = [str(port + int(each)) if each.startswith("+") else each for each in options]
+    serving = start(str(with_grpc), *given)
+    serving.wait_for("  URLs " if grpc_port is None else f"gRPC at 127.0.0.1:{port + grpc_port}")
+    serving.wait_for("  try ")
+    assert ("gRPC" in serving.output) == (grpc_port is not None)
+    derived = state / "servers" / f"{given[1] if '--port' in given else port}.yaml"
+    if not options:
+        assert not derived.exists()
+        return
+    made = yaml.safe_load(derived.read_text())["grpc_options"]
+    assert made["grpc_servicer_functions"] == ([] if grpc_port is None else [ADD_SERVICES])
+    assert made["port"] == port + (7 if grpc_port is None else grpc_port)
+
+
+def test_grpc_for_a_config_without_it(config: Path, port: int, state: Path, start: Callable[..., Serving]) -> None:
+    serving = start(str(config), "--grpc-port", str(port + 1))
+    serving.wait_for(f"gRPC at 127.0.0.1:{port + 1}")
+    made = yaml.safe_load((state / "servers" / f"{port}.yaml").read_text())["grpc_options"]
+    assert made == {"port": port + 1, "grpc_servicer_functions": [ADD_SERVICES]}
+
+
+def test_a_taken_port_of_grpc(with_grpc: Path, port: int, start: Callable[..., Serving]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port + 7))
+        taken.listen()
+        serving = start(str(with_grpc))
+        assert serving.end() == 1
+    assert f"port {port + 7} on 127.0.0.1 can't be used" in serving.output
+    assert f"--grpc-port {port + 8} or `make serve GRPC_PORT={port + 8}`" in serving.output
+
+
+def test_a_port_of_grpc_that_does_not_exist(with_grpc: Path, start: Callable[..., Serving]) -> None:
+    serving = start(str(with_grpc), "--grpc-port", "70000")
+    assert serving.end() == 2
+    assert "there is no port 70000; ports go from 1 to 65535; set gRPC's with --grpc-port" in serving.output
+
+
 def test_two_services_and_stop(
     config: Path, port: int, tmp_path: Path, start: Callable[..., Serving], capsys: pytest.CaptureFixture[str]
 ) -> None:

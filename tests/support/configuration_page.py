@@ -27,8 +27,9 @@ page lists what stands under `args` of an application with `import_path: serve_a
 out, and an unknown one is refused. `serve-app check CONFIG` validates a file and says what it needs, without starting
 anything.
 
-Outside `args` you will mostly want `http_options` (`host`, `port`) and `proxy_location`; the files in `configs/` show
-them. Host and port are read when Serve starts: a change needs a restart, where `args` need only `serve deploy`.
+Outside `args` you will mostly want `http_options` (`host`, `port`), `grpc_options` (`port`) and `proxy_location`; the
+files in `configs/` show them. gRPC listens on the host of `http_options`, and is off without `grpc_servicer_functions`.
+All of these are read when Serve starts: a change needs a restart, where `args` need only `serve deploy`.
 
 Sizes are numbers of bytes, or like `2GiB` or `500MB`.
 """

@@ -7,6 +7,11 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
+from ray.serve.generated.serve_pb2 import HealthzResponse
+from ray.serve.generated.serve_pb2_grpc import (
+    RayServeAPIServiceServicer,
+    add_RayServeAPIServiceServicer_to_server,
+)
 
 from serve_app.api.grpc.refusal import Refusal
 from serve_app.api.grpc.servicer import Servicer
@@ -40,11 +45,19 @@ class _Methods:
             await context.abort(refusal.code, refusal.details)
 
 
+class _Healthy(RayServeAPIServiceServicer):
+    """What Serve's HAProxy asks each server."""
+
+    async def Healthz(self, request: Any, context: Any) -> HealthzResponse:
+        return HealthzResponse(message="success")
+
+
 @asynccontextmanager
 async def grpc_server(servicer: Servicer, port: int = 0) -> AsyncIterator[str]:
     """Its `host:port`, until the block ends."""
     server = grpc.aio.server()
     add_services(_Methods(servicer), server)
+    add_RayServeAPIServiceServicer_to_server(_Healthy(), server)
     bound = server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
     try:

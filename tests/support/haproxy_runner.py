@@ -11,8 +11,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ray.serve._private.common import RequestProtocol
 from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
-from ray.serve.config import HTTPOptions
+from ray.serve.config import HTTPOptions, gRPCOptions
 
 from serve_app.cli.haproxy import haproxy_environment
 
@@ -83,9 +84,18 @@ class Running:
 
 @contextmanager
 def running_haproxy(
-    folder: Path, port: int, servers: list[int] | None, *, prefix: str = "/", **settings: object
+    folder: Path,
+    port: int,
+    servers: list[int] | None,
+    *,
+    prefix: str = "/",
+    grpc: tuple[int, int] | None = None,
+    **settings: object,
 ) -> Iterator[Running]:
-    """HAProxy on 127.0.0.1:`port`, with an application that these ports serve; None: Serve knows of none yet."""
+    """HAProxy on 127.0.0.1:`port`, with an application that these ports serve; None: Serve knows of none yet.
+
+    `grpc`: the port where it takes gRPC, and the one that serves it.
+    """
     environment = haproxy_environment({}, folder / "launcher", folder)
     places = {
         "socket_path": str(folder / NODE / "a.sock"),
@@ -97,8 +107,11 @@ def running_haproxy(
         "metrics_port": int(environment["RAY_SERVE_HAPROXY_METRICS_PORT"]),
     }
     known = servers is not None
+    functions = ["serve_app.api.grpc.services.add_services"]
+    grpc_options = gRPCOptions() if grpc is None else gRPCOptions(port=grpc[0], grpc_servicer_functions=functions)
     config = HAProxyConfig(
         http_options=HTTPOptions(host="127.0.0.1", port=port),
+        grpc_options=grpc_options,
         is_head=True,
         has_received_routes=known,
         has_received_servers=known,
@@ -106,7 +119,14 @@ def running_haproxy(
     )
     members = [ServerConfig(f"s{number}", "127.0.0.1", number) for number in servers or []]
     backends = {"app": BackendConfig("app", prefix, servers=members, app_name="app")} if known else {}
+    if known and grpc is not None:
+        member = ServerConfig("g", "127.0.0.1", grpc[1])
+        backends["grpc"] = BackendConfig(
+            "grpc-app", prefix, servers=[member], app_name="app", protocol=RequestProtocol.GRPC
+        )
     api = HAProxyApi(config, backends, str(folder / NODE / "haproxy.cfg"))
+    if grpc is not None:
+        api.set_grpc_fallback_server(ServerConfig("fallback", "127.0.0.1", grpc[1]))
     api._generate_config_file_internal()
     command = [environment["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", api.config_file_path]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as process:

@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from serve_app.api.errors import ApiError, bad_request, body_too_large, unknown_parameter
+from serve_app.api.grpc.refusal import refusal
 from serve_app.proto import jina_pb2, serve_app_pb2
 
 JINA_ENDPOINTS = frozenset({"", "/", "/stream", "/default"})
@@ -81,16 +82,20 @@ def read_jina_prompt(request: jina_pb2.SingleDocumentRequestProto, size_bytes: i
     return {name: value for name, value in fields.items() if value is not None}, size_bytes
 
 
-def done(data: bytes) -> serve_app_pb2.Done:
-    """The message for the data of the `done` event."""
-    read = _done_data(data)
-    usage = serve_app_pb2.Usage(
-        prompt_tokens=read.usage.prompt_tokens,
-        completion_tokens=read.usage.completion_tokens,
-        total_tokens=read.usage.total_tokens,
-        cached_prompt_tokens=read.usage.prompt_tokens_details.get("cached_tokens", 0),
-    )
-    return serve_app_pb2.Done(finish_reason=read.finish_reason, usage=usage, seed=read.seed)
+def answer(name: str, data: bytes, event_id: str) -> serve_app_pb2.ModelOutputDocument:
+    """The message for an event of POST /stream. Raises `Refusal` for one of a stream in another format."""
+    try:
+        if name == "message":
+            token = token_data(data)
+            return serve_app_pb2.ModelOutputDocument(
+                token_id=token.token_id, generated_text=token.generated_text, event_id=event_id
+            )
+        if name == "done":
+            return serve_app_pb2.ModelOutputDocument(done=_done(_done_data(data)), event_id=event_id)
+    except msgspec.MsgspecError:
+        pass
+    message = "This stream began in a format that gRPC does not have; continue it with GET /v1/streams/{stream id}."
+    raise refusal(bad_request(message, code="invalid_event_id"))
 
 
 def jina_answer(
@@ -103,6 +108,16 @@ def jina_answer(
         "generated_text": jina_pb2.NodeProto(text=token.generated_text),
     }
     return jina_pb2.SingleDocumentRequestProto(header=header, document=jina_pb2.DocProto(data=data))
+
+
+def _done(read: _Done) -> serve_app_pb2.Done:
+    usage = serve_app_pb2.Usage(
+        prompt_tokens=read.usage.prompt_tokens,
+        completion_tokens=read.usage.completion_tokens,
+        total_tokens=read.usage.total_tokens,
+        cached_prompt_tokens=read.usage.prompt_tokens_details.get("cached_tokens", 0),
+    )
+    return serve_app_pb2.Done(finish_reason=read.finish_reason, usage=usage, seed=read.seed)
 
 
 def _turn(turn: serve_app_pb2.Message, index: int) -> Mapping[str, str]:

@@ -79,13 +79,8 @@ class Servicer:
             async with aclosing(_events(answer)) as events:
                 async for event in events:
                     last_id = event.id or last_id
-                    if event.name == "message":
-                        token = documents.token_data(event.data)
-                        yield serve_app_pb2.ModelOutputDocument(
-                            token_id=token.token_id, generated_text=token.generated_text, event_id=event.id
-                        )
-                    elif event.name == "done":
-                        yield serve_app_pb2.ModelOutputDocument(done=documents.done(event.data), event_id=event.id)
+                    if event.name:
+                        yield documents.answer(event.name, event.data, event.id)
                     elif stream_id:  # a heartbeat
                         yield serve_app_pb2.ModelOutputDocument(event_id=last_id)
 
@@ -133,13 +128,13 @@ class Servicer:
             yield answer
 
     def _check_caller(self, call: Call) -> None:
-        if self._local_only and not _is_local(call.peer()):
+        if self._local_only and not is_local(call.peer()):
             message = "This service answers programs on its own machine only; its config sets http_options.host."
             raise ApiError(403, message, code="host_not_allowed")
 
 
 async def _events(answer: Exchange) -> AsyncGenerator[Event, None]:
-    """The events of a stream. Raises `Refusal` for an error in it, and if it is cut."""
+    """The events and heartbeats of a stream. Raises `Refusal` for an error in it, and if it is cut."""
     request_id = answer.headers.get("x-request-id", "")
     if answer.status == 204:  # a resumed stream of which the caller has everything
         return
@@ -160,7 +155,7 @@ def _headers(call: Call, names: frozenset[str]) -> dict[str, str]:
     return {name: value for name, value in metadata if name in names and isinstance(value, str)}
 
 
-def _is_local(peer: str) -> bool:
+def is_local(peer: str) -> bool:
     """Whether a peer, as gRPC names it, is on this machine."""
     kind, _, address = unquote(peer).partition(":")
     if kind == "unix":

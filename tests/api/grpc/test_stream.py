@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any
@@ -17,7 +18,9 @@ from grpc_server import grpc_server
 from memory_metrics import MemoryMetrics
 from starlette.applications import Starlette
 
-from serve_app.api.grpc.servicer import Servicer
+from serve_app.api.grpc import documents, servicer
+from serve_app.api.grpc.exchange import _EventLines
+from serve_app.api.grpc.servicer import Servicer, is_local
 from serve_app.api.grpc.services import STREAM
 from serve_app.api.http.loading import create_loading_app
 from serve_app.api.http.pages import Pages
@@ -278,3 +281,139 @@ async def test_callers_of_this_machine_are_served(
 ) -> None:
     caller = await open_grpc(make_app(replica), bound_to)
     assert [message async for message in caller.stream(HI)][-1].done.seed == 7
+
+
+RESUMABLE = ("x-stream-resume", "1")
+
+
+def carries(message: ModelOutputDocument) -> bool:
+    """Whether it has a token or the end, and not only the id of an event."""
+    return bool(message.HasField("token_id") or message.HasField("done"))
+
+
+async def test_a_stream_is_resumed_by_the_number_of_its_event(caller: Caller, replica: FakeReplica) -> None:
+    opening, *messages = [message async for message in caller.stream(HI, RESUMABLE)]
+    assert not carries(opening)
+    assert all(carries(message) for message in messages)
+    numbers = [int(message.event_id.split(":")[1]) for message in messages]
+    assert numbers == list(range(1, len(messages) + 1))
+    for known in (1, 5, len(messages)):
+        after = ("last-event-id", messages[known - 1].event_id)
+        assert [each async for each in caller.stream(PromptDocument(), RESUMABLE, after)] == messages[known:]
+    whole = caller.stream(PromptDocument(), RESUMABLE, ("last-event-id", opening.event_id))
+    assert [each async for each in whole] == messages
+    assert len(replica.requests) == 1
+
+
+async def test_a_caller_that_leaves_continues_over_http_and_back(
+    make_app: MakeApp, replica: FakeReplica, open_grpc: Open, http: Callable[[Starlette], httpx.AsyncClient]
+) -> None:
+    replica.scripts[:] = [counts(30, pause_s=0.005, ids=lambda index: 300 + index)]
+    app = make_app(replica)
+    caller, api = await open_grpc(app), http(app)
+    call = caller.stream(PromptDocument(prompt="Hi", max_tokens=30), RESUMABLE)
+    messages = aiter(call)
+    seen = [await anext(messages) for _ in range(4)]
+    call.cancel()
+    stream_id = seen[0].event_id.partition(":")[0]
+    rest = await api.get(f"/v1/streams/{stream_id}", headers={"Last-Event-ID": seen[-1].event_id})
+    over_http = [document["token_id"] for document in sse(rest.text) if "token_id" in document]
+    assert [message.token_id for message in seen[1:]] + over_http == list(range(300, 330))
+    again = caller.stream(PromptDocument(), RESUMABLE, ("last-event-id", seen[-1].event_id))
+    assert [message.token_id async for message in again if message.HasField("token_id")] == over_http
+
+
+@pytest.mark.parametrize(
+    ("metadata", "status", "code"),
+    [
+        ((RESUMABLE, ("last-event-id", "x")), grpc.StatusCode.INVALID_ARGUMENT, "invalid_event_id"),
+        ((RESUMABLE, ("last-event-id", "s" * 22 + ":1")), grpc.StatusCode.FAILED_PRECONDITION, "stream_gone"),
+        ((("x-stream-resume", "yes"),), grpc.StatusCode.INVALID_ARGUMENT, "invalid_value"),
+    ],
+)
+async def test_what_can_not_be_resumed(caller: Caller, metadata: Any, status: grpc.StatusCode, code: str) -> None:
+    refused, details = await caller.refused(HI, *metadata)
+    assert (refused, details["error"]["code"]) == (status, code)
+
+
+async def test_a_stream_belongs_to_who_began_it(caller: Caller) -> None:
+    mine = ("authorization", "Bearer mine")
+    messages = [message async for message in caller.stream(HI, RESUMABLE, mine)]
+    after = ("last-event-id", messages[3].event_id)
+    assert [each async for each in caller.stream(PromptDocument(), RESUMABLE, mine, after)] == messages[4:]
+    status, details = await caller.refused(PromptDocument(), RESUMABLE, after, ("authorization", "Bearer yours"))
+    assert (status, details["error"]["code"]) == (grpc.StatusCode.NOT_FOUND, "stream_not_found")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "stream": True}),
+        ("/v1/completions", {"prompt": "Hi", "stream": True}),
+    ],
+)
+async def test_a_stream_in_another_format_is_refused(
+    make_app: MakeApp,
+    replica: FakeReplica,
+    open_grpc: Open,
+    http: Callable[[Starlette], httpx.AsyncClient],
+    path: str,
+    body: dict[str, Any],
+) -> None:
+    app = make_app(replica)
+    caller = await open_grpc(app)
+    response = await http(app).post(path, json=body, headers={"X-Stream-Resume": "1"})
+    after = ("last-event-id", f"{response.headers['x-stream-id']}:0")
+    status, details = await caller.refused(PromptDocument(), RESUMABLE, after)
+    assert (status, details["error"]["code"]) == (grpc.StatusCode.INVALID_ARGUMENT, "invalid_event_id")
+
+
+async def test_heartbeats_of_a_resumable_stream(make_app: MakeApp, replica: FakeReplica, open_grpc: Open) -> None:
+    replica.scripts[:] = [counts(3, pause_s=0.2, ids=lambda index: 300 + index)]
+    caller = await open_grpc(make_app(replica, heartbeat_s=0.05))
+    messages = [message async for message in caller.stream(HI, RESUMABLE)]
+    beats = [message for message in messages[1:] if not carries(message)]
+    assert beats
+    assert {beat.event_id for beat in beats} <= {message.event_id for message in messages}
+    plain = [message async for message in caller.stream(HI)]
+    assert all(carries(message) for message in plain)
+
+
+@pytest.mark.parametrize(
+    ("peer", "local"),
+    [
+        ("ipv4:127.0.0.1:5000", True),
+        ("ipv4:127.8.0.1:5000", True),
+        ("ipv6:[::1]:5000", True),
+        ("ipv6:%5B::1%5D:5000", True),
+        ("ipv6:[::ffff:127.0.0.1]:5000", True),
+        ("unix:/tmp/x", True),
+        ("ipv4:10.0.0.1:5000", False),
+        ("ipv6:[fe80::1%25eth0]:5000", False),
+        ("ipv6:[::ffff:10.0.0.1]:5000", False),
+        ("", False),
+    ],
+)
+def test_who_is_on_this_machine(peer: str, local: bool) -> None:
+    assert is_local(peer) is local
+
+
+async def test_callers_of_other_machines_are_refused_where_http_is_local(
+    make_app: MakeApp, replica: FakeReplica, open_grpc: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servicer, "is_local", lambda peer: False)
+    caller = await open_grpc(make_app(replica), "127.0.0.1")
+    status, details = await caller.refused(HI)
+    assert (status, details["error"]["code"]) == (grpc.StatusCode.PERMISSION_DENIED, "host_not_allowed")
+    assert [_ async for _ in (await open_grpc(make_app(replica), "0.0.0.0")).stream(HI)]
+
+
+async def test_a_token_costs_little_more_than_over_http() -> None:
+    """What is done for each token between the application and gRPC."""
+    lines = _EventLines()
+    chunk = b'id: ssssssssssssssssssssss:12:0123abcd\ndata: {"token_id":28,"generated_text":" there"}\n\n'
+    began = time.process_time()
+    for _ in range(2000):
+        for event in lines.push(chunk):
+            documents.answer(event.name, event.data, event.id).SerializeToString()
+    assert (time.process_time() - began) / 2000 < 50e-6
