@@ -17,6 +17,8 @@ CONSTRAINTS := constraints/$(if $(GPU),gpu,cpu).txt
 # Named by what they were made from, so that a set-up that is done needs neither time nor network, and a changed pin
 # makes it again.
 KEY := $(shell cat pyproject.toml constraints/cpu.txt constraints/gpu.txt | cksum | cut -d ' ' -f 1)
+CONTRACTS := tests/api/clients
+CLIENTS := .venv-clients/.clients-$(shell cat $(CONTRACTS)/requirements.txt $(CONTRACTS)/package-lock.json | cksum | cut -d ' ' -f 1)
 RUNTIME := $(VENV)/.runtime-$(KEY)
 DEVELOPMENT := $(VENV)/.development-$(KEY)
 INSTALL = $(VENV)/bin/python constraints/install.py --constraint $(CONSTRAINTS) $(if $(GPU),--gpu) \
@@ -24,7 +26,7 @@ INSTALL = $(VENV)/bin/python constraints/install.py --constraint $(CONSTRAINTS) 
 # Two processes: one for the tests of the Ray cluster, which mostly wait, one for all others.
 PYTEST = $(VENV)/bin/pytest -n 2
 
-.PHONY: help serve stop test check client proto bench compare chaos clean
+.PHONY: help serve stop test check contracts client proto bench compare chaos clean
 .DEFAULT_GOAL := help
 
 help:
@@ -32,6 +34,7 @@ help:
 	@echo 'make stop    stop what make serve started (PORT=N when several run)'
 	@echo 'make test    set up, and run the tests'
 	@echo 'make check   ruff, mypy, import-linter, deptry and the tests'
+	@echo 'make contracts  install the clients of others (0.7 GB), and try them against the API'
 	@echo 'make client  write the blocking client from the asynchronous one'
 	@echo 'make proto   write the Python modules of proto/*.proto'
 	@echo 'make bench   measure the engine and the service (loadtest/README.md)'
@@ -60,6 +63,9 @@ check: $(DEVELOPMENT)
 	$(VENV)/bin/deptry loadtest scripts constraints tests tests/support tests/models --exclude nothing --ignore DEP002,DEP004
 	$(PYTEST)
 
+contracts: $(DEVELOPMENT) $(CLIENTS)
+	$(VENV)/bin/pytest tests/api/clients
+
 client: $(DEVELOPMENT)
 	$(VENV)/bin/python scripts/unasync.py
 
@@ -76,7 +82,7 @@ chaos: $(DEVELOPMENT)
 	$(VENV)/bin/python -m loadtest.chaos $(ARGS)
 
 clean:
-	rm -rf .venv .venv-gpu build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-gpu .venv-clients $(CONTRACTS)/node_modules build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/pip:
@@ -86,6 +92,12 @@ $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v <= (3, 13) and \
 		"$(PYTHON) is Python %d.%d; 3.11 to 3.13 are supported (make ... PYTHON=python3.11)" % v)'
 	$(PYTHON) -m venv $(VENV)
+
+$(CLIENTS):
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/pip install --quiet --no-deps --requirement $(CONTRACTS)/requirements.txt
+	npm ci --prefix $(CONTRACTS) --no-audit --no-fund
+	@touch $@
 
 $(RUNTIME): | $(VENV)/bin/pip
 	$(INSTALL) .
