@@ -197,7 +197,7 @@ def test_any_request_gets_an_answer_of_the_document(
     schema = schemathesis.openapi.from_asgi("/openapi.json", app)
     case_of = schema[operation.path][operation.method.upper()].as_strategy()
 
-    @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
     @given(case=case_of)
     def run(case: Any) -> None:
         case.call_and_validate(checks=CHECKS)
