@@ -116,8 +116,12 @@ def compile_grammar(vocabulary: Vocabulary, grammar: str) -> LLMatcher:
 def matcher_error(matcher: LLMatcher) -> str:
     """Why a matcher is in its state of error, in one line."""
     lines = [line.strip() for line in matcher.get_error().splitlines()]
-    reason = next((line for line in lines if line and line != "<non-verbose/>"), "unknown error")
-    return NO_EXTENSION if reason == "NoExtensionBias" else reason
+    first = next((line for line in lines if line and line != "<non-verbose/>"), "unknown error")
+    if first == "NoExtensionBias":
+        return NO_EXTENSION
+    # A regex that can't be read is shown over several lines; the last one says what is wrong.
+    reason = next((line for line in lines[1:] if line.startswith("error: ")), "")
+    return f"{first} {reason.removeprefix('error: ')}" if reason else first
 
 
 def _description(folder: Path, trust_remote_code: bool) -> dict[str, Any]:

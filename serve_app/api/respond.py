@@ -16,6 +16,7 @@ from starlette.responses import Response
 from serve_app.api.http.endpoint import Call
 from serve_app.api.http.sse import EventStream, StreamSettings
 from serve_app.api.resume import Resume
+from serve_app.api.structured import refusal
 from serve_app.api.wire import ParsedRequest, Whole, WireFormat
 from serve_app.generation.events import EventWriter
 from serve_app.generation.request import ResolvedRequest
@@ -51,6 +52,8 @@ class Responder:
     async def begin(self, wire: WireFormat, call: Call, parsed: ParsedRequest) -> Response | EventStream:
         """The answer to a new request that is parsed already. Raises `RequestError`."""
         request, record = parsed.resolved, call.record
+        if fault := await self._service.constraint_fault(request):
+            raise refusal(fault, parsed.constraint_param)
         record.prompt_tokens = request.prompt_tokens
         if request.cut_to is not None:
             record.clamped_fields[parsed.max_tokens_param] = request.cut_to

@@ -32,6 +32,8 @@ class ParsedRequest:
     """JSON: what the format's writer needs besides the request. It is kept with a stream that can be resumed."""
     max_tokens_param: str = "max_tokens"
     """The name of the field in which the caller gave its token limit."""
+    constraint_param: str = "tools"
+    """The name of the field that says what the answer must match."""
 
 
 def usage_document(usage: Usage) -> dict[str, object]:

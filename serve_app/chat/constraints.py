@@ -12,8 +12,10 @@ from typing import Any
 
 from serve_app.chat.answers import AnswerFormat
 from serve_app.chat.call_grammar import GrammarTexts, call_form, calls_grammar, text_and_calls_grammar
+from serve_app.chat.grammar import styled_schema
 from serve_app.chat.options import ChatOptions, Tool
 from serve_app.chat.prompt_error import PromptError
+from serve_app.chat.schemas import SchemaError
 from serve_app.chat.tool_formats.choice import HARMONY
 
 _WHITESPACE = r"WHITESPACE: /[ \t\r\n]{1,8}/"
@@ -90,9 +92,11 @@ class Constraints:
 
 
 def _schema(tool: Tool) -> Mapping[str, Any]:
-    """What a tool's arguments must validate against, with how JSON is written: without free whitespace."""
-    style = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-    return {"type": "object", **(tool.parameters or {}), "x-guidance": style}
+    """What a tool's arguments must validate against, with how the JSON is written. Raises `PromptError`."""
+    try:
+        return styled_schema({"type": "object", **(tool.parameters or {})})
+    except SchemaError as error:
+        raise PromptError(f"The parameters of the tool '{tool.name}' can't be used: {error}.", param="tools") from error
 
 
 def _grammar(rules: Sequence[str], parts: Mapping[str, str]) -> str:

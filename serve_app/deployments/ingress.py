@@ -36,6 +36,7 @@ from serve_app.deployments.serve_settings import missing
 from serve_app.deployments.status.banner import banner, log_folder, say, service_address
 from serve_app.deployments.status.progress import ProgressBoard, Reporter
 from serve_app.deployments.status.readiness import Readiness, answers, deployment_status
+from serve_app.grammar_checker import GrammarChecker
 from serve_app.models.cache import cache_directory
 from serve_app.models.model_error import ModelError
 from serve_app.observability.metrics import JOURNAL_BYTES, JOURNALS, REQUESTS_IN_PROGRESS
@@ -82,6 +83,7 @@ class Ingress(AsgiDeployment):
         self._servicer = Servicer(self._front.in_process, self._state, host)
         self._streams: tuple[ResumableStreams, ...] = ()
         """The resumable streams, and the responses; none while the tokenizer loads."""
+        self._grammars: GrammarChecker | None = None
         tried = asyncio.Event()
         self._tasks = {asyncio.create_task(self._load_text(tried)), asyncio.create_task(self._report_metrics())}
         if _speaks_for_all():
@@ -95,6 +97,8 @@ class Ingress(AsgiDeployment):
     async def __del__(self) -> None:
         """Awaited by Serve when this replica stops: other ingresses may take its resumable streams over."""
         await asyncio.gather(*(streams.aclose() for streams in self._streams))
+        if self._grammars is not None:
+            await self._grammars.aclose()
 
     async def _let_others_answer(self, deployment: str) -> None:
         """In an update, wait for the new model while ingress replicas of the old one answer.
@@ -172,8 +176,10 @@ class Ingress(AsgiDeployment):
 
         report = Reporter(self._note)
         config = settled(self._config, self._board, self._app_name, self._model_deployment, report)
-        formatter, defaults = _load_tokenizer(config, report)
-        service = CompletionService(self._client, formatter, defaults, aliases=aliases(self._config.model))
+        formatter, defaults, self._grammars = _load_tokenizer(config, report)
+        service = CompletionService(
+            self._client, formatter, defaults, aliases=aliases(self._config.model), grammars=self._grammars
+        )
         streams = open_streams(self._client, self._config, self._app_name)
         responses = open_responses(self._client, self._config, self._app_name)
         app = create_app(
@@ -261,8 +267,11 @@ def _set_status(refusal: Refusal, context: Any) -> None:
     context.set_details(refusal.details)
 
 
-def _load_tokenizer(config: AppConfig, report: Reporter) -> tuple[PromptFormatter, GenerationDefaults]:
-    """The prompt formatter, and the sampling parameters of requests that give none. Raises `ModelError`."""
+def _load_tokenizer(config: AppConfig, report: Reporter) -> tuple[PromptFormatter, GenerationDefaults, GrammarChecker]:
+    """The prompt formatter, the sampling parameters of requests that give none, and what checks grammars.
+
+    Raises `ModelError`.
+    """
     # Imported here: transformers takes seconds, and the replica should answer before that.
     from serve_app.chat.prompts import PromptFormatter
     from serve_app.chat.tokenizer import ChatTokenizer
@@ -280,7 +289,8 @@ def _load_tokenizer(config: AppConfig, report: Reporter) -> tuple[PromptFormatte
         formatter = PromptFormatter(tokenizer, chat)
     except TokenizerError as error:
         raise ModelError(str(error)) from error
-    return formatter, read_generation_defaults(files.folder, files.tokenizer_folder, model.generation)
+    checker = GrammarChecker(files.tokenizer_folder, trust_remote_code=model.trust_remote_code)
+    return formatter, read_generation_defaults(files.folder, files.tokenizer_folder, model.generation), checker
 
 
 def _with_disconnects(receive: Receive) -> Receive:

@@ -21,6 +21,7 @@ from serve_app.generation.completion import Completion, Usage
 from serve_app.generation.replica import ReplicaClient
 from serve_app.generation.request import Prompt, ResolvedRequest, resolve
 from serve_app.generation.text import Delta
+from serve_app.grammar_checker import GrammarChecker
 
 TRUNCATED_CONTEXTS = 16
 """A prompt that is to be cut may be as long as this many contexts: encoding and rendering it takes time."""
@@ -38,9 +39,11 @@ class CompletionService:
         defaults: GenerationDefaults,
         failover: FailoverSettings | None = None,
         aliases: frozenset[str] = frozenset(),
+        grammars: GrammarChecker | None = None,
     ) -> None:
-        """`aliases`: other names that the model answers to."""
+        """`aliases`: other names that the model answers to. Without `grammars`, no answer can be constrained."""
         self._aliases = aliases
+        self._grammars = grammars
         self._client = client
         self._formatter = formatter
         self._failover = failover or FailoverSettings()
@@ -122,6 +125,19 @@ class CompletionService:
             prefix, suffix, parse_special=parse_special, context_tokens=card.context_tokens
         )
         return Prompt(tuple(ids), False, "prompt"), ends
+
+    async def constraint_fault(self, request: ResolvedRequest) -> str:
+        """Why a request's constraint can't be used, without a full stop; "" when it can, or there is none.
+
+        To be asked before a request with a constraint from outside is started. Raises `RequestError` when it can't be
+        told now.
+        """
+        for constraint in {one.constraint for one in request.requests} - {""}:
+            if self._grammars is None:
+                return "this server does not support it"
+            if fault := await self._grammars.fault(constraint):
+                return fault
+        return ""
 
     def start(self, request: ResolvedRequest) -> RunningCompletion:
         """The answer; entering it starts the work. Raises `PromptError` for stop strings that can't be used."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import httpx
 import pytest
@@ -30,6 +31,7 @@ from serve_app.core import (
 )
 from serve_app.generation.attempt_history import FailoverSettings
 from serve_app.generation.service import CompletionService
+from serve_app.grammar_checker import GrammarChecker
 from serve_app.resume.context import ResumeSettings
 from serve_app.resume.journal_store import JournalLimits, JournalStore
 from serve_app.resume.memory_store import MemoryJournalStore
@@ -98,9 +100,12 @@ MakeApp = Callable[..., Starlette]
 
 
 @pytest.fixture
-async def make_app(tokenizer: ChatTokenizer, eos: int, metrics: MemoryMetrics) -> AsyncIterator[MakeApp]:
+async def make_app(
+    tokenizer: ChatTokenizer, tokenizer_folder: Path, eos: int, metrics: MemoryMetrics
+) -> AsyncIterator[MakeApp]:
     """make_app(replica, stream={...}, defaults={...}, journals=store, bound_to=..., **fields of ApiConfig)."""
     made: list[ResumableStreams] = []
+    grammars = GrammarChecker(tokenizer_folder)  # costs nothing until an answer is constrained
 
     def make(
         replica: FakeReplica,
@@ -125,6 +130,7 @@ async def make_app(tokenizer: ChatTokenizer, eos: int, metrics: MemoryMetrics) -
             GenerationDefaults(**{"eos_token_ids": (eos,), **(defaults or {})}),  # type: ignore[arg-type]
             failover,
             aliases,
+            grammars,
         )
         streams = ResumableStreams(
             replica,
@@ -159,6 +165,7 @@ async def make_app(tokenizer: ChatTokenizer, eos: int, metrics: MemoryMetrics) -
     yield make
     for streams in made:
         await streams.aclose()
+    await grammars.aclose()
 
 
 @pytest.fixture

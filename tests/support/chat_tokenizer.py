@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,12 +12,18 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
+def tokenizer(tokenizer_folder: Path) -> ChatTokenizer:
     """Byte-level, with ChatML's template."""
+    from serve_app.chat.tokenizer import ChatTokenizer
+
+    return ChatTokenizer.load(tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the files of `tokenizer` are."""
     from small_tokenizers import CHATML, byte_level_backend
     from transformers import PreTrainedTokenizerFast
-
-    from serve_app.chat.tokenizer import ChatTokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
     fast = PreTrainedTokenizerFast(
@@ -24,4 +31,4 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
     )
     fast.chat_template = CHATML
     fast.save_pretrained(folder)
-    return ChatTokenizer.load(folder)
+    return folder

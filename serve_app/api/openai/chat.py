@@ -6,6 +6,7 @@ Knows no replica: the service does the work.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from serve_app.api.http.sse import json_text
 from serve_app.api.openai.chunks import OpenAIFormat
 from serve_app.api.openai.extras import finite
 from serve_app.api.openai.tools import ToolFields
+from serve_app.api.structured import StructuredFields, wanted
 from serve_app.api.template_variables import template_variables
 from serve_app.api.unknown_fields import UnknownFields
 from serve_app.api.wire import ParsedRequest
@@ -44,7 +46,7 @@ class TemplateFields(ToolFields):
     continue_final_message: bool | None = None
 
 
-class ChatRequest(TemplateFields, OpenAIFields):
+class ChatRequest(TemplateFields, StructuredFields, OpenAIFields):
     """The body of POST /v1/chat/completions."""
 
     messages: Messages
@@ -72,6 +74,8 @@ class ChatFormat(OpenAIFormat):
         card = await self._service.ready_model(request.model)
         messages = request.messages
         options = await call.run(partial(chat_options, request, self._service.template_variables, unknown))
+        text = await call.run(partial(wanted, request, unknown))
+        options = replace(options, text_grammar=text.grammar)
         truncates = params.truncate_to is not None
         render = partial(self._service.render_chat, card, messages, options, unknown.add_in, truncates=truncates)
         prompt = await call.run(render, items=len(messages) + len(options.tools))
@@ -79,7 +83,7 @@ class ChatFormat(OpenAIFormat):
             card, [prompt], params, request_id=call.record.request_id, remaining_s=call.remaining_s()
         )
         limit = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
-        return self._parsed(resolved, request, limit)
+        return self._parsed(resolved, request, limit, text.param if text.grammar else "tools")
 
     def content(self, answer_id: str, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
         """See `OpenAIFormat`."""

@@ -53,7 +53,13 @@ class OpenAIFormat(WireFormat):
         """The request, in a copy of this format that was made for it."""
 
     def _parsed(
-        self, resolved: ResolvedRequest, fields: OpenAIFields, max_tokens_param: str, *, echo: bool = False
+        self,
+        resolved: ResolvedRequest,
+        fields: OpenAIFields,
+        max_tokens_param: str,
+        constraint_param: str,
+        *,
+        echo: bool = False,
     ) -> ParsedRequest:
         """The `settings` are `envelope` (the fields around the choices in every chunk), `usage` (whether the usage is
         wanted at the end), `continuous_usage` (whether it is wanted in every chunk) and the `extras`, if any."""
@@ -82,7 +88,7 @@ class OpenAIFormat(WireFormat):
         if extras != NO_EXTRAS:
             settings["extras"] = asdict(extras)
         whole = None if fields.stream else partial(self._showing(resolved, extras)._whole, envelope)
-        return ParsedRequest(resolved, whole, settings, max_tokens_param)
+        return ParsedRequest(resolved, whole, settings, max_tokens_param, constraint_param)
 
     def writer(self, request: ResolvedRequest, settings: Mapping[str, Any]) -> EventWriter:
         """See `WireFormat`."""

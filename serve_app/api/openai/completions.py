@@ -22,6 +22,7 @@ from serve_app.api.http.sse import json_text, one_line
 from serve_app.api.openai.chunks import OpenAIFormat
 from serve_app.api.openai.echo import Echo
 from serve_app.api.openai.extras import Extras, finite
+from serve_app.api.structured import StructuredFields, wanted
 from serve_app.api.unknown_fields import UnknownFields, unsupported
 from serve_app.api.wire import ParsedRequest
 from serve_app.core import ModelCard, PromptLogprobs, TokenLogprobs
@@ -48,7 +49,7 @@ def _are_ids(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 0 and all(type(item) is int and item >= 0 for item in value)
 
 
-class CompletionRequest(OpenAIFields):
+class CompletionRequest(OpenAIFields, StructuredFields):
     """The body of POST /v1/completions."""
 
     prompt: Annotated[
@@ -90,13 +91,15 @@ class TextFormat(OpenAIFormat):
         request = await call.run(partial(validate_open, CompletionRequest, call.body or {}, unknown))
         _check(request)
         card = await self._service.ready_model(request.model)
+        text = await call.run(partial(wanted, request, unknown))
         prompts, ends = await call.run(partial(self._prompts, card, request), items=len(request.prompt))
+        prompts = [replace(prompt, constraint=text.grammar) for prompt in prompts]
         params = request.params(max_tokens=request.max_tokens, logprobs=request.logprobs, echo=bool(request.echo))
         params = replace(params, stop_token_ids=(*params.stop_token_ids, *ends))
         resolved = self._service.resolve(
             card, prompts, params, request_id=call.record.request_id, remaining_s=call.remaining_s()
         )
-        return self._parsed(resolved, request, "max_tokens", echo=params.echo)
+        return self._parsed(resolved, request, "max_tokens", text.param, echo=params.echo)
 
     def _prompts(self, card: ModelCard, request: CompletionRequest) -> tuple[list[Prompt], tuple[int, ...]]:
         """The prompts, and the ids that end an answer because of their form."""

@@ -269,7 +269,7 @@ async def test_fields_that_change_nothing_are_taken(api: httpx.AsyncClient) -> N
     ("field", "value", "code"),
     [
         ("functions", [{"name": "f"}], "unsupported_parameter"),
-        ("response_format", {"type": "json_object"}, "unsupported_parameter"),
+        ("structural_tag", {"triggers": ["a"]}, "unsupported_parameter"),
         ("modalities", ["text", "audio"], "unsupported_parameter"),
         ("audio", {"voice": "alloy"}, "unsupported_parameter"),
         ("temperature", "0.5", "invalid_type"),
