@@ -24,15 +24,14 @@ from serve_app.chat.grammar import (
     json_schema_grammar,
     regex_grammar,
 )
+from serve_app.grammar import NO_EXTENSION
 
 FORMATS = ("text", "json_object", "json_schema", "grammar")
 MAX_REASON_CHARS = 300
 """An error repeats at most this much of llguidance's own words, which may hold the caller's text."""
 _UNIMPLEMENTED = re.compile(r"Unimplemented keys: \[(.*)\]")
-_SCHEMA = frozenset(
-    {"response_format", "json_schema", "guided_json", "structured_outputs.json", "text.format", "tools"}
-)
-"""Fields that hold a JSON Schema."""
+_NO_SCHEMA = frozenset({"regex", "choice", "grammar", "ebnf", "guided_regex", "guided_choice", "guided_grammar"})
+"""Last parts of the names of fields that hold no JSON Schema."""
 
 
 class Wanted(NamedTuple):
@@ -91,7 +90,7 @@ def format_grammar(value: Any, where: str, unknown: UnknownFields) -> str:
             known, grammar = {"type"}, ""
         case "json_object":
             known = {"type", "schema"}  # llama.cpp and others take a schema here
-            grammar = _schema(value["schema"], where) if value.get("schema") else json_object_grammar()
+            grammar = schema_grammar(value["schema"], where) if value.get("schema") else json_object_grammar()
         case "json_schema":
             known, grammar = {"type", "json_schema"}, _described(value, where, unknown)
             known |= set() if "json_schema" in value else _DESCRIPTION
@@ -112,11 +111,12 @@ def refusal(reason: str, param: str) -> ApiError:
     if (found := _UNIMPLEMENTED.search(reason)) is not None:
         keys = found[1].replace('"', "'")
         reason = f"{'the keywords' if ',' in keys else 'the keyword'} {keys} can't be enforced"
-    elif "NoExtension" in reason:
+    elif NO_EXTENSION in reason:
         reason = "nothing can match it"
     if len(reason) > MAX_REASON_CHARS:
         reason = reason[:MAX_REASON_CHARS] + "..."
-    kind, code = ("schema", "invalid_json_schema") if param in _SCHEMA else ("grammar", "invalid_value")
+    is_schema = param.rpartition(".")[2] not in _NO_SCHEMA
+    kind, code = ("schema", "invalid_json_schema") if is_schema else ("grammar", "invalid_value")
     return bad_request(f"Invalid {kind} in '{param}': {reason.rstrip('.')}.", param=param, code=code)
 
 
@@ -135,7 +135,7 @@ def _described(value: Mapping[str, Any], where: str, unknown: UnknownFields) -> 
     if described.get("schema") is None:
         param = f"{where}.schema"
         raise bad_request(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
-    return _schema(described["schema"], where.partition(".json_schema")[0])
+    return schema_grammar(described["schema"], where.partition(".json_schema")[0])
 
 
 def _read(name: str, value: Any, unknown: UnknownFields) -> Wanted:
@@ -159,7 +159,8 @@ def _read(name: str, value: Any, unknown: UnknownFields) -> Wanted:
     return Wanted(_OUTPUTS[outputs[0]](value[outputs[0]], param), param)
 
 
-def _schema(value: Any, where: str) -> str:
+def schema_grammar(value: Any, where: str) -> str:
+    """The grammar of a JSON Schema, which may be given as its text. `where`: the field. Raises `ApiError`."""
     if isinstance(value, str):
         try:
             value = from_json(value, allow_inf_nan=False)
@@ -208,8 +209,8 @@ def _wrong_type(where: str, expected: str) -> ApiError:
 
 
 _FIELDS: Mapping[str, Callable[[Any, str], str]] = {
-    "guided_json": _schema,
-    "json_schema": _schema,
+    "guided_json": schema_grammar,
+    "json_schema": schema_grammar,
     "guided_regex": _regex,
     "regex": _regex,
     "guided_choice": _choice,
@@ -218,7 +219,7 @@ _FIELDS: Mapping[str, Callable[[Any, str], str]] = {
     "grammar": _grammar,
 }
 _OUTPUTS: Mapping[str, Callable[[Any, str], str]] = {
-    "json": _schema,
+    "json": schema_grammar,
     "regex": _regex,
     "choice": _choice,
     "grammar": _grammar,

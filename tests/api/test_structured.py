@@ -332,3 +332,20 @@ async def test_openais_client_parses_into_its_models(
         async for _ in stream:
             pass
         assert isinstance((await stream.get_final_completion()).choices[0].message.parsed, Solution)
+
+
+ANTHROPIC = {"model": "tiny", "max_tokens": 400, "seed": 3, "messages": [{"role": "user", "content": "Hi"}]}
+
+
+@pytest.mark.parametrize("name", ["output_config", "output_format"])
+async def test_anthropics_format_is_obeyed_and_refused_by_name(api: httpx.AsyncClient, name: str) -> None:
+    def asked(schema: dict[str, Any]) -> dict[str, Any]:
+        wanted = {"type": "json_schema", "schema": schema}
+        return {**ANTHROPIC, name: {"format": wanted} if name == "output_config" else wanted}
+
+    answer = (await api.post("/v1/messages", json=asked(PERSON))).json()
+    assert answer["stop_reason"] == "end_turn"
+    jsonschema.validate(json.loads(answer["content"][0]["text"]), PERSON)
+    refusal = await api.post("/v1/messages", json=asked({"not": {}}))
+    assert refusal.status_code == 400
+    assert "'not' can't be enforced" in refusal.json()["error"]["message"]

@@ -102,6 +102,8 @@ class ConstrainedReplica:
                 finish = request.finish_reason(index + 1, token)
                 if matcher is not None and finish is not FinishReason.STOP:
                     matcher.consume_token(token)
+                    if matcher.is_stopped() and not matcher.is_error():
+                        finish = FinishReason.STOP  # an engine ends an output that nothing can follow
                 stats = GenerationStats(cached_prompt_tokens=2) if finish or index == begun else None
                 yield TokenBatch(index, (token,), _logprobs(request, token), finish, stats)
                 if finish is not None:

@@ -13,6 +13,7 @@ from pydantic import Field, SkipValidation
 from serve_app.api.described import ContentPart, InputTool
 from serve_app.api.errors import bad_request
 from serve_app.api.fields import BlockMessages, DrawFields, OpenModel, Stops
+from serve_app.api.structured import StructuredFields
 from serve_app.api.unknown_fields import NOT_SERVED, UnknownFields, unsupported
 from serve_app.generation.request import CompletionParams
 
@@ -38,8 +39,8 @@ _NOT_SERVED = {
     "stop_token_ids": (),
     "max_completion_tokens": (),
     "repeat_penalty": (1,),
+    **dict.fromkeys(StructuredFields.model_fields, ()),
     "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -122,6 +123,13 @@ class PromptFields(OpenModel):
     def schema_of_text(self) -> OutputFormat | None:
         """The format that the answer's text must have."""
         return (self.output_config and self.output_config.format) or self.output_format
+
+    @property
+    def constraint_param(self) -> str:
+        """The name of the field that says what the answer must match."""
+        if self.output_config is not None and self.output_config.format is not None:
+            return "output_config.format"
+        return "output_format" if self.output_format is not None else "tools"
 
     def check(self, unknown: UnknownFields) -> None:
         """Report what is ignored inside the fields. Raises `ApiError` for what can't be served."""

@@ -20,7 +20,8 @@ from serve_app.api.anthropic.fields import CountFields, MessagesFields, PromptFi
 from serve_app.api.anthropic.tools import parsed_choice, parsed_tools
 from serve_app.api.fields import validate_open
 from serve_app.api.http.endpoint import Call
-from serve_app.api.unknown_fields import UnknownFields, unsupported
+from serve_app.api.structured import schema_grammar
+from serve_app.api.unknown_fields import UnknownFields
 from serve_app.api.wire import ParsedRequest, WireFormat
 from serve_app.chat.options import ChatOptions, TemplateValue
 from serve_app.core import ModelCard, RequestError
@@ -63,7 +64,7 @@ class MessagesFormat(WireFormat):
         omits = request.thinking is not None and request.thinking.display == "omitted"
         settings = {"id": f"msg_{uuid.uuid4().hex[:24]}", "omit_thinking": omits}
         whole = None if request.stream else partial(message_document, settings, resolved)
-        return ParsedRequest(resolved, whole, settings)
+        return ParsedRequest(resolved, whole, settings, constraint_param=request.constraint_param)
 
     def writer(self, request: ResolvedRequest, settings: Mapping[str, Any]) -> EventWriter:
         """See `WireFormat`."""
@@ -113,8 +114,7 @@ class MessagesFormat(WireFormat):
             raise talk.in_callers_terms(error) from None
 
     def _options(self, request: PromptFields, talk: Conversation, unknown: UnknownFields) -> ChatOptions:
-        if request.schema_of_text is not None:
-            raise unsupported("output_config.format")
+        text = request.schema_of_text
         tools = parsed_tools(request.tools, unknown)
         choice, parallel = parsed_choice(request.tool_choice, tools)
         return ChatOptions(
@@ -124,6 +124,7 @@ class MessagesFormat(WireFormat):
             tools=tools,
             tool_choice=choice,
             parallel_tool_calls=parallel,
+            text_grammar="" if text is None else schema_grammar(text.schema_, request.constraint_param),
         )
 
     def _variables(self, request: PromptFields, unknown: UnknownFields) -> dict[str, TemplateValue]:
