@@ -60,12 +60,14 @@ async def url(replica: FakeReplica, tokenizer: ChatTokenizer) -> AsyncIterator[s
     failover = FailoverSettings(silence_s=60, max_attempts=3, first_backoff_s=0.001, max_backoff_s=0.01)
     service = CompletionService(replica, PromptFormatter(tokenizer, ChatConfig()), GenerationDefaults(), failover)
     resume = ResumeSettings(lease_s=0.2, tick_s=0.01, settle_s=0.5, gone_s=0.1)
-    streams = ResumableStreams(replica, MemoryJournalStore(JournalLimits(lease_s=60)), resume, failover)
+    streams, responses = (
+        ResumableStreams(replica, MemoryJournalStore(JournalLimits(lease_s=60)), resume, failover) for _ in range(2)
+    )
     config = ApiConfig(max_streams=2)
-    app = create_app(service, streams, config, MemoryMetrics(), Pages(config))
+    app = create_app(service, streams, config, MemoryMetrics(), Pages(config), responses=responses)
     async with grpc_server(Servicer(app, replica.model)) as target:
         yield f"grpc://{target}"
-    await streams.aclose()
+    await asyncio.gather(streams.aclose(), responses.aclose())
 
 
 @pytest.fixture(params=["asynchronous", "blocking"])
