@@ -31,7 +31,10 @@ class Marks(NamedTuple):
 
     def fenced(self, text: str, tokens: re.Pattern[str] | None) -> str:
         """The text with marks around each match of `tokens`."""
-        return text if tokens is None else tokens.sub(f"{self.start}\\g<0>{self.end}", text)
+        if tokens is None:
+            return text
+        # A function, since `re` looks a replacement text up by a hash of the whole pattern: 60 us for 815 tokens.
+        return tokens.sub(lambda match: f"{self.start}{match[0]}{self.end}", text)
 
     def plain(self, text: str) -> str:
         """A rendered text with marks that were written as escapes made characters again."""
