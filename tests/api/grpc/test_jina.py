@@ -44,7 +44,7 @@ async def call(replica: FakeReplica, make_app: MakeApp) -> AsyncIterator[Callabl
 def document(**fields: Any) -> bytes:
     data = {name: value if isinstance(value, NodeProto) else NodeProto(text=value) for name, value in fields.items()}
     header = HeaderProto(request_id="r1", exec_endpoint="/stream")
-    return SingleDocumentRequestProto(header=header, document=DocProto(data=data)).SerializeToString()
+    return SingleDocumentRequestProto(header=header, document=DocProto(data=data)).SerializeToString(deterministic=True)
 
 
 async def test_the_recorded_request_is_answered_document_by_document(call: Any, replica: FakeReplica) -> None:
