@@ -296,7 +296,8 @@ class StreamsConfig(_Config):
 
 class ResponsesConfig(_Config):
     """Responses of `/v1/responses` that are kept, so that they can be read, followed and continued by their id. They
-    are where `streams.store` says, apart from the streams."""
+    are where `streams.store` says, apart from the streams: in Redis, or in an actor of their own (about 100 MB, started
+    when first needed)."""
 
     store: bool = True
     """Whether a response is kept whose request does not say (`store`). OpenAI keeps it, and clients that send

@@ -47,16 +47,24 @@ class Responder:
         """
         if (rest := await self._resume.continued(call)) is not None:
             return rest
-        return await self.begin(wire, call, await wire.parse(call))
+        parsed = await wire.parse(call)
+        await self.accept(call, parsed)
+        return await self.begin(wire, call, parsed)
+
+    async def accept(self, call: Call, parsed: ParsedRequest) -> None:
+        """Check what only this process can check of a request that is parsed, and note what its answer will tell.
+
+        Raises `RequestError`.
+        """
+        if fault := await self._service.constraint_fault(parsed.resolved):
+            raise refusal(fault, parsed.constraint_param)
+        call.record.prompt_tokens = parsed.resolved.prompt_tokens
+        if parsed.resolved.cut_to is not None:
+            call.record.clamped_fields[parsed.max_tokens_param] = parsed.resolved.cut_to
 
     async def begin(self, wire: WireFormat, call: Call, parsed: ParsedRequest) -> Response | EventStream:
-        """The answer to a new request that is parsed already. Raises `RequestError`."""
+        """The answer to a new request that was accepted. Raises `RequestError`."""
         request, record = parsed.resolved, call.record
-        if fault := await self._service.constraint_fault(request):
-            raise refusal(fault, parsed.constraint_param)
-        record.prompt_tokens = request.prompt_tokens
-        if request.cut_to is not None:
-            record.clamped_fields[parsed.max_tokens_param] = request.cut_to
         if parsed.whole is None and self._resume.wanted(call):
             return await self._resume.open(call, parsed, wire)
         running = self._service.start(request)

@@ -6,10 +6,13 @@ its id leaves nothing behind. Knows no field of a request.
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import sys
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from contextvars import Context
 from functools import partial
 from typing import Any
 
@@ -25,6 +28,7 @@ from serve_app.api.weights import replaced
 from serve_app.api.wire import ParsedRequest
 from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.core import Fingerprint, RequestError
+from serve_app.observability import metrics as m
 from serve_app.observability.logs import RequestRecord
 from serve_app.resume.event_log import Mark
 from serve_app.resume.records import StreamDocument
@@ -32,16 +36,23 @@ from serve_app.resume.stored import StoredStream
 from serve_app.resume.stream import ResumableStream
 from serve_app.resume.transcript import Transcript
 
+logger = logging.getLogger(__name__)
+
 _JSON = json.JSONEncoder(ensure_ascii=False)
 
 
 class KeptAnswers:
     """Begins kept responses, and gives their events."""
 
-    def __init__(self, kept: KeptResponses, tokenizer: ChatTokenizer, settings: StreamSettings) -> None:
+    def __init__(
+        self, kept: KeptResponses, tokenizer: ChatTokenizer, settings: StreamSettings, metrics: m.MetricsSink
+    ) -> None:
         self._kept = kept
         self._tokenizer = tokenizer
         self._settings = settings
+        self._metrics = metrics
+        self._ending: set[asyncio.Task[None]] = set()
+        """One task for each response that this ingress began in the background."""
 
     async def begin(self, call: Call, parsed: ParsedRequest, *, streams: bool) -> Response | EventStream:
         """The answer to a new request. Raises `RequestError`."""
@@ -53,11 +64,15 @@ class KeptAnswers:
         document = StreamDocument(request, caller, "responses", parsed.settings, background)
         stream = self._kept.streams.new(stream_id, document, self._transcript(document))
         if streams:
-            return await self._events(call.record, stream, None)
+            events = await self._events(call.record, stream, None)
+            if background:
+                self._count_at_its_end(stream)
+            return events
         if background:
             with store_errors(response_id):
                 await stream.begin()
             call.record.outcome = "background"
+            self._count_at_its_end(stream)
         else:
             await self._whole(call.record, stream)
         return json_response(await self._document(stream), request.seed)
@@ -78,6 +93,24 @@ class KeptAnswers:
         fingerprint = await self._kept.weights.fingerprint()
         with store_errors(response_id):
             await self._kept.streams.find(stream_id_of(response_id) or "", partial(self._found, fingerprint))
+
+    def _count_at_its_end(self, stream: ResumableStream) -> None:
+        """Count the tokens of a response in the background: its request is answered before they come."""
+
+        async def count() -> None:
+            await stream.closed()
+            transcript = stream.feed.transcript
+            self._metrics.count(m.PROMPT_TOKENS, stream.document.request.prompt_tokens)
+            self._metrics.count(m.CACHED_PROMPT_TOKENS, transcript.cached_prompt_tokens)
+            self._metrics.count(m.OUTPUT_TOKENS, transcript.tokens)
+            outcome = transcript.outcome if stream.finished else "left to another ingress"
+            request_id = stream.document.request.request_id
+            logger.info("request %s ended in the background: %s, %d tokens", request_id, outcome, transcript.tokens)
+
+        # A context of its own: Serve cancels all that was called in the context of a request when its client goes.
+        task = asyncio.create_task(count(), name="background response", context=Context())
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
 
     async def _whole(self, record: RequestRecord, stream: ResumableStream) -> None:
         """Generate the response to its end. A client that goes now knows no id, so its response is dropped."""
@@ -136,15 +169,19 @@ class KeptAnswers:
 async def _read(
     record: RequestRecord, stream: ResumableStream, position: int, max_lag_bytes: int, *, new: bool
 ) -> AsyncGenerator[bytes, None]:
-    """Events from `position` on, to the end. `new`: the request with the prompt, for which cached tokens count."""
+    """Events from `position` on, to the end. `new`: the request with the prompt, for which cached tokens count.
+
+    Tokens of a response in the background do not count for its readers.
+    """
     transcript = stream.feed.transcript
+    counts = not stream.document.background
     seen = 0 if new else transcript.tokens
     async with aclosing(stream.feed.read(Mark(position), max_lag_bytes)) as pieces:
         async for _, events in pieces:
-            if transcript.tokens > seen:
+            if counts and transcript.tokens > seen:
                 record.saw_tokens(transcript.tokens - seen)
                 seen = transcript.tokens
-            if new:
+            if counts and new:
                 record.cached_prompt_tokens = transcript.cached_prompt_tokens
             yield b"".join(event.content for event in events)
     record.outcome = transcript.outcome

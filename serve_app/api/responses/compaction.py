@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from serve_app.api.responses.ids import input_item_id, new_response_id, output_i
 from serve_app.api.responses.items import compaction
 from serve_app.api.responses.writer import usage_document
 from serve_app.api.unknown_fields import UnknownFields
+from serve_app.chat.options import ToolChoice
 from serve_app.chat.parts import TextPart
 from serve_app.generation.request import CompletionParams
 from serve_app.generation.service import CompletionService
@@ -43,6 +45,7 @@ class Compactor:
         card = await self._service.ready_model(request.model)
         response_id = new_response_id()
         options = await call.run(partial(self._reader.options, request, unknown))
+        options = replace(options, text_grammar="", tool_choice=ToolChoice("none"))
         conversation = await self._reader.read(call, request, response_id, unknown)
         task = {
             "id": input_item_id(response_id, "message", len(conversation.items)),

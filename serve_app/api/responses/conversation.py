@@ -20,8 +20,9 @@ from serve_app.api.responses.ids import response_of
 from serve_app.api.responses.items import Item, read_items, references, text_of
 from serve_app.api.responses.kept import KeptResponses
 from serve_app.api.responses.messages import PREVIOUS, Messages
+from serve_app.api.structured import format_grammar
 from serve_app.api.template_variables import template_variables
-from serve_app.api.unknown_fields import UnknownFields, unsupported
+from serve_app.api.unknown_fields import UnknownFields
 from serve_app.chat.json_values import JsonLimit
 from serve_app.chat.options import ChatOptions, Tool
 from serve_app.chat.prompt_error import PromptError
@@ -30,6 +31,8 @@ from serve_app.core import FailureCode, ModelCard
 from serve_app.generation.request import Prompt
 from serve_app.generation.service import CompletionService
 
+TEXT_FORMAT = "text.format"
+"""The field that says what the text must match."""
 MAX_REFERENCED = 32
 """Responses whose items one request may refer to: each is a call to the store."""
 
@@ -109,9 +112,6 @@ class ConversationReader:
 
     def options(self, request: ConversationFields, unknown: UnknownFields) -> ChatOptions:
         """How the prompt is written, and what the answer may be. Raises `ApiError` and `PromptError`."""
-        kind = ((request.text.format if request.text else None) or {}).get("type", "text")
-        if kind != "text":
-            raise unsupported("text.format")
         reasoning, text = request.reasoning, request.text
         fields = {
             "reasoning_effort": ("reasoning.effort", None if reasoning is None else reasoning.effort),
@@ -124,6 +124,7 @@ class ConversationReader:
             tools=tools,
             tool_choice=choice,
             parallel_tool_calls=request.parallel_tool_calls is not False,
+            text_grammar=format_grammar(text.format, TEXT_FORMAT, unknown) if text is not None and text.format else "",
         )
 
     async def _render(

@@ -52,12 +52,9 @@ class Responses:
     async def create(self, call: Call) -> Response | EventStream:
         """`POST /v1/responses`."""
         parsed = await self._format.parse(call)
-        record, request = call.record, parsed.resolved
+        await self._responder.accept(call, parsed)
         if not parsed.settings["response"]["store"]:
             return await self._responder.begin(self._format, call, parsed)
-        record.prompt_tokens = request.prompt_tokens
-        if request.cut_to is not None:
-            record.clamped_fields[parsed.max_tokens_param] = request.cut_to
         return await self._answers.begin(call, parsed, streams=bool((call.body or {}).get("stream")))
 
     async def one(self, call: Call) -> Response | EventStream:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from serve_app.api.http.endpoint import Call
-from serve_app.api.responses.conversation import ConversationReader
+from serve_app.api.responses.conversation import TEXT_FORMAT, ConversationReader
 from serve_app.api.responses.fields import ResponseRequest, read_request
 from serve_app.api.responses.ids import new_response_id
 from serve_app.api.responses.writer import ResponseWriter
@@ -60,7 +60,8 @@ class ResponsesFormat(WireFormat):
             "input": list(conversation.items),
         }
         whole = None if request.stream or request.background else partial(self._whole, settings)
-        return ParsedRequest(resolved, whole, settings, "max_output_tokens")
+        constraint_param = TEXT_FORMAT if options.text_grammar else "tools"
+        return ParsedRequest(resolved, whole, settings, "max_output_tokens", constraint_param)
 
     def writer(self, request: ResolvedRequest, settings: Mapping[str, Any]) -> ResponseWriter:
         """See `WireFormat`."""

@@ -10,6 +10,7 @@ import httpx
 import pytest
 from asgi_driver import Exchange
 from fake_replica import FakeReplica, Script
+from memory_metrics import MemoryMetrics
 from responses_api import BRIEF, HI, create, events_of, text_of, until
 from starlette.applications import Starlette
 
@@ -41,7 +42,12 @@ async def polled(api: httpx.AsyncClient, response_id: str) -> Event:
 
 
 async def test_it_goes_on_without_a_reader_and_any_ingress_tells(
-    replica: FakeReplica, make_app: MakeApp, http: Http, writes: Writes, store: MemoryJournalStore
+    replica: FakeReplica,
+    make_app: MakeApp,
+    http: Http,
+    writes: Writes,
+    store: MemoryJournalStore,
+    metrics: MemoryMetrics,
 ) -> None:
     replica.scripts = [writes(pause_s=0.005)]
     api = http(make_app(replica, kept=store, background=BRIEF))
@@ -56,6 +62,8 @@ async def test_it_goes_on_without_a_reader_and_any_ingress_tells(
     events = events_of((await api.get(f"/v1/responses/{begun['id']}?stream=true")).content)
     assert [event["type"] for event in events][:3] == ["response.created", "response.queued", "response.in_progress"]
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    counted = {name: metrics.counters[f"serve_app_{name}_tokens", ()] for name in ("prompt", "output")}
+    assert counted == {"prompt": document["usage"]["input_tokens"], "output": document["usage"]["output_tokens"]}
 
 
 async def test_its_stream_goes_on_when_its_reader_goes(

@@ -96,7 +96,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"input": "Hi", "max_output_tokens": 0}, "max_output_tokens"),
     ({"input": "Hi", "truncation": "some"}, "truncation"),
     ({"input": "Hi", "top_logprobs": 21}, "top_logprobs"),
-    ({"input": "Hi", "text": {"format": {"type": "grammar"}}}, "text.format"),
+    ({"input": "Hi", "text": {"format": {"type": "audio"}}}, "text.format.type"),
+    ({"input": "Hi", "text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
 ]
 
 
