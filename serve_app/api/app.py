@@ -32,7 +32,7 @@ from serve_app.api.openapi.pages import pages as pages_of_the_api
 from serve_app.api.respond import Responder
 from serve_app.api.responses.answers import KeptAnswers
 from serve_app.api.responses.conversation import ConversationReader
-from serve_app.api.responses.endpoints import RESPONSE, Responses
+from serve_app.api.responses.endpoints import Responses
 from serve_app.api.responses.format import ResponsesFormat
 from serve_app.api.responses.kept import KeptResponses
 from serve_app.api.resume import ENDPOINT, Resume
@@ -82,12 +82,8 @@ def create_app(
         made = Endpoint(path, handler, admission, config, get_with_body=get_with_body, reads_body=reads_body)
         return route(path, made, *methods)
 
-    async def stream(call: Call) -> Response | EventStream:
-        from_jina = call.method == "GET" and call.body is not None
-        return await responder.answer(jina if from_jina else native, call)
-
     routes = [
-        endpoint("/stream", stream, "GET", "POST", get_with_body=True),
+        endpoint("/stream", _stream(responder, native, jina), "GET", "POST", get_with_body=True),
         endpoint("/v1/chat/completions", partial(responder.answer, chat), "POST"),
         endpoint("/v1/completions", partial(responder.answer, text), "POST"),
         endpoint("/v1/chat/completions/render", Render(chat, service.tokenizer).handle, "POST"),
@@ -97,12 +93,7 @@ def create_app(
         endpoint("/tokenizer_info", tokenization.handle_info, "GET"),
         endpoint("/v1/messages", partial(responder.answer, messages), "POST"),
         endpoint("/v1/messages/count_tokens", messages.handle_count, "POST"),
-        endpoint("/v1/responses", by_id.create, "POST"),
-        endpoint("/v1/responses/compact", by_id.compact, "POST"),
-        endpoint("/v1/responses/input_tokens", by_id.count, "POST"),
-        endpoint(RESPONSE, by_id.one, "DELETE", "GET"),
-        endpoint(f"{RESPONSE}/cancel", by_id.cancel, "POST", reads_body=False),
-        endpoint(f"{RESPONSE}/input_items", by_id.input_items, "GET"),
+        *by_id.routes(endpoint),
         endpoint(ENDPOINT, resume.handle, "GET"),
         endpoint("/v1/models", list_models, "GET", "HEAD"),
         endpoint("/v1/models/{model:path}", one_model, "GET", "HEAD"),
@@ -110,6 +101,16 @@ def create_app(
         *pages_of_the_api(),
     ]
     return application(routes, metrics, pages, unserved)
+
+
+def _stream(responder: Responder, native: NativeFormat, jina: JinaFormat) -> Handler:
+    """The handler of /stream, where Jina's client sends GET with a body."""
+
+    async def handle(call: Call) -> Response | EventStream:
+        from_jina = call.method == "GET" and call.body is not None
+        return await responder.answer(jina if from_jina else native, call)
+
+    return handle
 
 
 def _for_client(handler: Handler, for_anthropic: Handler) -> Handler:

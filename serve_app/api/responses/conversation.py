@@ -44,11 +44,12 @@ class Conversation:
     instructions: str | None
     items: Sequence[Item]
     earlier: int
-    """How many of the items come from the previous response, and not from the request."""
+    """How many of the items come from the previous response, and not from the request. Negative where oldest items of
+    the request were dropped: item i is number `i - earlier` of the request."""
 
     def without(self, dropped: int) -> Conversation:
         """The conversation without its oldest items."""
-        return Conversation(self.instructions, self.items[dropped:], max(0, self.earlier - dropped))
+        return Conversation(self.instructions, self.items[dropped:], self.earlier - dropped)
 
     def cuts(self) -> list[int]:
         """How many of the oldest items may be dropped: whole turns, so that no output loses its call."""
@@ -141,7 +142,7 @@ class ConversationReader:
 
         render = partial(self._service.render_chat, card, written.messages, options, note)
         # The items of earlier responses are not in the body, whose size decides where the work is done.
-        earlier_bytes = sum(map(_size, conversation.items[: conversation.earlier]))
+        earlier_bytes = sum(map(_size, conversation.items[: max(0, conversation.earlier)]))
         try:
             items = len(conversation.items) + len(options.tools) + earlier_bytes // ITEM_BYTES
             return await call.run(render, items=items)

@@ -5,10 +5,12 @@ Knows no event and no store: `answers` and `kept` do.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from starlette.responses import Response
+from starlette.routing import Route
 
 from serve_app.api.errors import bad_request
 from serve_app.api.http.endpoint import Call
@@ -23,7 +25,7 @@ from serve_app.api.responses.ids import new_response_id, stream_id_of
 from serve_app.api.responses.kept import KeptResponses, store_errors
 from serve_app.generation.service import CompletionService
 
-RESPONSE = "/v1/responses/{response_id}"
+_RESPONSE = "/v1/responses/{response_id}"
 
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False, "": False}
 _MAX_NUMBER = 10**9
@@ -48,6 +50,17 @@ class Responses:
         self._answers = answers
         self._responder = responder
         self._compactor = Compactor(service, reader)
+
+    def routes(self, endpoint: Callable[..., Route]) -> list[Route]:
+        """A route for each path. `endpoint` makes one of a path, a handler and the methods."""
+        return [
+            endpoint("/v1/responses", self.create, "POST"),
+            endpoint("/v1/responses/compact", self.compact, "POST"),
+            endpoint("/v1/responses/input_tokens", self.count, "POST"),
+            endpoint(_RESPONSE, self.one, "DELETE", "GET"),
+            endpoint(f"{_RESPONSE}/cancel", self.cancel, "POST", reads_body=False),
+            endpoint(f"{_RESPONSE}/input_items", self.input_items, "GET"),
+        ]
 
     async def create(self, call: Call) -> Response | EventStream:
         """`POST /v1/responses`."""

@@ -24,7 +24,7 @@ class Messages:
     """The messages of a conversation, with the place in the request that each was made of."""
 
     def __init__(self, instructions: str | None, items: Sequence[Item], first: int) -> None:
-        """`first`: the number of items that the request itself did not give."""
+        """`first`: the number of items that the request itself did not give; see `Conversation.earlier`."""
         self.messages: list[dict[str, Any]] = []
         self._places: list[str] = []
         self._reasoning: list[str] = []

@@ -61,6 +61,8 @@ def test_items_become_the_turns_of_a_chat() -> None:
 def test_an_error_names_the_item_that_was_sent() -> None:
     items = read_items([USER, CALL, CALL, USER], "resp_x", UnknownFields(RequestRecord("r1"), refused=True))
     written = Messages("Be brief.", items, 1)
+    cut = Messages(None, items[2:], -1)
+    assert cut.place("messages[1].content") == "input[2].content", "the first two items were dropped"
     for message, place in ((0, "instructions"), (1, "previous_response_id"), (3, "input[2]")):
         error = written.named(PromptError(f"messages[{message}].content is bad.", param=f"messages[{message}].content"))
         assert (error.message, error.param) == (f"{place}.content is bad.", f"{place}.content")
