@@ -39,7 +39,13 @@ from serve_app.deployments.status.readiness import Readiness, answers, deploymen
 from serve_app.grammar_checker import GrammarChecker
 from serve_app.models.cache import cache_directory
 from serve_app.models.model_error import ModelError
-from serve_app.observability.metrics import JOURNAL_BYTES, JOURNALS, REQUESTS_IN_PROGRESS
+from serve_app.observability.metrics import (
+    JOURNAL_BYTES,
+    JOURNALS,
+    REQUESTS_IN_PROGRESS,
+    RESPONSE_BYTES,
+    RESPONSES,
+)
 from serve_app.resume.journal_store import StoreUnavailable
 from serve_app.resume.registry import ResumableStreams
 
@@ -54,6 +60,8 @@ METRICS_PERIOD_S = 2.0
 """Interval of reports of gauges. To count the journals is one call to their store."""
 RETRY_S = 30.0
 """Pause after a failed try to load the tokenizer: the network may come back."""
+_KEPT = ((JOURNALS, JOURNAL_BYTES), (RESPONSES, RESPONSE_BYTES))
+"""The metrics of the resumable streams, and those of the responses."""
 
 
 @serve.ingress()
@@ -223,9 +231,10 @@ class Ingress(AsgiDeployment):
             # Checked each time: when the replica that reports stops, Serve gives its rank to another one.
             if self._streams and _speaks_for_all():
                 try:
-                    sizes = [await streams.journals() for streams in self._streams]
-                    self._metrics.gauge(JOURNALS, sum(journals for journals, _ in sizes))
-                    self._metrics.gauge(JOURNAL_BYTES, sum(size_bytes for _, size_bytes in sizes))
+                    for streams, (number, size) in zip(self._streams, _KEPT, strict=True):
+                        journals, size_bytes = await streams.journals()
+                        self._metrics.gauge(number, journals)
+                        self._metrics.gauge(size, size_bytes)
                 except StoreUnavailable as error:  # `JournalWriter` logs a warning
                     logger.debug("the journals can't be counted: %s", error)
             await asyncio.sleep(METRICS_PERIOD_S)

@@ -50,8 +50,10 @@ REQUESTS_IN_PROGRESS = Metric("serve_app_requests_in_progress", "Requests that a
 RUNNING = Metric("serve_app_running", "Requests that a model replica computes in its steps.")
 WAITING = Metric("serve_app_waiting", "Requests that wait for a place in a model replica's engine.")
 CACHE_USE = Metric("serve_app_cache_use", "Share of the KV cache's pages in use, 0 to 1.")
-JOURNALS = Metric("serve_app_journals", "Journals of resumable streams and kept responses, in the whole application.")
+JOURNALS = Metric("serve_app_journals", "Journals of resumable streams that are kept, in the whole application.")
 JOURNAL_BYTES = Metric("serve_app_journal_bytes", "Bytes of all these journals together.")
+RESPONSES = Metric("serve_app_responses", "Responses of /v1/responses that are kept, in the whole application.")
+RESPONSE_BYTES = Metric("serve_app_response_bytes", "Bytes of all these responses together.")
 DRAFTED_TOKENS = Metric(
     "serve_app_drafted_tokens", "Output tokens that prompt lookup guessed and a model replica verified."
 )
