@@ -69,7 +69,7 @@ def create_app(
     response = ResponsesFormat(service, reader, refuse_unknown_fields=refuse_unknown_fields, keeps=keep_responses)
     resume = Resume(service, streams, (native, jina, chat, text, messages, response), settings)
     responder = Responder(service, resume, settings)
-    answers = KeptAnswers(kept, service.tokenizer, settings, metrics)
+    answers = KeptAnswers(kept, settings, metrics)
     by_id = Responses(service, response, reader, kept, answers, responder)
     tokenization = Tokenization(service, refuse_unknown_fields=refuse_unknown_fields)
     models, anthropic_models = Models(service), AnthropicModels(service)

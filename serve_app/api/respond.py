@@ -45,11 +45,15 @@ class Responder:
 
         The seed goes out in a header, since not every format has a place for it.
         """
-        if (rest := await self._resume.continued(call)) is not None:
+        if (rest := await self.continued(call)) is not None:
             return rest
         parsed = await wire.parse(call)
         await self.accept(call, parsed)
         return await self.begin(wire, call, parsed)
+
+    async def continued(self, call: Call) -> Response | EventStream | None:
+        """The rest of an earlier stream that the request names; None for a new request. Raises `RequestError`."""
+        return await self._resume.continued(call)
 
     async def accept(self, call: Call, parsed: ParsedRequest) -> None:
         """Check what only this process can check of a request that is parsed, and note what its answer will tell.
@@ -113,6 +117,8 @@ async def _whole(running: RunningCompletion, request: ResolvedRequest, whole: Wh
 
     def written() -> bytes:
         document = whole(gained, usage)
+        if isinstance(document, str):
+            return document.encode()
         # A large document is encoded piece by piece, since no other thread runs during a single `encode` call.
         pieces = [_JSON.encode(document)] if in_loop else _JSON.iterencode(document)
         return "".join(pieces).encode()

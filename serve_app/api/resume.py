@@ -20,8 +20,7 @@ from serve_app.api.http.endpoint import Call
 from serve_app.api.http.sse import EventStream, StreamSettings
 from serve_app.api.weights import ServedWeights, replaced
 from serve_app.api.wire import ParsedRequest, WireFormat
-from serve_app.core import Fingerprint
-from serve_app.generation.events import EventWriter
+from serve_app.core import RequestError
 from serve_app.generation.service import CompletionService
 from serve_app.observability.logs import RequestRecord
 from serve_app.resume.event_log import Mark
@@ -76,7 +75,7 @@ class Resume:
         A client that can only repeat its request (EventSource, fetch-event-source) can thus continue a stream too.
         """
         last_event_id = call.headers.get(LAST_EVENT_ID_HEADER)
-        if not last_event_id or not self.wanted(call):
+        if not self.wanted(call) or not last_event_id:
             return None
         return await self._rest(call, *_parse_event_id(last_event_id))
 
@@ -104,12 +103,15 @@ class Resume:
     async def _rest(self, call: Call, stream_id: str, mark: Mark) -> Response | EventStream:
         call.record.endpoint = ENDPOINT
         fingerprint = await self._weights.fingerprint()
-        stream = await self._streams.find(stream_id, lambda document: self._found(document, fingerprint))
-        if not is_caller(stream.document.caller, stream_id, call.headers):
-            message = (
-                "This stream belongs to other credentials; send the Authorization or x-api-key header that opened it."
-            )
-            raise ApiError(404, message, code="stream_not_found")
+
+        def found(document: StreamDocument) -> Transcript:
+            _check_caller(call, stream_id, document)
+            if document.request.fingerprint != fingerprint:
+                raise replaced("stream")
+            return self._transcript(document)
+
+        stream = await self._streams.find(stream_id, found)
+        _check_caller(call, stream_id, stream.document)
         if stream.finished and mark.position >= len(stream.feed.events):
             await stream.feed.check(mark, 0)
             call.record.outcome = "delivered"
@@ -118,57 +120,74 @@ class Resume:
 
     async def _answer(self, record: RequestRecord, stream: ResumableStream, mark: Mark | None) -> EventStream:
         """A response with the events from `mark` on. None: the stream has yet to begin."""
-        document = stream.document
+        document, reader = stream.document, _Reader(record, stream, mark)
+        wire = self._wire(document)
+
+        def on_error(error: RequestError) -> bytes:
+            return wire.reader_error(error, document.request, document.settings, reader.position)
+
         return await EventStream(
-            _chunks(record, stream, mark, self._settings.slow_reader_bytes),
-            on_error=self._writer(document).failed,
+            reader.chunks(self._settings.slow_reader_bytes),
+            on_error=on_error,
             settings=self._settings,
             headers={STREAM_ID_HEADER: stream.id, "x-seed": str(document.request.seed)},
             paced=True,
         ).opened()
 
-    def _found(self, document: StreamDocument, fingerprint: Fingerprint) -> Transcript:
-        """An empty transcript for a stream that was found in the store.
-
-        Raises `ApiError` if the model was replaced since, and `StreamGone`.
-        """
-        if document.request.fingerprint != fingerprint:
-            raise replaced("stream")
-        return self._transcript(document)
-
     def _transcript(self, document: StreamDocument) -> Transcript:
-        return Transcript(document.request, self._service.tokenizer, partial(self._writer, document))
+        """Raises `StreamGone`, as `_wire` does."""
+        new_writer = partial(self._wire(document).writer, document.request, document.settings)
+        return Transcript(document.request, self._service.tokenizer, new_writer)
 
-    def _writer(self, document: StreamDocument) -> EventWriter:
+    def _wire(self, document: StreamDocument) -> WireFormat:
         """Raises `StreamGone` for a wire format that only another version of this program has."""
         wire = self._formats.get(document.wire_format)
         if wire is None:
             raise StreamGone
-        return wire.writer(document.request, document.settings)
+        return wire
 
 
-async def _chunks(
-    record: RequestRecord, stream: ResumableStream, mark: Mark | None, max_lag_bytes: int
-) -> AsyncGenerator[bytes, None]:
-    """Events with their ids. The first chunk is empty and lets the headers go out: it is certain that events follow."""
-    transcript = stream.feed.transcript
-    with stream.attended():
-        if mark is None:
-            await stream.begin()
-        else:
-            await stream.feed.check(mark, _CHECK_WAIT_S)
-        seen = 0 if mark is None else transcript.tokens
-        yield b""
-        yield _RETRY  # a field of the first event, not an event of its own
-        async with aclosing(stream.feed.read(mark or Mark(), max_lag_bytes)) as pieces:
-            async for first, events in pieces:
-                if transcript.tokens > seen:
-                    record.saw_tokens(transcript.tokens - seen)
-                    seen = transcript.tokens
-                if mark is None:  # cached tokens count only for the request with the prompt
-                    record.cached_prompt_tokens = transcript.cached_prompt_tokens
-                yield _numbered(stream.id, first, events)
-        record.outcome = transcript.outcome
+class _Reader:
+    """One reader of a stream."""
+
+    def __init__(self, record: RequestRecord, stream: ResumableStream, mark: Mark | None) -> None:
+        """`mark`: None for the request that begins the stream."""
+        self._record = record
+        self._stream = stream
+        self._mark = mark
+        self.position = 0 if mark is None else mark.position
+        """Number of the next event."""
+
+    async def chunks(self, max_lag_bytes: int) -> AsyncGenerator[bytes, None]:
+        """Events with their ids. The first chunk is empty and lets the headers go out: it is certain that events
+        follow."""
+        stream, mark, record = self._stream, self._mark, self._record
+        transcript = stream.feed.transcript
+        with stream.attended():
+            if mark is None:
+                await stream.begin()
+            else:
+                await stream.feed.check(mark, _CHECK_WAIT_S)
+            seen = 0 if mark is None else transcript.tokens
+            yield b""
+            yield _RETRY  # a field of the first event, not an event of its own
+            async with aclosing(stream.feed.read(mark or Mark(), max_lag_bytes)) as pieces:
+                async for first, events in pieces:
+                    if transcript.tokens > seen:
+                        record.saw_tokens(transcript.tokens - seen)
+                        seen = transcript.tokens
+                    if mark is None:  # cached tokens count only for the request with the prompt
+                        record.cached_prompt_tokens = transcript.cached_prompt_tokens
+                    self.position = first + len(events)
+                    yield _numbered(stream.id, first, events)
+            record.outcome = transcript.outcome
+
+
+def _check_caller(call: Call, stream_id: str, document: StreamDocument) -> None:
+    """Raise `ApiError` (404) unless the caller opened the stream."""
+    if not is_caller(document.caller, stream_id, call.headers):
+        message = "This stream belongs to other credentials; send the Authorization or x-api-key header that opened it."
+        raise ApiError(404, message, code="stream_not_found")
 
 
 def _numbered(stream_id: str, first: int, events: Sequence[Event]) -> bytes:

@@ -1,7 +1,7 @@
 """What a wire format is: how a body becomes a request, and how a completion becomes events or one document.
 
-Implemented by `native`, `jina`, `openai` and `anthropic`. To add one is to add such a class and its path in `app`.
-Knows no replica.
+Implemented by `native`, `jina`, `openai`, `anthropic` and `responses`. To add one is to add such a class and its
+path in `app`. Knows no replica.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from serve_app.api.http.endpoint import Call
+from serve_app.core import RequestError
 from serve_app.generation.completion import Usage
 from serve_app.generation.events import EventWriter
 from serve_app.generation.request import ResolvedRequest
 from serve_app.generation.text import Delta
 
-Whole = Callable[[Sequence[Sequence[Delta]], Usage], dict[str, Any]]
-"""Makes one document from the deltas of each choice and the usage. May run in a thread."""
+Whole = Callable[[Sequence[Sequence[Delta]], Usage], dict[str, Any] | str]
+"""Makes one document, or its JSON, from the deltas of each choice and the usage. May run in a thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,3 +61,12 @@ class WireFormat(ABC):
     @abstractmethod
     def writer(self, request: ResolvedRequest, settings: Mapping[str, Any]) -> EventWriter:
         """A writer for the events of one stream, from the first on."""
+
+    def reader_error(
+        self, error: RequestError, request: ResolvedRequest, settings: Mapping[str, Any], position: int
+    ) -> bytes:
+        """The event of an error that ends a resumable stream for one reader alone.
+
+        `position`: how many events the reader has got or had before.
+        """
+        return self.writer(request, settings).failed(error)

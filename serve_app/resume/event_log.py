@@ -20,6 +20,8 @@ NEWEST_BYTES = 2**14
 that have just come. Some hundred streams in progress keep less than 10 MiB this way."""
 _REPLAYED_AT_ONCE = 32
 """Events that `Replay` makes before it lets the event loop run: about 1 ms."""
+_REPLAYED_BYTES = 2**14
+"""Bytes of events after which it does so too: those with logprobs are long."""
 _ROOM = 1 / 8
 """Share of a limit that is freed when it is reached, so that the next event does not reach it again."""
 
@@ -141,14 +143,16 @@ class Replay:
         again, which would be a bug.
         """
         found: list[Event] = []
-        found_bytes = 0
+        found_bytes = made_bytes = 0
         for position, event in self._events:
+            made_bytes += len(event.content)
             if position > start:
                 found.append(event)
                 found_bytes += len(event.content)
             if found_bytes >= size_bytes:
                 break
-            if position % _REPLAYED_AT_ONCE == 0:
+            if position % _REPLAYED_AT_ONCE == 0 or made_bytes >= _REPLAYED_BYTES:
+                made_bytes = 0
                 await asyncio.sleep(0)
         if not found:
             raise LookupError(f"event {start} is not made again")

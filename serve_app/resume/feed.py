@@ -41,8 +41,9 @@ class EventFeed:
             self._add(self.transcript.push(choice, batch))
 
     def fail(self, failure: Failure) -> None:
-        """The stream ends with an error."""
-        self._add(self.transcript.fail(failure))
+        """The stream ends with an error, unless it has ended."""
+        if not self.finished:
+            self._add(self.transcript.fail(failure))
 
     def close(self, trouble: RequestError | None = None) -> None:
         """No more events come. `trouble` is raised in readers that have read all events."""

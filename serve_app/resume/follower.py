@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from functools import partial
 
 from serve_app.core import Failure, MessageError, decode_replies
@@ -18,6 +19,7 @@ from serve_app.resume.journal_store import JournalView
 from serve_app.resume.records import StreamDocument, write_document
 from serve_app.resume.refusals import StreamChanged, StreamGone
 from serve_app.resume.stream_id import loggable
+from serve_app.resume.transcript import logprob_entries
 from serve_app.resume.writer import OwnedJournal, new_owner
 
 logger = logging.getLogger(__name__)
@@ -25,17 +27,27 @@ logger = logging.getLogger(__name__)
 FOLLOW_WAIT_S = 10.0
 """How long a follower waits for news in one call to the store; a lapsed lease ends the wait at once."""
 FED_AT_ONCE = 32
-"""Tokens of a journal that become events between two turns of the event loop: about 1 ms."""
+"""Tokens of a journal, and alternatives listed with them, that become events between two turns of the event loop: about
+1 ms."""
 
 
 class Follower:
     """Reads the journal of one stream into its feed."""
 
-    def __init__(self, stream_id: str, document: StreamDocument, feed: EventFeed, context: StreamContext) -> None:
+    def __init__(
+        self,
+        stream_id: str,
+        document: StreamDocument,
+        feed: EventFeed,
+        context: StreamContext,
+        may_take_over: Callable[[], bool],
+    ) -> None:
+        """`may_take_over`: whether this process has a place for one more stream that it generates."""
         self._id = stream_id
         self._document = document
         self._feed = feed
         self._context = context
+        self._may_take_over = may_take_over
         self.records: list[bytes] = []
         """The records that are in the feed; after this process owned the stream, those that it has written."""
 
@@ -50,6 +62,9 @@ class Follower:
             await self.feed(await context.look(self._id, len(self.records), FOLLOW_WAIT_S))
             if self._feed.finished:
                 break
+            if not self._may_take_over():  # without an owner `look` does not wait
+                await asyncio.sleep(context.settings.lease_s)
+                continue
             owner = new_owner()
             if await context.reach(partial(context.store.acquire, self._id, owner)):
                 # The old owner may have written between `look` and `acquire`.
@@ -73,7 +88,7 @@ class Follower:
                         self._feed.fail(reply)
                     else:
                         self._feed.push(choice, reply)
-                        fed += len(reply.token_ids)
+                        fed += logprob_entries(reply)
                     if fed >= FED_AT_ONCE:
                         fed = 0
                         await asyncio.sleep(0)
@@ -84,5 +99,6 @@ class Follower:
             logger.error("the journal of stream %s can't be read", loggable(self._id), exc_info=error)
             raise StreamGone from error
         if view.finished and not self._feed.finished:
-            logger.error("the journal of stream %s ends before the stream does", loggable(self._id))
+            if (await self._context.look(self._id, 0)).document:  # else it was erased
+                logger.error("the journal of stream %s ends before the stream does", loggable(self._id))
             raise StreamGone

@@ -73,9 +73,14 @@ class Owner:
 
     @property
     def wanted(self) -> bool:
-        """Somebody reads the stream, or did so a moment ago, or it goes on without a reader."""
-        if self.document.background or self.attendance.readers:
+        """Somebody reads the stream, or did so a moment ago, or it goes on without a reader.
+
+        A stream whose journal was dropped can't be found again, so it does not go on without a reader.
+        """
+        if self.attendance.readers:
             return True
+        if self.document.background:
+            return self.journal.lease is not LeaseStatus.FULL
         return self.attendance.patience_s(self.journal.last_read) > 0
 
     def ask_to_stop(self) -> None:
@@ -97,8 +102,10 @@ class Owner:
         now = asyncio.get_running_loop().time()
         if self.journal.lease is LeaseStatus.LOST or self.journal.stop_asked:
             patience.reschedule(now)
-        elif self.document.background or self.attendance.readers or not self.accepted:
+        elif self.attendance.readers or not self.accepted:
             patience.reschedule(None)  # until it is accepted, a request waits for it
+        elif self.document.background:
+            patience.reschedule(None if self.wanted else now)
         else:
             patience.reschedule(now + self.attendance.patience_s(self.journal.last_read))
 
@@ -135,5 +142,6 @@ class Owner:
             self.feed.push(choice, batch)
 
     def _fail(self, failure: Failure) -> None:
-        self.journal.write(0, failure)
-        self.feed.fail(failure)
+        if not self.feed.finished:  # what comes after the last event changes nothing
+            self.journal.write(0, failure)
+            self.feed.fail(failure)

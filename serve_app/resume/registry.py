@@ -16,9 +16,9 @@ from serve_app.generation.attempt_history import FailoverSettings
 from serve_app.generation.replica import ReplicaClient
 from serve_app.resume.context import ResumeSettings, StreamContext
 from serve_app.resume.event_log import EventMemory
-from serve_app.resume.journal_store import JournalStore
+from serve_app.resume.journal_store import JournalStore, JournalView
 from serve_app.resume.records import StreamDocument, read_document
-from serve_app.resume.refusals import StreamGone, TooManyInBackground
+from serve_app.resume.refusals import StreamGone
 from serve_app.resume.stored import StoredStream, end_stored, read_stored
 from serve_app.resume.stream import ResumableStream
 from serve_app.resume.stream_id import loggable, new_stream_id
@@ -61,10 +61,7 @@ class ResumableStreams:
         return await self._context.store.size()
 
     def new(self, stream_id: str, document: StreamDocument, transcript: Transcript) -> ResumableStream:
-        """A new stream; its `begin` starts it. Raises `TooManyInBackground`."""
-        limit = self._context.settings.max_background
-        if document.background and sum(stream.in_background for stream in self._streams.values()) >= limit:
-            raise TooManyInBackground(limit)
+        """A stream that does nothing yet; the `begin` of a new one starts it."""
         return ResumableStream(stream_id, document, transcript, self._context, self._streams)
 
     async def find(self, stream_id: str, make: Callable[[StreamDocument], Transcript]) -> ResumableStream:
@@ -79,16 +76,9 @@ class ResumableStreams:
         if there is not None:
             return there
         view = await self._context.look(stream_id, 0)
-        if not view.document:  # it was erased
-            raise StreamGone
         if (there := self._here(stream_id)) is not None:  # another request for it came first
             return there
-        try:
-            document = read_document(view.document)
-        except MessageError as error:
-            logger.error("the journal of stream %s can't be read", loggable(stream_id), exc_info=error)
-            raise StreamGone from error
-        stream = self.new(stream_id, document, make(document))
+        stream = self._from_journal(stream_id, view, make)
         await stream.catch_up(view)
         if (there := self._here(stream_id)) is not None:
             return there
@@ -97,15 +87,37 @@ class ResumableStreams:
             self._finished[stream_id] = stream
         return stream
 
+    def _from_journal(
+        self, stream_id: str, view: JournalView, make: Callable[[StreamDocument], Transcript]
+    ) -> ResumableStream:
+        """An object for a stream that was found in the store, without its records. Raises `StreamGone`."""
+        if not view.document:  # it was erased
+            raise StreamGone
+        try:
+            document = read_document(view.document)
+        except MessageError as error:
+            logger.error("the journal of stream %s can't be read", loggable(stream_id), exc_info=error)
+            raise StreamGone from error
+        return self.new(stream_id, document, make(document))
+
     async def stored(self, stream_id: str, patience_s: float = 0.0) -> StoredStream:
         """What the stream's journal holds; see `read_stored`. Raises `StreamGone` and `StoreUnavailable`."""
         return await read_stored(self._context, stream_id, patience_s)
 
-    async def cancel(self, stream_id: str) -> None:
-        """End the stream, whoever generates it; see `end_stored`. Raises `StreamGone` and `StoreUnavailable`."""
+    async def cancel(self, stream_id: str, make: Callable[[StreamDocument], Transcript]) -> None:
+        """End the stream, whoever generates it; see `end_stored`. `make`: as for `find`.
+
+        Raises `StreamGone` and `StoreUnavailable`.
+        """
+
+        async def has_ended(view: JournalView) -> bool:
+            stream = self._from_journal(stream_id, view, make)
+            await stream.catch_up(view)
+            return stream.finished
+
         if (there := self._streams.get(stream_id)) is not None:
             there.ask_to_stop()
-        await end_stored(self._context, stream_id)
+        await end_stored(self._context, stream_id, has_ended)
 
     async def erase(self, stream_id: str) -> None:
         """Delete the stream, also while it is generated. Raises `StreamGone` and `StoreUnavailable`."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,14 +16,18 @@ from msgspec.structs import replace
 from serve_app.core import Failure, MessageError, TokenBatch, decode_replies, encode_replies
 from serve_app.generation.output_tokens import BatchError, OutputTokens
 from serve_app.resume.context import StreamContext
-from serve_app.resume.journal_store import Append, JournalView, LeaseAction
+from serve_app.resume.journal_store import Append, JournalView, LeaseAction, LeaseStatus, StoreUnavailable
 from serve_app.resume.owner import CANCELLED
 from serve_app.resume.records import StreamDocument, read_document
 from serve_app.resume.refusals import StreamGone
 from serve_app.resume.stream_id import loggable
+from serve_app.resume.transcript import logprob_entries
 from serve_app.resume.writer import new_owner
 
 logger = logging.getLogger(__name__)
+
+_DECODED_AT_ONCE = 1000
+"""Tokens and their alternatives that are read between two turns of the event loop: about 1 ms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +54,20 @@ class _Reading:
         self.records = 0
         self._outputs = [OutputTokens(request) for request in document.request.requests]
 
-    def take(self, view: JournalView) -> None:
-        """Raises `BatchError` and `MessageError`."""
+    async def take(self, view: JournalView) -> None:
+        """Take in the records of `view`, and let other tasks run meanwhile. Raises `BatchError` and `MessageError`."""
         self.records += len(view.records)
+        entries = 0
         for record in view.records:
             for choice, reply in decode_replies(record):
-                if isinstance(reply, Failure):
-                    self.failure = reply
-                else:
+                if not isinstance(reply, Failure):
                     self._outputs[choice].append(reply)
+                    entries += logprob_entries(reply)
+                elif not self.ended:  # a stream has one end
+                    self.failure = reply
+            if entries >= _DECODED_AT_ONCE:
+                entries = 0
+                await asyncio.sleep(0)
 
     @property
     def ended(self) -> bool:
@@ -85,20 +95,24 @@ async def read_stored(context: StreamContext, stream_id: str, patience_s: float)
         reading = _Reading(read_document(view.document)) if view.document else None
         if reading is None:  # it was erased
             raise StreamGone
-        reading.take(view)
+        await reading.take(view)
         while not (view.finished or reading.ended) and view.leased and (left_s := deadline - loop.time()) > 0:
             view = await context.look(stream_id, reading.records, left_s)
-            reading.take(view)
+            await reading.take(view)
     except (MessageError, BatchError, LookupError) as error:
         logger.error("the journal of stream %s can't be read", loggable(stream_id), exc_info=error)
         raise StreamGone from error
     return reading.result(view)
 
 
-async def end_stored(context: StreamContext, stream_id: str) -> None:
+async def end_stored(
+    context: StreamContext, stream_id: str, has_ended: Callable[[JournalView], Awaitable[bool]]
+) -> None:
     """Have the stream's owner end it as cancelled, or do so here if it has none. Returns once the end is written.
 
-    A stream that has ended stays as it is. Raises `StreamGone`, and `StoreUnavailable` if its owner does not react.
+    A stream that has ended stays as it is. `has_ended` tells from a whole journal whether its tokens are a whole
+    answer: its owner may have died before it wrote the end. Raises `StreamGone`, and `StoreUnavailable` if the owner
+    does not react within `settle_s`; the owner ends the stream then as soon as it reaches the store.
     """
     if not await context.reach(partial(context.store.ask_to_stop, stream_id)):
         raise StreamGone
@@ -112,9 +126,10 @@ async def end_stored(context: StreamContext, stream_id: str) -> None:
             return
         owner = new_owner()
         if not view.leased and await context.reach(partial(context.store.acquire, stream_id, owner)):
-            position += len((await context.look(stream_id, position)).records)
-            record = encode_replies([(0, CANCELLED)])
-            append = Append(stream_id, owner, position, (record,), LeaseAction.FINISH)
-            await context.reach(partial(context.store.append, [append]))
-            return
-    logger.warning("stream %s was not ended within %g s", loggable(stream_id), context.settings.settle_s)
+            whole = await context.look(stream_id, 0)
+            ends = () if await has_ended(whole) else (encode_replies([(0, CANCELLED)]),)
+            append = Append(stream_id, owner, len(whole.records), ends, LeaseAction.FINISH)
+            (result,) = await context.reach(partial(context.store.append, [append]))
+            if result.lease is LeaseStatus.HELD:
+                return
+    raise StoreUnavailable(f"stream {loggable(stream_id)} was not ended within {context.settings.settle_s:g} s")

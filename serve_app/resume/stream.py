@@ -20,7 +20,7 @@ from serve_app.resume.follower import Follower
 from serve_app.resume.journal_store import JournalView, LeaseAction, LeaseStatus, StoreUnavailable
 from serve_app.resume.owner import Owner
 from serve_app.resume.records import StreamDocument, write_document
-from serve_app.resume.refusals import JournalsFull, Refused, StreamGone
+from serve_app.resume.refusals import JournalsFull, Refused, StreamGone, TooManyInBackground
 from serve_app.resume.stream_id import loggable
 from serve_app.resume.transcript import Transcript
 from serve_app.resume.writer import OwnedJournal, new_owner
@@ -42,11 +42,13 @@ class ResumableStream:
         self.document = document
         self.feed = EventFeed(transcript, context.memory)
         self._attendance = Attendance(context.settings.grace_s, self._judge)
-        self._follower = Follower(stream_id, document, self.feed, context)
+        self._follower = Follower(stream_id, document, self.feed, context, self._may_own)
         self._context = context
         self._running = running
         self._owner: Owner | None = None
         """Set while this process generates the stream."""
+        self._begins = False
+        """The task is about to generate a new stream."""
         self._task: asyncio.Task[None] | None = None
         self._creation: asyncio.Task[None] | None = None
         loop = asyncio.get_running_loop()
@@ -73,8 +75,10 @@ class ResumableStream:
     async def begin(self) -> None:
         """Start generating a new stream. Returns when a replica has accepted it and the journal is there.
 
-        Raises `Refused`, `JournalsFull` and `StoreUnavailable`, and leaves nothing behind then.
+        Raises `Refused`, `JournalsFull`, `TooManyInBackground` and `StoreUnavailable`, and leaves nothing behind then.
         """
+        if not self._may_own():
+            raise TooManyInBackground(self._context.settings.max_background)
         writer = self._context.writer
         journal = writer.own(self.id, new_owner(), write_document(self.document))
         # The store creates the journal during the model's first step, which takes longer.
@@ -104,7 +108,7 @@ class ResumableStream:
         await self._accepted
 
     def ask_to_stop(self) -> None:
-        """End the stream at once if this process generates it. The caller has told the store."""
+        """End the stream at once if this process generates it. The caller tells the store too."""
         if self._owner is not None:
             self._owner.ask_to_stop()
 
@@ -137,7 +141,14 @@ class ResumableStream:
     @property
     def in_background(self) -> bool:
         """This process generates it, and goes on without a reader."""
-        return self._owner is not None and self.document.background
+        return (self._begins or self._owner is not None) and self.document.background
+
+    def _may_own(self) -> bool:
+        """Whether this process may generate it: streams that go on without a reader are limited in number."""
+        if not self.document.background:
+            return True
+        in_background = sum(stream.in_background for stream in self._running.values())
+        return in_background < self._context.settings.max_background
 
     async def closed(self) -> None:
         """Wait until this process does nothing more for the stream."""
@@ -152,6 +163,7 @@ class ResumableStream:
 
     def _start(self, journal: OwnedJournal | None) -> None:
         self._running[self.id] = self
+        self._begins = journal is not None
         # A context of its own: Serve cancels all that was called in the context of a request when its client goes.
         name = f"stream {loggable(self.id)}"
         self._task = asyncio.create_task(self._run(journal), name=name, context=Context())
@@ -186,6 +198,7 @@ class ResumableStream:
             accepted=self._accepted.done(),
             on_accepted=self._accept,
         )
+        self._begins = False
         try:
             await owner.run()
             return owner.wanted or journal.lease is LeaseStatus.LOST

@@ -161,6 +161,12 @@ class Transcript:
         return [Event(content, self._digest) for content in events]
 
 
+def logprob_entries(batch: TokenBatch) -> int:
+    """How many entries there are to read or write in `batch`: its tokens, and the alternatives listed with each."""
+    listed = 0 if not batch.logprobs else len(batch.logprobs[0].top)
+    return len(batch.token_ids) * (1 + listed)
+
+
 def _turn(output: OutputTokens, told: int) -> TokenBatch | None:
     """The token after the first `told` ones, or the end if there is none; None when neither has come yet."""
     if told < len(output):

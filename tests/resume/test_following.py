@@ -10,7 +10,7 @@ import pytest
 from fake_replica import ALIVE, FakeReplica, counts, generation_request, resolved
 from journal_stores import BrokenStore
 
-from serve_app.core import Failure, TokenBatch
+from serve_app.core import Failure, SamplingParams, TokenBatch
 from serve_app.generation.output_tokens import OutputTokens
 from serve_app.resume.context import ResumeSettings
 from serve_app.resume.event_log import Mark
@@ -179,6 +179,30 @@ async def test_a_journal_that_is_away_while_its_stream_begins_is_not_a_full_stor
     stream._owner.journal.lease = LeaseStatus.GONE
     await beginning
     assert await rest(make_streams(), stream.id) == EXPECTED
+
+
+async def test_a_long_journal_is_read_in_turns(make_streams: MakeStreams) -> None:
+    """100 alternatives a token are 6,000 entries."""
+    streams, turns = make_streams(), 0
+    request = generation_request(max_new_tokens=TOKENS, sampling=SamplingParams(seed=7, logprobs=100))
+    document = StreamDocument(resolved(request), "", "")
+    stream = streams.new(streams.new_id(), document, Ids(document))
+    await stream.begin()
+    assert await rest(streams, stream.id) == EXPECTED
+    await stream.closed()
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(count())
+    for read in (streams.stored(stream.id), streams.find(stream.id, Ids)):
+        turns = 0
+        await read
+        assert turns >= 5
+    counting.cancel()
 
 
 async def test_a_full_store_is_one(make_streams: MakeStreams, store: BrokenStore) -> None:

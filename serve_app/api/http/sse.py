@@ -11,6 +11,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from json import dumps
 from json.encoder import encode_basestring
 
 from starlette.types import Receive, Scope, Send
@@ -51,6 +52,11 @@ def json_text(text: str) -> str:
 def one_line(json: str) -> str:
     """The same JSON with NEL, LS and PS escaped: many clients end a line at these characters, though SSE does not."""
     return json if json.isascii() or json.isprintable() else json.translate(_LINE_ENDS)
+
+
+def json_line(value: object) -> str:
+    """Any value as JSON on one line."""
+    return one_line(dumps(value, ensure_ascii=False))
 
 
 @dataclass(frozen=True, slots=True)

@@ -201,6 +201,7 @@ OPERATIONS: tuple[Operation, ...] = (
         body=ResponseRequest,
         answers=(responses.ResponseDocument,),
         events=responses.EVENTS,
+        headers={name: f"With store: false. {text}" for name, text in _RESUMES.items()},
         errors=(*GENERATION_ERRORS, 410),
     ),
     Operation(

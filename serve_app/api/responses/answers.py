@@ -7,14 +7,12 @@ its id leaves nothing behind. Knows no field of a request.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import sys
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from contextvars import Context
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
 
 from starlette.responses import Response
 
@@ -22,33 +20,25 @@ from serve_app.api.callers import caller_digest
 from serve_app.api.http.endpoint import Call
 from serve_app.api.http.sse import EventStream, StreamSettings
 from serve_app.api.responses.ids import stream_id_of
-from serve_app.api.responses.kept import KeptResponses, not_found, store_errors
+from serve_app.api.responses.kept import KeptResponses, store_errors
 from serve_app.api.responses.writer import error_event
-from serve_app.api.weights import replaced
 from serve_app.api.wire import ParsedRequest
-from serve_app.chat.tokenizer import ChatTokenizer
-from serve_app.core import Fingerprint, RequestError
+from serve_app.core import RequestError
 from serve_app.observability import metrics as m
 from serve_app.observability.logs import RequestRecord
 from serve_app.resume.event_log import Mark
 from serve_app.resume.records import StreamDocument
 from serve_app.resume.stored import StoredStream
 from serve_app.resume.stream import ResumableStream
-from serve_app.resume.transcript import Transcript
 
 logger = logging.getLogger(__name__)
-
-_JSON = json.JSONEncoder(ensure_ascii=False)
 
 
 class KeptAnswers:
     """Begins kept responses, and gives their events."""
 
-    def __init__(
-        self, kept: KeptResponses, tokenizer: ChatTokenizer, settings: StreamSettings, metrics: m.MetricsSink
-    ) -> None:
+    def __init__(self, kept: KeptResponses, settings: StreamSettings, metrics: m.MetricsSink) -> None:
         self._kept = kept
-        self._tokenizer = tokenizer
         self._settings = settings
         self._metrics = metrics
         self._ending: set[asyncio.Task[None]] = set()
@@ -62,9 +52,9 @@ class KeptAnswers:
         background: bool = parsed.settings["response"]["background"]
         caller = caller_digest(stream_id, call.headers)
         document = StreamDocument(request, caller, "responses", parsed.settings, background)
-        stream = self._kept.streams.new(stream_id, document, self._transcript(document))
+        stream = self._kept.streams.new(stream_id, document, self._kept.transcript(document))
         if streams:
-            events = await self._events(call.record, stream, None)
+            events = await self._events(_Reader(call.record, stream, 0, new=True))
             if background:
                 self._count_at_its_end(stream)
             return events
@@ -75,24 +65,14 @@ class KeptAnswers:
             self._count_at_its_end(stream)
         else:
             await self._whole(call.record, stream)
-        return json_response(await self._document(stream), request.seed)
+        outputs, failure = stream.feed.transcript.whole()
+        stored = StoredStream(document, tuple(outputs), failure, stream.finished, leased=True)
+        return json_response(await self._kept.written(stored), request.seed)
 
     async def events(self, call: Call, response_id: str, position: int) -> EventStream:
         """The events of a kept response from number `position` on, as they come. Raises `RequestError`."""
-        stream_id = stream_id_of(response_id)
-        if stream_id is None:
-            raise not_found(response_id)
-        fingerprint = await self._kept.weights.fingerprint()
-        with store_errors(response_id):
-            stream = await self._kept.streams.find(stream_id, partial(self._found, fingerprint))
-        self._kept.check(call, response_id, stream.document)
-        return await self._events(call.record, stream, position)
-
-    async def take_over(self, call: Call, response_id: str) -> None:
-        """Go on here with a background response whose ingress died. Raises `RequestError`."""
-        fingerprint = await self._kept.weights.fingerprint()
-        with store_errors(response_id):
-            await self._kept.streams.find(stream_id_of(response_id) or "", partial(self._found, fingerprint))
+        stream = await self._kept.find(call, response_id)
+        return await self._events(_Reader(call.record, stream, position, new=False))
 
     def _count_at_its_end(self, stream: ResumableStream) -> None:
         """Count the tokens of a response in the background: its request is answered before they come."""
@@ -117,7 +97,7 @@ class KeptAnswers:
         try:
             with stream.attended(), store_errors(response_id_of(stream)):
                 await stream.begin()
-                async with aclosing(_read(record, stream, 0, sys.maxsize, new=True)) as pieces:
+                async with aclosing(_Reader(record, stream, 0, new=True).read(sys.maxsize)) as pieces:
                     async for _ in pieces:
                         pass
             if (failure := stream.feed.transcript.whole()[1]) is not None:
@@ -126,65 +106,60 @@ class KeptAnswers:
             await stream.discard()
             raise
 
-    async def _document(self, stream: ResumableStream) -> dict[str, Any]:
-        outputs, failure = stream.feed.transcript.whole()
-        return await self._kept.document(StoredStream(stream.document, tuple(outputs), failure, stream.finished, True))
-
-    async def _events(self, record: RequestRecord, stream: ResumableStream, position: int | None) -> EventStream:
-        """A response with the events from `position` on. None: the response has yet to begin."""
-
-        def on_error(error: RequestError) -> bytes:
-            return error_event(error, len(stream.feed.events))
-
+    async def _events(self, reader: _Reader) -> EventStream:
         return await EventStream(
-            self._chunks(record, stream, position),
-            on_error=on_error,
+            self._chunks(reader),
+            on_error=reader.error,
             settings=self._settings,
-            headers={"x-seed": str(stream.document.request.seed)},
+            headers={"x-seed": str(reader.stream.document.request.seed)},
             paced=True,
         ).opened()
 
-    async def _chunks(
-        self, record: RequestRecord, stream: ResumableStream, position: int | None
-    ) -> AsyncGenerator[bytes, None]:
+    async def _chunks(self, reader: _Reader) -> AsyncGenerator[bytes, None]:
         """The first chunk is empty and lets the headers go out."""
-        lag_bytes = self._settings.slow_reader_bytes
+        stream = reader.stream
         with stream.attended(), store_errors(response_id_of(stream)):
-            if position is None:
+            if reader.new:
                 await stream.begin()
             yield b""
-            async with aclosing(_read(record, stream, position or 0, lag_bytes, new=position is None)) as pieces:
+            async with aclosing(reader.read(self._settings.slow_reader_bytes)) as pieces:
                 async for piece in pieces:
                     yield piece
 
-    def _found(self, fingerprint: Fingerprint, document: StreamDocument) -> Transcript:
-        if document.request.fingerprint != fingerprint:
-            raise replaced("response")
-        return self._transcript(document)
 
-    def _transcript(self, document: StreamDocument) -> Transcript:
-        return Transcript(document.request, self._tokenizer, partial(self._kept.writer, document))
+@dataclass(eq=False)
+class _Reader:
+    """One reader of the events of a response."""
 
+    record: RequestRecord
+    stream: ResumableStream
+    position: int
+    """Number of the next event."""
+    new: bool
+    """Its request has the prompt and begins the response: cached tokens count for it."""
 
-async def _read(
-    record: RequestRecord, stream: ResumableStream, position: int, max_lag_bytes: int, *, new: bool
-) -> AsyncGenerator[bytes, None]:
-    """Events from `position` on, to the end. `new`: the request with the prompt, for which cached tokens count.
+    async def read(self, max_lag_bytes: int) -> AsyncGenerator[bytes, None]:
+        """The events from `position` on, to the end.
 
-    Tokens of a response in the background do not count for its readers.
-    """
-    transcript = stream.feed.transcript
-    counts = not stream.document.background
-    seen = 0 if new else transcript.tokens
-    async with aclosing(stream.feed.read(Mark(position), max_lag_bytes)) as pieces:
-        async for _, events in pieces:
-            if counts and transcript.tokens > seen:
-                record.saw_tokens(transcript.tokens - seen)
-                seen = transcript.tokens
-            if counts and new:
-                record.cached_prompt_tokens = transcript.cached_prompt_tokens
-            yield b"".join(event.content for event in events)
-    record.outcome = transcript.outcome
+        Tokens of a response in the background do not count for its readers.
+        """
+        transcript, record = self.stream.feed.transcript, self.record
+        counts = not self.stream.document.background
+        seen = 0 if self.new else transcript.tokens
+        async with aclosing(self.stream.feed.read(Mark(self.position), max_lag_bytes)) as pieces:
+            async for _, events in pieces:
+                if counts and transcript.tokens > seen:
+                    record.saw_tokens(transcript.tokens - seen)
+                    seen = transcript.tokens
+                if counts and self.new:
+                    record.cached_prompt_tokens = transcript.cached_prompt_tokens
+                self.position += len(events)
+                yield b"".join(event.content for event in events)
+        record.outcome = transcript.outcome
+
+    def error(self, error: RequestError) -> bytes:
+        """The event of an error that concerns this reader alone. Its number: see `ResponsesFormat.reader_error`."""
+        return error_event(error, self.position - 1)
 
 
 def response_id_of(stream: ResumableStream) -> str:
@@ -193,7 +168,7 @@ def response_id_of(stream: ResumableStream) -> str:
     return response_id
 
 
-def json_response(document: dict[str, Any], seed: int | None = None) -> Response:
-    """A document as an answer."""
+def json_response(document: bytes, seed: int | None = None) -> Response:
+    """A document, which is JSON, as an answer."""
     headers = {} if seed is None else {"x-seed": str(seed)}
-    return Response(_JSON.encode(document).encode(), headers=headers, media_type="application/json")
+    return Response(document, headers=headers, media_type="application/json")

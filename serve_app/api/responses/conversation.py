@@ -33,6 +33,8 @@ from serve_app.generation.service import CompletionService
 
 TEXT_FORMAT = "text.format"
 """The field that says what the text must match."""
+MAX_CHARS = 8 * 2**20
+"""Of the texts of a conversation. Each of its responses keeps all of them, also those that the model does not read."""
 MAX_REFERENCED = 32
 """Responses whose items one request may refer to: each is a call to the store."""
 
@@ -75,6 +77,10 @@ class ConversationReader:
         earlier: list[Item] = []
         if request.previous_response_id is not None:
             earlier = await self._kept.conversation(call, request.previous_response_id)
+        size = sum(map(_size, earlier)) + sum(map(_size, items))
+        if size > MAX_CHARS:
+            message = f"The conversation has {size} characters; at most {MAX_CHARS} are served. Send a shorter one."
+            raise bad_request(message, param="input", code="invalid_value")
         return Conversation(request.instructions, [*earlier, *items], len(earlier))
 
     async def prompt(
@@ -189,5 +195,7 @@ def flat_tools(raw: Sequence[Mapping[str, Any]], unknown: UnknownFields) -> tupl
 
 def _size(item: Item) -> int:
     if item["type"] == "function_call":
-        return len(item["arguments"])
-    return len(item["encrypted_content"]) if item["type"] == "compaction" else len(text_of(item))
+        return len(item["arguments"]) + len(item["name"]) + len(item["call_id"])
+    if item["type"] == "compaction":
+        return len(item["encrypted_content"])
+    return len(text_of(item)) + sum(len(part["text"]) for part in item.get("summary", ()))

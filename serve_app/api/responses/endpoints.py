@@ -5,6 +5,7 @@ Knows no event and no store: `answers` and `kept` do.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -28,7 +29,7 @@ from serve_app.generation.service import CompletionService
 _RESPONSE = "/v1/responses/{response_id}"
 
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False, "": False}
-_MAX_NUMBER = 10**9
+_MAX_DIGITS = 9
 
 
 class Responses:
@@ -63,7 +64,9 @@ class Responses:
         ]
 
     async def create(self, call: Call) -> Response | EventStream:
-        """`POST /v1/responses`."""
+        """`POST /v1/responses`. A stream of a response that is not kept can be resumed as those of other endpoints."""
+        if (rest := await self._responder.continued(call)) is not None:
+            return rest
         parsed = await self._format.parse(call)
         await self._responder.accept(call, parsed)
         if not parsed.settings["response"]["store"]:
@@ -81,10 +84,7 @@ class Responses:
         if _boolean(call, "stream"):
             after = _number(call, "starting_after", -1)
             return await self._answers.events(call, response_id, after + 1)
-        stored = await self._kept.stored(call, response_id)
-        if stored.document.background and not stored.finished and not stored.leased:
-            await self._answers.take_over(call, response_id)
-        return json_response(await self._kept.document(stored))
+        return json_response(await self._kept.document(await self._kept.taken_over(call, response_id)))
 
     async def cancel(self, call: Call) -> Response:
         """`POST /v1/responses/{response_id}/cancel`."""
@@ -94,8 +94,7 @@ class Responses:
             message = "Only a background response can be cancelled; close the connection of any other one."
             raise bad_request(message, code="invalid_value")
         if not stored.finished:
-            with store_errors(response_id):
-                await self._kept.streams.cancel(stream_id_of(response_id) or "")
+            await self._kept.cancel(call, response_id)
             stored = await self._kept.stored(call, response_id)
         return json_response(await self._kept.document(stored))
 
@@ -105,7 +104,7 @@ class Responses:
         await self._kept.stored(call, response_id, 0.0)
         with store_errors(response_id):
             await self._kept.streams.erase(stream_id_of(response_id) or "")
-        return json_response({"id": response_id, "object": "response", "deleted": True})
+        return _json_response({"id": response_id, "object": "response", "deleted": True})
 
     async def input_items(self, call: Call) -> Response:
         """`GET /v1/responses/{response_id}/input_items`: all that the model read, earlier responses included."""
@@ -125,7 +124,7 @@ class Responses:
                 raise bad_request("after is not the id of one of these items.", param="after", code="invalid_value")
             ordered = ordered[index + 1 :]
         page = ordered[:limit]
-        return json_response(
+        return _json_response(
             {
                 "object": "list",
                 "data": page,
@@ -144,11 +143,11 @@ class Responses:
         conversation = await self._reader.read(call, request, new_response_id(), unknown)
         truncates = request.truncation == "auto"
         prompt, _ = await self._reader.prompt(call, card, conversation, options, unknown, truncates=truncates)
-        return json_response({"object": "response.input_tokens", "input_tokens": len(prompt.ids)})
+        return _json_response({"object": "response.input_tokens", "input_tokens": len(prompt.ids)})
 
     async def compact(self, call: Call) -> Response:
         """`POST /v1/responses/compact`."""
-        return json_response(await self._compactor.compact(call, self._format.unknown(call)))
+        return _json_response(await self._compactor.compact(call, self._format.unknown(call)))
 
     def _judge_query(self, call: Call, *known: str) -> None:
         """Report unknown parameters. `include` needs nothing: what a response can have, it has."""
@@ -156,6 +155,10 @@ class Responses:
         for name in dict.fromkeys(call.query.keys()):
             if name not in {*known, "include", "include[]", "include_obfuscation"}:
                 unknown.add(name)
+
+
+def _json_response(document: dict[str, Any]) -> Response:
+    return json_response(json.dumps(document, ensure_ascii=False).encode())
 
 
 def _boolean(call: Call, name: str) -> bool:
@@ -169,6 +172,6 @@ def _number(call: Call, name: str, default: int) -> int:
     text = call.query.get(name)
     if text is None:
         return default
-    if not (text.isascii() and text.isdecimal() and int(text[:12]) < _MAX_NUMBER):
-        raise bad_request(f"{name} must be a number from 0 on.", param=name, code="invalid_value")
+    if not (text.isascii() and text.isdecimal() and len(text) <= _MAX_DIGITS):
+        raise bad_request(f"{name} must be a number from 0 to 999999999.", param=name, code="invalid_value")
     return int(text)

@@ -138,8 +138,8 @@ class ResponseRequest(SamplingFields, ConversationFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     include: Includes = ()
-    max_output_tokens: MaxTokens | None = None
-    max_tool_calls: int | None = None
+    max_output_tokens: MaxTokens | None = Field(None, lt=2**31)
+    max_tool_calls: int | None = Field(None, ge=0, lt=2**31)
     """It limits calls of built-in tools. There are none, so it changes nothing."""
     metadata: Annotated[dict[str, str] | None, BeforeValidator(_metadata)] = None
     top_logprobs: int | None = Field(None, ge=0, le=20)

@@ -14,10 +14,13 @@ from serve_app.api.http.endpoint import Call
 from serve_app.api.responses.conversation import TEXT_FORMAT, ConversationReader
 from serve_app.api.responses.fields import ResponseRequest, read_request
 from serve_app.api.responses.ids import new_response_id
-from serve_app.api.responses.writer import ResponseWriter
+from serve_app.api.responses.repeated import repeated_choice, repeated_format, repeated_tools, require_short
+from serve_app.api.responses.writer import ResponseWriter, error_event
 from serve_app.api.unknown_fields import UnknownFields
 from serve_app.api.wire import ParsedRequest, WireFormat
+from serve_app.chat.options import ChatOptions
 from serve_app.chat.token_texts import TokenTexts
+from serve_app.core import RequestError
 from serve_app.generation.completion import Usage
 from serve_app.generation.request import ResolvedRequest
 from serve_app.generation.service import CompletionService
@@ -55,10 +58,8 @@ class ResponsesFormat(WireFormat):
         resolved = self._service.resolve(
             card, [prompt], params, request_id=call.record.request_id, remaining_s=call.remaining_s()
         )
-        settings = {
-            "response": self._envelope(response_id, request, resolved),
-            "input": list(conversation.items),
-        }
+        envelope = await call.run(partial(self._envelope, response_id, request, resolved, options))
+        settings = {"response": envelope, "input": list(conversation.items)}
         whole = None if request.stream or request.background else partial(self._whole, settings)
         constraint_param = TEXT_FORMAT if options.text_grammar else "tools"
         return ParsedRequest(resolved, whole, settings, "max_output_tokens", constraint_param)
@@ -67,21 +68,32 @@ class ResponsesFormat(WireFormat):
         """See `WireFormat`."""
         return ResponseWriter(settings, self._tokens)
 
+    def reader_error(
+        self, error: RequestError, request: ResolvedRequest, settings: Mapping[str, Any], position: int
+    ) -> bytes:
+        """See `WireFormat`. The number is that of the last event before it: who reads on after it misses nothing."""
+        return error_event(error, position - 1)
+
     def unknown(self, call: Call) -> UnknownFields:
         """What becomes of the unknown fields of a request."""
         return UnknownFields(call.record, refused=self._refuse_unknown_fields)
 
-    def _whole(self, settings: Mapping[str, Any], gained: Sequence[Sequence[Delta]], usage: Usage) -> dict[str, Any]:
+    def _whole(self, settings: Mapping[str, Any], gained: Sequence[Sequence[Delta]], usage: Usage) -> str:
         writer = ResponseWriter(settings, self._tokens)
         for delta in gained[0]:
             writer.add(delta, usage)
         return writer.document()
 
-    def _envelope(self, response_id: str, request: ResponseRequest, resolved: ResolvedRequest) -> dict[str, Any]:
-        """OpenAI's Response, in its order of fields. Those that are None here and depend on the answer come later."""
+    def _envelope(
+        self, response_id: str, request: ResponseRequest, resolved: ResolvedRequest, options: ChatOptions
+    ) -> dict[str, Any]:
+        """OpenAI's Response, in its order of fields. Those that are None here and depend on the answer come later.
+
+        Raises `ApiError` for what can't be repeated.
+        """
         sampling = resolved.requests[0].sampling
         text = request.text
-        return {
+        envelope = {
             "id": response_id,
             "object": "response",
             "created_at": int(time.time()),
@@ -104,11 +116,11 @@ class ResponsesFormat(WireFormat):
             "store": self._keeps or bool(request.background) if request.store is None else request.store,
             "temperature": sampling.temperature,
             "text": {
-                "format": (text and text.format) or {"type": "text"},
+                "format": repeated_format(None if text is None else text.format, TEXT_FORMAT),
                 "verbosity": None if text is None else text.verbosity,
             },
-            "tool_choice": "auto" if request.tool_choice is None else request.tool_choice,
-            "tools": [_tool_document(tool) for tool in request.tools or ()],
+            "tool_choice": repeated_choice(request.tool_choice, options),
+            "tools": repeated_tools(request.tools or ()),
             "top_logprobs": request.top_logprobs or 0,
             "top_p": sampling.top_p,
             "truncation": request.truncation or "disabled",
@@ -116,9 +128,5 @@ class ResponsesFormat(WireFormat):
             "user": request.user,
             "metadata": request.metadata or {},
         }
-
-
-def _tool_document(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool as a response shows it, with the fields that OpenAI's always has."""
-    defaults = {"type": "function", "name": None, "description": None, "parameters": None, "strict": False}
-    return defaults | {name: value for name, value in tool.items() if value is not None}
+        require_short(envelope)
+        return envelope

@@ -7,10 +7,11 @@ template and no store.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from pydantic_core import from_json
 
 from serve_app.api.errors import ApiError, bad_request
 from serve_app.api.responses.ids import input_item_id
@@ -72,8 +73,9 @@ def summary_of(item: Item) -> str:
     if not content.startswith(_COMPACTED):
         raise ValueError("not ours")
     try:
-        summary = json.loads(base64.urlsafe_b64decode(content.removeprefix(_COMPACTED)))["summary"]
-    except (binascii.Error, UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError) as error:
+        # `from_json` limits how deep it reads, and refuses text that is not Unicode.
+        summary = from_json(base64.urlsafe_b64decode(content.removeprefix(_COMPACTED)))["summary"]
+    except (ValueError, TypeError, LookupError) as error:
         raise ValueError("not ours") from error
     if not isinstance(summary, str):
         raise ValueError("not ours")
@@ -164,7 +166,7 @@ def _part(raw: Any, where: str, kind: str, unknown: UnknownFields) -> Item:
             unknown.add_in(where, name)
     if given == "refusal" and kind == "output_text":
         return {"type": "refusal", "refusal": _text(raw.get("refusal"), f"{where}.refusal")}
-    if given not in _TEXT_PARTS:
+    if not isinstance(given, str) or given not in _TEXT_PARTS:
         message = f"{where}: parts of type {_shown(given)} are not served by this server, which takes text only."
         raise bad_request(message, param=where, code="unsupported_parameter")
     return {"type": kind, "text": _text(raw.get("text"), f"{where}.text")}

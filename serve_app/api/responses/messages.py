@@ -34,7 +34,7 @@ class Messages:
         if instructions:
             self._add("instructions", {"role": "system", "content": instructions})
         for index, item in enumerate(items):
-            place = "previous_response_id" if index < first else f"input[{index - first}]"
+            place = PREVIOUS if index < first else f"input[{index - first}]"
             self._take(item, place)
 
     def place(self, text: str) -> str:

@@ -6,15 +6,14 @@ number k has the `sequence_number` k. Knows no store.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from serve_app.api.http.sse import one_line
+from serve_app.api.http.sse import json_line
 from serve_app.api.openai.extras import finite
-from serve_app.api.responses.output import Logprob, Output, Told
+from serve_app.api.responses.output import Logprob, Output, UnnumberedEvent
 from serve_app.chat.token_texts import TokenTexts
-from serve_app.core import Failure, FailureCode, FinishReason, RequestError
+from serve_app.core import FailureCode, FinishReason, RequestError
 from serve_app.generation.completion import Usage
 from serve_app.generation.events import EventWriter
 from serve_app.generation.text import Delta, TokenLogprob
@@ -43,43 +42,78 @@ class ResponseWriter(EventWriter):
 
     def opened(self) -> list[bytes]:
         """`response.created`, and that it is in progress or in the queue."""
-        document = f'"response":{_json(self.document())}'
+        document = f'"response":{self.document()}'
         state = "response.queued" if self._queued else "response.in_progress"
         return self._numbered([("response.created", document), (state, document)])
 
     def gained(self, delta: Delta) -> list[bytes]:
         """The events of what is new in the output, and of items that are done."""
-        told: list[Told] = []
+        events: list[UnnumberedEvent] = []
         if self._queued and (delta.token_ids or delta.finish_reason is not None):
             self._queued = False
-            told.append(("response.in_progress", f'"response":{_json(self.document())}'))
-        told += self._output.add(delta.parts, [self._logprob(each) for each in delta.logprobs or ()])
-        if delta.finish_reason is not None:
-            self._finish_reason = delta.finish_reason
-            told += self._output.end("incomplete" if delta.finish_reason is FinishReason.LENGTH else "completed")
-        return self._numbered(told)
+            events.append(("response.in_progress", f'"response":{self.document()}'))
+        return self._numbered(events + self._taken(delta))
 
     def ended(self, usage: Usage) -> list[bytes]:
         """The whole response."""
         self._usage = usage
-        document = self.document()
-        return self._numbered([(f"response.{document['status']}", f'"response":{_json(document)}')])
+        return self._numbered([(f"response.{self.status()}", f'"response":{self.document()}')])
 
     def failed(self, error: RequestError) -> bytes:
         """The response as far as it came. OpenAI has no event for a cancelled one: its status says so."""
-        document = self.document(error)
-        kind = "response.incomplete" if document["status"] == "cancelled" else "response.failed"
-        return self._numbered([(kind, f'"response":{_json(document)}')])[0]
+        kind = "response.incomplete" if self.status(error) == "cancelled" else "response.failed"
+        return self._numbered([(kind, f'"response":{self.document(error)}')])[0]
 
     def add(self, delta: Delta, usage: Usage) -> None:
         """Take in what is new without writing it."""
-        self.gained(delta)
+        if delta.token_ids or delta.finish_reason is not None:
+            self._queued = False
+        self._taken(delta)
         self._usage = usage
 
-    def document(self, error: RequestError | None = None, *, going_on: bool = True) -> dict[str, Any]:
-        """The response as it is now. `error`: what ended it. `going_on`: somebody generates it, if it has not ended."""
-        status = self._status(error, going_on=going_on)
-        ended = self._finish_reason is not None
+    def document(self, error: RequestError | None = None, *, going_on: bool = True) -> str:
+        """The response as it is now, as JSON. See `status`.
+
+        Its output is JSON already, which may be megabytes of logprobs.
+        """
+        fields = self._fields(error, going_on=going_on)
+        names = list(fields)
+        at = names.index("output")
+        before, after = ({name: fields[name] for name in some} for some in (names[:at], names[at + 1 :]))
+        return f'{json_line(before)[:-1]}, "output": {self.output(error, going_on=going_on)}, {json_line(after)[1:]}'
+
+    @property
+    def complete(self) -> bool:
+        """The model has ended the response, or its limit has."""
+        return self._finish_reason is not None
+
+    def output(self, error: RequestError | None = None, *, going_on: bool = True) -> str:
+        """The output items of the `document`, as a list in JSON."""
+        in_progress = self.status(error, going_on=going_on) == "in_progress"
+        return self._output.items("in_progress" if in_progress else "incomplete")
+
+    def status(self, error: RequestError | None = None, *, going_on: bool = True) -> str:
+        """The `status` of the response. `error`: what ended it. `going_on`: somebody generates it, if it has not
+        ended."""
+        if error is not None:
+            return "cancelled" if error.code == FailureCode.CANCELLED else "failed"
+        if self.complete:
+            return "incomplete" if self._finish_reason is FinishReason.LENGTH else "completed"
+        if self._queued:
+            return "queued"
+        return "in_progress" if going_on else "incomplete"
+
+    def _taken(self, delta: Delta) -> list[UnnumberedEvent]:
+        """Take in what is new in the output; the events of it."""
+        events = self._output.add(delta.parts, [self._logprob(each) for each in delta.logprobs or ()])
+        if delta.finish_reason is not None:
+            self._finish_reason = delta.finish_reason
+            events += self._output.end("incomplete" if delta.finish_reason is FinishReason.LENGTH else "completed")
+        return events
+
+    def _fields(self, error: RequestError | None, *, going_on: bool) -> dict[str, Any]:
+        """The fields of the `document`, with any value for the output."""
+        status = self.status(error, going_on=going_on)
         incomplete = {"reason": "max_output_tokens"} if self._finish_reason is FinishReason.LENGTH else None
         cause = None
         if status == "failed" and error is not None:
@@ -89,22 +123,12 @@ class ResponseWriter(EventWriter):
             "status": status,
             "error": cause,
             "incomplete_details": incomplete,
-            "output": self._output.items("in_progress" if status == "in_progress" else "incomplete"),
-            "usage": usage_document(self._usage) if ended and self._usage is not None else None,
+            "usage": usage_document(self._usage) if self.complete and self._usage is not None else None,
         }
 
-    def _status(self, error: RequestError | None, *, going_on: bool) -> str:
-        if error is not None:
-            return "cancelled" if error.code == FailureCode.CANCELLED else "failed"
-        if self._finish_reason is not None:
-            return "incomplete" if self._finish_reason is FinishReason.LENGTH else "completed"
-        if self._queued:
-            return "queued"
-        return "in_progress" if going_on else "incomplete"
-
-    def _logprob(self, told: TokenLogprob) -> Logprob:
-        top = [self._token(*other) for other in told.logprobs.top]
-        return {**self._token(told.token_id, told.logprobs.logprob), "top_logprobs": top}
+    def _logprob(self, token: TokenLogprob) -> Logprob:
+        top = [self._token(*other) for other in token.logprobs.top]
+        return {**self._token(token.token_id, token.logprobs.logprob), "top_logprobs": top}
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
         content = self._tokens.utf8(token_id)
@@ -114,13 +138,13 @@ class ResponseWriter(EventWriter):
             "logprob": finite(logprob),
         }
 
-    def _numbered(self, told: Sequence[Told]) -> list[bytes]:
-        events = []
-        for kind, rest in told:
+    def _numbered(self, events: Sequence[UnnumberedEvent]) -> list[bytes]:
+        written = []
+        for kind, rest in events:
             text = f'event: {kind}\ndata: {{"type":"{kind}",{rest},"sequence_number":{self._number}}}\n\n'
-            events.append(text.encode())
+            written.append(text.encode())
             self._number += 1
-        return events
+        return written
 
 
 def usage_document(usage: Usage) -> dict[str, Any]:
@@ -137,13 +161,4 @@ def usage_document(usage: Usage) -> dict[str, Any]:
 def error_event(error: RequestError, number: int) -> bytes:
     """The event of an error that concerns this reader of a response, and not the response."""
     details = {"type": "error", "code": error.code, "message": error.message, "param": error.param}
-    return f"event: error\ndata: {_json({**details, 'sequence_number': number})}\n\n".encode()
-
-
-def failure_of(failure: Failure | None) -> RequestError | None:
-    """What ended a response, from its journal."""
-    return None if failure is None else RequestError.of(failure)
-
-
-def _json(value: object) -> str:
-    return one_line(json.dumps(value, ensure_ascii=False))
+    return f"event: error\ndata: {json_line({**details, 'sequence_number': number})}\n\n".encode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -15,6 +16,7 @@ from responses_api import BRIEF, HI, create, events_of, text_of, until
 from starlette.applications import Starlette
 
 from serve_app.core import Failure, FailureCode
+from serve_app.generation.attempts import Generations
 from serve_app.resume.context import ResumeSettings
 from serve_app.resume.journal_store import JournalLimits
 from serve_app.resume.memory_store import MemoryJournalStore
@@ -168,9 +170,95 @@ async def test_one_that_is_deleted_while_it_runs_stops_and_stays_away(
     assert (await other.delete(f"/v1/responses/{begun['id']}")).status_code == 200
     await until(lambda: replica.cancelled == 1)
     await reader.end()
-    assert events_of(reader.body)[-1]["type"] == "error"
+    before, error = events_of(reader.body)[-2:]
+    assert error["type"] == "error"
+    assert error["sequence_number"] == before["sequence_number"], "to read on after it is to miss nothing"
     assert (await http(app).get(f"/v1/responses/{begun['id']}")).status_code == 404
     assert await store.size() == (1, 0), "an empty journal tells its owner that it lost it"
+
+
+@pytest.mark.parametrize("then", ["a cancel", "a failure", "the end of its ingress"])
+async def test_what_comes_after_its_last_token_changes_nothing(
+    replica: FakeReplica,
+    make_app: MakeApp,
+    http: Http,
+    writes: Writes,
+    store: MemoryJournalStore,
+    monkeypatch: pytest.MonkeyPatch,
+    then: str,
+) -> None:
+    ending = asyncio.Event()
+
+    async def stop(generations: Generations, choice: int) -> None:
+        ending.set()
+        if then == "a failure":
+            raise ZeroDivisionError("a bug")
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Generations, "stop", stop)
+    replica.scripts = [writes(pause_s=0.001)]
+    app, other = make_app(replica, kept=store, background=BRIEF), http(make_app(replica, kept=store, background=BRIEF))
+    begun = await create(http(app), background=True, stop="says")
+    reader = Exchange(app, "GET", f"/v1/responses/{begun['id']}?stream=true")
+    await ending.wait()
+    (owner,) = app.state.responses._streams.values()
+    if then == "the end of its ingress":
+        await until(lambda: not owner._owner.journal._unwritten)
+        owner._context.writer._owned.clear()  # the last token is written, and nothing more
+        owner._task.cancel()
+    document = (await other.post(f"/v1/responses/{begun['id']}/cancel")).json()
+    assert (document["status"], text_of(document)) == ("completed", "The quick brown fox ")
+    await reader.end()
+    assert [event["type"] for event in events_of(reader.body)][-2:] == [
+        "response.output_item.done",
+        "response.completed",
+    ]
+    assert (await other.get(f"/v1/responses/{begun['id']}?stream=true")).content == reader.body
+
+
+async def test_an_owner_that_does_not_react_is_no_cancelled_response(
+    replica: FakeReplica, make_app: MakeApp, http: Http
+) -> None:
+    store = MemoryJournalStore(JournalLimits(lease_s=60))
+    replica.scripts = [lambda request: [None]]
+    settings = replace(BRIEF, settle_s=0.02)
+    app = make_app(replica, kept=store, background=settings)
+    begun = await create(http(app), background=True)
+    (owner,) = app.state.responses._streams.values()
+    owner._context.writer._owned.clear()
+    refused = await http(make_app(replica, kept=store, background=settings)).post(f"/v1/responses/{begun['id']}/cancel")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "journal_unavailable")
+
+
+async def test_one_whose_journal_was_dropped_is_generated_no_further(
+    replica: FakeReplica, make_app: MakeApp, http: Http, writes: Writes, store: MemoryJournalStore
+) -> None:
+    replica.scripts = [writes(pause_s=0.02)]
+    api = http(make_app(replica, kept=store, background=BRIEF))
+    begun = await create(api, background=True)
+    store.journals.limits = JournalLimits(max_bytes=1)
+    await until(lambda: replica.cancelled == 1)
+    assert (await api.get(f"/v1/responses/{begun['id']}")).status_code == 404
+
+
+async def test_an_ingress_without_a_place_reads_what_others_have(
+    replica: FakeReplica, make_app: MakeApp, http: Http, writes: Writes, store: MemoryJournalStore
+) -> None:
+    replica.scripts = [writes(), writes(pause_s=0.02), writes()]
+    app = make_app(replica, kept=store, background=BRIEF)
+    ended, begun = await create(http(app), background=True), await create(http(app), background=True)
+    assert text_of(await polled(http(app), ended["id"])) == ANSWER
+    await app.state.responses.aclose()
+    full = http(make_app(replica, kept=store, background=replace(BRIEF, max_background=0)))
+    for path in ("", "?stream=true"):
+        assert ANSWER in (await full.get(f"/v1/responses/{ended['id']}{path}")).text
+    assert (await full.get(f"/v1/responses/{begun['id']}")).json()["status"] == "in_progress"
+    assert len(replica.requests) == 2
+    other = http(make_app(replica, kept=store, background=BRIEF))
+    reading = asyncio.create_task(full.get(f"/v1/responses/{begun['id']}?stream=true"))
+    assert text_of(await polled(other, begun["id"])) == ANSWER
+    assert text_of(events_of((await reading).content)[-1]["response"]) == ANSWER
+    assert len(replica.requests) == 3
 
 
 async def test_they_are_limited_in_number(
@@ -211,3 +299,16 @@ async def test_one_that_goes_on_can_not_be_continued_yet(
     refused = await api.post("/v1/responses", json={**HI, "previous_response_id": begun["id"]})
     assert refused.status_code == 400
     assert "still queued" in refused.json()["error"]["message"]
+
+
+async def test_one_whose_ingress_died_is_continued(
+    replica: FakeReplica, make_app: MakeApp, http: Http, writes: Writes, store: MemoryJournalStore
+) -> None:
+    replica.scripts = [writes(pause_s=0.02), writes()]
+    app = make_app(replica, kept=store, background=BRIEF)
+    begun = await create(http(app), background=True)
+    await app.state.responses.aclose()
+    other = http(make_app(replica, kept=store, background=BRIEF))
+    continued = await create(other, input="And then?", previous_response_id=begun["id"])
+    assert continued["status"] == "completed"
+    assert [len(request.output_token_ids) > 0 for request in replica.requests] == [False, True, False]

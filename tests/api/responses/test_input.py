@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,12 @@ import pytest
 from fake_replica import FakeReplica, card
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from responses_api import create
 from starlette.applications import Starlette
 
+from serve_app.api.responses.conversation import MAX_CHARS
+from serve_app.api.responses.fields import ResponseRequest
 from serve_app.api.responses.items import compaction, read_items, summary_of
 from serve_app.api.responses.messages import Messages
 from serve_app.api.unknown_fields import UnknownFields
@@ -68,7 +72,11 @@ def test_an_error_names_the_item_that_was_sent() -> None:
         assert (error.message, error.param) == (f"{place}.content is bad.", f"{place}.content")
 
 
-REFUSED: list[tuple[dict[str, Any], str]] = [
+LOOK = {"type": "function", "name": "look", "parameters": {"type": "object", "properties": {"at": {"type": "string"}}}}
+DEEP = "serve_app-1:" + base64.b64encode(b"[" * 200_000).decode()
+"""A compaction of ours that nests too deeply to be read."""
+SCHEMA = {"type": "json_schema", "name": "x", "schema": {"type": "object"}}
+REFUSED: list[tuple[dict[str, Any], str | None]] = [
     ({}, "input"),
     ({"input": None}, "input"),
     ({"input": []}, "input"),
@@ -86,6 +94,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"input": [{"type": "function_call_output", "call_id": "c", "output": 3}]}, "input[0].output"),
     ({"input": [{"type": "reasoning", "summary": "x"}]}, "input[0].summary"),
     ({"input": [{"type": "compaction", "encrypted_content": "gAAA"}]}, "input[0].encrypted_content"),
+    ({"input": [{"type": "compaction", "encrypted_content": DEEP}]}, "input[0].encrypted_content"),
+    ({"input": [{"role": "user", "content": [{"type": [], "text": "x"}]}]}, "input[0].content[0]"),
+    ({"input": "Hi", "max_output_tokens": 10**23}, "max_output_tokens"),
+    ({"input": "Hi", "max_tool_calls": 10**23}, "max_tool_calls"),
+    ({"input": "Hi", "text": {"format": {"type": "text", "description": "x" * 2**20}}}, None),
+    ({"input": [{"type": "reasoning", "summary": [{"text": "x" * MAX_CHARS}]}, USER]}, "input"),
+    ({"input": "Hi", "text": {"format": {**SCHEMA, "name": ["x"]}}}, "text.format.name"),
+    ({"input": "Hi", "text": {"format": {**SCHEMA, "schema": {"maximum": 10**23}}}}, "text.format.schema"),
+    ({"input": "Hi", "tools": [{**LOOK, "parameters": {"maximum": 10**23}}]}, "tools[0].parameters"),
     ({"input": "Hi", "conversation": "conv_1"}, "conversation"),
     ({"input": "Hi", "prompt": {"id": "p"}}, "prompt"),
     ({"input": "Hi", "max_tokens": 3}, "max_tokens"),
@@ -105,11 +122,49 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("body", "param"), REFUSED)
 async def test_what_can_not_be_served_is_refused_by_name(
-    api: httpx.AsyncClient, body: dict[str, Any], param: str
+    replica: FakeReplica, make_app: MakeApp, http: Http, body: dict[str, Any], param: str | None
 ) -> None:
-    response = await api.post("/v1/responses", json=body)
+    replica.state = replace(replica.state, context_tokens=2**24, kv_capacity_tokens=2**24)  # nothing is too long for it
+    response = await http(make_app(replica, max_body_bytes=2**24)).post("/v1/responses", json=body)
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == param
+
+
+async def test_no_value_of_a_field_is_a_mistake_of_the_server(api: httpx.AsyncClient) -> None:
+    nested: Any = "x"
+    for _ in range(150):
+        nested = [nested]
+    for value in ([], {"a": []}, 10**23, "1" * 5000, nested):
+        for name in ResponseRequest.model_fields:
+            response = await api.post("/v1/responses", json={"input": "Hi", "max_output_tokens": 1, name: value})
+            assert response.status_code < 500, (name, value)
+    response = await api.post("/v1/responses", content=b'{"input": "Hi", "seed": ' + b"1" * 5000 + b"}")
+    assert response.status_code == 400
+
+
+@pytest.mark.parametrize("number", ["0" * 5000, "0" * 12 + "9" * 20, "\N{SUPERSCRIPT TWO}", "1_0", ""])
+async def test_a_number_in_a_query_is_short(api: httpx.AsyncClient, number: str) -> None:
+    first = await create(api)
+    for path in (f"/input_items?limit={number}", f"?stream=true&starting_after={number}"):
+        assert (await api.get(f"/v1/responses/{first['id']}{path}")).status_code == 400
+
+
+async def test_a_response_repeats_what_is_served(replica: FakeReplica, make_app: MakeApp, http: Http) -> None:
+    replica.state = replace(replica.state, context_tokens=4096)
+    api = http(make_app(replica))
+    named = {"type": "function", "name": "look"}
+    tool = {**LOOK, "cache_control": {"type": "ephemeral"}}
+    document = await create(
+        api,
+        tools=[tool],
+        tool_choice={"type": "allowed_tools", "mode": "auto", "tools": [{**named, "odd": 1}], "odd": 1},
+        text={"format": {"type": "text", "odd": 1}},
+    )
+    assert document["tools"] == [{**LOOK, "description": None, "strict": False}]
+    assert document["tool_choice"] == {"type": "allowed_tools", "mode": "auto", "tools": [named]}
+    assert document["text"]["format"] == {"type": "text"}
+    chosen = await create(api, tools=[tool], tool_choice={"type": "function", "function": {"name": "look"}})
+    assert chosen["tool_choice"] == named
 
 
 async def test_what_changes_nothing_is_ignored_and_named(api: httpx.AsyncClient) -> None:
@@ -200,9 +255,6 @@ async def test_a_conversation_that_is_too_long_is_refused_or_loses_its_oldest_tu
     assert "question 0" not in prompt
     assert "Be brief." in prompt
     assert "last" in prompt
-
-
-LOOK = {"type": "function", "name": "look", "parameters": {"type": "object", "properties": {"at": {"type": "string"}}}}
 
 
 @pytest.mark.parametrize(

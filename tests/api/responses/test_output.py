@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from small_tokenizers import CHATML, byte_level_backend
 from starlette.applications import Starlette
 from transformers import PreTrainedTokenizerFast
 
+from serve_app.api.http.sse import json_line
 from serve_app.api.responses.output import Output
 from serve_app.chat.parts import ArgumentsPart, CallPart, ReasoningPart, TextPart
 from serve_app.chat.tokenizer import ChatTokenizer
@@ -64,13 +66,18 @@ def thinker(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
     return ChatTokenizer.load(folder)
 
 
+def items_of(output: Output, open_status: str = "never") -> list[Event]:
+    items: list[Event] = json.loads(output.items(open_status))
+    return items
+
+
 def test_parts_become_items_and_events() -> None:
     output = Output("resp_" + "a" * 22)
     told = output.add([ReasoningPart("Hm"), ReasoningPart("."), TextPart("I "), TextPart("look.")], [])
     told += output.add([CallPart(0, "f"), ArgumentsPart(0, '{"a"'), ArgumentsPart(0, ": 1}"), CallPart(1, "g")], [])
-    assert [item["status"] for item in output.items("in_progress")] == ["completed"] * 3 + ["in_progress"]
+    assert [item["status"] for item in items_of(output, "in_progress")] == ["completed"] * 3 + ["in_progress"]
     told += output.end("incomplete")
-    reasoning, message, first, second = output.items("never")
+    reasoning, message, first, second = items_of(output)
     assert reasoning["content"] == [{"type": "reasoning_text", "text": "Hm."}]
     assert message["content"][0]["text"] == "I look."
     assert (first["name"], first["arguments"], first["status"]) == ("f", '{"a": 1}', "completed")
@@ -100,8 +107,39 @@ def test_logprobs_belong_to_text_alone() -> None:
     output.add([TextPart("warm")], [logprob("rm")])
     output.add([], [logprob("!")])
     output.end("completed")
-    _, message = output.items("never")
+    _, message = items_of(output)
     assert [each["token"] for each in message["content"][0]["logprobs"]] == ["wa", "rm", "!"]
+
+
+async def test_many_logprobs_are_written_once_and_not_in_the_event_loop(
+    replica: FakeReplica, make_app: MakeApp, http: Http, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    threads: list[bool] = []
+    in_thread = asyncio.to_thread
+
+    def counted(value: Any) -> str:
+        if isinstance(value, dict) and "top_logprobs" in value and "token" in value:
+            written.append(value["token"])
+        return json_line(value)
+
+    async def to_thread(*work: Any) -> Any:
+        threads.append(True)
+        return await in_thread(*work)
+
+    monkeypatch.setattr("serve_app.api.responses.output.json_line", counted)
+    api = http(make_app(replica))
+    response = await api.post("/v1/responses", json={"input": "Hi", "top_logprobs": 2, "stream": True})
+    document = events_of(response.content)[-1]["response"]
+    logprobs = document["output"][0]["content"][0]["logprobs"]
+    assert len(written) == 2 * len(logprobs), "once with bytes and once without"
+    monkeypatch.setattr(asyncio, "to_thread", to_thread)
+    monkeypatch.setattr("serve_app.api.responses.kept.INLINE_ENTRIES", 2 * len(logprobs))
+    assert (await api.get(f"/v1/responses/{document['id']}")).json() == document
+    assert threads
+    second = await create(api, previous_response_id=document["id"])
+    items = (await api.get(f"/v1/responses/{second['id']}/input_items")).json()["data"]
+    assert [item["content"][0].get("logprobs") for item in items if item["role"] == "assistant"] == [[]]
 
 
 @pytest.mark.parametrize("store", [True, False])

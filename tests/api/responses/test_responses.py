@@ -26,6 +26,7 @@ MakeApp = Callable[..., Starlette]
 Http = Callable[[Starlette], httpx.AsyncClient]
 Writes = Callable[..., Script]
 Event = dict[str, Any]
+RESUME = {"X-Stream-Resume": "1"}
 
 
 @pytest.fixture
@@ -306,7 +307,67 @@ async def test_a_response_of_weights_that_were_replaced_is_not_read_as_if_by_oth
     for path in ("", "?stream=true"):
         gone = await others.get(f"/v1/responses/{first['id']}{path}")
         assert (gone.status_code, gone.json()["error"]["code"]) == (410, "wrong_weights")
+        stranger = await others.get(f"/v1/responses/{first['id']}{path}", headers={"Authorization": "Bearer other"})
+        assert stranger.status_code == 404
     assert (await others.post("/v1/responses", json={**HI, "previous_response_id": first["id"]})).status_code == 410
+    assert (await others.get(f"/v1/responses/{first['id']}/input_items")).status_code == 200
+    assert (await others.delete(f"/v1/responses/{first['id']}")).status_code == 200
+
+
+async def test_a_stranger_sets_no_work_going(
+    replica: FakeReplica, make_app: MakeApp, http: Http, writes: Writes, store: MemoryJournalStore
+) -> None:
+    replica.scripts = [writes(pause_s=0.02)]
+    app = make_app(replica, kept=store)
+    begun = await create(http(app), background=True)
+    await app.state.responses.aclose()
+    other = make_app(replica, kept=store)
+    for path in ("", "?stream=true"):
+        response = await http(other).get(f"/v1/responses/{begun['id']}{path}", headers={"Authorization": "Bearer x"})
+        assert response.status_code == 404
+    assert len(other.state.responses) == 0
+
+
+@pytest.mark.parametrize("kept", [True, False])
+async def test_an_error_of_one_reader_has_the_number_of_its_last_event(
+    replica: FakeReplica,
+    make_app: MakeApp,
+    writes: Writes,
+    store: MemoryJournalStore,
+    caplog: pytest.LogCaptureFixture,
+    kept: bool,
+) -> None:
+    replica.scripts = [writes(pause_s=0.02)]
+    body = {**HI, "stream": True, "store": kept}
+    first = Exchange(make_app(replica, kept=store, journals=store), "POST", "/v1/responses", body, RESUME)
+    await first.until(b'"sequence_number":3}')
+    (stream_id,) = store.journals._journals
+    path = f"/v1/responses/resp_{stream_id}?stream=true" if kept else f"/v1/streams/{stream_id}"
+    reader = Exchange(make_app(replica, kept=store, journals=store), "GET", path)
+    await reader.until(b'"sequence_number":5}')
+    await store.erase(stream_id)
+    await reader.end()
+    *_, before, error = [json.loads(line[6:]) for line in reader.body.split(b"\n") if line.startswith(b"data: ")]
+    assert error["type"] == "error"
+    assert error["sequence_number"] == before["sequence_number"], "to read on after it is to miss nothing"
+    assert not [record for record in caplog.records if record.levelname == "ERROR"], "its caller has deleted it"
+    first.disconnect()
+    await first.end()
+
+
+async def test_a_stream_that_is_not_kept_is_resumed_by_its_own_request(
+    replica: FakeReplica, make_app: MakeApp, http: Http
+) -> None:
+    api = http(make_app(replica))
+    body = {**HI, "store": False, "stream": True}
+    whole = (await api.post("/v1/responses", json=body, headers=RESUME)).text
+    last = next(line for line in whole.split("\n") if line.startswith("id: "))[4:]
+    rest = await api.post("/v1/responses", json=body, headers={**RESUME, "Last-Event-ID": last})
+    assert whole.endswith(rest.text.split("\n", 1)[1])
+    assert len(replica.requests) == 1
+    for fields in ({}, {"store": False}):
+        refused = await api.post("/v1/responses", json={**body, **fields}, headers={"X-Stream-Resume": "yes"})
+        assert refused.status_code == 400
 
 
 async def test_a_full_store_refuses_and_says_what_to_do(replica: FakeReplica, make_app: MakeApp, http: Http) -> None:
