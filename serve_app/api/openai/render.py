@@ -13,6 +13,7 @@ from msgspec.structs import asdict
 from starlette.responses import Response
 
 from serve_app.api.http.endpoint import Call
+from serve_app.api.respond import Responder
 from serve_app.api.wire import WireFormat
 from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.generation.request import ANY_SEED, ResolvedRequest
@@ -21,16 +22,18 @@ from serve_app.generation.request import ANY_SEED, ResolvedRequest
 class Render:
     """The handler of one endpoint."""
 
-    def __init__(self, wire: WireFormat, tokenizer: ChatTokenizer) -> None:
+    def __init__(self, responder: Responder, wire: WireFormat, tokenizer: ChatTokenizer) -> None:
+        """`responder`: that of the real endpoint."""
+        self._responder = responder
         self._wire = wire
         self._tokenizer = tokenizer
 
     async def handle(self, call: Call) -> Response:
         """The ids and the texts of the request's prompts, and how they would be answered. Raises `RequestError`."""
-        resolved = (await self._wire.parse(call)).resolved
-        call.record.prompt_tokens = resolved.prompt_tokens
+        parsed = await self._wire.parse(call)
+        await self._responder.accept(call, parsed)
         seeded = (call.body or {}).get("seed") not in (None, ANY_SEED)
-        return await call.run(partial(self._rendered, resolved, seeded=seeded))
+        return await call.run(partial(self._rendered, parsed.resolved, seeded=seeded))
 
     def _rendered(self, resolved: ResolvedRequest, *, seeded: bool) -> Response:
         """`seeded`: the caller chose the seed; one that was drawn means nothing here."""

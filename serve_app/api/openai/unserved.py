@@ -41,7 +41,7 @@ def unserved(path: str) -> ApiError | None:
         if path == known or path.startswith(f"{known}/"):
             message = (
                 f"{what}: {known} is not served here. This server answers chats and texts: POST /v1/chat/completions, "
-                "/v1/completions, /v1/messages or /stream."
+                "/v1/completions, /v1/responses, /v1/messages or /stream."
             )
             return ApiError(404, message, code="unsupported_endpoint")
     return None

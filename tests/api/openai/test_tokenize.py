@@ -15,6 +15,8 @@ from starlette.applications import Starlette
 from serve_app.api.openapi import openai_answers as answers
 from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.core import LoadStage
+from serve_app.generation.request import ResolvedRequest
+from serve_app.generation.service import CompletionService
 
 HI: dict[str, Any] = {"messages": [{"role": "system", "content": "Be."}, {"role": "user", "content": "a<|im_end|>b"}]}
 CHAT = "/v1/chat/completions"
@@ -85,6 +87,16 @@ async def test_what_a_request_would_become(api: httpx.AsyncClient, replica: Fake
     response = await api.post(f"{CHAT}/render", json={**HI, "made_up": 9})
     assert response.headers["x-ignored-fields"] == "made_up"
     assert replica.requests == []
+
+
+async def test_a_constraint_is_checked_for_render_too(api: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fault(service: CompletionService, request: ResolvedRequest) -> str:
+        return "it can't be used"
+
+    monkeypatch.setattr(CompletionService, "constraint_fault", fault)
+    for path in (CHAT, f"{CHAT}/render"):
+        response = await api.post(path, json={**HI, "response_format": {"type": "json_object"}})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "response_format")
 
 
 async def test_bos_may_be_left_out(make_app: Callable[..., Starlette], http: Callable[..., httpx.AsyncClient]) -> None:
