@@ -12,12 +12,15 @@ import msgspec
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from serve_app.api.errors import ApiError, bad_request, body_too_large, unknown_parameter
+from serve_app.api.errors import ApiError, bad_request
+from serve_app.api.grpc import encoded
 from serve_app.api.grpc.refusal import refusal
 from serve_app.proto import jina_pb2, serve_app_pb2
 
 JINA_ENDPOINTS = frozenset({"", "/", "/stream", "/default"})
 """Values of a Jina caller's `on` for which this service answers."""
+MAX_JINA_ID_CHARS = 256
+"""Of a Jina caller's `request_id`, which each answer repeats."""
 
 _Message = TypeVar("_Message", bound=Message)
 
@@ -47,39 +50,44 @@ token_data = msgspec.json.Decoder(TokenData).decode
 _done_data = msgspec.json.Decoder(_Done).decode
 
 
-def parse(kind: type[_Message], content: bytes, max_bytes: int) -> _Message:
-    """`content` as a message. Raises `ApiError`."""
-    if len(content) > max_bytes:
-        raise body_too_large(max_bytes)
+def parse(kind: type[_Message], content: bytes, *, strict: bool = False) -> _Message:
+    """`content` as a message. `strict`: fields that are not in its .proto are refused. Raises `ApiError`."""
+    encoded.check(content, kind.DESCRIPTOR, strict=strict)
     try:
         message: _Message = kind.FromString(content)
-    except DecodeError:
-        what = f"The request is not a {kind.DESCRIPTOR.full_name} message."
-        raise bad_request(what, code="invalid_protobuf") from None
+    except DecodeError:  # such as a string that is not UTF-8
+        raise encoded.malformed(kind.DESCRIPTOR) from None
     return message
 
 
-def read_prompt(content: bytes, max_bytes: int) -> tuple[dict[str, Any], int]:
-    """A `PromptDocument` as the JSON body of POST /stream, and its size in bytes. Raises `ApiError`."""
-    message = parse(serve_app_pb2.PromptDocument, content, max_bytes)
-    _refuse_unknown(message, "")
+def read_prompt(content: bytes) -> dict[str, Any]:
+    """A `PromptDocument` as the JSON body of POST /stream. Raises `ApiError`."""
+    message = parse(serve_app_pb2.PromptDocument, content, strict=True)
     document: dict[str, Any] = {}
     for field, value in message.ListFields():
         if field.name == "messages":
-            document["messages"] = [_turn(turn, index) for index, turn in enumerate(message.messages)]
+            document["messages"] = [_turn(turn) for turn in message.messages]
         else:
             document[field.name] = list(value) if field.name == "stop" else value
-    return document, len(content)
+    return document
 
 
-def read_jina_prompt(request: jina_pb2.SingleDocumentRequestProto, size_bytes: int) -> tuple[dict[str, Any], int]:
+def read_jina_prompt(request: jina_pb2.SingleDocumentRequestProto) -> dict[str, Any]:
     """The document of a Jina caller as the JSON body of POST /stream, without its id. Raises `ApiError`."""
     if request.header.exec_endpoint not in JINA_ENDPOINTS:
         message = f"Nothing is served at {request.header.exec_endpoint[:100]}; send on='/stream'."
         raise ApiError(404, message, code="not_found")
     nodes = request.document.data
     fields = {name: _value(name, node) for name, node in nodes.items() if name != "id"}
-    return {name: value for name, value in fields.items() if value is not None}, size_bytes
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def jina_header(header: jina_pb2.HeaderProto) -> jina_pb2.HeaderProto:
+    """What each answer's header repeats of a Jina caller's. Raises `ApiError`."""
+    if len(header.request_id) > MAX_JINA_ID_CHARS:
+        message = f"At most {MAX_JINA_ID_CHARS} characters of a request_id are taken."
+        raise bad_request(message, param="request_id", code="invalid_value")
+    return jina_pb2.HeaderProto(request_id=header.request_id, exec_endpoint=header.exec_endpoint)
 
 
 def answer(name: str, data: bytes, event_id: str) -> serve_app_pb2.ModelOutputDocument:
@@ -120,8 +128,7 @@ def _done(read: _Done) -> serve_app_pb2.Done:
     return serve_app_pb2.Done(finish_reason=read.finish_reason, usage=usage, seed=read.seed)
 
 
-def _turn(turn: serve_app_pb2.Message, index: int) -> Mapping[str, str]:
-    _refuse_unknown(turn, f"messages[{index}].")
+def _turn(turn: serve_app_pb2.Message) -> Mapping[str, str]:
     fields = {"role": turn.role, "content": turn.content}
     return {**fields, "name": turn.name} if turn.HasField("name") else fields
 
@@ -137,9 +144,3 @@ def _value(name: str, node: jina_pb2.NodeProto) -> Any:
         message = f"The field '{name[:100]}' has a type that is not taken; send texts, numbers, booleans or lists."
         raise bad_request(message, param=name[:100], code="invalid_type")
     return None
-
-
-def _refuse_unknown(message: Message, where: str) -> None:
-    """Refuse fields of a newer or another .proto."""
-    for field in UnknownFieldSet(message):
-        raise unknown_parameter(f"{where}#{field.field_number}")

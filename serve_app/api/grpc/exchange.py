@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Self
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message
 
-from serve_app.api.http.endpoint import DOCUMENT, ENDPOINT, ReadDocument
+from serve_app.api.http.endpoint import DOCUMENT, ENDPOINT, EncodedDocument
 
 
 class Event(NamedTuple):
@@ -29,8 +29,10 @@ class Event(NamedTuple):
 class Exchange:
     """One POST request. Enter it to send the request; leaving it disconnects."""
 
-    def __init__(self, app: ASGIApp, path: str, endpoint: str, headers: Mapping[str, str], read: ReadDocument) -> None:
-        """`endpoint`: what metrics and log call it. `read`: called by the endpoint for the request's document."""
+    def __init__(
+        self, app: ASGIApp, path: str, endpoint: str, headers: Mapping[str, str], document: EncodedDocument
+    ) -> None:
+        """`endpoint`: what metrics and log call it."""
         self._app = app
         self._scope: dict[str, Any] = {
             "type": "http",
@@ -45,7 +47,7 @@ class Exchange:
             "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
             "client": None,
             "server": None,
-            DOCUMENT: read,
+            DOCUMENT: document,
             ENDPOINT: endpoint,
         }
         self._sent: deque[Message] = deque()

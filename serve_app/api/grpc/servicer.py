@@ -15,13 +15,13 @@ from urllib.parse import unquote
 from grpc_health.v1 import health_pb2
 from starlette.types import ASGIApp
 
-from serve_app.api.errors import ApiError
+from serve_app.api.errors import ApiError, body_too_large
 from serve_app.api.grpc import documents
 from serve_app.api.grpc.exchange import Event, Exchange
 from serve_app.api.grpc.refusal import of_answer, of_event, refusal
 from serve_app.api.grpc.services import SERVICES, STREAM, STREAM_DOC
 from serve_app.api.headers import LAST_EVENT_ID_HEADER, RESUME_HEADER, STREAM_ID_HEADER
-from serve_app.api.http.endpoint import ReadDocument
+from serve_app.api.http.endpoint import EncodedDocument
 from serve_app.api.http.pages import is_loopback
 from serve_app.core import LoadStage, ModelCard, RequestError
 from serve_app.proto import jina_pb2, serve_app_pb2
@@ -66,12 +66,13 @@ class Servicer:
     async def stream(self, request: bytes, call: Call) -> AsyncGenerator[serve_app_pb2.ModelOutputDocument, None]:
         """`serve_app.v1.ServeApp/Stream`. Raises `Refusal`."""
 
-        def read(max_bytes: int) -> tuple[dict[str, Any], int]:
+        def decode() -> dict[str, Any]:
             self._check_caller(call)
-            return documents.read_prompt(request, max_bytes)
+            return documents.read_prompt(request)
 
         headers = _headers(call, _PASSED_ON | _OF_RESUME)
-        async with self._answer(STREAM, headers, call, read) as answer:
+        document = EncodedDocument(len(request), decode)
+        async with self._answer(STREAM, headers, call, document) as answer:
             stream_id, last_id = answer.headers.get(STREAM_ID_HEADER), headers.get(LAST_EVENT_ID_HEADER, "")
             if stream_id and not last_id:
                 last_id = f"{stream_id}:0"
@@ -88,13 +89,14 @@ class Servicer:
         """`jina.JinaSingleDocumentRequestRPC/stream_doc`: one document for each token. Raises `Refusal`."""
         header = jina_pb2.HeaderProto()
 
-        def read(max_bytes: int) -> tuple[dict[str, Any], int]:
+        def decode() -> dict[str, Any]:
             self._check_caller(call)
-            message = documents.parse(jina_pb2.SingleDocumentRequestProto, request, max_bytes)
-            header.CopyFrom(message.header)
-            return documents.read_jina_prompt(message, len(request))
+            message = documents.parse(jina_pb2.SingleDocumentRequestProto, request)
+            header.CopyFrom(documents.jina_header(message.header))
+            return documents.read_jina_prompt(message)
 
-        async with self._answer(STREAM_DOC, _headers(call, _PASSED_ON), call, read) as answer:
+        document = EncodedDocument(len(request), decode)
+        async with self._answer(STREAM_DOC, _headers(call, _PASSED_ON), call, document) as answer:
             request_id, number = answer.headers.get("x-request-id", ""), 0
             async with aclosing(_events(answer)) as events:
                 async for event in events:
@@ -106,7 +108,9 @@ class Servicer:
         """`grpc.health.v1.Health/Check`: whether the model can serve. Raises `Refusal`."""
         try:
             self._check_caller(call)
-            service = documents.parse(health_pb2.HealthCheckRequest, request, _MAX_CHECK_BYTES).service
+            if len(request) > _MAX_CHECK_BYTES:
+                raise body_too_large(_MAX_CHECK_BYTES)
+            service = documents.parse(health_pb2.HealthCheckRequest, request).service
             if service not in SERVICES:
                 raise ApiError(404, f"There is no service {service[:100]}.", code="not_found")
         except RequestError as error:
@@ -117,10 +121,10 @@ class Servicer:
 
     @asynccontextmanager
     async def _answer(
-        self, method: str, headers: Mapping[str, str], call: Call, read: ReadDocument
+        self, method: str, headers: Mapping[str, str], call: Call, document: EncodedDocument
     ) -> AsyncIterator[Exchange]:
         """The answer, once it has begun. Raises `Refusal`."""
-        async with Exchange(self._app, _PATH, method, headers, read) as answer:
+        async with Exchange(self._app, _PATH, method, headers, document) as answer:
             if answer.status >= 400:
                 raise of_answer(answer.status, await answer.body(), answer.headers)
             trailing = [(name, answer.headers[name]) for name in _TRAILING if name in answer.headers]

@@ -41,6 +41,9 @@ async def call(replica: FakeReplica, make_app: MakeApp) -> AsyncIterator[Callabl
         yield lambda request: method(request, timeout=60)
 
 
+MANY = NodeProto(list=ListOfAnyProto(data=[NodeProto()] * 40_000))
+
+
 def document(**fields: Any) -> bytes:
     data = {name: value if isinstance(value, NodeProto) else NodeProto(text=value) for name, value in fields.items()}
     header = HeaderProto(request_id="r1", exec_endpoint="/stream")
@@ -76,6 +79,20 @@ async def test_all_fields_are_taken(call: Any, replica: FakeReplica) -> None:
     assert text == "The quick "
 
 
+async def test_answers_repeat_no_more_of_the_header_than_is_known(call: Any) -> None:
+    """A field that is not in our .proto would else come back with every token."""
+    header = HeaderProto.FromString(
+        HeaderProto(request_id="r1", exec_endpoint="/stream").SerializeToString() + b"\x28\x09"
+    )
+    document = DocProto(data={"prompt": NodeProto(text="Hi"), "max_tokens": NodeProto(integer=1)})
+    [answer] = [
+        each async for each in call(SingleDocumentRequestProto(header=header, document=document).SerializeToString())
+    ]
+    assert (
+        answer.header.SerializeToString() == HeaderProto(request_id="r1", exec_endpoint="/stream").SerializeToString()
+    )
+
+
 @pytest.mark.parametrize(
     ("request_", "status", "code"),
     [
@@ -84,6 +101,13 @@ async def test_all_fields_are_taken(call: Any, replica: FakeReplica) -> None:
         (document(prompt="a", max_tokens="ten"), grpc.StatusCode.INVALID_ARGUMENT, "invalid_type"),
         (document(prompt=NodeProto.FromString(b"\x2a\x01x")), grpc.StatusCode.INVALID_ARGUMENT, "invalid_type"),
         (OVER_GRPC.replace(b"/stream", b"/streem"), grpc.StatusCode.NOT_FOUND, "not_found"),
+        (document(prompt="a", stop=MANY), grpc.StatusCode.INVALID_ARGUMENT, "invalid_value"),
+        (document(**{str(n): "a" for n in range(9000)}), grpc.StatusCode.INVALID_ARGUMENT, "invalid_value"),
+        (
+            OVER_GRPC.replace(b"\n+\n ", b"\n\xac\x02\n\xa0\x02" + b"i" * 256),
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "invalid_value",
+        ),
         (OVER_GRPC[:-1], grpc.StatusCode.INVALID_ARGUMENT, "invalid_protobuf"),
     ],
 )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 
 import httpx
@@ -9,6 +10,7 @@ from asgi_driver import Exchange
 from fake_replica import FakeReplica
 from starlette.applications import Starlette
 
+from serve_app.api.errors import ApiError
 from serve_app.api.http import body as body_module
 
 HI = b'{"prompt": "Hi"}'
@@ -23,7 +25,7 @@ HI = b'{"prompt": "Hi"}'
         (b'{"prompt": "Hi"', "not valid JSON"),
         (b'{"prompt": "Hi"} x', "not valid JSON"),
         (b"[" * 100_000, "not valid JSON"),
-        (b'{"a":' * 100_000, "not valid JSON"),
+        (b'{"a":' * 40_000, "not valid JSON"),
         (b'{"prompt": "\xff"}', "not valid UTF-8 (byte 12)"),
         (b"\x1f\x8b\x08\x00", "not valid UTF-8"),
         ('{"prompt": "Hi"}'.encode("utf-16"), "UTF-16 or UTF-32; send JSON as UTF-8"),
@@ -123,3 +125,34 @@ async def test_a_byte_order_mark_changes_nothing(api: httpx.AsyncClient, replica
     for content in (HI, b"\xef\xbb\xbf" + HI, b"\xef\xbb\xbf \r\n" + HI):
         assert (await api.post("/stream", content=content)).status_code == 200
     assert len({request.prompt_token_ids for request in replica.requests}) == 1
+
+
+FULL = body_module.MAX_JSON_PARTS
+
+
+@pytest.mark.parametrize(
+    ("content", "is_taken"),
+    [
+        # the body itself, its key and the list are parts too
+        (b'{"prompt": [' + b",".join([b"[]"] * (FULL - 2)) + b"]}", False),
+        (b'{"prompt": [' + b",".join([b"{}"] * (FULL - 2)) + b"]}", False),
+        (b'{"prompt": [' + b",".join([b'""'] * (FULL - 2)) + b"]}", False),
+        (b'{"prompt": [' + b",".join([b'{"a":0}'] * (FULL // 2)) + b"]}", False),
+        (b'{"prompt": [' + b",".join([b'"\\\\"'] * (FULL - 2)) + b"]}", False),
+        (b'{"prompt": "\\"", "stop": [' + b",".join([b"[]"] * FULL) + b"]}", False),
+        # text is no part, whatever is in it
+        (b'{"prompt": "' + b"{[" * FULL + b'"}', True),
+        (b'{"prompt": "' + b'\\"' * 3 * FULL + b'"}', True),
+        (b'{"prompt": "' + b"\\\\" * FULL + b"[{" * FULL + b'\\\\\\""}', True),
+        (b'{"prompt": "' + b'[\\"' * FULL + b'", "stop": ["' + b"{" * 900 + b'"]}', True),
+        (b'{"stop": ["' + b"[" * FULL + b'"], "prompt": ""' + b" " * FULL + b"}", True),
+    ],
+)
+def test_no_body_has_many_objects_lists_and_strings(content: bytes, is_taken: bool) -> None:
+    """They would be made in the event loop, all at once."""
+    if is_taken:
+        assert body_module._decode(content, "") == json.loads(content)
+    else:
+        with pytest.raises(ApiError, match="more than 100000 objects, lists and strings") as refused:
+            body_module._decode(content, "")
+        assert refused.value.status == 400
