@@ -29,6 +29,8 @@ from ray.serve.handle import DeploymentResponseGenerator
 from ray.serve.request_router import RequestRouter
 from starlette.types import ASGIApp
 
+from serve_app.api.grpc.refusal import Refusal
+
 logger = logging.getLogger(__name__)
 
 NOTES = "serve_app"
@@ -99,8 +101,11 @@ def keep_grpc_on_http_host() -> None:
 
 
 def is_answered_refusal(record: logging.LogRecord) -> bool:
-    """Whether this log record is Serve's traceback of a gRPC call that an ingress has refused with a status."""
-    return record.exc_info is not None and isinstance(record.exc_info[1], gRPCStatusError)
+    """Whether this log record is Serve's traceback of a gRPC call that an ingress has refused with a status.
+
+    Where it logs the error, Serve has it with or without a wrapper of its own.
+    """
+    return record.exc_info is not None and isinstance(record.exc_info[1], gRPCStatusError | Refusal)
 
 
 def serve_setting(name: str, otherwise: bool) -> bool:

@@ -179,7 +179,13 @@ def test_serves_traceback_of_a_refused_call_is_told_apart() -> None:
 
     refused = gRPCStatusError(Refusal(grpc.StatusCode.NOT_FOUND, "no"), grpc.StatusCode.NOT_FOUND, "no")
     as_the_proxy_gets_it = RayTaskError("Stream", "traceback", refused).as_instanceof_cause()
-    for error, expected in [(refused, True), (as_the_proxy_gets_it, True), (KeyError(), False)]:
+    as_a_replica_has_it = refused.original_exception
+    for error, expected in [
+        (refused, True),
+        (as_the_proxy_gets_it, True),
+        (as_a_replica_has_it, True),
+        (KeyError(), False),
+    ]:
         record = logging.makeLogRecord({"exc_info": (type(error), error, None)})
         assert is_answered_refusal(record) is expected, broken("gRPCStatusError")
     assert not is_answered_refusal(logging.makeLogRecord({}))
