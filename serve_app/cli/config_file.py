@@ -22,6 +22,9 @@ from serve_app.deployments.serve_schema import ServeDeploySchema
 IMPORT_PATH = "serve_app.app:build"
 DEMO_IMPORT_PATH = "serve_app.app:demo"
 LAST_PORT = 65535
+DEFAULT_PORT = 8000
+DEFAULT_GRPC_PORT = 9000
+"""Serve's own defaults."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +141,10 @@ def _port_problems(data: dict[str, Any]) -> Iterator[Problem]:
         port = options.get("port") if isinstance(options, dict) else None
         if isinstance(port, int) and not 0 < port <= LAST_PORT:
             yield Problem((section, "port"), f"there is no port {port}; ports go from 1 to {LAST_PORT}")
+    http, grpc = (data[name] if isinstance(data.get(name), dict) else {} for name in ("http_options", "grpc_options"))
+    port = grpc.get("port", DEFAULT_GRPC_PORT)
+    if grpc.get("grpc_servicer_functions") and port == http.get("port", DEFAULT_PORT):
+        yield Problem(("grpc_options", "port"), f"HTTP has port {port} too; choose another one for gRPC")
 
 
 def _schema_problems(schema: type[BaseModel], data: Any, path: Path) -> Iterator[Problem]:

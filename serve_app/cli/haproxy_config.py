@@ -65,7 +65,7 @@ def rewriting(loopback_ports: Iterable[int], client_secret: str, *, logs_request
         "    option http-ignore-probes",  # no 408 on a connection that a browser opened in advance
         *(_error(*row, keyword="http-error") for row in _OWN_ERRORS),
     ]
-    allow = {"Allow": "GET, HEAD, OPTIONS, POST"}
+    allow = {"Allow": "DELETE, GET, HEAD, OPTIONS, POST"}
     method = _error(405, "This method is served nowhere.", "method_not_allowed", allow)
     message = f"The URL is longer than {MAX_URL_BYTES} bytes; send long prompts with POST."
     long_url = _error(414, message, "url_too_long", {})

@@ -22,7 +22,7 @@ import yaml
 from serve_app.cli import announce
 from serve_app.cli.check import shortages
 from serve_app.cli.command_error import CommandError
-from serve_app.cli.config_file import LAST_PORT, ConfigFile, load
+from serve_app.cli.config_file import DEFAULT_GRPC_PORT, DEFAULT_PORT, LAST_PORT, ConfigFile, load
 from serve_app.cli.environment import own_cluster, ray_cpus, server_environment
 from serve_app.cli.haproxy import ENABLE as HA_PROXY
 from serve_app.cli.haproxy import haproxy_environment, wanted_haproxy
@@ -37,8 +37,6 @@ from serve_app.processors import schedulable_cpus
 
 SERVE_RUN = (sys.executable, "-m", "ray.serve.scripts", "run")
 """`serve run`, of this very environment, whatever PATH holds."""
-DEFAULT_PORT = 8000
-DEFAULT_GRPC_PORT = 9000
 ADD_SERVICES = "serve_app.api.grpc.services.add_services"
 """What a config names in `grpc_options.grpc_servicer_functions`."""
 _POLL_S = 0.5
@@ -60,6 +58,10 @@ def run(arguments: argparse.Namespace) -> int:
     host = arguments.host if arguments.host is not None else file.host
     port = arguments.port if arguments.port is not None else file.port
     grpc_port = _grpc_port(arguments, file, port)
+    if grpc_port == port:
+        other = port + 1 if port < LAST_PORT else DEFAULT_GRPC_PORT
+        message = f"HTTP and gRPC can't both have port {port}; choose another one, with --grpc-port {other}"
+        raise CommandError(message, status=2)
     environment = server_environment(os.environ)
     _look_for_cluster(environment)
     if not own_cluster(environment):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Generator, Mapping
 from contextlib import closing
@@ -28,6 +29,8 @@ class Grpc:
         self._timeout_s = timeout_s
         self._channels: dict[bool, Any] = {}
         """By whether they are for streams that can be resumed."""
+        self._making = threading.Lock()
+        """Held while a channel is made: threads that share a client make one together."""
 
     def items(
         self, body: dict[str, Any], headers: dict[str, str], *, resume: bool
@@ -97,11 +100,12 @@ class Grpc:
             raise protocol.ended_early()
 
     def _channel(self, resume: bool) -> Any:
-        if resume not in self._channels:
-            options = grpc_protocol.channel_options(self._target, resume=resume)
-            if self._secure:
-                credentials = grpc.ssl_channel_credentials()
-                self._channels[resume] = grpc.secure_channel(self._target, credentials, options)
-            else:
-                self._channels[resume] = grpc.insecure_channel(self._target, options)
-        return self._channels[resume]
+        with self._making:
+            if resume not in self._channels:
+                options = grpc_protocol.channel_options(self._target, resume=resume)
+                if self._secure:
+                    credentials = grpc.ssl_channel_credentials()
+                    self._channels[resume] = grpc.secure_channel(self._target, credentials, options)
+                else:
+                    self._channels[resume] = grpc.insecure_channel(self._target, options)
+            return self._channels[resume]

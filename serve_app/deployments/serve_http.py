@@ -22,6 +22,7 @@ from serve_app.deployments.ray_internals import keep_grpc_on_http_host
 
 HEADER_TIMEOUT_S = 10.0
 """How long a new connection may take for its first request's headers. uvicorn waits for ever."""
+_API_ROOT = "/v1/"
 _RETRY_AFTER_S = 1.0
 _ANSWERS = {
     404: ("Nothing is served at this path.", "not_found"),
@@ -63,7 +64,7 @@ class JsonErrors:
                 headers = Headers(raw=message["headers"])
                 if headers.get("content-type", "").startswith("text/plain"):
                     replaced = True
-                    shape = error_shape(scope["path"], Headers(scope=scope))
+                    shape = error_shape(_below_prefix(scope["path"]), Headers(scope=scope))
                     request_id = headers.get("x-request-id", "")
                     answer = _error(message["status"], headers).response(shape, request_id)
                     if shape.id_header is not None and request_id:
@@ -106,6 +107,11 @@ class BoundedProtocol(asyncio.Protocol):
         head = f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
         self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
         self.transport.close()
+
+
+def _below_prefix(path: str) -> str:
+    """The path without the prefix of an application. Serve, which answers here, does not say where it ends."""
+    return path[max(path.rfind(_API_ROOT), 0) :]
 
 
 def _error(status: int, headers: Headers) -> ApiError:

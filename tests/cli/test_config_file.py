@@ -130,6 +130,11 @@ def test_args_may_be_left_out(tmp_path: Path) -> None:
         ("    import_path: serve_app.app:build\n", "", "c.yaml:6: applications[0].import_path: Field required"),
         ("port: 8123", "port: http", "c.yaml:4: http_options.port: Input should be a valid integer"),
         ("port: 8123", "port: 80000", "c.yaml:4: http_options.port: there is no port 80000"),
+        (
+            "port: 8123",
+            "port: 9000\ngrpc_options:\n  grpc_servicer_functions: [a.b]",
+            "c.yaml:5: grpc_options.port: HTTP has port 9000 too; choose another one for gRPC",
+        ),
         ("route_prefix: /", "route_prefix: /a/", "c.yaml:8: applications[0].route_prefix: '/a/' must not end with"),
         ("HeadOnly", "Everywhere", "c.yaml:1: proxy_location: "),
         ("route_prefix: /", "route_prefix: chat", "c.yaml:8: applications[0].route_prefix: "),

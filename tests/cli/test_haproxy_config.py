@@ -158,7 +158,7 @@ def test_what_haproxy_refuses_itself(start: Start, request_bytes: bytes, status:
     with Behind(well) as behind, start([behind.port]) as running:
         response = exchange(running.port, request_bytes)
         assert (response.status_code, error_of(response)["code"]) == (status, code)
-        assert response.headers.get("allow") == ("GET, HEAD, OPTIONS, POST" if status == 405 else None)
+        assert response.headers.get("allow") == ("DELETE, GET, HEAD, OPTIONS, POST" if status == 405 else None)
         assert behind.requests == []
 
 

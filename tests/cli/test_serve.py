@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import os
 import signal
@@ -194,6 +195,12 @@ def test_a_port_of_grpc_that_does_not_exist(with_grpc: Path, start: Callable[...
     serving = start(str(with_grpc), "--grpc-port", "70000")
     assert serving.end() == 2
     assert "there is no port 70000; ports go from 1 to 65535; set gRPC's with --grpc-port" in serving.output
+
+
+def test_one_port_for_both(with_grpc: Path, port: int) -> None:
+    arguments = argparse.Namespace(config=str(with_grpc), host=None, port=port, grpc_port=port)
+    with pytest.raises(CommandError, match=f"can't both have port {port}; .* --grpc-port {port + 1}"):
+        serve.run(arguments)
 
 
 def test_two_services_and_stop(

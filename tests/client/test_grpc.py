@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -34,6 +35,7 @@ from serve_app.client import (
     ServeAppError,
     ServerError,
     StreamError,
+    synchronous_grpc,
 )
 from serve_app.config import ApiConfig, ChatConfig
 from serve_app.core import Failure, FailureCode, GenerationDefaults, LoadStage
@@ -300,3 +302,25 @@ def test_errors_of_others_are_typed() -> None:
 
     with scripted(busy) as (url, _), Client(url, retries=0) as client, pytest.raises(Overloaded, match="backpressure"):
         client.complete(prompt="Hi")
+
+
+@pytest.mark.parametrize("url", ["grpc://127.0.0.1:1", "grpcs://127.0.0.1:1"])
+def test_threads_that_share_a_client_make_one_channel(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    with Client(url) as client:
+        channels = client._connections
+        assert isinstance(channels, synchronous_grpc.Grpc)
+        other = threading.Thread(target=channels._channel, args=(False,))
+
+        def make(*_: Any) -> Any:
+            made.append(None)
+            if len(made) == 1:
+                other.start()
+                other.join(0.05)  # it has to wait for this channel; else it would make one of its own by now
+            return SimpleNamespace(close=lambda: None)
+
+        monkeypatch.setattr(grpc, "insecure_channel", make)
+        monkeypatch.setattr(grpc, "secure_channel", make)
+        channels._channel(False)
+        other.join()
+    assert len(made) == 1

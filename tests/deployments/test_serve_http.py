@@ -56,9 +56,10 @@ async def test_serves_text_becomes_the_apis_error(
     assert response.headers["x-request-id"] == "abc"
 
 
-async def test_serves_text_becomes_the_error_that_the_client_reads() -> None:
+@pytest.mark.parametrize("prefix", ["", "/llm", "/v1/llm"])
+async def test_serves_text_becomes_the_error_that_the_client_reads(prefix: str) -> None:
     async with answering(PlainTextResponse("Too many.", 503, headers={"x-request-id": "abc"})) as client:
-        response = await client.post("/v1/messages")
+        response = await client.post(f"{prefix}/v1/messages")
     assert response.json()["error"]["type"] == "overloaded_error"
     assert response.json()["request_id"] == response.headers["request-id"] == "abc"
 

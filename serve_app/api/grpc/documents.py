@@ -14,7 +14,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from serve_app.api.errors import ApiError, bad_request
 from serve_app.api.grpc import encoded
-from serve_app.api.grpc.refusal import refusal
+from serve_app.api.grpc.refusal import other_format
 from serve_app.proto import jina_pb2, serve_app_pb2
 
 JINA_ENDPOINTS = frozenset({"", "/", "/stream", "/default"})
@@ -102,8 +102,7 @@ def answer(name: str, data: bytes, event_id: str) -> serve_app_pb2.ModelOutputDo
             return serve_app_pb2.ModelOutputDocument(done=_done(_done_data(data)), event_id=event_id)
     except msgspec.MsgspecError:
         pass
-    message = "This stream began in a format that gRPC does not have; continue it with GET /v1/streams/{stream id}."
-    raise refusal(bad_request(message, code="invalid_event_id"))
+    raise other_format()
 
 
 def jina_answer(

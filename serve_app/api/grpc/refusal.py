@@ -12,7 +12,7 @@ from typing import Any
 
 import grpc
 
-from serve_app.api.errors import ApiError, api_error, internal_error
+from serve_app.api.errors import ApiError, api_error, bad_request, internal_error
 from serve_app.core import RequestError
 
 _CODES: Mapping[int, grpc.StatusCode] = {
@@ -77,8 +77,17 @@ def of_answer(status: int, body: bytes, headers: Mapping[str, str]) -> Refusal:
 
 def of_event(data: bytes, request_id: str) -> Refusal:
     """The status for the `error` event of a stream, which has no HTTP status."""
-    error = json.loads(data)["error"]
-    known = api_error(RequestError(error["message"], code=error["code"], param=error["param"]))
+    try:
+        error = json.loads(data)["error"]
+        known = api_error(RequestError(error["message"], code=error["code"], param=error["param"]))
+    except KeyError:
+        return other_format(request_id)
     if known.type != error["type"]:  # a mistake of the server, whose code is in no table
         known = internal_error(request_id)
     return refusal(known, request_id)
+
+
+def other_format(request_id: str = "") -> Refusal:
+    """The status where a caller resumes a stream whose events have no gRPC message."""
+    message = "This stream began in a format that gRPC does not have; continue it with GET /v1/streams/{stream id}."
+    return refusal(bad_request(message, code="invalid_event_id"), request_id)

@@ -20,6 +20,7 @@ from starlette.applications import Starlette
 
 from serve_app.api.grpc import documents, servicer
 from serve_app.api.grpc.exchange import _EventLines
+from serve_app.api.grpc.refusal import of_event
 from serve_app.api.grpc.servicer import Servicer, is_local
 from serve_app.api.grpc.services import STREAM
 from serve_app.api.http.endpoint import INLINE_ENCODED_BYTES
@@ -370,6 +371,20 @@ async def test_a_stream_in_another_format_is_refused(
     after = ("last-event-id", f"{response.headers['x-stream-id']}:0")
     status, details = await caller.refused(PromptDocument(), RESUMABLE, after)
     assert (status, details["error"]["code"]) == (grpc.StatusCode.INVALID_ARGUMENT, "invalid_event_id")
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"type": "error", "error": {"type": "overloaded_error", "message": "Busy."}},  # Anthropic's
+        {"type": "error", "code": "overloaded", "message": "Busy.", "param": None, "sequence_number": 3},  # Responses'
+    ],
+)
+def test_an_error_in_another_format(event: dict[str, Any]) -> None:
+    """What a caller gets who resumes such a stream just before its error."""
+    refused = of_event(json.dumps(event).encode(), "r1")
+    assert refused.code == grpc.StatusCode.INVALID_ARGUMENT
+    assert json.loads(refused.details)["error"]["code"] == "invalid_event_id"
 
 
 async def test_heartbeats_of_a_resumable_stream(make_app: MakeApp, replica: FakeReplica, open_grpc: Open) -> None:
