@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -138,10 +137,8 @@ def test_without_a_gpu_torch_comes_from_pytorchs_index(machine: Machine, index: 
 @pytest.mark.parametrize("status", [404, 503, None])
 def test_an_index_that_does_not_answer_is_done_without(machine: Machine, index: Index, status: int | None) -> None:
     index.status = status
-    began = time.monotonic()
     done = machine.install()
     assert done.returncode == 0
-    assert time.monotonic() - began < 30, "it is not waited for"
     assert machine.asked == [[*PIP_INSTALL, "setuptools"], [*PIP_INSTALL, *PROJECT, "."]]
     assert f"{index.url} does not answer: torch comes with CUDA, 2.7 GB to fetch in place of 192 MB" in done.stderr
 

@@ -98,10 +98,9 @@ async def test_limits_are_those_of_the_latest_config(app_name: str) -> None:
 async def test_many_readers_wait_at_a_time(app_name: str) -> None:
     store = RayJournalStore(app_name, LIMITS)
     await store.create("s", "a", b"doc")
-    started = time.monotonic()
-    readers = [asyncio.create_task(store.read("s", 0, wait_s=30)) for _ in range(1200)]
+    readers = [asyncio.create_task(store.read("s", 0, wait_s=600)) for _ in range(1200)]
     await asyncio.sleep(0.5)
-    await store.append(add(0, b"one"))
-    assert time.monotonic() - started < 25, "it does not wait for readers to give up"
-    views = await asyncio.gather(*readers)
+    async with asyncio.timeout(120):  # it does not wait for readers to give up
+        await store.append(add(0, b"one"))
+        views = await asyncio.gather(*readers)
     assert all(view is not None and view.records == (b"one",) for view in views)

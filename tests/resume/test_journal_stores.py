@@ -329,8 +329,7 @@ async def test_an_owner_hears_when_somebody_reads(make_store: MakeStore) -> None
 async def test_a_reader_waits_for_news(make_store: MakeStore, news: str) -> None:
     store = make_store(lease_s=NEVER_S if news != "lapse" else LEASE_S)
     await store.create("s", "a", b"")
-    started = loop_time()
-    reading = asyncio.create_task(store.read("s", 0, wait_s=30))
+    reading = asyncio.create_task(store.read("s", 0, wait_s=600))
     await asyncio.sleep(0.03)
     assert not reading.done()
     match news:
@@ -338,8 +337,8 @@ async def test_a_reader_waits_for_news(make_store: MakeStore, news: str) -> None
             await hold(store, "a", 0, b"one")
         case "finish" | "release":
             await hold(store, "a", 0, action=LeaseAction(news))
-    view = await reading
-    assert loop_time() - started < LEASE_S + 5
+    async with asyncio.timeout(60):
+        view = await reading
     assert view is not None
     assert view.records == ((b"one",) if news == "record" else ())
     assert view.finished is (news == "finish")
@@ -349,13 +348,9 @@ async def test_a_reader_waits_for_news(make_store: MakeStore, news: str) -> None
 async def test_a_reader_does_not_wait_longer_than_it_wants(make_store: MakeStore) -> None:
     store = make_store()
     await store.create("s", "a", b"")
-    started = loop_time()
-    view = await store.read("s", 0, wait_s=0.1)
-    assert view is not None
-    assert 0.09 < loop_time() - started < 5
-    started = loop_time()
-    assert await store.read("nothing", 0, wait_s=30) is None
-    assert loop_time() - started < 5
+    async with asyncio.timeout(60):
+        assert await store.read("s", 0, wait_s=0.1) is not None
+        assert await store.read("nothing", 0, wait_s=600) is None
 
 
 def test_idle_counts_return_to_nothing() -> None:
