@@ -135,6 +135,9 @@ class GenerationRequest(Struct, frozen=True):
     """None: no logprobs of the prompt. k >= 0: each prompt token's, and the k most likely ones in its place. They come
     with the first tokens, so an attempt that continues an output does not compute them again."""
 
+    predicted_token_ids: tuple[int, ...] = ()
+    """What the caller expects of the output, or of parts of it. It changes when tokens come, and no token."""
+
     @property
     def needs_prompt_logprobs(self) -> bool:
         """Whether this attempt has to compute the prompt's logprobs."""

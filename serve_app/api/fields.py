@@ -155,6 +155,23 @@ class OpenModel(RequestModel):
     """Unknown fields that are refused -> their harmless values."""
 
 
+def _predicted(value: Any) -> Any:
+    """A text, or a list of text parts, which are joined as those of a message are -> a text."""
+    parts = [{"type": "text", "text": value}] if isinstance(value, str) else value
+    if not isinstance(parts, list) or not all(
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts
+    ):
+        raise PydanticCustomError("content_type", "A string or a list of text parts is expected.")
+    return "\n".join(part["text"] for part in parts)
+
+
+class Prediction(OpenModel):
+    """`prediction`: what the caller expects of the answer, to get it sooner. It changes no token."""
+
+    type: Literal["content"]
+    content: Annotated[str, BeforeValidator(_predicted)]
+
+
 class StreamOptions(OpenModel):
     """`stream_options`. `include_obfuscation` pads events against eavesdroppers at OpenAI; here it does nothing."""
 
@@ -178,6 +195,7 @@ class OpenAIFields(SamplingFields, OpenModel):
     logit_bias: LogitBias = ()
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    prediction: Prediction | None = None
     service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
     """There is one tier, and an answer whose request names a tier says so."""
     min_tokens: int | None = Field(None, ge=0)

@@ -23,7 +23,6 @@ NO_EFFECT = frozenset(
         "prompt_cache_key",
         "prompt_cache_retention",
         "prompt_cache_options",
-        "prediction",
     }
 )
 """OpenAI's fields that change nothing in an answer, or only its speed: accepted with any value, and not reported."""

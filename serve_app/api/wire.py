@@ -39,12 +39,16 @@ class ParsedRequest:
 
 def usage_document(usage: Usage) -> dict[str, object]:
     """OpenAI's usage object, which the native format uses too, as JSON."""
+    of_completion = {"reasoning_tokens": usage.reasoning_tokens}
+    if usage.accepted_prediction_tokens is not None and usage.rejected_prediction_tokens is not None:
+        of_completion["accepted_prediction_tokens"] = usage.accepted_prediction_tokens
+        of_completion["rejected_prediction_tokens"] = usage.rejected_prediction_tokens
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "completion_tokens_details": of_completion,
     }
 
 

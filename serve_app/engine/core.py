@@ -194,7 +194,9 @@ class EngineCore:
         stats = None
         if reason is not None or index == len(sequence.request.output_token_ids):
             stats = sequence.stats(now, self._numerics_id)
-        of_prompt = scores.packed() if scores is not None and index == 0 else None
+        of_prompt = None
+        if scores is not None:  # they are sent once
+            of_prompt, sequence.prompt_scores = scores.packed(), None
         return TokenBatch(index, ids, logprobs, reason, stats, of_prompt)
 
     def _finish(self, gains: list[Gain]) -> None:

@@ -1,7 +1,8 @@
 """Prompt lookup: speculative decoding that drafts from a sequence's own earlier ids, without a second model.
 
-Guesses the next ids of a sequence, and decides how many guesses are worth a row of a step. The engine verifies each
-guess exactly, so drafts never change a token, only the step that gives it. Knows no device and no scheduling.
+A caller's prediction of the output is looked up like the prompt. Guesses the next ids of a sequence, and decides how
+many guesses are worth a row of a step. The engine verifies each guess exactly, so drafts never change a token, only the
+step that gives it. Knows no device and no scheduling.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ _PRIOR_WEIGHT = 3.0
 """Observations that the prior counts as."""
 _DECAY = 0.9
 """Weight of an observation relative to the one after it."""
+_PREDICTED = 8
+"""A prediction's first ids are guessed as if so many ids before them agreed."""
+_BEFORE, _AFTER = 2**31, 2**31 + 1
+"""Stand around a prediction, and are no ids."""
 _CLASS = tuple(sum(least <= max(2, match) for least in _PRIOR) - 1 for match in range(LONGEST_MATCH + 1))
 """Length of a match -> its place in `_PRIOR`."""
 
@@ -39,12 +44,25 @@ class Lookup:
     costs one look-up a token and no rows, and guessing resumes when a request begins to repeat itself.
     """
 
-    def __init__(self, token_ids: SequenceOf[int]) -> None:
-        """`token_ids`: prompt and output so far. It may grow; nothing is read before `index`."""
+    def __init__(self, token_ids: SequenceOf[int], predicted: SequenceOf[int] = (), prompt_len: int = 0) -> None:
+        """`token_ids`: prompt and output so far. It may grow; nothing is read before `index`.
+
+        `predicted`: what the caller expects of the output, which begins at `prompt_len`.
+        """
+        self._token_ids = token_ids
         self._ids = token_ids
-        self._given = len(token_ids)
+        self._joined: list[int] | None = None
+        """With a prediction: `_ids` as a list of its own, prompt, prediction and output."""
+        self._start = 0
+        """Index of the prediction's first id if the output begins after this; 0: there is none, or it does not."""
+        if predicted:
+            self._joined = [*token_ids[:prompt_len], _BEFORE, *predicted, _AFTER, *token_ids[prompt_len:]]
+            self._ids = self._joined
+            self._start = prompt_len + 1 if len(token_ids) == prompt_len else 0
+        self._known = len(token_ids)
+        self._given = len(self._ids)
         """Length of the prefix that is only indexed. The ids after it also update the estimates of `guess`."""
-        self._indexed = max(0, len(token_ids) - MAX_INDEXED_PROMPT_TOKENS)
+        self._indexed = max(0, self._given - MAX_INDEXED_PROMPT_TOKENS)
         self._latest: dict[int, int] = {}
         """A pair of ids, as one number -> the index after its latest occurrence."""
         self._earlier = array("q", bytes(8 * self._indexed))
@@ -61,12 +79,17 @@ class Lookup:
 
         How the ids are divided into calls does not change the guesses that follow once all are indexed.
         """
+        if self._joined is not None:
+            added = self._given - self._known
+            self._joined.extend(self._token_ids[len(self._joined) - added :])
         begin = self._indexed
         end = min(len(self._ids), begin + most)
         for _ in range(begin, min(end, self._given)):
             self._add_pair()
         if begin < self._indexed == self._given:
             self._find()
+            if self._start:
+                self._place, self._match = self._start, _PREDICTED
         for index in range(self._indexed, end):
             self._learn(index)
         return end - begin
@@ -79,7 +102,7 @@ class Lookup:
             self._hits[kind] = self._hits[kind] * _DECAY + agrees
             self._tries[kind] = self._tries[kind] * _DECAY + 1
         self._add_pair()
-        if agrees:
+        if agrees and self._ids[place + 1] < _BEFORE:
             self._place, self._match = place + 1, min(self._match + 1, LONGEST_MATCH)
         else:
             self._find()
@@ -99,7 +122,7 @@ class Lookup:
         for place in range(count):
             kind = _CLASS[min(self._match + place, LONGEST_MATCH)]
             chance *= self._hits[kind] / self._tries[kind]
-            if chance <= ROW_COST:
+            if chance <= ROW_COST or ids[place % period] >= _BEFORE:
                 break
             # Beyond the last known id the predicted stretch repeats.
             guesses.append((ids[place % period], chance))
@@ -126,7 +149,7 @@ class Lookup:
             match, most = 2, min(place, LONGEST_MATCH)
             while match < most and ids[place - 1 - match] == ids[last - match]:
                 match += 1
-            if match > self._match:
+            if match > self._match and ids[place] < _BEFORE:
                 self._place, self._match = place, match
             place = self._earlier[place - 1]
 

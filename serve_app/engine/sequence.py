@@ -41,7 +41,7 @@ class Sequence:
     constraint: Constraint | None = None
     """Where the request's grammar stands after the output; None without a grammar. It is kept through preemptions."""
     prompt_scores: PromptScores | None = None
-    """The prompt's logprobs so far; None if they are not wanted."""
+    """The prompt's logprobs so far; None if they are not wanted, or were sent."""
 
     def __post_init__(self) -> None:
         request = self.request
@@ -103,7 +103,7 @@ class Sequence:
         if not self.may_guess:
             return 0
         if self.lookup is None:
-            self.lookup = Lookup(self.token_ids)
+            self.lookup = Lookup(self.token_ids, self.request.predicted_token_ids, self.prompt_len)
         return self.lookup.index(most)
 
     def guesses(self, count: int) -> list[tuple[int, float]]:

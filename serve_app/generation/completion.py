@@ -12,6 +12,7 @@ from serve_app.chat.answers import new_parser
 from serve_app.chat.detokenizer import new_detokenizer
 from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.core import GenerationStats, TokenBatch
+from serve_app.generation.predicted import PredictionCount
 from serve_app.generation.request import ResolvedRequest
 from serve_app.generation.text import ChoiceText, Delta
 
@@ -26,6 +27,10 @@ class Usage:
     completion_tokens: int
     reasoning_tokens: int = 0
     """Those of `completion_tokens` that the model reasoned with."""
+    accepted_prediction_tokens: int | None = None
+    """Tokens of the caller's prediction that the answers have; None: there was no prediction."""
+    rejected_prediction_tokens: int | None = None
+    """Those that they don't have."""
 
 
 class Completion:
@@ -50,6 +55,10 @@ class Completion:
             )
             for each in request.requests
         ]
+        self._predictions = [
+            PredictionCount(each.predicted_token_ids) for each in request.requests if each.predicted_token_ids
+        ]
+        """One for each choice, or none."""
         self._stats: list[GenerationStats | None] = [None] * request.choices
         """For each choice, the stats of the attempt that began it."""
         self._ended = [False] * request.choices
@@ -61,6 +70,8 @@ class Completion:
         if self._stats[choice] is None:
             self._stats[choice] = batch.stats
         delta = self._texts[choice].push(batch)
+        if self._predictions:
+            self._predictions[choice].push(delta.token_ids)
         if delta.finish_reason is not None:
             self._ended[choice] = True
             self.outcome = delta.finish_reason
@@ -82,4 +93,8 @@ class Completion:
         cached = sum(stats.cached_prompt_tokens for stats in counted if stats is not None)
         tokens = sum(text.tokens for text in self._texts)
         reasoning = sum(text.reasoning_tokens for text in self._texts)
-        return Usage(self.request.prompt_tokens, cached, tokens, reasoning)
+        if not self._predictions:
+            return Usage(self.request.prompt_tokens, cached, tokens, reasoning)
+        accepted = sum(prediction.accepted for prediction in self._predictions)
+        rejected = sum(prediction.rejected for prediction in self._predictions)
+        return Usage(self.request.prompt_tokens, cached, tokens, reasoning, accepted, rejected)

@@ -70,6 +70,8 @@ class CompletionParams:
     keep_first: bool = False
     """A prompt is cut at its end, not at its beginning."""
     streamed: bool = False
+    predicted_token_ids: tuple[int, ...] = ()
+    """See `GenerationRequest`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +193,7 @@ def resolve(
                 cache_salt=params.cache_salt,
                 remaining_s=remaining_s,
                 # Where each choice shows the prompt, each gives its logprobs; else the first one of the prompt does.
+                predicted_token_ids=params.predicted_token_ids,
                 prompt_logprobs=params.prompt_logprobs if params.echo or number == 0 else None,
             )
             requests.append(request)

@@ -114,6 +114,12 @@ class CompletionService:
         )
         return Prompt(tuple(ids), True, "prompt")
 
+    def prediction(self, card: ModelCard, text: str) -> tuple[int, ...]:
+        """The ids of what a caller expects of the answer, cut to a context. Safe on any thread."""
+        longest = card.context_tokens
+        text = text[: longest * self.tokenizer.longest_token_chars]
+        return tuple(self.tokenizer.encode_text(text, add_bos=False, parse_special=False)[:longest])
+
     def render_gap(
         self, card: ModelCard, prefix: str, suffix: str, *, parse_special: bool = False
     ) -> tuple[Prompt, tuple[int, ...]]:

@@ -249,3 +249,22 @@ async def test_steps_of_a_fixed_shape_take_guesses_too(make_engine: MakeEngine) 
     engine = make_engine("gemma2", **settings_)
     assert await all_tokens(engine, [request_for(prompt, 40) for prompt in prompts]) == expected
     assert engine.stats().counters.accepted_tokens > 0
+
+
+async def test_a_prediction_changes_no_token_and_saves_steps(
+    make_engine: MakeEngine, kernel_folder: Path, kernels: Kernels
+) -> None:
+    engine = make_engine(kernel_cache=kernel_folder)
+    (prompt,) = prompts_of((30,))
+    for sampling in (SamplingParams(seed=0, temperature=0), SamplingParams(seed=5, logprobs=1)):
+        request = request_for(prompt, 60, sampling=sampling)
+        plain = await made(engine, request)
+        tokens = [token_id for token_id, _ in plain[0]]
+        changed = tuple((token_id + 1) % VOCAB if place == 20 else token_id for place, token_id in enumerate(tokens))
+        for predicted, most in ((tuple(tokens), 30), (changed, 40), (tuple(range(60)), 62)):
+            before = engine.stats().counters
+            assert await made(engine, replace(request, predicted_token_ids=predicted)) == plain
+            after = engine.stats().counters
+            assert after.steps - before.steps <= most, (sampling, predicted == tuple(tokens))
+    half = replace(request, predicted_token_ids=tuple(tokens), output_token_ids=tuple(tokens[:25]))
+    assert await made(engine, half) == (plain[0][25:], plain[1]), "continued elsewhere"

@@ -252,3 +252,60 @@ def test_a_long_match_says_no_more_than_the_longest_that_is_told_apart() -> None
     first, second = chances(lookup, 2)
     assert second == pytest.approx(first**2)
     assert len(ids) > LONGEST_MATCH
+
+
+def predicting(prompt: list[int], predicted: list[int], output: list[int], piece: int = ALL) -> Lookup:
+    """One that has indexed all, the output token by token."""
+    ids = list(prompt)
+    lookup = Lookup(ids, predicted, len(prompt))
+    while lookup.index(piece):
+        pass
+    for token_id in output:
+        ids.append(token_id)
+        lookup.index(ALL)
+    return lookup
+
+
+@pytest.mark.usefixtures("any_chance")
+@pytest.mark.parametrize(
+    ("prompt", "predicted", "output", "guesses"),
+    [
+        ([1, 2], [5, 6, 7], [], [5, 6, 7]),  # from its beginning
+        ([1, 2], [5, 6, 7], [5], [6, 7]),
+        ([1, 2], [5, 6, 7], [5, 6, 7], []),  # behind its end nothing is known
+        ([1, 2], [5, 6, 7, 8, 9], [5, 3, 7, 8], [9]),  # back where two ids agree
+        ([7, 8, 4, 1], [5, 7, 8, 3], [6, 7, 8], [3]),  # rather than in the prompt
+        ([7, 8, 4, 1], [5, 6, 3], [6, 7, 8], [4, 1]),  # the prompt is looked up too, up to its end
+        ([1, 2], [1, 2], [], [1, 2]),
+        ([3], [2**31 - 1], [], [2**31 - 1]),
+    ],
+)
+def test_a_prediction_is_guessed_from_its_beginning_and_found_again(
+    prompt: list[int], predicted: list[int], output: list[int], guesses: list[int]
+) -> None:
+    for piece in (1, 2, ALL):
+        assert ids_of(predicting(prompt, predicted, output, piece).guess(10)) == guesses
+
+
+def test_an_output_that_has_begun_does_not_begin_again() -> None:
+    """An attempt that continues an output on another replica."""
+    lookup = Lookup([1, 2, 5, 6], [5, 6, 7, 8], 2)
+    lookup.index(ALL)
+    assert ids_of(lookup.guess(5))[:1] in ([], [7])
+    lookup = Lookup([1, 2, 9, 9], [5, 6, 7, 8], 2)
+    lookup.index(ALL)
+    assert lookup.guess(5) == []
+
+
+@given(
+    st.lists(st.integers(0, 4), max_size=20),
+    st.lists(st.integers(0, 4), min_size=1, max_size=20),
+    st.lists(st.integers(0, 4), max_size=30),
+)
+def test_guesses_are_always_ids(prompt: list[int], predicted: list[int], output: list[int]) -> None:
+    ids = list(prompt)
+    lookup = Lookup(ids, predicted, len(prompt))
+    for token_id in [*output, 0]:
+        lookup.index(3)
+        assert set(ids_of(lookup.guess(31))) <= {0, 1, 2, 3, 4}
+        ids.append(token_id)

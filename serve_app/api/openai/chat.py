@@ -79,6 +79,7 @@ class ChatFormat(OpenAIFormat):
         truncates = params.truncate_to is not None
         render = partial(self._service.render_chat, card, messages, options, unknown.add_in, truncates=truncates)
         prompt = await call.run(render, items=len(messages) + len(options.tools))
+        params = await self._with_prediction(call, card, request, params)
         resolved = self._service.resolve(
             card, [prompt], params, request_id=call.record.request_id, remaining_s=call.remaining_s()
         )

@@ -13,6 +13,7 @@ import uuid
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Self
 
@@ -20,14 +21,15 @@ from msgspec.structs import asdict
 
 from serve_app.api.errors import api_error
 from serve_app.api.fields import OpenAIFields, StreamOptions
+from serve_app.api.http.endpoint import Call
 from serve_app.api.http.sse import one_line
 from serve_app.api.openai.extras import NO_EXTRAS, Extras, prompt_logprobs
 from serve_app.api.wire import ParsedRequest, WireFormat, usage_document
 from serve_app.chat.token_texts import TokenNumbers, TokenTexts
-from serve_app.core import RequestError
+from serve_app.core import ModelCard, RequestError
 from serve_app.generation.completion import Usage
 from serve_app.generation.events import EventWriter
-from serve_app.generation.request import ResolvedRequest
+from serve_app.generation.request import CompletionParams, ResolvedRequest
 from serve_app.generation.service import CompletionService
 from serve_app.generation.text import Delta
 
@@ -89,6 +91,15 @@ class OpenAIFormat(WireFormat):
             settings["extras"] = asdict(extras)
         whole = None if fields.stream else partial(self._showing(resolved, extras)._whole, envelope)
         return ParsedRequest(resolved, whole, settings, max_tokens_param, constraint_param)
+
+    async def _with_prediction(
+        self, call: Call, card: ModelCard, fields: OpenAIFields, params: CompletionParams
+    ) -> CompletionParams:
+        """The parameters with what the caller expects of the answer, as ids. Raises `RequestError`."""
+        if fields.prediction is None:
+            return params
+        encode = partial(self._service.prediction, card, fields.prediction.content)
+        return replace(params, predicted_token_ids=await call.run(encode))
 
     def writer(self, request: ResolvedRequest, settings: Mapping[str, Any]) -> EventWriter:
         """See `WireFormat`."""

@@ -96,6 +96,7 @@ class TextFormat(OpenAIFormat):
         prompts = [replace(prompt, constraint=text.grammar) for prompt in prompts]
         params = request.params(max_tokens=request.max_tokens, logprobs=request.logprobs, echo=bool(request.echo))
         params = replace(params, stop_token_ids=(*params.stop_token_ids, *ends))
+        params = await self._with_prediction(call, card, request, params)
         resolved = self._service.resolve(
             card, prompts, params, request_id=call.record.request_id, remaining_s=call.remaining_s()
         )

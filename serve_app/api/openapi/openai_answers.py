@@ -46,6 +46,10 @@ class CompletionTokensDetails(Document):
 
     reasoning_tokens: int
     """Tokens that the model reasoned with."""
+    accepted_prediction_tokens: int | None = None
+    """Tokens of the request's `prediction` that the answers have."""
+    rejected_prediction_tokens: int | None = None
+    """Those that they don't have."""
 
 
 class Usage(Document):
