@@ -213,8 +213,10 @@ def _truncated(
         return prompts
     longest = params.truncate_to
     if longest < 0:
-        context = min(card.context_tokens, card.kv_capacity_tokens)
-        longest = max(1, context - (1 if limit is None else limit))
+        longest = min(card.context_tokens, card.kv_capacity_tokens) - (1 if limit is None else limit)
+        if longest < 1:
+            message = f"max_tokens of {limit} leaves no room for a prompt, so it can't be cut to what is left."
+            raise _invalid(message, "truncate_prompt_tokens")
     return [replace(each, ids=each.ids[:longest] if params.keep_first else each.ids[-longest:]) for each in prompts]
 
 

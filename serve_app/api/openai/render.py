@@ -53,6 +53,7 @@ class Render:
                 "token_ids": list(each.prompt_token_ids),
                 "text": self._tokenizer.shown(each.prompt_token_ids),
                 "max_tokens": each.max_new_tokens,
+                "constraint": each.constraint or None,
             }
             for each in resolved.requests[:: resolved.choices_per_prompt]
         ]

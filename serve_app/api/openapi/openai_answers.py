@@ -314,6 +314,8 @@ class RenderedPrompt(Document):
     """The same with special tokens by their names."""
     max_tokens: int
     """The longest answer."""
+    constraint: str | None
+    """The grammar that the answer has to match, if any."""
 
 
 class Rendered(Document):

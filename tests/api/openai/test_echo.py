@@ -195,7 +195,7 @@ async def test_tokens_may_be_shown_as_ids(api: httpx.AsyncClient, replica: FakeR
         ({"truncate_prompt_tokens": 5000}, None),
         ({"truncate_prompt_tokens": -1}, slice(-255, None)),
         ({"truncate_prompt_tokens": -1, "max_tokens": 56}, slice(-200, None)),
-        ({"truncate_prompt_tokens": -1, "max_tokens": 10_000}, slice(-1, None)),
+        ({"truncate_prompt_tokens": -1, "max_tokens": 255}, slice(-1, None)),
     ],
 )
 async def test_prompts_are_cut_as_asked(
@@ -234,6 +234,7 @@ async def test_a_prompt_of_the_whole_context_may_be_scored(api: httpx.AsyncClien
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
+        ({"truncate_prompt_tokens": -1, "max_tokens": 256}, "truncate_prompt_tokens"),
         ({"prompt_logprobs": 21}, "prompt_logprobs"),
         ({"prompt_logprobs": -1}, "prompt_logprobs"),
         ({"prompt_logprobs": "1"}, "prompt_logprobs"),

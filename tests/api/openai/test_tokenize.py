@@ -195,3 +195,10 @@ async def test_endpoints_that_are_not_served_are_refused_by_name(
     )
     assert error["message"].startswith(what)
     assert (await api.post("/v1/embeddingsx")).json()["error"]["code"] == "not_found"
+
+
+async def test_a_render_shows_the_grammar(api: httpx.AsyncClient) -> None:
+    asked = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "integer"}}}
+    for fields, word in (({"response_format": asked}, "integer"), ({}, "None")):
+        (prompt,) = (await api.post(f"{CHAT}/render", json={**HI, **fields})).json()["prompts"]
+        assert word in str(prompt["constraint"])
