@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 from serve_app.core import Failure, FailureCode, GenerationRequest
 
 
@@ -26,7 +28,8 @@ def refusal(request: GenerationRequest, *, context_tokens: int, vocab_size: int)
     if max(request.sampling.logprobs or 0, request.prompt_logprobs or 0) > vocab_size:
         return _invalid(f"more logprobs than the vocabulary's {vocab_size} tokens")
     biased = tuple(token for token, _ in request.sampling.logit_bias)
-    for token in (*request.prompt_token_ids, *request.output_token_ids, *biased, *request.stop_token_ids):
+    given = (request.prompt_token_ids, request.output_token_ids, request.predicted_token_ids)
+    for token in (*chain.from_iterable(given), *biased, *request.stop_token_ids):
         if not 0 <= token < vocab_size:
             return _invalid(f"token id {token} is outside the vocabulary of {vocab_size}")
     return None

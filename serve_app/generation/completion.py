@@ -12,7 +12,7 @@ from serve_app.chat.answers import new_parser
 from serve_app.chat.detokenizer import new_detokenizer
 from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.core import GenerationStats, TokenBatch
-from serve_app.generation.predicted import PredictionCount
+from serve_app.generation.predicted import Prediction, PredictionCount
 from serve_app.generation.request import ResolvedRequest
 from serve_app.generation.text import ChoiceText, Delta
 
@@ -55,9 +55,9 @@ class Completion:
             )
             for each in request.requests
         ]
-        self._predictions = [
-            PredictionCount(each.predicted_token_ids) for each in request.requests if each.predicted_token_ids
-        ]
+        predicted = request.requests[0].predicted_token_ids
+        prediction = Prediction(predicted)
+        self._predictions = [PredictionCount(prediction) for _ in request.requests if predicted]
         """One for each choice, or none."""
         self._stats: list[GenerationStats | None] = [None] * request.choices
         """For each choice, the stats of the attempt that began it."""

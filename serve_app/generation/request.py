@@ -164,6 +164,7 @@ def resolve(
         raise _invalid(f"One request can have at most {MAX_CHOICES} choices over all its prompts.", "n")
     _check_ids(card, [token_id for token_id, _ in params.logit_bias], "logit_bias")
     _check_ids(card, params.stop_token_ids, "stop_token_ids")
+    _check_ids(card, params.predicted_token_ids, "prediction")
     sampling = _sampling(params, defaults)
     # A tokenizer may know more ids than the model has; the engine would refuse them.
     eos = () if params.ignore_eos else (*defaults.eos_token_ids, *prompts[0].end_token_ids)
@@ -192,8 +193,8 @@ def resolve(
                 constraint=prompt.constraint,
                 cache_salt=params.cache_salt,
                 remaining_s=remaining_s,
-                # Where each choice shows the prompt, each gives its logprobs; else the first one of the prompt does.
                 predicted_token_ids=params.predicted_token_ids,
+                # Where each choice shows the prompt, each gives its logprobs; else the first one of the prompt does.
                 prompt_logprobs=params.prompt_logprobs if params.echo or number == 0 else None,
             )
             requests.append(request)

@@ -18,6 +18,7 @@ from serve_app.core import Failure, GenerationDefaults, LoadStage, ModelCard, Re
 from serve_app.generation.attempt_history import FailoverSettings
 from serve_app.generation.attempts import Generations
 from serve_app.generation.completion import Completion, Usage
+from serve_app.generation.predicted import MAX_PREDICTED_TOKENS
 from serve_app.generation.replica import ReplicaClient
 from serve_app.generation.request import Prompt, ResolvedRequest, resolve
 from serve_app.generation.text import Delta
@@ -115,8 +116,8 @@ class CompletionService:
         return Prompt(tuple(ids), True, "prompt")
 
     def prediction(self, card: ModelCard, text: str) -> tuple[int, ...]:
-        """The ids of what a caller expects of the answer, cut to a context. Safe on any thread."""
-        longest = card.context_tokens
+        """The ids of what a caller expects of the answer, cut to what is of use. Safe on any thread."""
+        longest = min(card.context_tokens, MAX_PREDICTED_TOKENS)
         text = text[: longest * self.tokenizer.longest_token_chars]
         return tuple(self.tokenizer.encode_text(text, add_bos=False, parse_special=False)[:longest])
 

@@ -221,13 +221,16 @@ async def test_cancelling_the_caller_stops_the_work(make_engine: MakeEngine) -> 
         ({"sampling": SamplingParams(seed=0, logit_bias=((999, 1.0),))}, FailureCode.INVALID_REQUEST, "999"),
         ({"sampling": SamplingParams(seed=0, logprobs=1000)}, FailureCode.INVALID_REQUEST, "logprobs"),
         ({"stop_token_ids": (VOCAB + 1,)}, FailureCode.INVALID_REQUEST, "vocabulary"),
+        ({"predicted_token_ids": (1, VOCAB)}, FailureCode.INVALID_REQUEST, "vocabulary"),
     ],
 )
 async def test_requests_that_can_not_be_served_are_refused(
     fields: dict[str, Any], code: FailureCode, word: str, make_engine: MakeEngine
 ) -> None:
     engine = make_engine()
-    (failure,) = await collect(engine, request_for(**({"prompt": [1, 2]} | fields)))
+    predicted = fields.pop("predicted_token_ids", ())
+    request = replace(request_for(**({"prompt": [1, 2]} | fields)), predicted_token_ids=predicted)
+    (failure,) = await collect(engine, request)
     assert isinstance(failure, Failure)
     assert failure.code is code
     assert word in failure.message

@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.generation.predicted import PredictionCount
+from serve_app.generation.predicted import Prediction, PredictionCount
 
 
 def counted(predicted: list[int], output: list[int]) -> tuple[int, int]:
-    count = PredictionCount(predicted)
+    count = PredictionCount(Prediction(predicted))
     count.push(output)
     return count.accepted, count.rejected
 
@@ -36,9 +36,20 @@ def test_tokens_in_the_same_order_count(predicted: list[int], output: list[int],
 
 @given(st.lists(st.integers(0, 3), max_size=30), st.lists(st.integers(0, 3), max_size=30), st.integers(1, 5))
 def test_it_is_a_function_of_the_two_texts(predicted: list[int], output: list[int], piece: int) -> None:
-    pieces = PredictionCount(predicted)
+    pieces = PredictionCount(Prediction(predicted))
     for first in range(0, len(output), piece):
         pieces.push(output[first : first + piece])
     assert (pieces.accepted, pieces.rejected) == counted(predicted, output)
     assert 0 <= pieces.accepted <= min(len(predicted), len(output))
     assert counted(predicted, predicted) == (len(predicted), 0)
+
+
+def test_choices_share_the_index_and_an_answer_as_predicted_needs_none() -> None:
+    prediction = Prediction([1, 2, 3, 1, 2, 4])
+    first, second, third = (PredictionCount(prediction) for _ in range(3))
+    first.push([1, 2, 3, 1, 2, 4, 9])
+    assert (first.accepted, "places" in vars(prediction)) == (6, False)
+    second.push([1, 2, 4])
+    third.push([1, 2, 4])
+    assert second.accepted == third.accepted == 3, "one choice uses up nothing of another's"
+    assert "places" in vars(prediction)

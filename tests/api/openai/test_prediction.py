@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from fake_replica import FakeReplica
+from fake_replica import FakeReplica, card
 
 from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.generation.replica import ReplicaLost
@@ -68,6 +68,21 @@ async def test_control_tokens_in_it_are_text_and_it_is_cut_to_a_context(
     ids = replica.requests[0].predicted_token_ids
     assert len(ids) == 256
     assert tokenizer.control_ids.isdisjoint(ids)
+
+
+@pytest.mark.parametrize(("most", "length"), [(10_000, 100), (60, 60)])
+async def test_a_long_one_is_cut_and_ids_that_the_model_lacks_are_refused(
+    api: httpx.AsyncClient, replica: FakeReplica, monkeypatch: pytest.MonkeyPatch, most: int, length: int
+) -> None:
+    replica.state = card(context_tokens=100, vocab_size=1000)
+    monkeypatch.setattr("serve_app.generation.service.MAX_PREDICTED_TOKENS", most)
+    asked = {**ENDPOINTS[1][1], **prediction("fox " * 300)}
+    assert (await api.post(ENDPOINTS[1][0], json=asked)).status_code == 200
+    assert len(replica.requests[0].predicted_token_ids) == length
+    replica.state = card(context_tokens=100, vocab_size=max(replica.requests[0].predicted_token_ids))
+    response = await api.post(ENDPOINTS[1][0], json=asked)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "prediction")
+    assert len(replica.requests) == 1
 
 
 @pytest.mark.parametrize(("url", "body"), ENDPOINTS)
