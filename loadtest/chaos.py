@@ -25,18 +25,20 @@ import httpx
 import yaml
 
 from loadtest import chaos_report, idle
-from loadtest.chaos_client import ChaosClient, Outcome
+from loadtest.chaos_client import ChaosClient
 from loadtest.chaos_report import Judged, judge_outcome
 from loadtest.faults import Injector
+from loadtest.outcome import Outcome
 from loadtest.schedule import Scheduled, plan
-from loadtest.service import ChaosService, derive_config, free_port
-from loadtest.verdicts import Answer
-from loadtest.workload import Mode, Question, Visit, questions, visits
+from loadtest.service import GRPC_SERVICES, ChaosService, derive_config, free_port
+from loadtest.verdicts import LIMITED, Answer
+from loadtest.workload import Kind, Mode, Question, Visit, questions, visits
 
 BASE_CONFIG = Path("configs/serve.yaml")
 RESULTS = Path("loadtest/results")
 OVERRIDES: dict[str, Any] = {
-    "model": {"max_model_len": 512},
+    # The tools and the longest answer take about 800 tokens.
+    "model": {"max_model_len": 1024},
     # Either replica can run all clients' streams when the other dies. 160 MiB are 3,640 tokens of the demo model: with
     # many streams beside each other it runs out of pages now and then.
     "engine": {"kv_cache_memory": "160MiB", "max_running": 20, "threads": 1},
@@ -48,7 +50,7 @@ OVERRIDES: dict[str, Any] = {
 rolling update and a third replica must find room on two cores."""
 EXPIRY_S = 60.0
 """Of journals, which must all be gone in the end. No client stays away for so long: a proxy is back within 15 s."""
-DISTINCT = 64
+DISTINCT = 60
 """Questions; more streams ask some of them again."""
 IN_FLIGHT = 16
 """Clients at a time; some ask for two answers. What one replica can run: a pause after a kill is to tell of failover,
@@ -70,18 +72,19 @@ class Plan:
     seconds: float
     seed: int
     batch_invariant: bool
+    kinds: tuple[Kind, ...] = tuple(Kind)
 
 
 async def run(service: ChaosService, wanted: Plan) -> dict[str, Any]:
     """The whole run against a service that is starting; its figures."""
     await service.until_ready()
-    asked = questions(wanted.seed, min(DISTINCT, wanted.streams))
+    asked = questions(wanted.seed, min(DISTINCT, wanted.streams), wanted.kinds)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)  # none to a proxy that has died
     # A connection is accepted at once, or refused: only a stall of this very program would take long.
     timeout = httpx.Timeout(60, connect=30)
     async with httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False) as http:
         began_s = time.monotonic()
-        references = await undisturbed(http, service.url, asked)
+        references = await undisturbed(http, service, asked)
         print(f"{len(asked)} undisturbed answers in {time.monotonic() - began_s:.0f} s", flush=True)
         before, wrong = await idle.until_idle(service, None)
         if wrong:
@@ -103,7 +106,7 @@ async def run(service: ChaosService, wanted: Plan) -> dict[str, Any]:
     return figures
 
 
-async def undisturbed(http: httpx.AsyncClient, url: str, asked: list[Question]) -> list[Answer]:
+async def undisturbed(http: httpx.AsyncClient, service: ChaosService, asked: list[Question]) -> list[Answer]:
     """The answer to each question, from the same service, before anything happens to it. Raises `RuntimeError`."""
     places = asyncio.Semaphore(REFERENCE_IN_FLIGHT)
 
@@ -111,12 +114,33 @@ async def undisturbed(http: httpx.AsyncClient, url: str, asked: list[Question]) 
         async with places:
             # Some with resume, so that what serves it is there when the service is counted at rest.
             mode = Mode.PLAIN if number % 3 else Mode.RESUME
-            outcome = await ChaosClient(http, url, question, Visit(number, 0.0, number, mode)).play()
+            visit = Visit(number, 0.0, number, mode)
+            outcome = await ChaosClient(http, service.url, question, visit, service.grpc_target).play()
         if outcome.answer is None or outcome.broken or outcome.faults:
-            raise RuntimeError(f"question {number} ({question.body}) failed undisturbed: {outcome}")
+            raise RuntimeError(f"question {number} ({question.kind}: {question.body}) failed undisturbed: {outcome}")
+        if wrong := unlike_asked(question, outcome.answer):
+            raise RuntimeError(f"the answer to question {number} ({question.kind}: {question.body}) {wrong}")
         return outcome.answer
 
     return list(await asyncio.gather(*(one(number, question) for number, question in enumerate(asked))))
+
+
+def unlike_asked(question: Question, answer: Answer) -> str:
+    """What is wrong with an answer that has to be JSON or tool calls and that no limit has cut; "": nothing."""
+    forced = "tools" in question.body
+    for index, reason in enumerate(answer.finish_reasons):
+        calls = answer.calls[index]
+        documents = [arguments for _, arguments in calls] if forced else [answer.texts[index]]
+        if reason in LIMITED or not (forced or question.kind is Kind.STRUCTURED):
+            continue
+        if forced and not calls:
+            return "calls no tool"
+        try:
+            if not all(isinstance(json.loads(document), dict) for document in documents):
+                return f"is no JSON object: {documents}"
+        except ValueError as error:
+            return f"is no JSON ({error}): {documents}"
+    return ""
 
 
 async def disturbed(
@@ -131,7 +155,7 @@ async def disturbed(
     async def one(visit: Visit) -> Outcome:
         await asyncio.sleep(max(0.0, began_s + visit.at_s - time.monotonic()))
         async with places:
-            client = ChaosClient(http, service.url, asked[visit.question], visit)
+            client = ChaosClient(http, service.url, asked[visit.question], visit, service.grpc_target)
             active.add(client)
             try:
                 return await client.play()
@@ -201,19 +225,30 @@ def judged_against(
 
 
 def service_config(
-    path: Path | None, port: int, *, batch_invariant: bool, expiry_s: float = EXPIRY_S
+    path: Path | None, port: int, *, batch_invariant: bool, expiry_s: float = EXPIRY_S, grpc_port: int | None = None
 ) -> dict[str, Any]:
-    """The config to serve: `path` as it is, or the base config made small; on loopback, exact or fast as asked."""
+    """The config to serve: `path` as it is, or the base config made small; on loopback, exact or fast as asked.
+
+    `grpc_port`: where it serves gRPC; None: nowhere.
+    """
     config: dict[str, Any] = yaml.safe_load((path or BASE_CONFIG).read_text())
     application = config["applications"][0]
     arguments = application["args"] if path else derive_config(application["args"], OVERRIDES)
     arguments = derive_config(
-        arguments, {"engine": {"batch_invariant": batch_invariant}, "streams": {"expiry_s": expiry_s}}
+        arguments,
+        {
+            "engine": {"batch_invariant": batch_invariant},
+            "streams": {"expiry_s": expiry_s},
+            "responses": {"expiry_s": expiry_s},
+        },
     )
     models = arguments.setdefault("model_server", {}).setdefault("num_replicas", 1)
     application |= {"name": "serve_app", "args": arguments, "route_prefix": "/"}
     # From the first, since a deployment that has no override is not the same to Serve as one that has.
     application["deployments"] = [{"name": "ModelServer", "num_replicas": models}]
+    config.pop("grpc_options", None)
+    if grpc_port is not None:
+        config["grpc_options"] = {"port": grpc_port, "grpc_servicer_functions": [GRPC_SERVICES]}
     return config | {"http_options": {**config.get("http_options", {}), "host": "127.0.0.1", "port": port}}
 
 
@@ -228,26 +263,39 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=40)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--config", type=Path, help=f"serve this instead of a small {BASE_CONFIG} with two replicas")
+    parser.add_argument(
+        "--kinds", nargs="+", type=Kind, choices=list(Kind), default=list(Kind), help="of streams (default: all)"
+    )
     parser.add_argument("--fast", action="store_true", help="without engine.batch_invariant: sound answers may diverge")
     parser.add_argument("--output", type=Path, default=RESULTS / "chaos.json")
     arguments = parser.parse_args()
     if arguments.streams < 1 or arguments.faults < 0 or not arguments.minutes > 0:
         parser.error("--streams and --minutes must be positive, --faults must not be negative")
     wanted = Plan(
-        arguments.streams, arguments.faults, 60 * arguments.minutes, arguments.seed, batch_invariant=not arguments.fast
+        arguments.streams,
+        arguments.faults,
+        60 * arguments.minutes,
+        arguments.seed,
+        not arguments.fast,
+        tuple(dict.fromkeys(arguments.kinds)),
     )
     port = free_port()
     signal.signal(signal.SIGTERM, _interrupt)  # the service is stopped then too
     log = arguments.output.with_suffix(".log")
     config = service_config(
-        arguments.config, port, batch_invariant=wanted.batch_invariant, expiry_s=min(EXPIRY_S, wanted.seconds)
+        arguments.config,
+        port,
+        batch_invariant=wanted.batch_invariant,
+        expiry_s=min(EXPIRY_S, wanted.seconds),
+        grpc_port=free_port() if Kind.GRPC in wanted.kinds else None,
     )
     with ChaosService(config, port, log) as service:
         figures = asyncio.run(run(service, wanted))
     text = chaos_report.table(figures)
     print(f"\n{text}\n")
     for failure in figures["failures"][:20]:
-        print(f"visit {failure['visit']} ({failure['mode']}) {failure['verdict']}: {failure['why'][:600]}")
+        who = f"visit {failure['visit']} ({failure['kind']}, {failure['mode']})"
+        print(f"{who} {failure['verdict']}: {failure['why'][:600]}")
     for cut in figures["cut_without_cause"][:20]:
         print(f"cut without cause: {cut[:300]}")
     document = {"plan": vars(arguments) | {"config": str(arguments.config or ""), "output": ""}, **figures}

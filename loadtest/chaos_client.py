@@ -10,13 +10,13 @@ import asyncio
 import json
 import time
 from contextlib import aclosing
-from dataclasses import dataclass, field
-from typing import Any
 
 import httpx
-from httpx_sse import EventSource, ServerSentEvent
+from httpx_sse import EventSource
 
-from loadtest.verdicts import Answer
+from loadtest.chaos_grpc import GrpcCall
+from loadtest.chaos_replies import NativeReply, new_reply
+from loadtest.outcome import Broken, Cut, Outcome, Refused, ended_as_if_whole
 from loadtest.workload import Mode, Question, Visit, Wire
 
 DEADLINE_S = 150.0
@@ -27,149 +27,19 @@ SILENCE_S = 60.0
 _BACKOFF_S = 0.25
 
 
-@dataclass(slots=True)
-class Outcome:
-    """What one client saw. Times are of `time.monotonic`."""
-
-    visit: Visit
-    began_s: float
-    ended_s: float = 0.0
-    answer: Answer | None = None
-    failure: str | None = None
-    """Why there is no answer."""
-    broken: list[tuple[float, str]] = field(default_factory=list)
-    """Connections that ended without the client's doing, as it was told."""
-    refused: int = 0
-    """429 and 503 with Retry-After."""
-    cut_s: list[float] = field(default_factory=list)
-    """When the client dropped its own connection."""
-    resumed: int = 0
-    faults: list[str] = field(default_factory=list)
-    """Of the wire: events that were repeated, left out or out of place."""
-    repeated_events: bool = False
-    arrivals_s: list[float] = field(default_factory=list)
-    """Of events of the answer that it ended with."""
-    request_ids: list[str] = field(default_factory=list)
-    """Its own, one for each time it asked."""
-    stream_id: str = ""
-    """The service's, of a stream that can be resumed."""
-
-
-class Broken(Exception):
-    """The connection ended before the answer did: a transport error, or an answer of 5xx."""
-
-
-class Refused(Exception):
-    """The server said when to try again, before it had accepted anything."""
-
-
-class Cut(Exception):
-    """The client has dropped its own connection."""
-
-
-class Reply:
-    """Collects one answer from the events of either wire."""
-
-    def __init__(self, question: Question) -> None:
-        self._question = question
-        self._texts = [""] * question.choices
-        self._reasons: list[str | None] = [None] * question.choices
-        self._token_ids: list[int] = []
-        self._logprobs: list[list[Any]] = [[] for _ in range(question.choices)]
-        self._usage: dict[str, int] | None = None
-        self._stream_id = ""
-        self.next_index = 0
-        """Of events with ids."""
-        self.last_event_id = ""
-        self.over = False
-
-    def take(self, event: ServerSentEvent, outcome: Outcome) -> None:
-        """One event. Raises `ValueError` when it is an error, or none that this wire has."""
-        document = None if event.data == "[DONE]" else json.loads(event.data)
-        if document is not None and "error" in document:
-            raise ValueError(f"error event: {document['error']['code']}: {document['error']['message']}")
-        if self.over:
-            outcome.faults.append("an event after the last one")
-        if event.id:
-            self._number(event.id, outcome)
-        if document is None:
-            self.over = True
-        elif self._question.wire is Wire.CHAT:
-            self._take_chunk(document)
-        elif event.event == "done":
-            self._reasons[0], self._usage, self.over = document["finish_reason"], document["usage"], True
-        else:
-            self._token_ids.append(document["token_id"])
-            self._texts[0] += document["generated_text"]
-
-    def _number(self, event_id: str, outcome: Outcome) -> None:
-        stream_id, index, _ = event_id.split(":")  # the last is a digest of the text so far, for the server to read
-        if self._stream_id not in ("", stream_id):
-            outcome.faults.append(f"an event of stream {stream_id} in stream {self._stream_id}")
-        if not self._stream_id:
-            self._stream_id, self.next_index = stream_id, int(index)
-            if int(index) > 1:
-                outcome.faults.append(f"the first event has index {index}")
-        if int(index) != self.next_index:
-            outcome.faults.append(f"event {index} where {self.next_index} was due")
-            outcome.repeated_events |= int(index) < self.next_index
-        self.next_index = int(index) + 1
-        self.last_event_id = event_id
-
-    def _take_chunk(self, chunk: dict[str, Any]) -> None:
-        if chunk.get("usage"):
-            self._usage = chunk["usage"]
-        for choice in chunk["choices"]:
-            index = choice["index"]
-            self._texts[index] += choice["delta"].get("content") or ""
-            self._take_end(index, choice)
-
-    def _take_end(self, index: int, choice: dict[str, Any]) -> None:
-        self._reasons[index] = choice["finish_reason"] or self._reasons[index]
-        if choice["logprobs"]:
-            self._logprobs[index] += [_entry(token) for token in choice["logprobs"]["content"]]
-
-    def take_whole(self, document: dict[str, Any]) -> None:
-        """A chat completion that was not streamed."""
-        for choice in document["choices"]:
-            self._texts[choice["index"]] = choice["message"]["content"]
-            self._take_end(choice["index"], choice)
-        self._usage, self.over = document["usage"], True
-
-    def answer(self) -> Answer:
-        """The finished answer. Raises `ValueError` when it lacks its usage."""
-        if self._usage is None:
-            raise ValueError("the answer ended without its usage")
-        return Answer(
-            tuple(self._texts),
-            tuple(self._reasons),
-            self._usage["prompt_tokens"],
-            self._usage["completion_tokens"],
-            self._native_ids(self._usage["completion_tokens"]) if self._question.wire is Wire.NATIVE else None,
-            tuple(tuple(entries) for entries in self._logprobs) if self._question.body.get("logprobs") else None,
-        )
-
-    def _native_ids(self, completion_tokens: int) -> tuple[int, ...]:
-        """Text that became certain only as the answer ended comes in one more document, which repeats the last id."""
-        ids = self._token_ids
-        extra = len(ids) == completion_tokens + 1 and ids[-1:] == ids[-2:-1]
-        return tuple(ids[:completion_tokens] if extra else ids)
-
-
-def _entry(token: dict[str, Any]) -> Any:
-    return token["token"], token["logprob"], tuple((top["token"], top["logprob"]) for top in token["top_logprobs"])
-
-
 class ChaosClient:
-    """One visit, played against the service at `url`."""
+    """One visit, played against the service at `url`, or for gRPC at `grpc_target` (`host:port`)."""
 
-    def __init__(self, http: httpx.AsyncClient, url: str, question: Question, visit: Visit) -> None:
+    def __init__(
+        self, http: httpx.AsyncClient, url: str, question: Question, visit: Visit, grpc_target: str = ""
+    ) -> None:
         self._http = http
         self._url = url
+        self._grpc_target = grpc_target
         self._question = question
         self._mode = visit.mode
         self._drops = list(visit.drops)
-        self._reply = Reply(question)
+        self._reply = new_reply(question)
         self._connection: asyncio.Task[None] | None = None
         self.outcome = Outcome(visit, time.monotonic())
 
@@ -214,7 +84,7 @@ class ChaosClient:
                 self.outcome.broken.append((time.monotonic(), f"{type(error).__name__}: {error}"))
                 failures += 1
                 if not self.outcome.stream_id:
-                    self._reply, self.outcome.arrivals_s = Reply(self._question), []
+                    self._reply, self.outcome.arrivals_s = new_reply(self._question), []
                     deadline.reschedule(min(last_s, now() + DEADLINE_S))
                 await asyncio.sleep(min(2.0, _BACKOFF_S * 2**failures))
         self.outcome.answer = self._reply.answer()
@@ -232,24 +102,40 @@ class ChaosClient:
             raise Cut from None
 
     async def _ask(self) -> None:
-        body = dict(self._question.body)
         request_id = f"chaos-{self.outcome.visit.number}-{len(self.outcome.request_ids)}"
         self.outcome.request_ids.append(request_id)
         headers = {"X-Request-Id": request_id}
-        if self._question.wire is Wire.CHAT and self._mode is not Mode.WHOLE:
-            body |= {"stream": True, "stream_options": {"include_usage": True}}
-        if self._mode is Mode.RESUME:
+        if self._mode is Mode.RESUME and self._question.wire is not Wire.RESPONSES:
             headers["X-Stream-Resume"] = "1"
-        request = self._http.build_request("POST", f"{self._url}{self._question.wire}", json=body, headers=headers)
-        await self._read(request)
+        if self._question.wire is Wire.GRPC:
+            await self._call(headers)
+            return
+        body = self._question.asked(self._mode)
+        await self._read(
+            self._http.build_request("POST", f"{self._url}{self._question.wire}", json=body, headers=headers)
+        )
 
     async def _resume(self) -> None:
         headers = {"X-Stream-Resume": "1"}
         if self._reply.last_event_id:
             headers["Last-Event-ID"] = self._reply.last_event_id
-        await self._read(
-            self._http.build_request("GET", f"{self._url}/v1/streams/{self.outcome.stream_id}", headers=headers)
-        )
+        stream_id = self.outcome.stream_id
+        if self._question.wire is Wire.GRPC:
+            await self._call(headers)
+        elif self._question.wire is Wire.RESPONSES:
+            query = {"stream": "true", "starting_after": self._reply.last_event_id}
+            url = f"{self._url}/v1/responses/resp_{stream_id}"
+            await self._read(self._http.build_request("GET", url, params=query))
+        else:
+            await self._read(self._http.build_request("GET", f"{self._url}/v1/streams/{stream_id}", headers=headers))
+
+    async def _call(self, headers: dict[str, str]) -> None:
+        """One gRPC call to its end. Raises as `_read` does."""
+        assert isinstance(self._reply, NativeReply)
+        call = GrpcCall(self._grpc_target, self._question.body, headers, self._reply, self.outcome)
+        async with aclosing(call.messages()) as messages:
+            async for _ in messages:
+                self._arrived()
 
     async def _read(self, request: httpx.Request) -> None:
         """One connection to its end. Raises `Broken`, `httpx.TransportError` and `ValueError` (an answer: no)."""
@@ -257,11 +143,12 @@ class ChaosClient:
         try:
             if response.status_code != 200:
                 await self._refusal(response)
-            self.outcome.stream_id = response.headers.get("x-stream-id", "")
+            self.outcome.stream_id = response.headers.get("x-stream-id", self.outcome.stream_id)
             if self._mode is Mode.WHOLE:
                 self._reply.take_whole(json.loads(await response.aread()))
                 return
-            if self._mode is Mode.RESUME and not self.outcome.stream_id:
+            by_header = self._mode is Mode.RESUME and self._question.wire is not Wire.RESPONSES
+            if by_header and "x-stream-id" not in response.headers:
                 raise ValueError("asked for resume, and the response has no x-stream-id")
             await self._read_events(response)
         finally:
@@ -272,12 +159,16 @@ class ChaosClient:
             async for event in events:
                 if event.data:  # else a heartbeat
                     self._reply.take(event, self.outcome)
-                    self.outcome.arrivals_s.append(time.monotonic())
-                if self._drops and self._reply.next_index > self._drops[0] and not self._reply.over:
-                    self._drops.pop(0)
-                    raise Cut
+                    self._arrived()
         if not self._reply.over:
-            raise Broken("the body ended, as if it were whole, before the last event")
+            raise ended_as_if_whole()
+
+    def _arrived(self) -> None:
+        """An event came. Raises `Cut` where this client is to drop its connection."""
+        self.outcome.arrivals_s.append(time.monotonic())
+        if self._drops and self._reply.next_index > self._drops[0] and not self._reply.over:
+            self._drops.pop(0)
+            raise Cut
 
     async def _refusal(self, response: httpx.Response) -> None:
         """Raises `Refused` after the time it names, `Broken` where trying again may help, else `ValueError`."""

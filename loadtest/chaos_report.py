@@ -11,12 +11,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loadtest.chaos_client import Outcome
 from loadtest.faults import FREEZE_S, Injected
 from loadtest.http_load import percentile
+from loadtest.outcome import Outcome
 from loadtest.schedule import Fault
 from loadtest.verdicts import Answer, Verdict, judge
-from loadtest.workload import Mode, Question
+from loadtest.workload import Kind, Mode, Question
 
 EXCUSED_S = {Fault.KILL_INGRESS: 10.0, Fault.KILL_PROXY: 15.0}
 """How long after such a fault a client without resume may get a connection error: until Serve has noticed and replaced
@@ -48,6 +48,7 @@ class Judged:
     """An ingress logged that it continued the stream on another attempt, or took it over."""
     again_s: float | None = None
     """How long computing what it had took there, where it moved once."""
+    kind: Kind = Kind.PLAIN
 
 
 def judge_outcome(
@@ -61,7 +62,7 @@ def judge_outcome(
 ) -> Judged:
     """The worst of what the wire, the ending and the answer say."""
     verdict, reason = _verdict(outcome, question, reference, batch_invariant=batch_invariant)
-    return Judged(outcome, verdict, reason, moved, again_s)
+    return Judged(outcome, verdict, reason, moved, again_s, question.kind)
 
 
 def _verdict(outcome: Outcome, question: Question, reference: Answer, *, batch_invariant: bool) -> tuple[Verdict, str]:
@@ -148,6 +149,7 @@ def summary(
         "batch_invariant": batch_invariant,
         "streams": len(judged),
         "modes": Counter(str(one.outcome.visit.mode) for one in judged),
+        "kinds": {str(kind): _of_kind([one for one in judged if one.kind is kind]) for kind in Kind},
         "faults_asked_for": Counter(str(fault) for fault in asked_for),
         "faults": len(injected),
         "faults_by_kind": Counter(str(fault.fault) for fault in injected),
@@ -172,6 +174,7 @@ def summary(
         "failures": [
             {
                 "visit": one.outcome.visit.number,
+                "kind": one.kind,
                 "mode": one.outcome.visit.mode,
                 "verdict": one.verdict,
                 "why": one.reason,
@@ -179,6 +182,16 @@ def summary(
             for one in judged
             if one.verdict is not Verdict.IDENTICAL
         ],
+    }
+
+
+def _of_kind(judged: Sequence[Judged]) -> dict[str, int]:
+    verdicts = Counter(one.verdict for one in judged)
+    return {
+        "streams": len(judged),
+        **{str(verdict): verdicts[verdict] for verdict in Verdict},
+        "continued": sum(one.moved for one in judged),
+        "resumes": sum(one.outcome.resumed for one in judged),
     }
 
 
@@ -190,6 +203,7 @@ def _row(one: Judged) -> dict[str, Any]:
     return {
         "request_ids": outcome.request_ids,
         "question": outcome.visit.question,
+        "kind": one.kind,
         "mode": outcome.visit.mode,
         "verdict": one.verdict,
         "moved": one.moved,
@@ -271,6 +285,7 @@ def table(figures: dict[str, Any]) -> str:
     """Markdown."""
     rows: list[tuple[str, object]] = [
         ("streams", f"{figures['streams']} ({_listed(figures['modes'])})"),
+        *((f"- {kind}", _kind_row(counts)) for kind, counts in figures["kinds"].items() if counts["streams"]),
         ("faults", f"{figures['faults']} of {sum(figures['faults_asked_for'].values())} that were asked for"),
         *((f"- {kind}", count) for kind, count in figures["faults_by_kind"].items()),
         ("continued on another replica", f"{figures['continued']} ({figures['continued_identical']} identical)"),
@@ -301,6 +316,14 @@ def table(figures: dict[str, Any]) -> str:
         ("back to idle", "yes" if figures["idle"]["ok"] else f"NO: {'; '.join(figures['idle']['wrong'])}"),
     ]
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _kind_row(counts: dict[str, int]) -> str:
+    bad = [
+        f"{counts[verdict]} {verdict}" for verdict in Verdict if verdict is not Verdict.IDENTICAL and counts[verdict]
+    ]
+    said = [f"{counts['streams']}: {counts['identical']} identical", *bad]
+    return ", ".join([*said, f"{counts['continued']} continued, {counts['resumes']} resumes"])
 
 
 def _listed(counts: dict[str, int]) -> str:

@@ -28,6 +28,8 @@ import httpx
 import psutil
 import yaml
 
+GRPC_SERVICES = "serve_app.api.grpc.services.add_services"
+"""What a Serve config names for gRPC."""
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 60.0
 ASKED_FOR_NOTHING = 8
@@ -53,6 +55,9 @@ class ChaosService:
         self.config = config
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
+        grpc_port = (config.get("grpc_options") or {}).get("port")
+        self.grpc_target = f"127.0.0.1:{grpc_port}" if grpc_port else ""
+        """Address of the gRPC port; "": there is none."""
         self._log = log
         self._folder = Path(tempfile.mkdtemp(prefix="chaos-"))
         self.token = secrets.token_hex(32)

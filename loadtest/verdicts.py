@@ -25,6 +25,15 @@ class Answer:
     """Where the wire has them (/stream)."""
     logprobs: tuple[tuple[Any, ...], ...] | None = None
     """One tuple a choice, of entries (token, logprob, ((token, logprob), ...)), where they were asked for."""
+    reasoning: tuple[str, ...] = ()
+    """One a choice, where the protocol has it."""
+    calls: tuple[tuple[tuple[str, str], ...], ...] = ()
+    """One tuple a choice, of tool calls (name, arguments as the text that came)."""
+
+
+LIMITED = frozenset({"length", "max_tokens", "incomplete"})
+ENDED = frozenset({"stop", "tool_calls", "completed", "end_turn", "stop_sequence", "tool_use"})
+"""Words for how an answer ends, of all protocols: by a limit, or by the model and by a stop string."""
 
 
 class Verdict(StrEnum):
@@ -44,7 +53,9 @@ def judge(answer: Answer, reference: Answer, max_tokens: int, *, batch_invariant
         return Verdict.IDENTICAL
     if len(answer.texts) != len(reference.texts):
         return Verdict.LOST if len(answer.texts) < len(reference.texts) else Verdict.DUPLICATED
-    ended_earlier = answer.completion_tokens < reference.completion_tokens and "stop" in answer.finish_reasons
+    ended_earlier = answer.completion_tokens < reference.completion_tokens and not ENDED.isdisjoint(
+        answer.finish_reasons
+    )
     for got, wanted in _sequences(answer, reference):
         if repeats(got, wanted):
             return Verdict.DUPLICATED
@@ -55,6 +66,8 @@ def judge(answer: Answer, reference: Answer, max_tokens: int, *, batch_invariant
 
 def _sequences(answer: Answer, reference: Answer) -> list[tuple[Sequence[Any], Sequence[Any]]]:
     pairs: list[tuple[Sequence[Any], Sequence[Any]]] = list(zip(answer.texts, reference.texts, strict=True))
+    pairs += zip(answer.reasoning, reference.reasoning, strict=True)
+    pairs += zip(map(_written, answer.calls), map(_written, reference.calls), strict=True)
     if answer.token_ids is not None and reference.token_ids is not None:
         pairs.insert(0, (answer.token_ids, reference.token_ids))
     if answer.logprobs is not None and reference.logprobs is not None:
@@ -64,6 +77,11 @@ def _sequences(answer: Answer, reference: Answer) -> list[tuple[Sequence[Any], S
         ]
         pairs[:0] = tokens
     return pairs
+
+
+def _written(calls: Sequence[tuple[str, str]]) -> str:
+    """The calls of one choice as one text."""
+    return "".join(f"{name} {arguments}\n" for name, arguments in calls)
 
 
 def repeats(got: Sequence[Any], wanted: Sequence[Any]) -> bool:
@@ -100,8 +118,8 @@ def _sound(answer: Answer, reference: Answer, max_tokens: int) -> bool:
     """What holds for any answer to the question, whatever its words."""
     if answer.prompt_tokens != reference.prompt_tokens or not 0 < answer.completion_tokens <= max_tokens:
         return False
-    if not all(reason in ("stop", "length") for reason in answer.finish_reasons):
+    if not LIMITED.union(ENDED).issuperset(answer.finish_reasons):
         return False
-    if all(reason == "length" for reason in answer.finish_reasons) and answer.completion_tokens != max_tokens:
+    if LIMITED.issuperset(answer.finish_reasons) and answer.completion_tokens != max_tokens:
         return False
     return answer.token_ids is None or len(answer.token_ids) == answer.completion_tokens

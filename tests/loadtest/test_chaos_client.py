@@ -10,7 +10,8 @@ import httpx
 import pytest
 
 from loadtest import chaos_client
-from loadtest.chaos_client import ChaosClient, Outcome
+from loadtest.chaos_client import ChaosClient
+from loadtest.outcome import Outcome
 from loadtest.workload import Mode, Question, Visit, Wire
 
 STREAM = "s" * 22

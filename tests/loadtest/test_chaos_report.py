@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from loadtest.chaos_client import Outcome
 from loadtest.chaos_report import (
     Judged,
     judge_outcome,
@@ -19,9 +18,10 @@ from loadtest.chaos_report import (
     untested,
 )
 from loadtest.faults import Injected
+from loadtest.outcome import Outcome
 from loadtest.schedule import Fault
 from loadtest.verdicts import Answer, Verdict
-from loadtest.workload import Mode, Question, Visit, Wire
+from loadtest.workload import Kind, Mode, Question, Visit, Wire
 
 ANSWER = Answer(("text",), ("stop",), 3, 2, token_ids=(1, 2))
 QUESTION = Question(Wire.NATIVE, {"max_tokens": 2, "seed": 1})
@@ -50,6 +50,20 @@ def test_a_good_run_keeps_the_promises_and_prints() -> None:
     assert kept(run)
     assert "| **identical** | **2** (100.0%) |" in table(run)
     assert not kept(run | {"idle": {"ok": False, "wrong": ["proxy has 900 fds, 40 before"]}})
+
+
+def test_each_kind_has_its_own_counts() -> None:
+    tools = Question(Wire.CHAT, {"max_tokens": 2}, Kind.TOOLS)
+    lost = judge_outcome(outcome(answer=None, failure="gone"), tools, ANSWER, batch_invariant=True, moved=True)
+    found = summary([judged(outcome()), lost], [], [], batch_invariant=True)
+    assert (
+        found["kinds"]["tools"] | {"streams": 1, "lost": 1, "identical": 0, "continued": 1} == found["kinds"]["tools"]
+    )
+    assert found["kinds"]["plain"]["identical"] == found["kinds"]["plain"]["streams"] == 1
+    assert found["failures"][0]["kind"] is Kind.TOOLS
+    printed = table({**found, "idle": IDLE, "proxy_outages_s": []})
+    assert "| - tools | 1: 0 identical, 1 lost, 1 continued, 0 resumes |" in printed
+    assert "grpc" not in printed
 
 
 def test_a_run_whose_faults_were_skipped_shows_nothing() -> None:

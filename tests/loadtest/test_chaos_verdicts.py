@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -80,3 +81,31 @@ def test_any_block_that_is_doubled_or_missing_is_found(text: str, place: int, si
 def test_a_stranger_in_between_is_no_repetition(text: str, place: int) -> None:
     start = place % len(text)
     assert not repeats(f"{text[:start]}c{text[start:]}", text)
+
+
+CALLED = replace(REFERENCE, texts=("",), token_ids=None, reasoning=("I look.",), calls=((("f", '{"a": 12345}'),),))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, Verdict.IDENTICAL),
+        ({"calls": ((("f", '{"a": 125}'),),)}, Verdict.LOST),
+        ({"calls": ((("f", '{"a": 1234512345}'),),)}, Verdict.DUPLICATED),
+        ({"calls": ((("g", '{"a": 12345}'),),)}, Verdict.CORRUPTED),
+        ({"reasoning": ("I",)}, Verdict.LOST),
+        ({"reasoning": ("I see.",)}, Verdict.CORRUPTED),
+    ],
+)
+def test_calls_and_reasoning_count_as_text_does(changes: dict[str, Any], expected: Verdict) -> None:
+    assert judge(replace(CALLED, **changes), CALLED, MAX_TOKENS, batch_invariant=True) is expected
+
+
+@pytest.mark.parametrize(
+    ("reason", "sound"), [("end_turn", True), ("max_tokens", True), ("tool_use", True), ("x", False)]
+)
+def test_each_protocol_has_its_words_for_the_end(reason: str, sound: bool) -> None:
+    other = replace(REFERENCE, texts=("uno due tre",), token_ids=None, finish_reasons=(reason,))
+    assert judge(other, replace(REFERENCE, token_ids=None), MAX_TOKENS, batch_invariant=False) is (
+        Verdict.DIVERGED if sound else Verdict.CORRUPTED
+    )
