@@ -25,10 +25,11 @@ from typing import Any
 import psutil
 import yaml
 
-from loadtest.http_load import drive, percentile, wait_until_ready
+from loadtest.http_load import percentile, wait_until_ready
 from loadtest.interrupts import heed_ctrl_c
 from loadtest.paced_app import RATE_VARIABLE
-from loadtest.service import derive_config, free_port
+from loadtest.protocol_load import PROTOCOLS, drive
+from loadtest.service import GRPC_SERVICES, derive_config, free_port
 from serve_app.cli.environment import server_environment
 from serve_app.cli.haproxy import haproxy_environment
 from serve_app.cli.serve import SERVE_RUN
@@ -48,11 +49,12 @@ PATH = ("model server", "ingress", "proxy")
 
 
 @contextmanager
-def paced_service(config: Path, rate: float) -> Iterator[tuple[str, psutil.Process]]:
-    """Its URL and the process of `serve run`."""
-    port = free_port()
+def paced_service(config: Path, rate: float) -> Iterator[tuple[str, str, psutil.Process]]:
+    """Its URL, `host:port` of its gRPC, and the process of `serve run`."""
+    port, grpc_port = free_port(), free_port()
     data = yaml.safe_load(config.read_text())
     data["http_options"] = {**(data.get("http_options") or {}), "host": "127.0.0.1", "port": port}
+    data["grpc_options"] = {"port": grpc_port, "grpc_servicer_functions": [GRPC_SERVICES]}
     data["applications"][0] = derive_config(data["applications"][0], {"import_path": "loadtest.paced_app:build"})
     environment = server_environment(os.environ) | {RATE_VARIABLE: str(rate)}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path.cwd()), environment.get("PYTHONPATH"))))
@@ -73,7 +75,7 @@ def paced_service(config: Path, rate: float) -> Iterator[tuple[str, psutil.Proce
             )
         try:
             wait_until_ready(f"http://127.0.0.1:{port}", 120, lambda: process.poll() is None)
-            yield f"http://127.0.0.1:{port}", process
+            yield f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc_port}", process
         finally:
             process.send_signal(signal.SIGINT)
             process.wait(timeout=60)
@@ -93,14 +95,17 @@ def cpu_seconds(service: psutil.Process) -> Counter[str]:
     return used
 
 
-def measure(url: str, service: psutil.Process, streams: int, tokens: int) -> dict[str, Any]:
+def measure(
+    url: str, grpc_target: str, service: psutil.Process, protocol: str, streams: int, tokens: int
+) -> dict[str, Any]:
     """`streams` clients at once, each reading `tokens` tokens as they come."""
     before, own_before, began = cpu_seconds(service), time.process_time(), time.monotonic()
-    outcome = asyncio.run(drive(url, "paced", [[1] for _ in range(streams)], tokens))
+    outcome = asyncio.run(drive(url, grpc_target, protocol, streams, tokens))
     used = cpu_seconds(service)
     used.subtract(before)
     delivered = streams * tokens
     return {
+        "protocol": protocol,
         "streams": streams,
         "seconds": time.monotonic() - began,
         "ms_per_token": {kind: 1e3 * seconds / delivered for kind, seconds in used.items()},
@@ -123,7 +128,7 @@ def table(figures: list[dict[str, Any]]) -> str:
         cells = " | ".join(f"{one['ms_per_token'].get(kind, 0.0):.2f}" for kind in kinds)
         gaps = f"{1e3 * one['itl_p50_s']:.0f} / {1e3 * one['itl_p99_s']:.0f}"
         rows.append(
-            f"| {one['streams']} streams | {cells} | **{one['path_ms_per_token']:.2f}** | "
+            f"| {one['protocol']}, {one['streams']} streams | {cells} | **{one['path_ms_per_token']:.2f}** | "
             f"{one['client_ms_per_token']:.2f} | {gaps} |"
         )
     return "\n".join(rows)
@@ -134,11 +139,19 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/serve.yaml"))
     parser.add_argument("--rate", type=float, default=RATE, help=f"tokens per second of each stream ({RATE:g})")
     parser.add_argument("--tokens", type=int, default=TOKENS, help=f"of each stream ({TOKENS})")
+    parser.add_argument(
+        "--protocol", nargs="+", choices=PROTOCOLS, default=["completions"], help="one or more, in turns (completions)"
+    )
     parser.add_argument("--output", type=Path, default=Path("loadtest/results/streaming_path.json"))
     arguments = parser.parse_args()
-    with paced_service(arguments.config, arguments.rate) as (url, service):
-        measure(url, service, 2, 20)  # whatever is only done once
-        figures = [measure(url, service, streams, arguments.tokens) for streams in STREAMS]
+    with paced_service(arguments.config, arguments.rate) as (url, grpc_target, service):
+        for protocol in arguments.protocol:
+            measure(url, grpc_target, service, protocol, 2, 20)  # whatever is only done once
+        figures = [
+            measure(url, grpc_target, service, protocol, streams, arguments.tokens)
+            for streams in STREAMS
+            for protocol in arguments.protocol
+        ]
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(figures, indent=1))
     print(table(figures))
