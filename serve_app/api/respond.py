@@ -90,12 +90,14 @@ async def _events(
         async with running, aclosing(running.deltas()) as deltas:
             async for delta in deltas:
                 _note(record, delta)
+                # Before the delta's events: a writer may number its events, or say in the first what there is so far.
+                opened = [] if started else writer.opened()
                 gained = partial(writer.gained, delta)
                 # The logprobs of a prompt come at once.
                 scores = delta.prompt_logprobs
                 many = scores is not None and len(scores) * (1 + scores.top) > INLINE_ENTRIES
                 events = await asyncio.to_thread(gained) if many else gained()
-                yield b"".join(events if started else [*writer.opened(), *events])
+                yield b"".join([*opened, *events])
                 started = True
             yield b"".join(writer.ended(running.usage))
     finally:

@@ -52,10 +52,12 @@ async def test_a_response_is_openais_to_the_letter(api: httpx.AsyncClient) -> No
     assert usage.total_tokens == usage.input_tokens + usage.output_tokens > usage.output_tokens > 0
 
 
-async def test_the_events_are_openais_and_end_with_the_document(api: httpx.AsyncClient) -> None:
-    response = await api.post("/v1/responses", json={**HI, "stream": True})
+@pytest.mark.parametrize("kept", [True, False])
+async def test_the_events_are_openais_and_end_with_the_document(api: httpx.AsyncClient, kept: bool) -> None:
+    response = await api.post("/v1/responses", json={**HI, "stream": True, "store": kept})
     events = events_of(response.content)
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert [event["response"]["output"] for event in events[:2]] == [[], []]
     kinds = [event["type"] for event in events]
     assert kinds[:4] == [
         "response.created",
