@@ -134,7 +134,14 @@ def new_writers(tokenizer: ChatTokenizer, request: ResolvedRequest) -> Mapping[s
     of_chat = {"envelope": {"id": "chatcmpl-" + 32 * "0", "object": chat.chunk_kind, **envelope}, **of_chunks}
     of_text = {"envelope": {"id": "cmpl-" + 32 * "0", "object": text.chunk_kind, **envelope}, **of_chunks}
     of_message = {"id": "msg_" + 24 * "0", "omit_thinking": False}
-    response = {"id": new_response_id(), "object": "response", "background": False, "model": request.model}
+    response = {
+        "id": new_response_id(),
+        "object": "response",
+        "background": False,
+        "model": request.model,
+        "output": [],
+        "usage": None,
+    }
     tokens = TokenTexts(tokenizer)
     return {
         BASE: lambda: native.writer(request, {}),
@@ -170,7 +177,7 @@ async def grpc_bytes(new_writer: Callable[[], EventWriter], done: Work) -> int:
     """The bytes of all messages of an answer, from the events of /stream to what gRPC sends."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        scope[DOCUMENT](2**20)
+        scope[DOCUMENT].decode()
         await send({"type": "http.response.start", "status": 200, "headers": []})
         for event in events(new_writer(), done):
             await send({"type": "http.response.body", "body": event, "more_body": True})
