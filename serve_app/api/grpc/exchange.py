@@ -58,6 +58,8 @@ class Exchange:
         self.status = 0
         """The answer's HTTP status; 500 if the application has failed without an answer."""
         self.headers = Headers()
+        self.complete = False
+        """Whether the application has ended the body, and all of it was read."""
 
     async def __aenter__(self) -> Self:
         self._working = asyncio.create_task(self._app(self._scope, self._receive, self._send), name="request")  # type: ignore[arg-type]
@@ -92,6 +94,7 @@ class Exchange:
         while (message := await self._next()) is not None:
             yield message.get("body", b"")
             if not message.get("more_body", False):
+                self.complete = True
                 return
 
     async def _next(self) -> Message | None:

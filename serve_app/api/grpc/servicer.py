@@ -142,13 +142,11 @@ async def _events(answer: Exchange) -> AsyncGenerator[Event, None]:
     request_id = answer.headers.get("x-request-id", "")
     if answer.status == 204:  # a resumed stream of which the caller has everything
         return
-    done = False
     async for event in answer.events():  # to the end, also after `done`: else it would count as cut off
         if event.name == "error":
             raise of_event(event.data, request_id)
         yield event
-        done = done or event.name == "done"
-    if done:
+    if answer.complete:  # also without `done`: a caller that has all events may ask for more before the end is known
         return
     message = "The stream was cut before its end; send the request again."
     raise refusal(ApiError(503, message, type="server_error", code="stream_cut"), request_id)

@@ -31,6 +31,8 @@ from serve_app.config import ApiConfig
 from serve_app.core import Failure, FailureCode, LoadStage
 from serve_app.generation.replica import ReplicaLost
 from serve_app.proto.serve_app_pb2 import Message, ModelOutputDocument, PromptDocument
+from serve_app.resume.journal_store import JournalLimits
+from serve_app.resume.memory_store import MemoryJournalStore
 
 MakeApp = Callable[..., Starlette]
 HI = PromptDocument(messages=[Message(role="user", content="Hi")], seed=7)
@@ -465,3 +467,15 @@ def test_events_may_come_in_any_pieces() -> None:
         tokens = [documents.answer(event.name, event.data, event.id) for event in events if event.name]
         assert [(token.token_id, token.event_id) for token in tokens] == [(n, f"s:{n}:0") for n in range(20)]
         assert len(events) == 40
+
+
+async def test_a_caller_that_has_all_gets_nothing_more_also_before_the_end_is_in_the_store(
+    make_app: MakeApp, replica: FakeReplica, open_grpc: Open
+) -> None:
+    store = MemoryJournalStore(JournalLimits(lease_s=60))
+    here, there = [await open_grpc(make_app(replica, journals=store)) for _ in range(2)]
+    seen = [message async for message in here.stream(HI, ("x-stream-resume", "1"))]
+    again = ("x-stream-resume", "1"), ("last-event-id", seen[-1].event_id)
+    for caller in (here, there):
+        rest = [message async for message in caller.stream(HI, *again)]
+        assert not [message for message in rest if message.HasField("token_id") or message.HasField("done")]
