@@ -6,6 +6,7 @@ RequestError
 ├── TooManyInBackground  this process generates as many streams in the background as it may
 ├── StreamGone         there is no such stream
 │   └── StreamChanged  the events that the client has are not the beginning of this stream
+├── OwnerSilent        who generates the stream does not end it
 └── ReaderTooSlow      the client reads too slowly
 """
 
@@ -55,6 +56,14 @@ class StreamChanged(StreamGone):
             "tokens, after its replica died. Send the request again.",
             "stream_changed",
         )
+
+
+class OwnerSilent(RequestError):
+    """A stream was to end, and the process that generates it did not react."""
+
+    def __init__(self) -> None:
+        message = "The server that generates this does not react; it ends it as soon as it does. Try again in a moment."
+        super().__init__(message, code="journal_unavailable", retry_after_s=2.0)
 
 
 class ReaderTooSlow(RequestError):

@@ -107,7 +107,7 @@ class ResumableStreams:
     async def cancel(self, stream_id: str, make: Callable[[StreamDocument], Transcript]) -> None:
         """End the stream, whoever generates it; see `end_stored`. `make`: as for `find`.
 
-        Raises `StreamGone` and `StoreUnavailable`.
+        Raises `StreamGone`, `StoreUnavailable` and `OwnerSilent`.
         """
 
         async def has_ended(view: JournalView) -> bool:

@@ -16,10 +16,10 @@ from msgspec.structs import replace
 from serve_app.core import Failure, MessageError, TokenBatch, decode_replies, encode_replies
 from serve_app.generation.output_tokens import BatchError, OutputTokens
 from serve_app.resume.context import StreamContext
-from serve_app.resume.journal_store import Append, JournalView, LeaseAction, LeaseStatus, StoreUnavailable
+from serve_app.resume.journal_store import Append, JournalView, LeaseAction, LeaseStatus
 from serve_app.resume.owner import CANCELLED
 from serve_app.resume.records import StreamDocument, read_document
-from serve_app.resume.refusals import StreamGone
+from serve_app.resume.refusals import OwnerSilent, StreamGone
 from serve_app.resume.stream_id import loggable
 from serve_app.resume.transcript import logprob_entries
 from serve_app.resume.writer import new_owner
@@ -111,8 +111,8 @@ async def end_stored(
     """Have the stream's owner end it as cancelled, or do so here if it has none. Returns once the end is written.
 
     A stream that has ended stays as it is. `has_ended` tells from a whole journal whether its tokens are a whole
-    answer: its owner may have died before it wrote the end. Raises `StreamGone`, and `StoreUnavailable` if the owner
-    does not react within `settle_s`; the owner ends the stream then as soon as it reaches the store.
+    answer: its owner may have died before it wrote the end. Raises `StreamGone` and `StoreUnavailable`, and
+    `OwnerSilent` if the owner does not react within `settle_s`; it ends the stream as soon as it reaches the store.
     """
     if not await context.reach(partial(context.store.ask_to_stop, stream_id)):
         raise StreamGone
@@ -132,4 +132,5 @@ async def end_stored(
             (result,) = await context.reach(partial(context.store.append, [append]))
             if result.lease is LeaseStatus.HELD:
                 return
-    raise StoreUnavailable(f"stream {loggable(stream_id)} was not ended within {context.settings.settle_s:g} s")
+    logger.warning("stream %s was not ended within %g s", loggable(stream_id), context.settings.settle_s)
+    raise OwnerSilent

@@ -228,6 +228,7 @@ async def test_an_owner_that_does_not_react_is_no_cancelled_response(
     owner._context.writer._owned.clear()
     refused = await http(make_app(replica, kept=store, background=settings)).post(f"/v1/responses/{begun['id']}/cancel")
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "journal_unavailable")
+    assert "Try again" in refused.json()["error"]["message"]
 
 
 async def test_one_whose_journal_was_dropped_is_generated_no_further(
