@@ -38,7 +38,7 @@ def response_field_value(text: str, field: Any, captures: Mapping[str, str]) -> 
 
     try:
         return process_field(text, field, dict(captures))
-    except (ValueError, LookupError, TypeError, AttributeError):  # whatever a model wrote
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # whatever a model wrote
         return None
 
 

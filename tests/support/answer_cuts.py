@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -11,6 +13,21 @@ from serve_app.chat.parts import Part, joined
 
 TOOLS = {"get_weather": {"city": True, "days": False}, "now": {}}
 """The tools that the requests of these tests offer: name -> argument -> whether it is a text."""
+
+_DEEP = 1100
+"""Levels that Python's own JSON reader refuses with a RecursionError."""
+_HARMFUL = (
+    *('"\\ud800"', r'"{\"a\": \"\ud800\"}"', '{"a": "\\ud800"}', "'\\ud800'", "9" * 5000, "1e999", "NaN", "\0"),
+    *("[" * _DEEP, "[" * _DEEP + "]" * _DEEP, '{"a": ' * _DEEP, json.dumps("[" * _DEEP), "{" * _DEEP, "{a:" * _DEEP),
+    *('{"function": ' * _DEEP, '{"tool_calls": [' * _DEEP, "{1:" * _DEEP),
+)
+
+
+def harmed(text: str) -> Iterator[str]:
+    """The text with what raises in a reader that trusts the model, in place of names, values and objects."""
+    for found in re.finditer(r'"[^"]*"|\bnow\b|Paris|\b3\b|\{.*\}', text):
+        for harm in _HARMFUL:
+            yield text[: found.start()] + harm + text[found.end() :]
 
 
 def parts_of(answer: AnswerFormat, pieces: Sequence[str]) -> list[Part]:

@@ -5,6 +5,7 @@ Promises blocks in the order in which the model made them. Knows no events.
 
 from __future__ import annotations
 
+import json
 from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
@@ -27,7 +28,7 @@ def message_document(
 ) -> dict[str, Any]:
     """A whole answer. `settings`: see `MessagesFormat`."""
     deltas = gained[0]
-    parts = joined(part for delta in deltas for part in delta.parts)
+    parts = joined([part for delta in deltas for part in delta.parts])
     return {
         **opened_message(settings["id"], request.model),
         "content": _blocks(settings, parts),
@@ -109,7 +110,8 @@ def _blocks(settings: Mapping[str, Any], parts: Iterable[Part]) -> list[dict[str
 def _input(arguments: str) -> dict[str, Any]:
     """The arguments of a call. Of those that a token limit cut, what is whole: a stream's reader gets the same."""
     try:
-        value = from_json(arguments, allow_partial=True)
+        value = from_json(arguments, allow_partial=True, allow_inf_nan=False)
+        json.dumps(value, allow_nan=False)  # 1e999 is read as Infinity, which is no JSON
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}

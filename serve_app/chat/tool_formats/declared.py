@@ -17,12 +17,13 @@ from serve_app.chat.answer_parser import Answer
 from serve_app.chat.parts import Part
 from serve_app.chat.reading import Reader, Steps
 from serve_app.chat.tool_formats.json_calls import CallReader
+from serve_app.chat.tool_formats.json_text import encodable, value_of, written
 from serve_app.chat.tool_formats.xml_calls import ArgumentTypes
 from serve_app.transformers_internals import compiled_response_template, response_field_value
 
 _REASONING = frozenset({"reasoning_content", "reasoning", "thinking"})
 _CALLS = "tool_calls"
-_LONGEST_MARK = 4096
+_LONGEST_MARK = 256
 """Characters that may wait to become a mark. Whitespace before a mark may be part of it."""
 _LOOK_BEHIND = 256
 """Characters before the unread ones that a pattern may look at."""
@@ -291,17 +292,22 @@ def _calls(value: object, tools: ArgumentTypes) -> list[tuple[str, str]]:
     function = value.get("function") if isinstance(value, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(name := function.get("name"), str) or not name:
         return []
+    if encodable(name) != name:
+        return []
     arguments = function.get("arguments")
     if isinstance(arguments, Mapping):
         is_text = tools.get(name, {})
         typed = {key: each if is_text.get(key, True) else _typed(each) for key, each in arguments.items()}
-        return [(name, json.dumps(typed, ensure_ascii=False))]
-    return [(name, arguments if isinstance(arguments, str) else "{}")]
+        try:
+            return [(name, written(typed))]
+        except ValueError:
+            return []
+    return [(name, encodable(arguments) if isinstance(arguments, str) else "{}")]
 
 
 def _typed(value: object) -> object:
     """The value of an argument that is no text: formats with tags write JSON there."""
     try:
-        return json.loads(value) if isinstance(value, str) else value
+        return value_of(value) if isinstance(value, str) else value
     except ValueError:
         return value

@@ -12,7 +12,7 @@ import re
 from serve_app.chat.answer_parser import Answer, ToolFormat
 from serve_app.chat.reading import Marks, Reader, Steps, Tell
 from serve_app.chat.tool_formats.json_calls import read_marked
-from serve_app.chat.tool_formats.json_text import escaped, read_string
+from serve_app.chat.tool_formats.json_text import MAX_DEPTH, escaped, is_json, read_string
 
 _NAME = re.compile(r"[\w.\-]*")
 _KEY = re.compile(r"[^:{}\[\],<\s]*")
@@ -48,7 +48,7 @@ class Gemma(ToolFormat):
         elif (yield from reader.until(Marks(self._end), answer.arguments)):
             answer.end_call()
 
-    def _value(self, reader: Reader, tell: Tell) -> Steps[bool]:
+    def _value(self, reader: Reader, tell: Tell, depth: int = MAX_DEPTH) -> Steps[bool]:
         if (yield from reader.has(self._quote)):
             tell('"')
             mark = yield from reader.until(Marks(self._quote), lambda text: tell(escaped(text)))
@@ -56,16 +56,16 @@ class Gemma(ToolFormat):
             return bool(mark)
         first = yield from reader.peek()
         if first and first in "{[":
-            return (yield from self._container(reader, tell))
+            return depth > 0 and (yield from self._container(reader, tell, depth - 1))
         if first == '"':
             text = yield from read_string(reader)
             tell(json.dumps(text, ensure_ascii=False) if text is not None else "")
             return text is not None
         scalar = (yield from reader.run(_SCALAR)).strip()
-        tell(scalar if _is_json(scalar) else json.dumps(scalar, ensure_ascii=False))
+        tell(scalar if is_json(scalar) else json.dumps(scalar, ensure_ascii=False))
         return bool(scalar)
 
-    def _container(self, reader: Reader, tell: Tell) -> Steps[bool]:
+    def _container(self, reader: Reader, tell: Tell, depth: int) -> Steps[bool]:
         opening = yield from reader.next()
         closing = "}" if opening == "{" else "]"
         tell(opening)
@@ -76,7 +76,7 @@ class Gemma(ToolFormat):
         while True:
             if opening == "{" and not (yield from self._key(reader, tell)):
                 return False
-            if not (yield from self._value(reader, tell)):
+            if not (yield from self._value(reader, tell, depth)):
                 return False
             yield from reader.space()
             if (yield from reader.has(closing)):
@@ -105,11 +105,3 @@ class Gemma(ToolFormat):
 
 FUNCTION_GEMMA = Gemma("function_gemma", "<start_function_call>", "<end_function_call>", "<escape>")
 GEMMA_4 = Gemma("gemma4", "<|tool_call>", "<tool_call|>", '<|"|>')
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text, parse_constant=int)  # int refuses NaN and Infinity
-    except ValueError:
-        return False
-    return True

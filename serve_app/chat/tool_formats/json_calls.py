@@ -5,15 +5,16 @@ The arguments are passed on in the model's own characters.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection
 
 from serve_app.chat.answer_parser import Answer, ToolFormat
 from serve_app.chat.reading import Reader, Steps, Tell
-from serve_app.chat.tool_formats.json_text import read_string, read_value
+from serve_app.chat.tool_formats.json_text import encodable, read_string, read_value, value_of
 
 _ARGUMENTS = frozenset({"arguments", "parameters"})
+_BESIDE = frozenset({"type", "id"})
+"""Other keys that calls have. Their values are short."""
 _NAME = re.compile(r"[\w.\-]*")
 _SEPARATORS = re.compile(r"[\s;,]*")
 _BRACES = re.compile(r"[\s}]*")
@@ -22,11 +23,18 @@ _BRACES = re.compile(r"[\s}]*")
 class CallReader:
     """Reads the call, or the calls, that one JSON object is."""
 
-    def __init__(self, reader: Reader, answer: Answer, offered: Collection[str] | None = None) -> None:
-        """`offered`: an object is a call only if it names one of these tools. None: any name will do."""
+    def __init__(
+        self, reader: Reader, answer: Answer, offered: Collection[str] | None = None, *, listed: bool = False
+    ) -> None:
+        """`offered`: an object is a call only if it names one of these tools, and has no key that calls don't have: a
+        text may be JSON, too, and must not wait for its end. None: any name and any key will do.
+
+        `listed`: it stands in a list of calls, and has none itself.
+        """
         self._reader = reader
         self._answer = answer
         self._offered = offered
+        self._listed = listed
         self._named = False
         self._arguments: list[str] = []
         """Arguments that came before the name."""
@@ -45,7 +53,7 @@ class CallReader:
             self._reader.release()
         return whole and self._answer.calls > before
 
-    def _object(self) -> Steps[bool]:
+    def _object(self, *, nested: bool = False) -> Steps[bool]:
         reader = self._reader
         if not (yield from reader.has("{")):
             return False
@@ -56,22 +64,24 @@ class CallReader:
             if key is None or not (yield from reader.has(":")):
                 return key is None and (yield from reader.has("}"))
             yield from reader.space()
-            if not (yield from self._value(key)):
+            if not (yield from self._value(key, nested=nested)):
                 return False
             yield from reader.space()
             if not (yield from reader.has(",")):
                 return (yield from reader.has("}"))
 
-    def _value(self, key: str) -> Steps[bool]:
+    def _value(self, key: str, *, nested: bool) -> Steps[bool]:
         first = yield from self._reader.peek()
         if key == "name" and not self._named:
             return (yield from self._name())
         if key in _ARGUMENTS:
             return (yield from self._read_arguments())
-        if key == "function" and first == "{":  # OpenAI's own nesting
-            return (yield from self._object())
-        if key == "tool_calls" and first == "[":
+        if key == "function" and first == "{" and not nested:  # OpenAI's own nesting
+            return (yield from self._object(nested=True))
+        if key == "tool_calls" and first == "[" and not (nested or self._listed):
             return (yield from read_array(self._reader, self._answer, self._offered))
+        if self._offered is not None and not self._named and (key not in _BESIDE or first in "{["):
+            return False
         return (yield from read_value(self._reader, _nowhere))
 
     def _name(self) -> Steps[bool]:
@@ -109,7 +119,7 @@ def read_array(reader: Reader, answer: Answer, offered: Collection[str] | None =
         return False
     while True:
         yield from reader.space()
-        if not (yield from CallReader(reader, answer, offered).read()) or answer.ended:
+        if not (yield from CallReader(reader, answer, offered, listed=True).read()) or answer.ended:
             return False
         reader.hold()
         yield from reader.space()
@@ -137,12 +147,12 @@ def read_bare(reader: Reader, answer: Answer, offered: Collection[str]) -> Steps
 def _as_object(text: str) -> str:
     """The text of arguments that are no object: some models write the object as a string, or null for none."""
     try:
-        value = json.loads(text, strict=False)
+        value = value_of(text)
     except ValueError:
         return text
     if value is None or value == "":
         return ""
-    return value if isinstance(value, str) and value.lstrip().startswith("{") else text
+    return encodable(value) if isinstance(value, str) and value.lstrip().startswith("{") else text
 
 
 def _nowhere(text: str) -> None:

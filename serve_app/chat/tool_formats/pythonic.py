@@ -12,7 +12,7 @@ from collections.abc import Collection
 from serve_app.chat.answer_parser import Answer, ToolFormat
 from serve_app.chat.reading import Marks, Reader, Steps, Tell
 from serve_app.chat.tool_formats.json_calls import read_bare, read_marked
-from serve_app.chat.tool_formats.json_text import escaped
+from serve_app.chat.tool_formats.json_text import MAX_DEPTH, escaped
 
 _IDENTIFIER = re.compile(r"[\w.\-]*")
 _WORD = re.compile(r"[\w.+\-]*")
@@ -122,13 +122,13 @@ def _arguments(reader: Reader, tell: Tell) -> Steps[bool]:
         start = ", "
 
 
-def read_value(reader: Reader, tell: Tell) -> Steps[bool]:
-    """Read a Python literal; `tell` gets JSON. False if it is none."""
+def read_value(reader: Reader, tell: Tell, depth: int = MAX_DEPTH) -> Steps[bool]:
+    """Read a Python literal; `tell` gets JSON. False if it is none, or nested more deeply than `depth`."""
     first = yield from reader.peek()
     if first and first in "'\"":
         return (yield from _string(reader, tell))
     if first and first in "[({":
-        return (yield from _container(reader, tell))
+        return depth > 0 and (yield from _container(reader, tell, depth - 1))
     word = yield from reader.run(_WORD)
     value = _WORDS.get(word) or _number(word)
     tell(value or word)
@@ -145,7 +145,7 @@ def _number(word: str) -> str | None:
     return None
 
 
-def _container(reader: Reader, tell: Tell) -> Steps[bool]:
+def _container(reader: Reader, tell: Tell, depth: int) -> Steps[bool]:
     opening = yield from reader.next()
     is_dict = opening == "{"
     closing = {"[": "]", "(": ")", "{": "}"}[opening]
@@ -166,12 +166,14 @@ def _container(reader: Reader, tell: Tell) -> Steps[bool]:
             tell(", ")
         if is_dict and not (yield from _key(reader, tell)):
             return False
-        if not (yield from read_value(reader, tell)):
+        if not (yield from read_value(reader, tell, depth)):
             return False
         first = False
 
 
 def _key(reader: Reader, tell: Tell) -> Steps[bool]:
+    if (yield from reader.peek()) in tuple("[({"):  # no key of JSON; its text, quoted at each level, grows as 2^depth
+        return False
     pieces: list[str] = []
     whole = yield from read_value(reader, pieces.append)
     key = "".join(pieces)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from serve_app.chat.answer_parser import Answer, ToolFormat
 from serve_app.chat.reading import Marks, Reader, Steps, Tell
 from serve_app.chat.tool_formats.json_calls import read_marked
-from serve_app.chat.tool_formats.json_text import escaped
+from serve_app.chat.tool_formats.json_text import escaped, is_json, read_value
 
 _NAME = re.compile(r"[^<>\"\s]*")
 
@@ -89,6 +89,9 @@ class XmlCalls(ToolFormat):
         if not tags.name_end and (yield from reader.peek()) not in ("\n", "<"):
             return False
         answer.call(name)
+        yield from reader.space()
+        if (yield from reader.peek()) == "{":
+            return (yield from self._json(reader, answer))
         start = "{"
         while True:
             yield from reader.space()
@@ -111,6 +114,15 @@ class XmlCalls(ToolFormat):
         answer.end_call()
         return whole or not tags.call_end
 
+    def _json(self, reader: Reader, answer: Answer) -> Steps[bool]:
+        """Read arguments as JSON, and the end of the call; False if they are broken, or nothing can follow."""
+        if not (yield from read_value(reader, answer.arguments)):
+            return False
+        yield from reader.space()
+        yield from reader.has(self._tags.call_end)
+        answer.end_call()
+        return True
+
     def _value(self, reader: Reader, tell: Tell, *, is_text: bool) -> Steps[bool]:
         """Read a value and its end; False if the text ends before."""
         end = Marks(self._tags.value_end)
@@ -123,7 +135,7 @@ class XmlCalls(ToolFormat):
         pieces: list[str] = []
         whole = yield from reader.until(end, pieces.append)
         text = "".join(pieces).strip()
-        tell(text if _is_json(text) else f'"{escaped(text)}"')
+        tell(text if is_json(text) else f'"{escaped(text)}"')
         return bool(whole)
 
 
@@ -138,14 +150,6 @@ class _WithoutLastNewline:
         said = self._newline + text
         self._newline = "\n" if said.endswith("\n") else ""
         self._tell(escaped(said.removesuffix("\n")))
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text, parse_constant=int)  # int refuses NaN and Infinity
-    except ValueError:
-        return False
-    return True
 
 
 def argument_types(tools: Mapping[str, Mapping[str, object]]) -> dict[str, dict[str, bool]]:

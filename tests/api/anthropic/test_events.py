@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 import anthropic.lib.streaming._messages as client_streaming
+import pytest
 from anthropic.types import RawMessageStreamEvent
 from fake_replica import generation_request, resolved
 from hypothesis import given
@@ -90,3 +92,13 @@ def test_however_parts_come_the_whole_message_is_the_same(parts: list[Part], siz
     settings = {"id": "msg_1", "omit_thinking": False}
     one, other = (message_document(settings, REQUEST, [in_deltas(parts, cuts, None)], USAGE) for cuts in ((), sizes))
     assert one == other
+
+
+@pytest.mark.parametrize(
+    "arguments", ['{"a": 1e999}', '{"a": NaN}', '{"a": [-1e999]}', '{"a": ' + "[" * 1100, "9" * 5000]
+)
+def test_arguments_that_are_no_json_are_an_empty_input(arguments: str) -> None:
+    delta = Delta(0, (), (), None, FinishReason.TOOL_CALLS, (CallPart(0, "now"), ArgumentsPart(0, arguments)))
+    document = message_document({"id": "msg_1", "omit_thinking": False}, REQUEST, [[delta]], USAGE)
+    assert document["content"][0]["input"] == {}
+    json.dumps(document, allow_nan=False)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 
+import msgspec
 import pytest
-from answer_cuts import TOOLS, parts_of, random_cuts
+from answer_cuts import TOOLS, harmed, parts_of, random_cuts
+from exploring import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kept_text import kept_characters
@@ -111,6 +113,7 @@ FIXTURES: list[tuple[str, str, str, list[tuple[str, object]]]] = [
         "",
         [("get_weather", {"city": "a\n\nb\n", "days": "many"})],
     ),
+    ("qwen3_coder", f"<function=get_weather>\n{RAW}\n</function>\n<function=now>{{}}</function>", "", BOTH),
     (
         "glm",
         'Now.\n<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris "75"</arg_value>\n'
@@ -174,9 +177,10 @@ def test_calls_are_read(name: str, text: str, said: str, calls: list[tuple[str, 
 
 @pytest.mark.parametrize(("name", "text", "said", "calls"), FIXTURES)
 def test_every_cut_gives_the_same_parts(name: str, text: str, said: str, calls: object) -> None:
+    """With `--hypothesis-profile=explore`, 10,000 random cuts of all fixtures."""
     whole = parts_of(the_format(name), [text])
     assert parts_of(the_format(name), list(text)) == whole
-    for pieces in random_cuts(text, 50, seed=len(text)):
+    for pieces in random_cuts(text, cases(20, exploring=10_000 // len(FIXTURES) + 1), seed=len(text)):
         assert parts_of(the_format(name), pieces) == whole
 
 
@@ -203,6 +207,40 @@ MARKS = {
     else ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "analysis", " to=functions.now", "final", "{}", "x"]
     for name in FORMATS
 }
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_nothing_that_a_model_writes_raises(name: str) -> None:
+    for text in {text for fixture, text, _, calls in FIXTURES if fixture == name and calls}:
+        for written in harmed(text):
+            parts = parts_of(the_format(name), [written])
+            msgspec.json.encode(parts)
+            if len(written) < 300:
+                assert parts_of(the_format(name), list(written)) == parts
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (r'<tool_call>{"name": "\ud800", "arguments": {}}</tool_call>', []),
+        (r'<tool_call>{"name": "now", "arguments": "{\"a\": \"\ud800\"}"}</tool_call>', r'{"a": "\ud800"}'),
+        (r'<tool_call>{"name": "now", "arguments": "{\"a\": \"\ud83d\ude00\"}"}</tool_call>', '{"a": "😀"}'),
+    ],
+)
+def test_half_a_character_stays_an_escape_and_is_no_name(text: str, told: str | list[str]) -> None:
+    arguments = [part.text for part in parts_of(the_format("hermes"), [text]) if isinstance(part, ArgumentsPart)]
+    assert arguments == ([told] if isinstance(told, str) else told)
+
+
+@pytest.mark.parametrize("name", ["llama3_json", "pythonic", "generic_json"])
+@pytest.mark.parametrize(
+    "text", ['{"city": "Rome", "name": 1}', '{"type": "x", "city": 1}', '{"name": "Rome", "a": 1}']
+)
+def test_text_that_is_json_does_not_wait_for_its_end(name: str, text: str) -> None:
+    parser = new_parser(the_format(name))
+    first = next(index for index, character in enumerate(text) if parser.push(character))
+    assert first < 24
+    assert parts_of(the_format(name), list(text)) == [TextPart(text)]
 
 
 @pytest.mark.parametrize("name", FORMATS)
