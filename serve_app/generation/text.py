@@ -37,7 +37,7 @@ class Delta(NamedTuple):
     """Logprobs of the tokens whose last piece of text is in this delta; None when none were requested. They may come
     later than their token's id, and never come when a stop string cut the token's text."""
     finish_reason: FinishReason | None
-    told: tuple[Part, ...] | None = None
+    read: tuple[Part, ...] | None = None
     """The parts that became certain, if the answer's text is read as parts; None: it is text and nothing else."""
     stop: str | None = None
     """The stop string that ended the choice."""
@@ -47,8 +47,8 @@ class Delta(NamedTuple):
     @property
     def parts(self) -> tuple[Part, ...]:
         """What the choice gained, as parts, whether its text is read or not."""
-        if self.told is not None:
-            return self.told
+        if self.read is not None:
+            return self.read
         text = "".join(self.texts)
         return (TextPart(text),) if text else ()
 
@@ -162,13 +162,13 @@ class ChoiceText:
         token_ids = batch.token_ids[: len(texts)]
         self.tokens += len(token_ids)
         logprobs = self._logprobs.take()
-        told = None
+        read = None
         if self._parser is not None:
             if reason is not None:
                 self._parts += self._parser.flush()
-            told = tuple(joined(self._parts))
+            read = tuple(joined(self._parts))
             self._parts.clear()
-            self._called = self._called or any(isinstance(part, CallPart) for part in told)
+            self._called = self._called or any(isinstance(part, CallPart) for part in read)
             if self._called and reason is FinishReason.STOP and self._stops.hit is None:
                 reason = FinishReason.TOOL_CALLS
         return Delta(
@@ -177,7 +177,7 @@ class ChoiceText:
             tuple(texts),
             None if batch.logprobs is None and not logprobs else logprobs,
             reason,
-            told,
+            read,
             self._stops.hit,
             batch.prompt_logprobs,
         )
