@@ -179,15 +179,18 @@ class MarkedParser(StepsParser):
         begun: bool = False,
         tools: ToolFormat | None = None,
         single_call: bool = False,
+        calls_first: bool = False,
     ) -> None:
         """`reasoning`: what begins and what ends it; it may stand where the answer begins, and after a call.
 
-        `begun`: the prompt has begun the reasoning.
+        `begun`: the prompt has begun the reasoning. `calls_first`: what follows text is text.
         """
         self._start, end = reasoning or ("", "")
         self._end = Marks(end)
         self._tools = tools
-        self._begins = Marks(*(() if tools is None else tools.begins))
+        self._begins = () if tools is None else tools.begins
+        self._begins_in_text = Marks(*(() if calls_first else self._begins))
+        self._calls_first = calls_first
         super().__init__(single_call=single_call, trims=tools is not None)
         self._answer.in_reasoning = begun
 
@@ -204,14 +207,18 @@ class MarkedParser(StepsParser):
                 yield from self._reason()
                 continue
             answer.text(space)
-            if not (yield from self._bare_call()):
+            if not (yield from self._first_call()):
                 yield from self._say()
 
-    def _bare_call(self) -> Steps[bool]:
+    def _first_call(self) -> Steps[bool]:
+        """Read calls that begin here, unless it is `_say` that finds them."""
         first = yield from self._reader.peek()
-        if self._tools is None or not first or first not in self._tools.bare:
+        if self._tools is None or not first:
             return False
-        return (yield from self._call(self._tools, ""))
+        if first in self._tools.bare:
+            return (yield from self._call(self._tools, ""))
+        mark = (yield from self._reader.one_of(*self._begins)) if self._calls_first else ""
+        return bool(mark) and (yield from self._call(self._tools, mark))
 
     def _reason(self) -> Steps[None]:
         if (yield from self._reader.until(self._end, self._answer.reasoning)):
@@ -220,7 +227,7 @@ class MarkedParser(StepsParser):
 
     def _say(self) -> Steps[None]:
         """Read text up to the end of the call that follows it."""
-        while mark := (yield from self._reader.until(self._begins, self._answer.text)):
+        while mark := (yield from self._reader.until(self._begins_in_text, self._answer.text)):
             if self._tools is not None and (yield from self._call(self._tools, mark)):
                 return
 

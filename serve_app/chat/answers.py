@@ -43,6 +43,8 @@ class AnswerFormat(Struct, frozen=True):
     """The answer ends with its first call."""
     split_reasoning: bool = True
     """For formats that know the reasoning themselves."""
+    calls_first: bool = False
+    """The answer is calls or text. What follows text is text, whatever it looks like: its grammar may allow marks."""
     show_reasoning: bool = True
     """False: the answer leaves the reasoning out."""
     declared: str = ""
@@ -88,25 +90,26 @@ class AnswerFormats:
         self._reasoning = REASONING.get(reasoning_format, ("", ""))
 
     def of(self, prompt: str, options: ChatOptions) -> AnswerFormat | None:
-        """See `_of`, with what the caller wants to see of the reasoning."""
-        answer = self._of(prompt, options)
-        return answer if answer is None or options.show_reasoning else replace(answer, show_reasoning=False)
-
-    def _of(self, prompt: str, options: ChatOptions) -> AnswerFormat | None:
         """The format of the answer to a chat; None when it is text and nothing else.
 
         `prompt`: the end of the prompt, with the names of control tokens in it: it may have begun the reasoning, or
         ended it so that there is none.
         """
+        answer = self._of(prompt, options)
+        if answer is None:
+            return None
+        return replace(answer, show_reasoning=options.show_reasoning, calls_first=bool(options.text_grammar))
+
+    def _of(self, prompt: str, options: ChatOptions) -> AnswerFormat | None:
+        """As `of`, but for what the options say of every format alike."""
         if options.continue_final_message:
             return None
         offered = options.tools if options.tool_choice.mode != "none" else ()
         tools = argument_types({tool.name: tool.parameters or {} for tool in offered})
         single_call = bool(tools) and (not options.parallel_tool_calls or options.tool_choice.mode == "named")
         forced = options.tool_choice.mode in ("required", "named")
-        constrained = bool(tools) and (
-            forced or bool(options.text_grammar) or any(tool.strict for tool in options.tools)
-        )
+        strict = any(tool.strict for tool in offered)
+        constrained = bool(options.text_grammar) or forced or strict
         if self._declared and not constrained and (self._shows_tools or not tools):
             return self._of_declared(prompt, options, tools, single_call=single_call)
         if HARMONY in (self.tool_format, self._reasoning_format):
@@ -216,11 +219,15 @@ def _parser(answer: AnswerFormat) -> AnswerParser:
         )
     if answer.tool_format == HARMONY:
         return harmony.HarmonyParser(
-            reasoning=answer.split_reasoning, tools=bool(answer.tools), single_call=answer.single_call
+            reasoning=answer.split_reasoning,
+            tools=bool(answer.tools),
+            single_call=answer.single_call,
+            calls_first=answer.calls_first,
         )
     return MarkedParser(
         reasoning=(answer.reasoning_start, answer.reasoning_end) if answer.reasoning_end else None,
         begun=bool(answer.reasoning_end) and not answer.reasoning_start,
         tools=new_tool_format(answer.tool_format, answer.tools) if answer.tools else None,
         single_call=answer.single_call,
+        calls_first=answer.calls_first,
     )

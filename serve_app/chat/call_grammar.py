@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from serve_app.chat.options import Tool
@@ -18,7 +18,10 @@ from serve_app.chat.tool_formats.choice import GENERIC, HARMONY
 
 @dataclass(frozen=True, slots=True)
 class CallForm:
-    """How calls are written: `begin`, then each call as `before`, its name, `name_end`, its arguments and `after`."""
+    """How calls are written: `begin`, then each call as `before`, its name, `name_end`, its arguments and `after`.
+
+    With `numbered`, a colon and the call's number follow the name.
+    """
 
     before: str
     name_end: str
@@ -28,6 +31,7 @@ class CallForm:
     end: str = ""
     mark: str = ""
     """What the calls begin with, where text can stand before them. Empty: calls are the whole answer."""
+    numbered: bool = False
 
 
 def _json_between(start: str, end: str, between: str = "") -> CallForm:
@@ -60,12 +64,13 @@ _FORMS: Mapping[str, CallForm] = {
     ),
     "kimi": CallForm(
         "<|tool_call_begin|>functions.",
-        ":0<|tool_call_argument_begin|>",
+        "<|tool_call_argument_begin|>",
         "<|tool_call_end|>",
         "",
         begin="<|tool_calls_section_begin|>",
         end="<|tool_calls_section_end|>",
         mark="<|tool_calls_section_begin|>",
+        numbered=True,
     ),
     HARMONY: CallForm("<|channel|>commentary to=functions.", " <|constrain|>json<|message|>", "", ""),
 }
@@ -81,13 +86,39 @@ _DEEPSEEK_V3 = CallForm(
 )
 
 
+_QWEN_FUNCTION = CallForm("<function=", ">\n", "\n</function>", "", mark="<function=")
+
+
+def call_forms(tool_format: str, template: str) -> list[CallForm]:
+    """How a model with this chat template writes calls in a format: first the usual way, then those that the format's
+    parser reads, too. There is one for each mark in the parser's `begins`."""
+    form = call_form(tool_format, template)
+    match tool_format:
+        case "qwen3_coder":
+            return [form, _QWEN_FUNCTION]
+        case "deepseek" | "kimi":  # calls without a section around them
+            return [form, replace(form, begin="", end="", mark=f"{form.before.partition('>')[0]}>")]
+        case "llama3_json":
+            return [form, _after("<|python_tag|>", form)]
+        case "pythonic":
+            return [form, _after("<|python_start|>", form), _after("<|python_tag|>", form)]
+    return [form]
+
+
+def _after(mark: str, form: CallForm) -> CallForm:
+    return replace(form, begin=mark, mark=mark)
+
+
 def call_form(tool_format: str, template: str) -> CallForm:
-    """How a model with this chat template writes calls in a format."""
+    """The usual way in which a model with this chat template writes calls in a format."""
     if tool_format == "mistral" and "[ARGS]" in template:
         return _MISTRAL_V11
     if tool_format == "deepseek" and "```json" in template:
         return _DEEPSEEK_V3
     return _FORMS[tool_format]
+
+
+_ANY = "/(?s:.*)/"
 
 
 class GrammarTexts:
@@ -111,57 +142,67 @@ class GrammarTexts:
             at = found.end()
         return " ".join(part for part in (*parts, _quoted(text[at:])) if part)
 
-    def up_to(self, rule: str, mark: str) -> list[str]:
-        """Rules by which `rule` matches any text up to and with the first `mark`."""
-        lazy = f"{rule}_text[lazy]: /(?s:.*)/ {_quoted(mark)}"
+    def up_to(self, rule: str, mark: str, text: str = _ANY) -> list[str]:
+        """Rules by which `rule` matches a text up to and with the first `mark`. `text`: a regular expression."""
+        lazy = f"{rule}_text[lazy]: {text} {_quoted(mark)}"
         if mark not in self._ids:
             return [f"{rule}: {rule}_text", lazy]
-        return [f"{rule}: /(?s:.*)/ <[{self._ids[mark]}]> | {rule}_text", lazy]
+        return [f"{rule}: {text} <[{self._ids[mark]}]> | {rule}_text", lazy]
 
 
 def calls_grammar(
     form: CallForm, tools: Sequence[Tool], texts: GrammarTexts, schema: Callable[[Tool], Any], *, several: bool
 ) -> str:
     """Calls and nothing else, in Lark's syntax. `schema`: of a tool's arguments. `several`: there may be more."""
-    return "\n".join(["start: calls", *_calls(form, form.begin, tools, texts, schema, several=several)])
+    calls = _calls("calls", form, tools, texts, several=several)
+    return "\n".join(["start: calls", *calls, *_arguments(tools, schema)])
 
 
 def text_and_calls_grammar(
-    form: CallForm, tools: Sequence[Tool], texts: GrammarTexts, schema: Callable[[Tool], Any]
-) -> str:
-    """Any text, in which what the form's mark begins are calls, in Lark's syntax."""
-    if not form.mark:
-        text = r"text: /([^{\[\s](?s:.*))?/"
-        calls = _calls(form, form.begin, tools, texts, schema, several=True)
-        return "\n".join(["start: calls | text", text, *calls])
-    return "\n".join(
-        [
-            "start: (begun calls)* /(?s:.*)/",
-            *texts.up_to("begun", form.mark),
-            *_calls(form, form.begin, tools, texts, schema, several=bool(form.begin), skipped=form.mark),
-        ]
-    )
-
-
-def _calls(
-    form: CallForm,
-    begin: str,
+    forms: Sequence[CallForm],
     tools: Sequence[Tool],
     texts: GrammarTexts,
     schema: Callable[[Tool], Any],
     *,
-    several: bool,
-    skipped: str = "",
+    reasoning: str = "",
+) -> str:
+    """Any text, in which the marks of the forms begin calls, in Lark's syntax.
+
+    `reasoning`: a mark that a parser looks for where it looks for calls that have no mark.
+    """
+    bare = [form for form in forms if not form.mark]
+    no_first = re.escape("{[" + reasoning[:1])
+    text = rf"/\s*([^\s{no_first}](?s:.*))?/" if bare else _ANY
+    rules: list[str] = []
+    begun: list[str] = []
+    for index, form in enumerate(form for form in forms if form.mark):
+        begun.append(f"begun_{index} marked_{index}")
+        rules += texts.up_to(f"begun_{index}", form.mark, text)
+        rules += _calls(f"marked_{index}", form, tools, texts, several=bool(form.begin), skipped=form.mark)
+    for form in bare:
+        rules += _calls("bare", form, tools, texts, several=True)
+    start = f"start: {'bare | ' if bare else ''}({' | '.join(begun)})* {text}"
+    return "\n".join([start, *rules, *_arguments(tools, schema)])
+
+
+def _calls(
+    rule: str, form: CallForm, tools: Sequence[Tool], texts: GrammarTexts, *, several: bool, skipped: str = ""
 ) -> list[str]:
-    """Rules by which `calls` matches calls; `skipped`: what stands before them already."""
-    first = (begin + form.before).removeprefix(skipped)
-    more = f"({texts.literal(form.between)} {texts.literal(form.before)} named)*" if several else ""
-    rules = [f"calls: {texts.literal(first)} named {more} {texts.literal(form.end)}"]
-    rules.append("named: " + " | ".join(f"tool_{index}" for index in range(len(tools))))
+    """Rules by which `rule` matches calls; `skipped`: what stands before them already."""
+    first = (form.begin + form.before).removeprefix(skipped)
+    more = f"({texts.literal(form.between)} {texts.literal(form.before)} {rule}_named)*" if several else ""
+    named = " | ".join(f"{rule}_{index}" for index in range(len(tools)))
+    rules = [f"{rule}: {texts.literal(first)} {rule}_named {more} {texts.literal(form.end)}", f"{rule}_named: {named}"]
     for index, tool in enumerate(tools):
         start = texts.literal(tool.name + form.name_end)
-        rules.append(f"tool_{index}: {start} %json {json.dumps(schema(tool))} {texts.literal(form.after)}")
+        if form.numbered:
+            start = f"{texts.literal(tool.name)} /:[0-9]{{1,2}}/ {texts.literal(form.name_end)}"
+        rules.append(f"{rule}_{index}: {start} arguments_{index} {texts.literal(form.after)}")
     return rules
+
+
+def _arguments(tools: Sequence[Tool], schema: Callable[[Tool], Any]) -> list[str]:
+    return [f"arguments_{index}: %json {json.dumps(schema(tool))}" for index, tool in enumerate(tools)]
 
 
 def _quoted(text: str) -> str:

@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from serve_app.chat.answers import AnswerFormat
-from serve_app.chat.call_grammar import GrammarTexts, call_form, calls_grammar, text_and_calls_grammar
+from serve_app.chat.call_grammar import GrammarTexts, call_form, call_forms, calls_grammar, text_and_calls_grammar
 from serve_app.chat.grammar import styled_schema
 from serve_app.chat.options import ChatOptions, Tool
 from serve_app.chat.prompt_error import PromptError
 from serve_app.chat.schemas import SchemaError
+from serve_app.chat.tool_formats import harmony
 from serve_app.chat.tool_formats.choice import HARMONY
 
 _WHITESPACE = r"WHITESPACE: /[ \t\r\n]{1,8}/"
-_ANY = "/(?s:.*)/"
+_MESSAGE = f"MESSAGE: /(?s:.*)/ & ~/(?s:.*)({'|'.join(map(re.escape, harmony.NEXT))})(?s:.*)/"
+"""The text of a message in harmony's format: nothing in it ends it, also not spelled in ordinary tokens.
+
+`~` alone would match tokens, too."""
 _ANALYSIS, _FINAL = "<|channel|>analysis<|message|>", "<|channel|>final<|message|>"
 _NEXT_MESSAGE = "<|end|><|start|>assistant"
 
@@ -53,7 +58,7 @@ class Constraints:
             return self._after_reasoning({"text": text, "calls": calls}, answer)
         if text:
             return self._after_reasoning({"text": text}, answer)
-        if calls and strict:
+        if calls and strict and answer is not None:
             return self._lazily(options, calls, answer)
         return ""
 
@@ -63,14 +68,14 @@ class Constraints:
         several = options.parallel_tool_calls and choice.mode != "named" and tool_format != HARMONY
         return calls_grammar(call_form(tool_format, self._template), tools, self._texts, _schema, several=several)
 
-    def _lazily(self, options: ChatOptions, calls: str, answer: AnswerFormat | None) -> str:
+    def _lazily(self, options: ChatOptions, calls: str, answer: AnswerFormat) -> str:
         """Free text, and calls that match."""
-        if answer is not None and answer.tool_format == HARMONY:
-            said = f'({self._literal("<|channel|>")} ("analysis" | "commentary") {self._literal("<|message|>")} {_ANY}'
+        if answer.tool_format == HARMONY:
+            said = f'({self._literal("<|channel|>")} ("analysis" | "commentary") {self._literal("<|message|>")} MESSAGE'
             said = f"{said} {self._literal(_NEXT_MESSAGE)})*"
-            return _grammar([f"start: {said} ({self._literal(_FINAL)} {_ANY} | @calls)"], {"calls": calls})
-        form = call_form(answer.tool_format if answer is not None else "", self._template)
-        mixed = text_and_calls_grammar(form, options.tools, self._texts, _schema)
+            return _grammar([f"start: {said} ({self._literal(_FINAL)} MESSAGE | @calls)", _MESSAGE], {"calls": calls})
+        forms = call_forms(answer.tool_format, self._template)
+        mixed = text_and_calls_grammar(forms, options.tools, self._texts, _schema, reasoning=answer.reasoning_start)
         return self._after_reasoning({"mixed": mixed}, answer)
 
     def _after_reasoning(self, parts: Mapping[str, str], answer: AnswerFormat | None) -> str:
@@ -78,8 +83,8 @@ class Constraints:
         one_of = " | ".join(f"@{name}" for name in parts)
         if answer is not None and answer.tool_format == HARMONY:
             one_of = " | ".join(f"@{name}" if name == "calls" else f"{self._literal(_FINAL)} @{name}" for name in parts)
-            analysis = f"({self._literal(_ANALYSIS)} {_ANY} {self._literal(_NEXT_MESSAGE)})?"
-            return _grammar([f"start: {analysis} ({one_of})"], parts)
+            analysis = f"({self._literal(_ANALYSIS)} MESSAGE {self._literal(_NEXT_MESSAGE)})?"
+            return _grammar([f"start: {analysis} ({one_of})", _MESSAGE], parts)
         if answer is None or not answer.reasoning_end:
             return _grammar([f"start: {one_of}"], parts)
         reasoned = f"{self._literal(answer.reasoning_start)} reasoned WHITESPACE?"

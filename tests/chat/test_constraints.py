@@ -12,10 +12,11 @@ from answer_cuts import parts_of
 from small_tokenizers import byte_level_backend
 
 from serve_app.chat.answers import AnswerFormat, AnswerFormats
+from serve_app.chat.call_grammar import call_forms
 from serve_app.chat.constraints import Constraints
 from serve_app.chat.detokenizer import new_detokenizer
 from serve_app.chat.options import ChatOptions, Tool, ToolChoice
-from serve_app.chat.parts import ArgumentsPart, CallPart, ReasoningPart
+from serve_app.chat.parts import ArgumentsPart, CallPart, ReasoningPart, TextPart
 from serve_app.chat.prompt_error import PromptError
 from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.chat.tool_formats import harmony
@@ -57,6 +58,7 @@ def written(grammar: str, answer: AnswerFormat, seed: int) -> str:
     """A text that the grammar lets through, each token drawn from those that may come."""
     tokenizer, vocabulary = tokens()
     draw = random.Random(seed)
+    marks_of_all = set(tokenizer.added_tokens.values())
     matcher = compile_grammar(vocabulary, grammar).deep_copy()
     detokenizer = new_detokenizer(tokenizer, shown_tokens=answer.shown_tokens)
     text = ""
@@ -65,16 +67,19 @@ def written(grammar: str, answer: AnswerFormat, seed: int) -> str:
         allowed = [index for index in range(vocabulary.accept_id + 1) if mask[index // 8] >> index % 8 & 1]
         if vocabulary.accept_id in allowed and (len(allowed) == 1 or draw.random() < 0.6):
             return text + detokenizer.flush()
-        token_id = draw.choice([index for index in allowed if index != vocabulary.accept_id])
+        allowed = [index for index in allowed if index != vocabulary.accept_id]
+        marks = [index for index in allowed if index in marks_of_all]
+        token_id = draw.choice(marks if marks and draw.random() < 0.1 else allowed)
         assert matcher.consume_token(token_id)
         text += detokenizer.push(token_id)
     raise AssertionError(f"no end: {text!r}")
 
 
-def lets_through(grammar: str, text: str) -> bool:
+def lets_through(grammar: str, text: str, *, spelled: bool = False) -> bool:
+    """`spelled`: control tokens come in ordinary ones."""
     tokenizer, vocabulary = tokens()
     matcher = compile_grammar(vocabulary, grammar).deep_copy()
-    ids = tokenizer.encode_text(text, add_bos=False, parse_special=True)
+    ids = tokenizer.encode_text(text, add_bos=False, parse_special=not spelled)
     return all(map(matcher.consume_token, ids)) and bool(matcher.is_accepting())
 
 
@@ -141,6 +146,101 @@ def test_with_a_strict_tool_text_is_free_and_calls_are_not(name: str, template: 
         assert lets_through(grammar, before + call)
     assert not lets_through(grammar, before * (name == HARMONY) + call.replace('"days"', '"other"'))
     assert not lets_through(grammar, call.replace("get_weather", "unknown"))
+
+
+BAD = '{"name": "get_weather", "parameters": {"other": 1}}'
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        (
+            "qwen3_coder",
+            'Well. <function=now>\n{}\n</function> <tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>.',
+            "Well. <function=get_weather>\n<parameter=other>\n1\n</parameter>\n</function>",
+        ),
+        (
+            "deepseek",
+            "Well. <｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜>",
+            'Well. <｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{"other": 1}<｜tool▁call▁end｜>',
+        ),
+        (
+            "kimi",
+            "Well. <|tool_call_begin|>functions.now:1<|tool_call_argument_begin|>{}<|tool_call_end|>",
+            "Well. <|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>{}<|tool_call_end|>",
+        ),
+        ("llama3_json", 'Well. <|python_tag|>{"name": "now", "parameters": {}} Well.', f"Well. <|python_tag|>{BAD}"),
+        ("llama3_json", "Well. {", f'<|python_tag|>{{"name": "now", "parameters": {{}}}} {BAD}'),
+        (
+            "pythonic",
+            '<|python_start|>{"name": "now", "arguments": {}}',
+            "Well. <|python_start|>[get_weather(other=1)]<|python_end|>",
+        ),
+        ("pythonic", 'Well. <|python_tag|>{"name": "now", "arguments": {}}', f"Well. <|python_tag|>{BAD}"),
+        (
+            HARMONY,
+            "<|channel|>final<|message|>Well. <|chan",
+            "<|channel|>final<|message|>Well.<|end|><|channel|>commentary to=functions.get_weather<|message|>{}",
+        ),
+    ],
+)
+@pytest.mark.parametrize("spelled", [False, True])
+def test_no_call_of_a_strict_tool_gets_past_the_grammar(name: str, good: str, bad: str, spelled: bool) -> None:
+    """`spelled`: the marks come in ordinary tokens."""
+    made, constraints = formats(name)
+    answer = made.of("", ChatOptions(tools=TOOLS))
+    assert answer is not None
+    grammar = constraints.of(ChatOptions(tools=TOOLS), answer)
+    assert any(isinstance(part, CallPart) for part in parts_of(answer, [bad]))
+    assert not lets_through(grammar, bad, spelled=spelled)
+    if not (spelled and name == HARMONY):  # the marks around its messages must be tokens
+        assert lets_through(grammar, good, spelled=spelled)
+    calls = [part.name for part in parts_of(answer, [good]) if isinstance(part, CallPart)]
+    assert set(calls) <= {"now"}
+    assert len(calls) == good.count("now")
+
+
+@pytest.mark.parametrize(("name", "template"), [case for case in CASES if case[0] != HARMONY])
+def test_the_grammar_knows_every_mark_that_begins_calls(name: str, template: str) -> None:
+    forms = call_forms(name, template)
+    assert {form.mark for form in forms} - {""} == set(new_tool_format(name, {}).begins)
+
+
+@pytest.mark.parametrize(
+    "name", ["hermes", "qwen3_coder", "glm", "deepseek", "kimi", "pythonic", "llama3_json", HARMONY]
+)
+def test_text_that_has_a_grammar_may_look_like_calls(name: str) -> None:
+    made, _ = formats(name)
+    marks = harmony.TOKENS if name == HARMONY else new_tool_format(name, {}).begins
+    said = json.dumps([f"{mark}now" for mark in marks] + ["<function=now></function>"], ensure_ascii=False)
+    text_grammar = json.dumps({"grammars": [{"lark_grammar": "start: /(?s:.*)/"}]})
+    for tools in (TOOLS, ()):
+        answer = made.of("", ChatOptions(tools=tools, text_grammar=text_grammar))
+        before = "<|channel|>final<|message|>" if name == HARMONY else ""
+        if answer is not None:
+            assert parts_of(answer, list(before + said)) == [TextPart(said)]
+            assert parts_of(answer, [before + said]) == [TextPart(said)]
+
+
+DECLARED = {
+    "fields": {
+        "reasoning_content": {"open": "<think>", "close": "</think>", "content": "text"},
+        "content": {"close": "<|im_end|>", "content": "text"},
+    }
+}
+
+
+@pytest.mark.parametrize("begun", ["", "<think>\n"])
+def test_text_has_its_grammar_behind_the_reasoning_of_a_model_that_declares_its_format(begun: str) -> None:
+    tokenizer, _ = tokens()
+    made = AnswerFormats("<think></think>", tokenizer.skipped_tokens, declared=DECLARED)
+    constraints = Constraints("", tokenizer.added_tokens)
+    options = ChatOptions(text_grammar=TEXT)
+    answer = made.of(f"<|im_start|>assistant\n{begun}", options)
+    assert answer is not None
+    written = f"{'' if begun else '<think>'}Hm, [1]\n</think>\n\nYes"
+    assert lets_through(constraints.of(options, answer), written)
+    assert parts_of(answer, list(written)) == [ReasoningPart("Hm, [1]"), TextPart("Yes")]
 
 
 @pytest.mark.parametrize(("name", "template"), CASES)

@@ -17,7 +17,9 @@ END_TOKENS = ("<|call|>", "<|return|>")
 
 _BEGINS = ("<|start|>", "<|channel|>")
 _HEADER_ENDS = Marks("<|message|>", "<|end|>", *END_TOKENS)
-_NEXT = Marks("<|end|>", *_BEGINS, *END_TOKENS)
+NEXT = ("<|end|>", *_BEGINS, *END_TOKENS)
+"""What ends the text of a message."""
+_NEXT = Marks(*NEXT)
 _RECIPIENT = re.compile(r"to=functions\.([\w.\-]+)")
 _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
 
@@ -25,8 +27,10 @@ _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
 class HarmonyParser(StepsParser):
     """Reads an answer in harmony's format, after a prompt that ends with `<|start|>assistant`. See `AnswerParser`."""
 
-    def __init__(self, *, reasoning: bool, tools: bool, single_call: bool = False) -> None:
-        """`reasoning`: tell it apart from the text. `tools`: calls are calls; else they are text."""
+    def __init__(self, *, reasoning: bool, tools: bool, single_call: bool = False, calls_first: bool = False) -> None:
+        """`reasoning`: tell it apart from the text. `tools`: calls are calls; else they are text. `calls_first`: the
+        final message is the rest of the answer."""
+        self._final_ends = Marks() if calls_first else _NEXT
         self._reasoning = reasoning
         self._tools = tools
         super().__init__(single_call=single_call)
@@ -69,4 +73,5 @@ class HarmonyParser(StepsParser):
             after = yield from reader.until(_NEXT, answer.reasoning)
             answer.in_reasoning = False
             return after
-        return (yield from reader.until(_NEXT, answer.text))
+        is_final = channel is not None and channel[1] == "final"
+        return (yield from reader.until(self._final_ends if is_final else _NEXT, answer.text))
