@@ -12,7 +12,7 @@ from serve_app.api.errors import bad_request
 from serve_app.api.unknown_fields import UnknownFields
 from serve_app.chat.options import MAX_VALUE_CHARS, TemplateValue, is_template_value
 
-_THINKING_SWITCHES = frozenset({"enable_thinking", "thinking"})
+THINKING_SWITCHES = frozenset({"enable_thinking", "thinking"})
 """Variables by which chat templates turn the model's reasoning on and off."""
 
 
@@ -31,7 +31,7 @@ def template_variables(
     named = {name: (f"chat_template_kwargs.{name}", value) for name, value in (kwargs or {}).items()}
     for name, field in fields.items():
         named.setdefault(name, field)
-    switches = _THINKING_SWITCHES.intersection(known)
+    switches = THINKING_SWITCHES.intersection(known)
     if named.get("reasoning_effort", ("", None))[1] == "none" and switches:
         param, _ = named.pop("reasoning_effort")
         for name in switches:

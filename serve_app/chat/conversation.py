@@ -28,7 +28,8 @@ _NOT_SERVED = {
     "partial": "send continue_final_message with the request instead.",
 }
 """Fields of other servers' messages that would change the prompt -> what the error says."""
-_OFF: tuple[object, ...] = (None, False, "", [], {})
+OFF_VALUES: tuple[object, ...] = (None, False, "", [], {})
+"""An unknown field with one of these asks for nothing."""
 _REASONING_PARTS = frozenset({"thinking", "redacted_thinking", "reasoning"})
 """Types of the parts of an assistant's content that hold its reasoning."""
 _REASONING_FIELDS = ("reasoning_content", "reasoning")
@@ -114,7 +115,7 @@ class _Reader:
         elif role == "tool":
             known |= {"tool_call_id"}
         for key, value in raw.items():
-            if key in known or value in _OFF:
+            if key in known or value in OFF_VALUES:
                 continue
             if key == "tool_calls":
                 message = f"{where}.tool_calls: only an assistant's message has tool calls."
@@ -163,7 +164,7 @@ class _Reader:
         if not isinstance(text, str):
             raise PromptError(f"{where}.text must be a string.", param=f"{where}.text")
         for key, value in raw.items():
-            if key not in ("type", "text") and value not in _OFF:
+            if key not in ("type", "text") and value not in OFF_VALUES:
                 self._unknown(where, key)
         require_unicode(text, f"{where}.text")
         return text

@@ -20,11 +20,13 @@ from typing import Any
 
 from serve_app.api.errors import ApiError, bad_request
 from serve_app.api.unknown_fields import UnknownFields, unsupported
+from serve_app.chat.conversation import OFF_VALUES
 from serve_app.chat.unicode import shown
 from serve_app.core import RequestError
 
 _ROLES = ("user", "assistant", "system")
-_OFF: tuple[object, ...] = (None, False, "", [], {})
+MAX_MESSAGES = MAX_BLOCKS = 10_000
+"""In one request. 10,000 blocks take 20 ms before the template sees them."""
 _DIRECT_CALLER = {"type": "direct"}
 _BILLING = "x-anthropic-billing-header"
 """A system block of Claude Code that begins with this is for Anthropic's accounting. It differs in each request, so it
@@ -41,6 +43,9 @@ class Conversation:
     messages: list[dict[str, Any]] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
     call_ids: set[str] = field(default_factory=set)
+    thoughts: dict[int, list[str]] = field(default_factory=dict)
+    """Index of an assistant's message -> its reasoning."""
+    blocks: int = 0
     has_inline_system: bool = False
     """A system message stands behind another message."""
 
@@ -63,7 +68,26 @@ class Conversation:
     def add_text(self, role: str, text: str, where: str) -> None:
         """More text of this role."""
         turn = self.turn(role, where)
-        turn["content"] = [*(turn["content"] or ()), {"type": "text", "text": text}]
+        turn["content"] = turn["content"] or []
+        turn["content"].append({"type": "text", "text": text})
+
+    def add_thinking(self, text: str, where: str) -> None:
+        """More of the assistant's reasoning."""
+        self.turn("assistant", where)
+        self.thoughts.setdefault(len(self.messages) - 1, []).append(text)
+
+    def close(self) -> None:
+        """The request has no more messages."""
+        for index, texts in self.thoughts.items():
+            self.messages[index]["reasoning_content"] = "".join(texts)
+
+    def count_blocks(self, blocks: int, where: str) -> None:
+        """There are more blocks. Raises `ApiError` for too many."""
+        self.blocks += blocks
+        if self.blocks > MAX_BLOCKS:
+            raise bad_request(
+                f"{where}: a request may have at most {MAX_BLOCKS} content blocks.", param=where, code="invalid_value"
+            )
 
     def place(self, converted: str) -> str:
         """`messages[3].content` of the converted messages, as the caller knows it; also inside a sentence."""
@@ -87,10 +111,14 @@ def converted(
     made = Conversation()
     if system not in (None, "", []):
         _add_system(made, system, "system", "system", unknown)
-    if not messages:
-        raise bad_request("messages must have at least one message.", param="messages", code="invalid_value")
+    if not 0 < len(messages) <= MAX_MESSAGES:
+        expected = f"messages must have at least one message, and at most {MAX_MESSAGES}."
+        raise bad_request(expected, param="messages", code="invalid_value")
     for index, message in enumerate(messages):
         _add_message(made, message, f"messages[{index}]", inline_system, unknown)
+    if not made.messages:
+        raise bad_request("messages has no text for the model.", param="messages", code="invalid_value")
+    made.close()
     if made.continues:
         _check_prefill(made, unknown)
     return made
@@ -104,7 +132,7 @@ def _add_message(
         expected = f"{where}.role must be one of {', '.join(_ROLES)}; it is {shown(role)}."
         raise bad_request(expected, param=f"{where}.role", code="invalid_value")
     for key, value in message.items():
-        if key not in ("role", "content") and value not in _OFF:
+        if key not in ("role", "content") and value not in OFF_VALUES:
             unknown.add_in(where, key)
     if role == "system":
         inline = any(earlier["role"] != "system" for earlier in made.messages)
@@ -113,7 +141,7 @@ def _add_message(
     elif isinstance(content, str):
         made.add_text(role, content, at)
     else:
-        for block, place in _blocks(content, at):
+        for block, place in _blocks(made, content, at):
             _add_block(made, role, block, place, unknown)
 
 
@@ -121,17 +149,18 @@ def _add_system(made: Conversation, content: object, role: str, where: str, unkn
     if isinstance(content, str):
         made.add_text(role, content, where)
         return
-    for block, place in _blocks(content, where):
+    for block, place in _blocks(made, content, where):
         if block["type"] != "text":
             raise _not_served(block["type"], place)
         if not (text := _text(block, place, unknown)).startswith(_BILLING):
             made.add_text(role, text, where)
 
 
-def _blocks(content: object, where: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+def _blocks(made: Conversation, content: object, where: str) -> Iterator[tuple[Mapping[str, Any], str]]:
     """Each block of a content with its place; every one has a `type`. Raises `ApiError`."""
     if not isinstance(content, list) or not content:
         raise bad_request(f"{where} must be a string or a list of content blocks.", param=where, code="invalid_type")
+    made.count_blocks(len(content), where)
     for index, block in enumerate(content):
         place = f"{where}[{index}]"
         if not isinstance(block, Mapping) or not isinstance(block.get("type"), str):
@@ -146,8 +175,7 @@ def _add_block(made: Conversation, role: str, block: Mapping[str, Any], where: s
             made.add_text(role, _text(block, where, unknown), where)
         case "assistant", "thinking":
             _report(block, ("thinking", "signature"), where, unknown)
-            turn = made.turn(role, where)
-            turn["reasoning_content"] = turn.get("reasoning_content", "") + _string(block, "thinking", where)
+            made.add_thinking(_string(block, "thinking", where), where)
         case "assistant", "redacted_thinking":
             made.turn(role, where)
             unknown.add_in(where, "redacted_thinking")
@@ -186,7 +214,7 @@ def _add_result(made: Conversation, block: Mapping[str, Any], where: str, unknow
         texts = [content or ""]
     else:
         texts = []
-        for part, place in _blocks(content, at):
+        for part, place in _blocks(made, content, at):
             if part["type"] != "text":
                 raise _not_served(part["type"], place)
             texts.append(_text(part, place, unknown))
@@ -214,7 +242,7 @@ def _text(block: Mapping[str, Any], where: str, unknown: UnknownFields) -> str:
 def _report(block: Mapping[str, Any], known: Sequence[str], where: str, unknown: UnknownFields) -> None:
     """Report the unknown fields of a block. `cache_control` may stand in every one."""
     for key, value in block.items():
-        if key in known or key in ("type", "cache_control") or value in _OFF:
+        if key in known or key in ("type", "cache_control") or value in OFF_VALUES:
             continue
         if key != "caller" or value != _DIRECT_CALLER:
             unknown.add_in(where, key)

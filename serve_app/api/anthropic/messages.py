@@ -21,6 +21,7 @@ from serve_app.api.anthropic.tools import parsed_choice, parsed_tools
 from serve_app.api.fields import validate_open
 from serve_app.api.http.endpoint import Call
 from serve_app.api.structured import schema_grammar
+from serve_app.api.template_variables import THINKING_SWITCHES
 from serve_app.api.unknown_fields import UnknownFields
 from serve_app.api.wire import ParsedRequest, WireFormat
 from serve_app.chat.options import ChatOptions, TemplateValue
@@ -29,8 +30,6 @@ from serve_app.generation.events import EventWriter
 from serve_app.generation.request import Prompt, ResolvedRequest
 from serve_app.generation.service import CompletionService
 
-_THINKING_VARIABLES = ("enable_thinking", "thinking")
-"""Names under which templates have the switch for thinking."""
 _EFFORT_VARIABLE = "reasoning_effort"
 _EFFORTS = {"xhigh": "high", "max": "high"}
 """Efforts that no template knows -> the nearest that they know."""
@@ -132,7 +131,7 @@ class MessagesFormat(WireFormat):
         variables: dict[str, TemplateValue] = {}
         known = self._service.template_variables
         if request.thinking is not None and request.thinking.type in ("enabled", "disabled"):
-            switches = [name for name in _THINKING_VARIABLES if name in known]
+            switches = THINKING_SWITCHES.intersection(known)
             variables.update(dict.fromkeys(switches, request.thinking.type == "enabled"))
             if not switches:
                 unknown.add("thinking")

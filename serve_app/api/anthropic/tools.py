@@ -12,6 +12,7 @@ from serve_app.api.anthropic.fields import ToolChoiceFields
 from serve_app.api.errors import bad_request
 from serve_app.api.openai.tools import MAX_TOOLS, chosen, function_tool, require_different_names
 from serve_app.api.unknown_fields import UnknownFields, unsupported
+from serve_app.chat.conversation import OFF_VALUES
 from serve_app.chat.json_values import JsonLimit
 from serve_app.chat.options import Tool, ToolChoice
 from serve_app.chat.unicode import shown
@@ -20,7 +21,6 @@ _FUNCTION = ("name", "description", "strict")
 """Fields that OpenAI's tools have too."""
 _NO_EFFECT = frozenset({"type", "cache_control", "eager_input_streaming"})
 """Arguments are streamed as they are generated, for every tool."""
-_OFF: tuple[object, ...] = (None, False, "", [], {})
 _NEUTRAL: Mapping[str, object] = {"allowed_callers": ["direct"]}
 _NOT_SERVED: Mapping[str, str] = {
     "defer_loading": "tools that are loaded later need Anthropic's tool search, which is not supported by this server.",
@@ -54,7 +54,7 @@ def _parsed(raw: Any, where: str, unknown: UnknownFields, limit: JsonLimit) -> T
         raise bad_request(f"{at} must be the JSON schema of an object.", param=at, code="invalid_type")
     limit.check(schema, at)
     for key, value in raw.items():
-        if key in _FUNCTION or key == "input_schema" or key in _NO_EFFECT or value in _OFF:
+        if key in _FUNCTION or key == "input_schema" or key in _NO_EFFECT or value in OFF_VALUES:
             continue
         if key in _NOT_SERVED and value != _NEUTRAL.get(key):
             raise unsupported(f"{where}.{key}", _NOT_SERVED[key])

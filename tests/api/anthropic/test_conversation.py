@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.api.anthropic.conversation import Conversation, converted
+from serve_app.api.anthropic.conversation import MAX_BLOCKS, Conversation, converted
 from serve_app.api.errors import ApiError
 from serve_app.api.unknown_fields import UnknownFields
 from serve_app.core import RequestError
@@ -160,3 +160,45 @@ def test_errors_of_the_prompt_name_the_callers_places() -> None:
     assert talk.in_callers_terms(RequestError("Too long.", code="x", param="messages")).param == "messages"
     assert talk.place("messages[0].content") == "system"
     assert talk.place("messages[1]") == "messages[0].content[0]"
+
+
+@pytest.mark.parametrize(
+    ("messages", "system"),
+    [
+        ([user(*[text("a")] * (MAX_BLOCKS + 1))], None),
+        ([{"role": "user", "content": "a"}] * (MAX_BLOCKS + 1), None),
+        ([user(text("a"))], [text("a")] * MAX_BLOCKS),
+        (
+            [
+                user(text("a")),
+                assistant(CALL),
+                user({"type": "tool_result", "tool_use_id": "toolu_1", "content": [text("a")] * MAX_BLOCKS}),
+            ],
+            None,
+        ),
+    ],
+)
+def test_a_request_has_so_many_blocks_at_most(messages: list[dict[str, Any]], system: Any) -> None:
+    with pytest.raises(ApiError, match="at most") as caught:
+        convert(messages, system)
+    assert caught.value.param
+
+
+def test_a_block_costs_the_same_behind_many_others() -> None:
+    """A turn's blocks are kept in one list, and none is copied when another one comes."""
+    half = MAX_BLOCKS // 2
+    thoughts = [{"type": "thinking", "thinking": "a", "signature": ""}] * half
+    made, _ = convert([assistant(*thoughts, *[text("b")] * (half - 1)), user(text("c"))])
+    assert made.messages[0]["reasoning_content"] == "a" * half
+    made = Conversation()
+    made.add_text("user", "a", "messages[0]")
+    parts = made.messages[0]["content"]
+    made.add_text("user", "b", "messages[1]")
+    assert made.messages[0]["content"] is parts
+
+
+def test_a_request_without_text_for_the_model_is_refused() -> None:
+    billing = text("x-anthropic-billing-header: a")
+    with pytest.raises(ApiError, match="no text for the model") as caught:
+        convert([{"role": "system", "content": [billing]}], [billing])
+    assert caught.value.param == "messages"
