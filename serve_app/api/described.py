@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Described(BaseModel):
@@ -83,6 +83,38 @@ class ChosenFunction(Described):
 
     type: Literal["function"]
     function: ChosenName
+
+
+class NamedSchema(Described):
+    """A JSON Schema with a name."""
+
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    """JSON Schema."""
+    strict: bool | None = None
+    """Changes nothing: answers always match."""
+
+
+class ResponseFormat(Described):
+    """What the text of an answer must be."""
+
+    type: Literal["text", "json_object", "json_schema", "grammar"]
+    json_schema: NamedSchema | None = None
+    """For `json_schema`."""
+    grammar: str | None = None
+    """For `grammar`: in Lark's syntax or llama.cpp's."""
+
+
+class StructuredOutputs(Described):
+    """vLLM's: one of these."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    """JSON Schema, or its text."""
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
 
 
 class Block(Described):

@@ -11,8 +11,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from pydantic import SkipValidation
 from pydantic_core import from_json
 
+from serve_app.api.described import ResponseFormat, StructuredOutputs
 from serve_app.api.errors import ApiError, bad_request
 from serve_app.api.fields import OpenModel
 from serve_app.api.unknown_fields import UnknownFields, unsupported
@@ -46,20 +48,21 @@ class Wanted(NamedTuple):
 class StructuredFields(OpenModel):
     """At most one of these fields may be given. Null, false, empty and `{"type": "text"}` count as left out."""
 
-    response_format: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
-    """vLLM's earlier names."""
-    structured_outputs: Any = None
-    """vLLM's: an object with one of `_OUTPUTS`."""
-    regex: Any = None
-    ebnf: Any = None
+    response_format: SkipValidation[ResponseFormat | None] = None
+    guided_json: SkipValidation[dict[str, Any] | str | None] = None
+    """vLLM's earlier name of `structured_outputs.json`; so are the next three."""
+    guided_regex: SkipValidation[str | None] = None
+    guided_choice: SkipValidation[list[str] | None] = None
+    guided_grammar: SkipValidation[str | None] = None
+    structured_outputs: SkipValidation[StructuredOutputs | None] = None
+    """vLLM's."""
+    regex: SkipValidation[str | None] = None
     """SGLang's."""
-    json_schema: Any = None
+    ebnf: SkipValidation[str | None] = None
+    """SGLang's: a grammar."""
+    json_schema: SkipValidation[dict[str, Any] | str | None] = None
     """SGLang's and llama.cpp's."""
-    grammar: Any = None
+    grammar: SkipValidation[str | None] = None
     """llama.cpp's."""
 
 

@@ -15,6 +15,7 @@ from llguidance import regex_to_lark
 
 from serve_app.chat.gbnf import GbnfError, gbnf_to_lark, is_lark
 from serve_app.chat.schemas import checked_schema
+from serve_app.chat.unicode import shown
 
 JSON_STYLE = {
     "whitespace_flexible": False,
@@ -26,6 +27,9 @@ JSON_STYLE = {
 until its limit. Characters stand for themselves: with `\\u` escapes a model could write the name of a property in a
 second way, past its schema, or half a character."""
 _UNSUPPORTED_OPTION = re.compile(r"^[a-z_][\w-]*\[[^\]\n]*\b(max_tokens|temperature|stop)\s*=", re.MULTILINE)
+
+_LARK_WORDS = re.compile(r""""(?:\\.|[^"\\\n])*"|//[^\n]*|#[^\n]*|/(?:\\.|[^/\\])+/|(?P<token><[^<>\n]+>)""", re.DOTALL)
+"""Texts, comments and regular expressions of Lark's syntax, in which no token is named; and names of tokens."""
 
 
 class GrammarTextError(ValueError):
@@ -53,24 +57,31 @@ def json_object_grammar() -> str:
 def regex_grammar(regex: str) -> str:
     """Text that a regular expression matches as a whole, in the syntax of Rust's `regex`.
 
-    `\\d` and `\\w` are ASCII, as in JavaScript.
+    `\\d` and `\\w` are ASCII, as in JavaScript. Raises `GrammarTextError`.
     """
-    return lark_grammar(f"start: /{regex_to_lark(regex, 'dw')}/" if regex else 'start: ""')
+    try:
+        return _of({"lark_grammar": f"start: /{regex_to_lark(regex, 'dw')}/" if regex else 'start: ""'})
+    except ValueError as error:  # half a character
+        raise GrammarTextError(str(error)) from error
 
 
 def choice_grammar(choices: Sequence[str]) -> str:
     """One of these texts."""
     texts = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
-    return lark_grammar(f"start: CHOICE\nCHOICE: {texts}")
+    return _of({"lark_grammar": f"start: CHOICE\nCHOICE: {texts}"})
 
 
 def lark_grammar(grammar: str) -> str:
     """Text that matches a Lark grammar, as llguidance reads it: the rule is `start`. Raises `GrammarTextError`.
 
+    The grammar may name no tokens: an answer with control tokens would not be its text.
+
     Source: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
     """
     if (found := _UNSUPPORTED_OPTION.search(grammar)) is not None:
         raise GrammarTextError(f"the option '{found[1]}' of a rule is not supported")
+    if found := next((found for found in _LARK_WORDS.finditer(grammar) if found["token"]), None):
+        raise GrammarTextError(f"the token {shown(found[0])} can't be named: write its text in quotes")
     return _of({"lark_grammar": grammar})
 
 

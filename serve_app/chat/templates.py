@@ -24,11 +24,9 @@ from serve_app.chat.texts import chat_texts, uses_tools, with_message_texts, wit
 from serve_app.chat.tokenizer import ChatTokenizer, Piece
 from serve_app.chat.tokenizer_error import TokenizerError
 from serve_app.chat.tool_turns import arranged
-from serve_app.chat.turn_markers import TurnMarkers, find_tool_markers, find_turn_markers
+from serve_app.chat.turn_markers import SENTINEL, TurnMarkers, find_tool_markers, find_turn_markers
 
 logger = logging.getLogger(__name__)
-
-_SENTINEL = "serve_app-probe"
 
 
 class _Defence(NamedTuple):
@@ -183,9 +181,9 @@ class ChatTemplate:
 
     def _needs_parts(self) -> bool:
         """Templates of some multimodal models read only lists of parts, and drop a plain string without a word."""
-        probe = [ChatMessage("user", _SENTINEL)]
+        probe = [ChatMessage("user", SENTINEL)]
         for parts in (False, True):
-            if _SENTINEL in self._try(probe, (), TemplateStyle(parts=parts)):
+            if SENTINEL in self._try(probe, (), TemplateStyle(parts=parts)):
                 return parts
         raise TokenizerError("The chat template does not show what a user message says.")
 

@@ -6,6 +6,7 @@ their message in the order of its calls, each with the id and the name of its ca
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -39,10 +40,14 @@ def arranged(messages: Sequence[ChatMessage], *, one_call: bool) -> list[ChatMes
 def _by_call(calls: Sequence[ToolCall], results: Sequence[ChatMessage]) -> list[list[ChatMessage]]:
     """The results of each call, and last those that answer none of them.
 
-    A result without an id answers the first call that no other result names.
+    A result without an id answers the first call that no other result names. Results that share their id answer the
+    calls that share it, in order.
     """
-    numbers = {call.id: number for number, call in enumerate(calls)}
-    named = {numbers[result.tool_call_id] for result in results if result.tool_call_id in numbers}
+    numbers: dict[str | None, list[int]] = {}
+    for number, call in enumerate(calls):
+        numbers.setdefault(call.id, []).append(number)
+    ids = Counter(result.tool_call_id for result in results)
+    named = {number for call_id in ids for number in numbers.get(call_id, ())[: ids[call_id]]}
     left = iter([number for number in range(len(calls)) if number not in named])
     answers: list[list[ChatMessage]] = [[] for _ in range(len(calls) + 1)]
     for result in results:
@@ -50,7 +55,8 @@ def _by_call(calls: Sequence[ToolCall], results: Sequence[ChatMessage]) -> list[
         if result.tool_call_id is None:
             number = next(left, number)
         elif result.tool_call_id in numbers:
-            number = numbers[result.tool_call_id]
+            same = numbers[result.tool_call_id]
+            number = same.pop(0) if len(same) > 1 else same[0]
         if number < len(calls):
             call = calls[number]
             result = replace(result, tool_call_id=call.id, name=result.name or call.name)

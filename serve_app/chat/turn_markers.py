@@ -22,7 +22,8 @@ from serve_app.chat.texts import tool_texts, with_tool_texts
 from serve_app.chat.tokenizer import ChatTokenizer
 
 _ZERO_WIDTH_JOINER = "\u200d"
-_SENTINEL = "serve_app-probe"
+SENTINEL = "serve_app-probe"
+"""A text whose place in a rendered chat shows what the template writes around it."""
 _MARKER = re.compile(
     r"[<\[{|｜]+/?[^<>\[\]{}|｜\n]{1,40}[>\]}|｜]+"  # [INST], [/INST], <|user|>, <<SYS>>
     r"|#{2,}[ \t]*[^\s#:][^\n#:]{0,40}:?"  # "### Instruction:", on a line of its own or before the text
@@ -101,8 +102,8 @@ def find_turn_markers(show: Callable[[Sequence[ChatMessage]], str], control_toke
 
     def trial(*roles: Role) -> list[str]:
         """The template's own text before, between and after the messages, with line breaks for control tokens."""
-        shown = show([ChatMessage(role, _SENTINEL) for role in roles])
-        return (parting.sub("\n", shown) if parting else shown).split(_SENTINEL)
+        shown = show([ChatMessage(role, SENTINEL) for role in roles])
+        return (parting.sub("\n", shown) if parting else shown).split(SENTINEL)
 
     once, twice = Counter(_found(trial("user"))), Counter(_found(trial("user", "assistant", "user")))
     markers = [marker for marker in twice if twice[marker] > once[marker]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -136,6 +137,14 @@ def test_results_without_ids_answer_the_calls_that_are_left() -> None:
     chat = [said(0, 1, 2), result("b", "c1"), result("a"), result("c", name="own"), result("d")]
     ordered = [result("a", "c0", "f0"), result("b", "c1", "f1"), result("c", "c2", "own"), result("d")]
     assert arranged(chat, one_call=False) == [said(0, 1, 2), *ordered]
+
+
+def test_results_that_share_an_id_answer_the_calls_that_share_it_in_order() -> None:
+    calls = replace(said(0, 1), tool_calls=tuple(replace(call, id="same") for call in said(0, 1).tool_calls))
+    chat = [calls, result("a", "same"), result("b", "same"), result("c", "same")]
+    ordered = [result("a", "same", "f0"), result("b", "same", "f1"), result("c", "same", "f1")]
+    assert arranged(chat, one_call=False) == [calls, *ordered]
+    assert arranged([calls, result("a", "same"), result("b")], one_call=False) == [calls, *ordered[:2]]
 
 
 def test_one_call_to_a_message() -> None:
