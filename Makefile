@@ -7,8 +7,11 @@
 #   make serve TORCH_INDEX=URL        where torch comes from (README: Two commands; constraints/install.py decides)
 #   make chaos ARGS='--minutes 1'     arguments of bench, compare and chaos
 
-PYTHONS := python3.11 python3.12 python3.13
-PYTHON ?= $(firstword $(foreach python,$(PYTHONS),$(if $(shell $(python) -c 'import ensurepip, venv' 2>&1 || echo no),,$(python))))
+# The first Python that can make an environment: looked for once, and only by a target that needs it.
+usable = $(if $(shell $1 -c 'import ensurepip, venv' 2>&1 || echo no),,$1)
+ifeq ($(origin PYTHON),undefined)
+PYTHON = $(eval PYTHON := $(or $(call usable,python3.11),$(call usable,python3.12),$(call usable,python3.13)))$(PYTHON)
+endif
 TORCH_INDEX ?=
 VENV ?= $(if $(GPU),.venv-gpu,.venv)
 CONFIG ?= $(if $(GPU),configs/serve.gpu.yaml,configs/serve.yaml)

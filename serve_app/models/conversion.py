@@ -94,20 +94,26 @@ def _main(gguf: Path, folder: Path) -> None:
             print(json.dumps(message), file=replies, flush=True)
 
         try:
-            say(stage="converting GGUF weights (only once)", fraction=0.0)
-            contents = read_gguf(gguf_parts(gguf))
-            with _as_one_file(gguf, contents, folder) as whole:
-                context_tokens = _convert_weights(whole, contents, folder)
-                say(stage="converting GGUF tokenizer (only once)", fraction=0.9)
-                notes = _convert_tokenizer(whole, contents, folder, context_tokens)
-            for path in folder.iterdir():
-                if path.is_file():
-                    path.chmod(0o644)  # safetensors writes 0600; a cache may be shared
+            notes = convert_here(gguf, folder, lambda stage: say(stage=stage.stage, fraction=stage.fraction))
             say(notes=notes)
         except ModelError as error:
             say(error=str(error))
         except OSError as error:
             say(error=str(disk_error(folder, error)))
+
+
+def convert_here(gguf: Path, folder: Path, progress: Progress) -> tuple[str, ...]:
+    """What `convert` does, in this process. Raises `ModelError`, OSError, and what transformers raises."""
+    progress(LoadStage("converting GGUF weights (only once)", 0.0))
+    contents = read_gguf(gguf_parts(gguf))
+    with _as_one_file(gguf, contents, folder) as whole:
+        context_tokens = _convert_weights(whole, contents, folder)
+        progress(LoadStage("converting GGUF tokenizer (only once)", 0.9))
+        notes = tuple(_convert_tokenizer(whole, contents, folder, context_tokens))
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(0o644)  # safetensors writes 0600; a cache may be shared
+    return notes
 
 
 def _end_with_parent() -> None:

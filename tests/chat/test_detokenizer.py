@@ -18,7 +18,7 @@ from serve_app.chat.tokenizer_error import TokenizerError
 TEXTS = ["Hello, world!", "  leading", "I am here", "naïve café 你好", "👩‍👩‍👧 🙂", "é\n\n1. x", "\ufffd", "ﷺ\x00"]
 FAMILIES = ["demo_tokenizer", "byte_level", "metaspace"]
 ALPHABET = frozenset(pre_tokenizers.ByteLevel.alphabet())
-slow = settings(deadline=None, max_examples=400)
+slow = settings(deadline=None, max_examples=150)
 
 
 def pieces(tokenizer: ChatTokenizer, ids: list[int], prompt_ids: list[int]) -> list[str]:

@@ -135,7 +135,7 @@ CROWD = [
 """More than the cramped cache holds at a time."""
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @example(asked=CROWD, place=0)
 @given(asked=st.lists(requests, min_size=1, max_size=7), place=st.integers(0, 6))
 def test_outputs_validate_and_are_the_same_however_they_are_made(

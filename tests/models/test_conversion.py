@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from serve_app.config import ModelConfig
 from serve_app.core import LoadStage
-from serve_app.models.conversion import CONVERSION_VERSION, convert
+from serve_app.models.conversion import CONVERSION_VERSION, convert, convert_here
 from serve_app.models.defaults import read_generation_defaults
 from serve_app.models.model_error import ModelError
 from serve_app.models.source import SourceKind, resolve
@@ -40,6 +40,7 @@ def test_the_converted_folder_holds_the_files_numbers(tmp_path: Path) -> None:
     assert read_generation_defaults(folder, folder).eos_token_ids == (0, 2)  # end of text, and end of turn
 
 
+@pytest.mark.usefixtures("converts_here")
 def test_a_pre_tokenizer_that_is_not_known_is_said(tmp_path: Path) -> None:
     gguf = write_gguf(tmp_path / "odd.gguf", pre="brand-new")
     files = resolve(ModelConfig(source=str(gguf)), tmp_path / "cache", progress=ignore_progress)
@@ -54,7 +55,7 @@ def test_a_pre_tokenizer_that_is_not_known_is_said(tmp_path: Path) -> None:
 def test_gpt2s_own_splitting_needs_no_note(tmp_path: Path) -> None:
     gguf = write_gguf(tmp_path / "plain.gguf", pre="gpt-2")
     (tmp_path / "out").mkdir()
-    assert convert(gguf, tmp_path / "out", ignore_progress) == ()
+    assert convert_here(gguf, tmp_path / "out", ignore_progress) == ()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("hi\n\n12")) == ["hi", "Ċ", "Ċ", "12"]
 
@@ -74,12 +75,14 @@ def test_architecture_that_transformers_cannot_read(tmp_path: Path) -> None:
         resolve(ModelConfig(source=str(gguf)), tmp_path / "cache", progress=ignore_progress)
 
 
+@pytest.mark.usefixtures("converts_here")
 def test_a_tensor_that_lacks_is_named_and_never_left_at_random(tmp_path: Path) -> None:
     gguf = write_gguf(tmp_path / "cut.gguf", without="blk.1.ffn_up.weight")
     with pytest.raises(ModelError, match=r"cut\.gguf lacks 1 of the model's tensors, e\.g\. blk\.1\.ffn_up\.weight"):
         resolve(ModelConfig(source=str(gguf)), tmp_path / "cache", progress=ignore_progress)
 
 
+@pytest.mark.usefixtures("converts_here")
 def test_a_tensor_without_a_place_is_named_and_never_left_out(tmp_path: Path) -> None:
     """A Llama with biases, which transformers' reader drops."""
     gguf = write_gguf(tmp_path / "odd.gguf", more={"blk.0.attn_q.bias": np.ones(32, np.float32)})
@@ -87,6 +90,7 @@ def test_a_tensor_without_a_place_is_named_and_never_left_out(tmp_path: Path) ->
         resolve(ModelConfig(source=str(gguf)), tmp_path / "cache", progress=ignore_progress)
 
 
+@pytest.mark.usefixtures("converts_here")
 @pytest.mark.parametrize("cut", [1, 2048, 100_000])
 def test_a_cut_download_is_named(tmp_path: Path, cut: int) -> None:
     gguf = write_gguf(tmp_path / "cut.gguf")
@@ -96,6 +100,7 @@ def test_a_cut_download_is_named(tmp_path: Path, cut: int) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("converts_here")
 @pytest.mark.parametrize("given", [0, 2])
 def test_a_model_in_parts_is_converted_whole(tmp_path: Path, given: int) -> None:
     """Whichever part is given."""
@@ -113,6 +118,7 @@ def test_a_model_in_parts_is_converted_whole(tmp_path: Path, given: int) -> None
         assert (files.folder / name).read_bytes() == (whole.folder / name).read_bytes()
 
 
+@pytest.mark.usefixtures("converts_here")
 def test_a_part_that_lacks_is_named(tmp_path: Path) -> None:
     first = write_gguf(tmp_path / "apart.gguf", tensors_a_part=8)
     last = tmp_path / "apart-00003-of-00003.gguf"
@@ -121,6 +127,7 @@ def test_a_part_that_lacks_is_named(tmp_path: Path) -> None:
         resolve(ModelConfig(source=str(first)), tmp_path / "cache", progress=ignore_progress)
 
 
+@pytest.mark.usefixtures("converts_here")
 def test_a_part_under_another_name_is_known(tmp_path: Path) -> None:
     first = write_gguf(tmp_path / "apart.gguf", tensors_a_part=8)
     alone = first.rename(tmp_path / "model.gguf")
@@ -128,6 +135,7 @@ def test_a_part_under_another_name_is_known(tmp_path: Path) -> None:
         resolve(ModelConfig(source=str(alone)), tmp_path / "cache", progress=ignore_progress)
 
 
+@pytest.mark.usefixtures("converts_here")
 def test_a_part_of_another_model_is_known(tmp_path: Path) -> None:
     first = write_gguf(tmp_path / "apart.gguf", tensors_a_part=8)
     (tmp_path / "apart-00002-of-00003.gguf").write_bytes((tmp_path / "apart-00003-of-00003.gguf").read_bytes())
@@ -135,6 +143,7 @@ def test_a_part_of_another_model_is_known(tmp_path: Path) -> None:
         resolve(ModelConfig(source=str(first)), tmp_path / "cache", progress=ignore_progress)
 
 
+@pytest.mark.usefixtures("converts_here")
 def test_a_conversion_by_an_older_recipe_is_not_trusted(tmp_path: Path) -> None:
     """The first recipe took files that lack tensors."""
     gguf = write_gguf(tmp_path / "tiny.gguf")

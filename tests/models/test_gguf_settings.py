@@ -68,6 +68,7 @@ def _llama3_divisors(factor: float, base: float, width: int) -> np.ndarray[Any, 
     return np.array(divisors, np.float32)
 
 
+@pytest.mark.usefixtures("converts_here")
 def test_llama_3s_frequencies_make_the_model_that_its_own_config_makes(tmp_path: Path) -> None:
     divisors = _llama3_divisors(32.0, 500_000.0, 8)
     assert 1 < divisors[2] < 32 == divisors[3]
@@ -207,6 +208,7 @@ def _sampling(writer: GGUFWriter) -> None:
     writer.add_causal_attention(True)
 
 
+@pytest.mark.usefixtures("converts_here")
 def test_what_changes_nothing_passes_and_sampling_defaults_are_the_files(tmp_path: Path) -> None:
     model = ModelConfig(source=str(write_gguf(tmp_path / "m.gguf", settings=_sampling)))
     files = resolve(model, tmp_path / "cache", progress=ignore_progress)

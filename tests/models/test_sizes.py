@@ -77,6 +77,7 @@ def test_plan_of_a_replica(llama_folder: Path, tmp_path: Path) -> None:
         plan_replica(files, too_long, has_gpu=False, kv_cache_bytes=1)
 
 
+@pytest.mark.usefixtures("converts_here")
 def test_plan_of_a_gguf_file_before_it_is_converted(tmp_path: Path) -> None:
     model = ModelConfig(source=str(write_gguf(tmp_path / "tiny.gguf")))
     before = plan_replica(None, model, has_gpu=False, kv_cache_bytes=100_000)
