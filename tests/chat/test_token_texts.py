@@ -30,3 +30,15 @@ def test_special_tokens_show_their_name(byte_level: ChatTokenizer) -> None:
 def test_an_id_without_a_token_has_neither(byte_level: ChatTokenizer) -> None:
     texts = TokenTexts(byte_level)
     assert (texts.text(byte_level.vocab_size), texts.utf8(byte_level.vocab_size)) == ("", None)
+
+
+def test_tokens_are_decoded_once(byte_level: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[list[int]] = []
+    decode = ChatTokenizer.decode
+    monkeypatch.setattr(ChatTokenizer, "decode", lambda self, ids: (decoded.append(ids), decode(self, ids))[1])
+    texts = TokenTexts(byte_level)
+    ids = byte_level.encode_text(TEXT, add_bos=False, parse_special=False)
+    for _ in range(2):
+        assert b"".join(texts.utf8(token_id) or b"" for token_id in ids).decode() == TEXT
+        assert [texts.text(token_id) for token_id in ids] == [decode(byte_level, [token_id]) for token_id in ids]
+    assert sorted(decoded) == sorted([token_id] for token_id in set(ids))

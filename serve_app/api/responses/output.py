@@ -7,16 +7,24 @@ tokens but those whose logprobs it is given.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 from serve_app.api.call_ids import call_id
 from serve_app.api.http.sse import json_line, json_text
 from serve_app.api.responses.ids import output_item_id
 from serve_app.chat.parts import ArgumentsPart, CallPart, Part, ReasoningPart, TextPart
 
-Logprob = Mapping[str, Any]
+
+class Logprob(NamedTuple):
+    """The logprob of one token, and of the likeliest tokens in its place, as JSON."""
+
+    of_item: str
+    of_event: str
+    """The same without the tokens' bytes, which only items have."""
+
+
 UnnumberedEvent = tuple[str, str]
 """An event without its number: (type, the rest of its JSON object)."""
 
@@ -37,10 +45,7 @@ class _OpenItem:
     name: str = ""
     call_id: str = ""
     texts: list[str] = field(default_factory=list)
-    logprobs: list[str] = field(default_factory=list)
-    """The JSON of each, as items have it."""
-    short_logprobs: list[str] = field(default_factory=list)
-    """The same without the bytes, as events have it."""
+    logprobs: list[Logprob] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -52,19 +57,12 @@ class _OpenItem:
         content = "" if self.kind == "function_call" else '"content_index":0,'
         return f'{content}"item_id":"{self.id}","output_index":{self.index}'
 
-    def add_logprobs(self, logprobs: Sequence[Logprob]) -> str:
-        """Add these, and return them as a list in the JSON of an event."""
-        short = [json_line(_without_bytes(each)) for each in logprobs]
-        self.short_logprobs += short
-        self.logprobs += [json_line(each) for each in logprobs]
-        return f"[{', '.join(short)}]"
-
     def part(self) -> str:
         """The JSON of the content part so far."""
         text = json_text(self.text)
         if self.kind == "reasoning":
             return f'{{"type": "reasoning_text", "text": {text}}}'
-        logprobs = ", ".join(self.logprobs)
+        logprobs = ", ".join([each.of_item for each in self.logprobs])
         return f'{{"type": "output_text", "annotations": [], "logprobs": [{logprobs}], "text": {text}}}'
 
     def item(self, status: str, *, opening: bool = False) -> str:
@@ -118,7 +116,7 @@ class Output:
         """The events that close the last item. An answer without any item gets an empty message."""
         events = [] if self._open is not None or self._done else self._begin("message")
         if self._open is not None and self._open.kind == "message":
-            self._open.add_logprobs(self._unplaced)
+            self._open.logprobs += self._unplaced
         return [*events, *self._close(status)]
 
     def _text(self, kind: str, text: str) -> list[UnnumberedEvent]:
@@ -141,10 +139,9 @@ class Output:
         item.texts.append(text)
         logprobs = ""
         if item.kind == "message":
-            logprobs = ',"logprobs":[]'
-            if self._unplaced:
-                logprobs = f',"logprobs":{item.add_logprobs(self._unplaced)}'
-                self._unplaced = []
+            logprobs = f',"logprobs":{_of_events(self._unplaced)}'
+            item.logprobs += self._unplaced
+            self._unplaced = []
         return _DELTAS[item.kind], f'{item.place},"delta":{json_text(text)}{logprobs}'
 
     def _close(self, status: str) -> list[UnnumberedEvent]:
@@ -159,13 +156,12 @@ class Output:
             return [("response.function_call_arguments.done", arguments), done]
         text = f'{item.place},"text":{json_text(item.text)}'
         if item.kind == "message":
-            text += f',"logprobs":[{", ".join(item.short_logprobs)}]'
+            text += f',"logprobs":{_of_events(item.logprobs)}'
         kind = "response.output_text.done" if item.kind == "message" else "response.reasoning_text.done"
         part: UnnumberedEvent = ("response.content_part.done", f'{item.place},"part":{item.part()}')
         return [(kind, text), part, done]
 
 
-def _without_bytes(logprob: Logprob) -> dict[str, Any]:
-    """As the events have it; only items have the bytes."""
-    top = [{"token": each["token"], "logprob": each["logprob"]} for each in logprob["top_logprobs"]]
-    return {"token": logprob["token"], "logprob": logprob["logprob"], "top_logprobs": top}
+def _of_events(logprobs: Sequence[Logprob]) -> str:
+    """A list in JSON."""
+    return f"[{', '.join([each.of_event for each in logprobs])}]"

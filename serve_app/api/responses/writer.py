@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from serve_app.api.http.sse import json_line
+from serve_app.api.http.sse import json_line, json_text
 from serve_app.api.openai.extras import finite
 from serve_app.api.responses.output import Logprob, Output, UnnumberedEvent
 from serve_app.chat.token_texts import TokenTexts
@@ -127,16 +127,18 @@ class ResponseWriter(EventWriter):
         }
 
     def _logprob(self, token: TokenLogprob) -> Logprob:
+        own, own_short = self._token(token.token_id, token.logprobs.logprob)
         top = [self._token(*other) for other in token.logprobs.top]
-        return {**self._token(token.token_id, token.logprobs.logprob), "top_logprobs": top}
+        of_item = ", ".join([f"{{{full}}}" for full, _ in top])
+        of_event = ", ".join([f"{{{short}}}" for _, short in top])
+        return Logprob(f'{{{own}, "top_logprobs": [{of_item}]}}', f'{{{own_short}, "top_logprobs": [{of_event}]}}')
 
-    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        content = self._tokens.utf8(token_id)
-        return {
-            "token": self._tokens.text(token_id),
-            "bytes": [] if content is None else list(content),
-            "logprob": finite(logprob),
-        }
+    def _token(self, token_id: int, logprob: float) -> tuple[str, str]:
+        """The JSON of a token's fields, with and without its bytes."""
+        text = json_text(self._tokens.text(token_id))
+        content = [*(self._tokens.utf8(token_id) or b"")]
+        number = f"{finite(logprob)!r}"
+        return f'"token": {text}, "bytes": {content}, "logprob": {number}', f'"token": {text}, "logprob": {number}'
 
     def _numbered(self, events: Sequence[UnnumberedEvent]) -> list[bytes]:
         written = []

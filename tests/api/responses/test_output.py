@@ -17,10 +17,11 @@ from small_tokenizers import CHATML, byte_level_backend
 from starlette.applications import Starlette
 from transformers import PreTrainedTokenizerFast
 
-from serve_app.api.http.sse import json_line
-from serve_app.api.responses.output import Output
+from serve_app.api.responses.output import Logprob, Output
+from serve_app.api.responses.writer import ResponseWriter
 from serve_app.chat.parts import ArgumentsPart, CallPart, ReasoningPart, TextPart
 from serve_app.chat.tokenizer import ChatTokenizer
+from serve_app.generation.text import TokenLogprob
 from serve_app.resume.journal_store import JournalLimits
 from serve_app.resume.memory_store import MemoryJournalStore
 from serve_app.resume.redis_store import RedisJournalStore
@@ -97,8 +98,8 @@ def test_parts_become_items_and_events() -> None:
 
 
 def test_logprobs_belong_to_text_alone() -> None:
-    def logprob(token: str) -> Event:
-        return {"token": token, "bytes": [], "logprob": -0.5, "top_logprobs": []}
+    def logprob(token: str) -> Logprob:
+        return Logprob(f'{{"token": "{token}"}}', "")
 
     output = Output("resp_" + "a" * 22)
     output.add([], [logprob("<think>")])
@@ -114,25 +115,24 @@ def test_logprobs_belong_to_text_alone() -> None:
 async def test_many_logprobs_are_written_once_and_not_in_the_event_loop(
     replica: FakeReplica, make_app: MakeApp, http: Http, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written: list[str] = []
+    written: list[int] = []
     threads: list[bool] = []
-    in_thread = asyncio.to_thread
+    in_thread, write = asyncio.to_thread, ResponseWriter._logprob
 
-    def counted(value: Any) -> str:
-        if isinstance(value, dict) and "top_logprobs" in value and "token" in value:
-            written.append(value["token"])
-        return json_line(value)
+    def counted(writer: ResponseWriter, token: TokenLogprob) -> Logprob:
+        written.append(token.token_id)
+        return write(writer, token)
 
     async def to_thread(*work: Any) -> Any:
         threads.append(True)
         return await in_thread(*work)
 
-    monkeypatch.setattr("serve_app.api.responses.output.json_line", counted)
+    monkeypatch.setattr(ResponseWriter, "_logprob", counted)
     api = http(make_app(replica))
     response = await api.post("/v1/responses", json={"input": "Hi", "top_logprobs": 2, "stream": True})
     document = events_of(response.content)[-1]["response"]
     logprobs = document["output"][0]["content"][0]["logprobs"]
-    assert len(written) == 2 * len(logprobs), "once with bytes and once without"
+    assert len(written) == len(logprobs)
     monkeypatch.setattr(asyncio, "to_thread", to_thread)
     monkeypatch.setattr("serve_app.api.responses.kept.INLINE_ENTRIES", 2 * len(logprobs))
     assert (await api.get(f"/v1/responses/{document['id']}")).json() == document
