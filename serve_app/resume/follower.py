@@ -40,14 +40,16 @@ class Follower:
         document: StreamDocument,
         feed: EventFeed,
         context: StreamContext,
-        may_take_over: Callable[[], bool],
+        take_place: Callable[[], bool],
+        leave_place: Callable[[], None],
     ) -> None:
-        """`may_take_over`: whether this process has a place for one more stream that it generates."""
+        """`take_place`: takes one of the places for streams that this process generates, if there is one."""
         self._id = stream_id
         self._document = document
         self._feed = feed
         self._context = context
-        self._may_take_over = may_take_over
+        self._take_place = take_place
+        self._leave_place = leave_place
         self.records: list[bytes] = []
         """The records that are in the feed; after this process owned the stream, those that it has written."""
 
@@ -62,7 +64,7 @@ class Follower:
             await self.feed(await context.look(self._id, len(self.records), FOLLOW_WAIT_S))
             if self._feed.finished:
                 break
-            if not self._may_take_over():  # without an owner `look` does not wait
+            if not self._take_place():  # without an owner `look` does not wait
                 await asyncio.sleep(context.settings.lease_s)
                 continue
             owner = new_owner()
@@ -75,6 +77,7 @@ class Follower:
                 journal = writer.own(self._id, owner, write_document(self._document), self.records)
                 writer.keep(journal)
                 return journal
+            self._leave_place()
         return None
 
     async def feed(self, view: JournalView) -> None:

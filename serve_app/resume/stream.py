@@ -42,13 +42,13 @@ class ResumableStream:
         self.document = document
         self.feed = EventFeed(transcript, context.memory)
         self._attendance = Attendance(context.settings.grace_s, self._judge)
-        self._follower = Follower(stream_id, document, self.feed, context, self._may_own)
+        self._follower = Follower(stream_id, document, self.feed, context, self._take_place, self._leave_place)
         self._context = context
         self._running = running
         self._owner: Owner | None = None
         """Set while this process generates the stream."""
-        self._begins = False
-        """The task is about to generate a new stream."""
+        self._has_place = False
+        """This process generates the stream, or is about to."""
         self._task: asyncio.Task[None] | None = None
         self._creation: asyncio.Task[None] | None = None
         loop = asyncio.get_running_loop()
@@ -77,7 +77,7 @@ class ResumableStream:
 
         Raises `Refused`, `JournalsFull`, `TooManyInBackground` and `StoreUnavailable`, and leaves nothing behind then.
         """
-        if not self._may_own():
+        if not self._take_place():
             raise TooManyInBackground(self._context.settings.max_background)
         writer = self._context.writer
         journal = writer.own(self.id, new_owner(), write_document(self.document))
@@ -141,14 +141,19 @@ class ResumableStream:
     @property
     def in_background(self) -> bool:
         """This process generates it, and goes on without a reader."""
-        return (self._begins or self._owner is not None) and self.document.background
+        return self._has_place and self.document.background
 
-    def _may_own(self) -> bool:
-        """Whether this process may generate it: streams that go on without a reader are limited in number."""
-        if not self.document.background:
-            return True
+    def _take_place(self) -> bool:
+        """Take one of the places of this process for streams that it generates; False: all are taken.
+
+        Only streams that go on without a reader are limited in number.
+        """
         in_background = sum(stream.in_background for stream in self._running.values())
-        return in_background < self._context.settings.max_background
+        self._has_place = not self.document.background or in_background < self._context.settings.max_background
+        return self._has_place
+
+    def _leave_place(self) -> None:
+        self._has_place = False
 
     async def closed(self) -> None:
         """Wait until this process does nothing more for the stream."""
@@ -163,7 +168,6 @@ class ResumableStream:
 
     def _start(self, journal: OwnedJournal | None) -> None:
         self._running[self.id] = self
-        self._begins = journal is not None
         # A context of its own: Serve cancels all that was called in the context of a request when its client goes.
         name = f"stream {loggable(self.id)}"
         self._task = asyncio.create_task(self._run(journal), name=name, context=Context())
@@ -198,12 +202,12 @@ class ResumableStream:
             accepted=self._accepted.done(),
             on_accepted=self._accept,
         )
-        self._begins = False
         try:
             await owner.run()
             return owner.wanted or journal.lease is LeaseStatus.LOST
         finally:
             self._owner = None
+            self._leave_place()
             self._follower.records = journal.written_records
 
     async def _end(self, journal: OwnedJournal | None, trouble: RequestError | None) -> None:

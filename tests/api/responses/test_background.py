@@ -232,9 +232,9 @@ async def test_an_owner_that_does_not_react_is_no_cancelled_response(
 
 
 async def test_one_whose_journal_was_dropped_is_generated_no_further(
-    replica: FakeReplica, make_app: MakeApp, http: Http, writes: Writes, store: MemoryJournalStore
+    replica: FakeReplica, make_app: MakeApp, http: Http, store: MemoryJournalStore
 ) -> None:
-    replica.scripts = [writes(pause_s=0.02)]
+    replica.scripts = [lambda request: [None]]
     api = http(make_app(replica, kept=store, background=BRIEF))
     begun = await create(api, background=True)
     store.journals.limits = JournalLimits(max_bytes=1)
@@ -260,6 +260,28 @@ async def test_an_ingress_without_a_place_reads_what_others_have(
     assert text_of(await polled(other, begun["id"])) == ANSWER
     assert text_of(events_of((await reading).content)[-1]["response"]) == ANSWER
     assert len(replica.requests) == 3
+
+
+async def test_those_that_are_taken_over_at_once_need_places_too(
+    replica: FakeReplica, make_app: MakeApp, http: Http
+) -> None:
+    class SlowStore(MemoryJournalStore):
+        async def acquire(self, stream_id: str, owner: str) -> bool:
+            await asyncio.sleep(0)
+            return await super().acquire(stream_id, owner)
+
+    store = SlowStore(JournalLimits(lease_s=60))
+    replica.scripts = [lambda request: [None]]
+    app = make_app(replica, kept=store, background=BRIEF)
+    begun = [await create(http(app), background=True) for _ in range(3)]
+    await app.state.responses.aclose()
+    other = make_app(replica, kept=store, background=replace(BRIEF, max_background=1, lease_s=0.01))
+    await asyncio.gather(*(http(other).get(f"/v1/responses/{each['id']}") for each in begun))
+    assert len(replica.requests) == 4
+    assert len(other.state.responses) == 3, "all are followed"
+    (taken,) = [stream_id for stream_id, stream in other.state.responses._streams.items() if stream.in_background]
+    await http(other).post(f"/v1/responses/resp_{taken}/cancel")
+    await until(lambda: len(replica.requests) == 5)
 
 
 async def test_they_are_limited_in_number(
