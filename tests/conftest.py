@@ -1,6 +1,7 @@
 """The session's Ray cluster, for the tests marked `ray`: one, small, HTTP on loopback, started when first asked for.
 
-Property tests draw the same examples in each run. `pytest --hypothesis-profile=explore` draws others.
+Property tests draw the same examples in each run. `pytest --hypothesis-profile=explore` draws others,
+and more of them where a test says so.
 """
 
 from __future__ import annotations

@@ -75,10 +75,10 @@ def matches(vocabulary: Vocabulary, grammar: str, text: str) -> bool:
 def test_what_ends_validates(model: ConstrainedModel, vocabulary: Vocabulary) -> None:
     """What ends validates; most schemas are taken, and their outputs mostly end.
 
-    20 random schemas, and with `--hypothesis-profile=explore` 200 others each time.
+    50 random schemas, and with `--hypothesis-profile=explore` 200 others each time.
     """
     outcomes: Counter[str] = Counter()
-    examples = cases(20, exploring=200)
+    examples = cases(50, exploring=200)
 
     @settings(max_examples=examples)
     @given(schema=schemas, seed=st.integers(0, 2**32))
