@@ -60,7 +60,7 @@ class Responder:
 
         Raises `RequestError`.
         """
-        if fault := await self._service.constraint_fault(parsed.resolved):
+        if fault := await self._service.constraint_fault(parsed.resolved, call.client):
             raise refusal(fault, parsed.constraint_param)
         call.record.prompt_tokens = parsed.resolved.prompt_tokens
         if parsed.resolved.cut_to is not None:

@@ -133,16 +133,16 @@ class CompletionService:
         )
         return Prompt(tuple(ids), False, "prompt"), ends
 
-    async def constraint_fault(self, request: ResolvedRequest) -> str:
+    async def constraint_fault(self, request: ResolvedRequest, caller: str | None = None) -> str:
         """Why a request's constraint can't be used, without a full stop; "" when it can, or there is none.
 
-        To be asked before a request with a constraint from outside is started. Raises `RequestError` when it can't be
-        told now.
+        To be asked before a request with a constraint from outside is started. `caller`: who asks, so that no other
+        caller waits for it. Raises `RequestError` when it can't be told now.
         """
         for constraint in {one.constraint for one in request.requests} - {""}:
             if self._grammars is None:
                 return "this server does not support it"
-            if fault := await self._grammars.fault(constraint):
+            if fault := await self._grammars.fault(constraint, caller):
                 return fault
         return ""
 

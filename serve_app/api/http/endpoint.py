@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from serve_app.api.errors import ErrorShape, api_error, body_too_large
 from serve_app.api.http.body import ClientGone, read_json_object
-from serve_app.api.http.slow_bodies import SlowBodies
+from serve_app.api.http.slow_bodies import SlowBodies, client_of
 from serve_app.api.http.sse import EventStream
 from serve_app.config import ApiConfig
 from serve_app.core import FailureCode, RequestError
@@ -71,6 +71,8 @@ class Call:
     """In seconds, by the event loop's clock."""
     size_bytes: int
     """Of the body, or of the query of a GET."""
+    client: str | None = None
+    """Who asks, by address; None where that is not known (`slow_bodies.client_of`)."""
 
     async def run(self, work: Callable[[], _Result], *, items: int = 0) -> _Result:
         """Do `work` on this request: in the event loop if the request is small, otherwise in a thread.
@@ -164,7 +166,8 @@ class Endpoint:
                 query = QueryParams(scope["query_string"])
                 path_params = scope.get("path_params", {})
                 headers = Headers(scope=scope)
-                call = Call(scope["method"], query, path_params, body, headers, record, deadline, size_bytes)
+                client = client_of(scope["client"][0]) if scope.get("client") else None
+                call = Call(scope["method"], query, path_params, body, headers, record, deadline, size_bytes, client)
                 await _while_connected(receive, self._answer(call, scope, receive, send))
         except RequestError as refusal:
             await error_response(scope, refusal)(scope, receive, send)

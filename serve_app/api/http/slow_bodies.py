@@ -39,7 +39,7 @@ class SlowBodies:
 
         `address`: the client's; None: not known.
         """
-        client = _client(address)
+        client = client_of(address)
         if self._waiting.total() >= self._limit or (client is not None and self._waiting[client] >= self._per_client):
             raise TooManySlowBodies
         self._waiting[client] += 1
@@ -51,7 +51,7 @@ class SlowBodies:
                 del self._waiting[client]
 
 
-def _client(address: str | None) -> str | None:
+def client_of(address: str | None) -> str | None:
     """The part of an address that a client can't change at will: for IPv6 the 64-bit prefix that its provider assigned.
 
     None for a loopback address: it may be a proxy's, which all clients share.
