@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
 
 import torch
 
 from serve_app.core import Failure, FailureCode, FinishReason, GenerationRequest, Reply, TokenBatch
-from serve_app.engine.constraint import MaskBuilder, Masks, Place
+from serve_app.engine.masks import MaskBuilder, Place, StepMasks, wait_for_any
 from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.prompt_lookup import count_accepted
 from serve_app.engine.sampling import NO_TOKEN, NOT_A_NUMBER, Sampled, Sampler
 from serve_app.engine.scheduler import Chunk, Scheduler
 from serve_app.engine.sequence import Sequence
 
+HELD_WAIT_S = 0.01
+"""How long a step that has nothing to compute waits for the masks that all its sequences need."""
 Gain = tuple[Sequence, Reply]
 """New tokens of a sequence, or the failure that ends it."""
 
@@ -81,7 +82,7 @@ class EngineCore:
         late = [sequence for sequence in unfinished if sequence.deadline is not None and sequence.deadline <= now]
         for sequence in late:
             self.scheduler.remove(sequence)
-        return [(s, Failure(FailureCode.DEADLINE_EXCEEDED, "the request's time is over")) for s in late]
+        return [(s, deadline_exceeded()) for s in late]
 
     def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[Gain]:
         """Compute the next step; returns what its sequences gained. Sequences that ended are dropped.
@@ -94,6 +95,7 @@ class EngineCore:
         if not self.runner.replays(chunks):
             meanwhile()
         if not chunks:
+            wait_for_any((s.constraint for s in self.scheduler.running if s.constraint is not None), HELD_WAIT_S)
             return []
         self._begin(chunks)
         masks = self._start_masks(chunks)
@@ -128,7 +130,7 @@ class EngineCore:
             row = end
         return logits[sampled]
 
-    def _start_masks(self, chunks: list[Chunk]) -> Future[Masks] | None:
+    def _start_masks(self, chunks: list[Chunk]) -> StepMasks | None:
         """Begin the masks of the step's rows that have a grammar; None if none has."""
         places: list[Place] = []
         row = 0
@@ -140,21 +142,34 @@ class EngineCore:
         return self._masks.start(places) if places else None
 
     def _sample(
-        self, chunks: list[Chunk], logits: torch.Tensor, masks: Future[Masks] | None
+        self, chunks: list[Chunk], logits: torch.Tensor, started: StepMasks | None
     ) -> dict[Sequence, list[Sampled]]:
-        """For each chunk that completes: the token after its end, and the one after each id of its draft."""
+        """For each chunk that completes: the token after its end, and the one after each id of its draft.
+
+        A chunk whose mask is late has none: its sequence's last token is computed again in a later step.
+        """
         ready = [chunk for chunk in chunks if chunk.completes]
         if not ready:
             return {}
+        masks = None
+        if started is not None:
+            others = len(ready) < len(chunks) or any(chunk.sequence.constraint is None for chunk in ready)
+            masks = started.collect(others=others)
+            if masks.late:
+                ready, logits = _without(masks.late, ready, logits)
+                if not ready:
+                    return {}
         rows = [row for chunk in ready for row in chunk.rows()]
-        sampled = iter(self.sampler.sample(logits, rows, None if masks is None else masks.result()))
+        sampled = iter(self.sampler.sample(logits, rows, masks if masks is not None and masks.rows else None))
         return {chunk.sequence: list(islice(sampled, 1 + len(chunk.draft))) for chunk in ready}
 
     def _collect(self, chunks: list[Chunk], sampled: dict[Sequence, list[Sampled]]) -> list[Gain]:
         """Append what was sampled to the sequences."""
         ready = [chunk for chunk in chunks if chunk.sequence in sampled]
         for chunk in chunks:
-            if chunk.draft and any(choice.token_id == NOT_A_NUMBER for choice in sampled[chunk.sequence]):
+            if chunk.completes and chunk.sequence not in sampled:
+                self.scheduler.put_off(chunk)
+            elif chunk.draft and any(choice.token_id == NOT_A_NUMBER for choice in sampled[chunk.sequence]):
                 # A wrong guess may be the cause: the sequence computes its token again, without a draft.
                 ready.remove(chunk)
                 self.scheduler.discard_draft(chunk.sequence)
@@ -205,6 +220,22 @@ class EngineCore:
                 self.scheduler.remove(sequence)
         self.counters.steps += 1
         self.step_started = None
+
+
+def _without(late: frozenset[int], chunks: list[Chunk], logits: torch.Tensor) -> tuple[list[Chunk], torch.Tensor]:
+    """The chunks, and their rows of logits, whose rows are not late."""
+    kept: list[Chunk] = []
+    row = 0
+    for chunk in chunks:
+        if row not in late:
+            kept.append(chunk)
+        row += 1 + len(chunk.draft)
+    return kept, logits[[number for number in range(row) if number not in late]]
+
+
+def deadline_exceeded() -> Failure:
+    """For a request whose deadline has passed."""
+    return Failure(FailureCode.DEADLINE_EXCEEDED, "the request's time is over")
 
 
 def ends(reply: Reply) -> bool:

@@ -36,7 +36,7 @@ from serve_app.core import (
 )
 from serve_app.engine.build import EngineCapacity, build_core
 from serve_app.engine.constraint import Constraint
-from serve_app.engine.core import EngineCore, Gain, StepCounters, ends
+from serve_app.engine.core import EngineCore, Gain, StepCounters, deadline_exceeded, ends
 from serve_app.engine.grammars import Grammars
 from serve_app.engine.refusal import refusal
 from serve_app.engine.replies import ReplyStream, deliver
@@ -173,7 +173,7 @@ class Engine:
         deadline = None if request.remaining_s is None else time.monotonic() + request.remaining_s
         constraint: Constraint | None = None
         if request.constraint:
-            async with aclosing(self._constrain(request)) as steps:
+            async with aclosing(self._constrain(request, deadline)) as steps:
                 async for step in steps:
                     if isinstance(step, Constraint):
                         constraint = step
@@ -221,17 +221,35 @@ class Engine:
         """A Failure of an engine that no longer serves. Pass `NOT_READY` for a request that it has never computed."""
         return Failure(code, self._error or "the replica is shutting down")
 
-    async def _constrain(self, request: GenerationRequest) -> AsyncGenerator[Reply | Constraint, None]:
-        """The request's constraint, after an empty batch for each second that this takes; or a Failure instead."""
+    async def _constrain(
+        self, request: GenerationRequest, deadline: float | None
+    ) -> AsyncGenerator[Reply | Constraint, None]:
+        """The request's constraint, after an empty batch for each second that this takes; or a Failure instead.
+
+        The request counts as waiting meanwhile.
+        """
+        with self._lock:
+            self._pending += 1
         making = asyncio.ensure_future(self._grammars.constraint(request))
         try:
-            while not (await asyncio.wait({making}, timeout=HEARTBEAT_S))[0]:
+            while True:
+                rest = HEARTBEAT_S if deadline is None else min(HEARTBEAT_S, deadline - time.monotonic())
+                if (await asyncio.wait({making}, timeout=max(0.0, rest)))[0]:
+                    yield making.result()
+                    return
+                if self._ended:
+                    yield self._lost(FailureCode.NOT_READY)
+                    return
+                if deadline is not None and deadline <= time.monotonic():
+                    yield deadline_exceeded()
+                    return
                 yield TokenBatch(len(request.output_token_ids))
-            yield making.result()
         except (GrammarError, VocabularyError) as error:
             yield Failure(FailureCode.INVALID_REQUEST, str(error))
         finally:
             making.cancel()
+            with self._lock:
+                self._pending -= 1
 
     def _refusal(self, request: GenerationRequest) -> Failure | None:
         if request.fingerprint != self._fingerprint:
@@ -264,7 +282,7 @@ class Engine:
         try:
             while self._obey():
                 self._step()
-        except Exception as error:
+        except BaseException as error:
             # After any exception the state of the device is unknown: the engine ends. Callers retry on other replicas.
             logger.exception("the engine failed in step %d", self._core.counters.steps)
             message = str(error).splitlines()[0] if str(error) else ""

@@ -1,33 +1,32 @@
 """The compiled grammars of an engine: made on threads of their own, kept for the next request with the same one.
 
 Neither an event loop nor the engine's thread waits for a compilation, and llguidance drops Python's global lock while
-it compiles, so no other stream does.
+it compiles, so no other stream does. Copies of a compiled grammar share its lexer: see `Constraint`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
+import logging
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 from llguidance import LLMatcher
 
 from serve_app.core import GenerationRequest
-from serve_app.engine.constraint import Constraint
-from serve_app.grammar import GrammarError, Vocabulary, VocabularyError, compile_grammar
+from serve_app.engine.constraint import REPLAYED_AT_ONCE, Constraint
+from serve_app.grammar import GrammarError, Vocabulary, VocabularyError, compile_grammar, yield_to_others
 
-KEPT_GRAMMARS = 128
+logger = logging.getLogger(__name__)
+
+KEPT_GRAMMARS = 64
+"""Each with the states of its lexer: 7 MB where they reach their limit, and 0.1 MB for ordinary schemas."""
 KEPT_BYTES = 2**22
 """Of the grammars' texts, together. A schema of 50 kB takes 1 MB when it is compiled."""
 _THREADS = 2
-"""One hostile grammar, which takes a second at most, does not keep the others waiting."""
-_NICENESS = 10
-"""Of the threads that compile. On a CPU the model computes on all cores, and a step waits for the slowest of them."""
-_REPLAYED_AT_ONCE = 64
-"""Ids that a replay gives to a matcher in one call, which keeps Python's global lock: 0.1 ms."""
+"""One grammar that takes a second does not keep the others waiting."""
 
 
 class Grammars:
@@ -39,7 +38,7 @@ class Grammars:
         self._lock = threading.Lock()
         self._compiled: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
         self._bytes = 0
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="grammar", initializer=_yield_to_others)
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="grammar", initializer=yield_to_others)
 
     async def constraint(self, request: GenerationRequest) -> Constraint:
         """The request's constraint after its `output_token_ids`.
@@ -47,8 +46,11 @@ class Grammars:
         Raises `GrammarError` or `VocabularyError`, whose message is for the caller.
         """
         # Others may wait for the same compilation: a caller that leaves must not cancel it.
-        matcher = await asyncio.shield(asyncio.wrap_future(self._compile(request.constraint)))
-        constraint = Constraint(self._loaded(), matcher.deep_copy(), request)
+        grammar = request.constraint
+        compiled = asyncio.wrap_future(self._compile(grammar))
+        compiled.add_done_callback(lambda done: done.cancelled() or done.exception())  # the caller may have left
+        base = await asyncio.shield(compiled)
+        constraint = Constraint(self._loaded(), base.deep_copy(), request, partial(self._anew, grammar, base))
         if request.output_token_ids:
             await asyncio.get_running_loop().run_in_executor(self._pool, _replay, constraint, request)
         return constraint
@@ -61,14 +63,32 @@ class Grammars:
                 self._compiled.move_to_end(grammar)
                 return compiled
             compiled = self._compiled[grammar] = self._pool.submit(self._begin, grammar)
-            self._bytes += len(grammar)
+            self._bytes += _size(grammar)
             while len(self._compiled) > 1 and (len(self._compiled) > KEPT_GRAMMARS or self._bytes > KEPT_BYTES):
                 oldest, _ = self._compiled.popitem(last=False)
-                self._bytes -= len(oldest)
+                self._bytes -= _size(oldest)
             return compiled
 
     def _begin(self, grammar: str) -> LLMatcher:
-        return compile_grammar(self._loaded(), grammar)
+        try:
+            return compile_grammar(self._loaded(), grammar)
+        except (GrammarError, VocabularyError):
+            raise
+        except BaseException as error:  # a panic of Rust code is no Exception
+            logger.exception("a grammar can't be compiled")
+            raise GrammarError(f"the grammar can't be used: {type(error).__name__}") from error
+
+    def _anew(self, grammar: str, base: LLMatcher) -> LLMatcher:
+        """A matcher that shares nothing, after an error of one that shared the lexer of `base`. Raises `GrammarError`.
+
+        Nobody else begins with that lexer, which may have reached its limit.
+        """
+        with self._lock:
+            kept = self._compiled.get(grammar)
+            if kept is not None and kept.done() and kept.exception() is None and kept.result() is base:
+                del self._compiled[grammar]
+                self._bytes -= _size(grammar)
+        return self._begin(grammar)
 
     def _loaded(self) -> Vocabulary:
         """Waits for the vocabulary, which no grammar is compiled without."""
@@ -77,18 +97,18 @@ class Grammars:
         return self._vocabulary.result()
 
 
+def _size(grammar: str) -> int:
+    return len(grammar.encode(errors="surrogatepass"))
+
+
 def _replay(constraint: Constraint, request: GenerationRequest) -> None:
     """Advance a new constraint to the end of the request's output. Raises `GrammarError` when the output breaks it."""
     output = request.output_token_ids
     if output[-1] in request.stop_token_ids:
         output = output[:-1]
-    for first in range(0, len(output), _REPLAYED_AT_ONCE):
-        constraint.advance(output[first : first + _REPLAYED_AT_ONCE])
-    if constraint.matcher.is_error():
+    for first in range(0, len(output), REPLAYED_AT_ONCE):
+        constraint.advance(output[first : first + REPLAYED_AT_ONCE])
+    if constraint.may_recover:
+        constraint.recover()
+    if constraint.has_error:
         raise GrammarError("the output so far does not match the grammar")
-
-
-def _yield_to_others() -> None:
-    """Lower this thread's priority, where the system has priorities of threads (Linux)."""
-    with contextlib.suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

@@ -13,9 +13,9 @@ from collections.abc import Sequence as SequenceOf
 import torch
 
 from serve_app.core import Fingerprint, GenerationRequest, SamplingParams
-from serve_app.engine.constraint import Masks
 from serve_app.engine.core import EngineCore
 from serve_app.engine.kv_cache import PagePool
+from serve_app.engine.masks import Masks
 from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.prompt_lookup import ROW_COST
 from serve_app.engine.sampling import Sampled, Sampler

@@ -18,8 +18,8 @@ import torch
 from torch.nn import functional
 
 from serve_app.core import SamplingParams, TokenLogprobs
-from serve_app.engine.constraint import Masks
 from serve_app.engine.cpu.library import Kernels
+from serve_app.engine.masks import Masks
 from serve_app.engine.sequence import DraftPosition, Sequence
 
 NOT_A_NUMBER = -1

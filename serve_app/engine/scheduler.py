@@ -100,11 +100,11 @@ class Scheduler:
         An isolated sequence gets steps of its own, before the others.
         """
         step = _Step(self._max_step_tokens, self._max_running)
-        if (isolated := next((s for s in self.running if s.isolated), None)) is not None:
+        if (isolated := next((s for s in self.running if s.isolated and not s.held), None)) is not None:
             self._add_chunk(isolated, min(isolated.remaining, step.budget), step)
             return list(step.chunks.values()) or self.schedule()
         preempted = self.preemptions
-        for sequence in sorted((s for s in self.running if s.remaining == 1), key=_order):
+        for sequence in sorted((s for s in self.running if s.remaining == 1 and not s.held), key=_order):
             if sequence in self.running and step.budget > 0:
                 self._add_chunk(sequence, 1, step)
         self._prefill(step, admitting=self.preemptions == preempted)
@@ -228,6 +228,11 @@ class Scheduler:
         self._hash_pages(sequence, sequence.computed)
         for page in range(first_page, sequence.computed // self._page_tokens):
             self.pool.publish(sequence.pages[page], sequence.page_hashes[page])
+
+    def put_off(self, chunk: Chunk) -> None:
+        """Count a chunk's tokens but the last as cached: what comes after it could not be sampled yet."""
+        self.mark_computed(chunk.sequence, chunk.tokens - 1)
+        self._trim(chunk.sequence)
 
     def accept_draft(self, sequence: Sequence, accepted: int) -> None:
         """Count the first `accepted` ids of the draft, which are tokens of the sequence by now, as cached too.

@@ -77,6 +77,11 @@ class Sequence:
         return len(self.token_ids) - self.computed
 
     @property
+    def held(self) -> bool:
+        """Whether it waits for a mask of its grammar. Then all its tokens but the last are in the cache."""
+        return self.constraint is not None and self.constraint.held
+
+    @property
     def first_row(self) -> int:
         """The first position whose logits are still to be computed: pages before it may come from the cache.
 
@@ -116,6 +121,8 @@ class Sequence:
         if not self.may_guess or count <= 0:
             return []
         constraint, stops = self.constraint, self.request.stop_token_ids
+        if constraint is not None and (constraint.pending is not None or constraint.watched):
+            return []  # its mask is there already, or its grammar is too slow to be asked here
         if constraint is not None and (forced := constraint.forced()):
             guesses = [(token_id, 1.0) for token_id in forced[:count]]
         else:

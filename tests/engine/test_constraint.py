@@ -16,11 +16,18 @@ from small_vocabulary import EOS, grammar_of, ids_of, schemas, small_vocabulary,
 from tiny_models import VOCAB, request_for
 
 from serve_app.core import SamplingParams
-from serve_app.engine.constraint import Constraint, MaskBuilder, Masks, Place
+from serve_app.engine import masks as masks_module
+from serve_app.engine.constraint import Constraint
+from serve_app.engine.masks import MaskBuilder, Masks, Place
 from serve_app.grammar import compile_grammar
 
 BUILDER = MaskBuilder(VOCAB, threads=2)
 TEXT_STOP = ids_of("b")[0]
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masks_module, "GRACE_S", 20)
 
 
 def constraint_of(
@@ -34,12 +41,12 @@ def constraint_of(
 
 
 def masks_of(*places: tuple[Constraint, Sequence[int]]) -> tuple[list[set[int]], Masks]:
-    """The ids that each row allows."""
+    """The ids that each row allows, where none is late."""
     rows, row = [], 3
     for constraint, draft in places:
         rows.append(Place(row, constraint, tuple(draft)))
         row += 1 + len(draft)
-    masks = BUILDER.start(rows).result()
+    masks = BUILDER.start(rows).collect(others=True)
     assert masks.rows == list(range(3, row))
     bits = np.unpackbits(masks.words.view(np.uint8), axis=1, bitorder="little")
     return [set(np.flatnonzero(row).tolist()) for row in bits], masks

@@ -358,6 +358,7 @@ class Failing(SdpaAttention):
     """Breaks after so many calls as it is told."""
 
     calls_left: int | None = None
+    error: BaseException
 
     def attend(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, params: AttentionParams, step: list[Span]
@@ -365,14 +366,16 @@ class Failing(SdpaAttention):
         if Failing.calls_left is not None:
             Failing.calls_left -= 1
             if Failing.calls_left < 0:
-                raise RuntimeError("the device is gone")
+                raise Failing.error
         return super().attend(query, keys, values, params, step)
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, BaseException])  # a panic of Rust code is no Exception
 async def test_an_engine_that_breaks_tells_every_stream_and_its_health(
-    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+    kind: type[BaseException], make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine(backends=(Failing,))
+    monkeypatch.setattr(Failing, "error", kind("the device is gone"), raising=False)
     monkeypatch.setattr(Failing, "calls_left", 10)
     replies = await collect(engine, request_for([1, 2, 3], 200))
     assert isinstance(replies[-1], Failure)

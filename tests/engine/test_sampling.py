@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from serve_app.core import Fingerprint, GenerationRequest, SamplingParams
-from serve_app.engine.constraint import Masks
+from serve_app.engine.masks import Masks
 from serve_app.engine.sampling import (
     NO_TOKEN,
     NOT_A_NUMBER,

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from llguidance import LLMatcher
 from msgspec.structs import replace
 from small_vocabulary import EOS, grammar_of, ids_of, loaded, schemas, small_vocabulary, text_of
+from structured_requests import PERSON, constrained, ended, regex
 from tiny_models import (
     CONTEXT,
     FINGERPRINT,
@@ -39,32 +40,6 @@ from serve_app.engine.engine import Engine
 from serve_app.grammar import Vocabulary, VocabularyError, compile_grammar
 
 MakeEngine = Callable[..., Engine]
-PERSON = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 5},
-        "null": {"enum": ["abc", "abd", None]},
-        "ab": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "maxItems": 3},
-    },
-    "required": ["name", "null", "ab"],
-    "additionalProperties": False,
-}
-
-
-def regex(pattern: str) -> str:
-    return LLMatcher.grammar_from_regex(pattern)
-
-
-def constrained(grammar: str, new_tokens: int = 60, seed: int = 1, **fields: Any) -> GenerationRequest:
-    params = fields.pop("sampling", SamplingParams(seed=seed, temperature=1.0))
-    fields = {"stop_token_ids": (EOS,)} | fields
-    return request_for(fields.pop("prompt", [5, 6, 7]), new_tokens, sampling=params, constraint=grammar, **fields)
-
-
-def ended(replies: list[TokenBatch | Failure]) -> tuple[list[int], FinishReason | None]:
-    assert all(isinstance(reply, TokenBatch) for reply in replies), replies[-1]
-    batches = [reply for reply in replies if isinstance(reply, TokenBatch)]
-    return [token_id for batch in batches for token_id in batch.token_ids], batches[-1].finish_reason
 
 
 @pytest.fixture(scope="module")

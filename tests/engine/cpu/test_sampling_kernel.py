@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve_app.core import Fingerprint, GenerationRequest, SamplingParams
-from serve_app.engine.constraint import Masks
 from serve_app.engine.cpu.library import Kernels
+from serve_app.engine.masks import Masks
 from serve_app.engine.sampling import Sampler, uniforms
 from serve_app.engine.sequence import Sequence
 
