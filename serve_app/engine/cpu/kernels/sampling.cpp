@@ -181,23 +181,33 @@ extern "C" void serve_app_sample(const float* logits, int64_t rows, int64_t voca
     }
 }
 
+// -inf where `allowed` is 0, else 0.
+static inline vf minus_infinity_unless(vi allowed) {
+    const vi infinite = allowed == 0;
+    return (vf)(infinite & vi{} + static_cast<int32_t>(0xFF800000u));
+}
+
 // Adds -inf to the logits [*, vocab] of the ids that masks [count, words] forbid: id i is allowed in row rows[r] where bit
 // i % 32 of word i / 32 of mask r is set. A logit that is not a number stays that.
 extern "C" void serve_app_mask(float* logits, int64_t vocab, const uint32_t* masks, int64_t words, const int64_t* rows,
                                int64_t count) {
+    vi bits[32 / VL];
+    for (int i = 0; i < 32; ++i) bits[i / VL][i % VL] = static_cast<int32_t>(1u << i);
 #pragma omp parallel for schedule(static) if (count > 1)
     for (int64_t r = 0; r < count; ++r) {
         float* row = logits + rows[r] * vocab;
         const uint32_t* mask = masks + r * words;
-        for (int64_t first = 0; first < vocab; first += 32) {
+        int64_t first = 0;
+        for (; first + 32 <= vocab; first += 32) {
             const uint32_t word = mask[first / 32];
-            const int64_t end = std::min<int64_t>(32, vocab - first);
-            for (int64_t i = 0; i < end; ++i) {
-                const uint32_t infinite = ((word >> i) & 1u) ? 0u : 0xFF800000u;
-                float added;
-                std::memcpy(&added, &infinite, sizeof added);
-                row[first + i] += added;
+            if (word == ~0u) continue;
+            const vi all = vi{} + static_cast<int32_t>(word);
+            for (int i = 0; i < 32 / VL; ++i) {
+                float* x = row + first + i * VL;
+                store(x, load(x) + minus_infinity_unless(all & bits[i]));
             }
         }
+        for (int64_t i = first; i < vocab; ++i)
+            if (!((mask[i / 32] >> (i % 32)) & 1u)) row[i] += -std::numeric_limits<float>::infinity();
     }
 }
