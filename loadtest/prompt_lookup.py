@@ -1,7 +1,8 @@
 """What does prompt lookup gain where text repeats, and cost where it doesn't?
 
 `python -m loadtest.prompt_lookup`. One engine does the same work with it and without, in an order that changes with
-each round; a figure is the median of the rounds' ratios. Both must give the same tokens.
+each round; a figure is the median of the rounds' ratios. Both must give the same tokens. Work that is "predicted" comes
+with a prediction of its answer, as OpenAI's `prediction` is one.
 """
 
 from __future__ import annotations
@@ -62,8 +63,12 @@ WORK = {
     "quote, sampled": 0.7,
     "chat": 0.0,
     "chat, sampled": 1.0,
+    "chat, predicted": 0.0,
+    "chat, predicted, sampled": 1.0,
 }
 """Kinds of work and their temperatures."""
+WRONG_EVERY = 16
+"""Each so many tokens a prediction has a wrong one."""
 
 
 def prompts_for(work: str, folder: Path, count: int) -> list[list[int]]:
@@ -89,7 +94,14 @@ async def run(engine: Engine, fingerprint: Fingerprint, work: dict[str, Any], pr
 
     async def stream(number: int, prompt: list[int]) -> list[int]:
         sampling = SamplingParams(seed=number, temperature=work["temperature"])
-        request = GenerationRequest("lookup", fingerprint, tuple(prompt), sampling, work["new_tokens"])
+        request = GenerationRequest(
+            "lookup",
+            fingerprint,
+            tuple(prompt),
+            sampling,
+            work["new_tokens"],
+            predicted_token_ids=work["predicted"][number] if "predicted" in work else (),
+        )
         ids: list[int] = []
         async for reply in engine.generate(request):
             if isinstance(reply, Failure):
@@ -108,6 +120,11 @@ async def run(engine: Engine, fingerprint: Fingerprint, work: dict[str, Any], pr
     }
 
 
+def nearly(output: list[int]) -> tuple[int, ...]:
+    """A prediction of this output that is not quite right."""
+    return tuple(0 if place % WRONG_EVERY == WRONG_EVERY - 1 else token_id for place, token_id in enumerate(output))
+
+
 Run = Callable[[dict[str, Any], bool], dict[str, Any]]
 """(work, with guesses or without) -> what `run` says of it."""
 
@@ -122,6 +139,8 @@ def measure(run: Run, rounds: int, new_tokens: int, names: list[str]) -> list[di
                 prompts = prompts_for(name, folder, streams)
                 # Round 0 fills the prefix cache.
                 work = {"prompts": prompts, "new_tokens": new_tokens if number else 2, "temperature": WORK[name]}
+                if "predicted" in name and number:
+                    work["predicted"] = [nearly(output) for output in run(work, False)["output"]]
                 outcome = {
                     guessing: run(work, guessing) for guessing in ((True, False) if number % 2 else (False, True))
                 }

@@ -42,6 +42,20 @@ def test_other_tokens_are_seen() -> None:
     assert "| NO |" in table(rows)
 
 
+def test_predicted_work_comes_with_nearly_its_answer() -> None:
+    asked: list[tuple[bool, list[tuple[int, ...]] | None]] = []
+
+    def run(work: dict[str, Any], guessing: bool) -> dict[str, Any]:
+        asked.append((guessing, work.get("predicted")))
+        return outcome(1.0) | {"output": [[7] * 20] * len(work["prompts"])}
+
+    (row, _) = measure(run, 1, 100, ["chat, predicted"])
+    assert row["same"]
+    nearly = (*[7] * 15, 0, *[7] * 4)
+    with_it = [[(False, None), (True, [nearly] * streams), (False, [nearly] * streams)] for streams in (1, 8)]
+    assert asked[4:] == [*with_it[0], *with_it[1]]
+
+
 async def test_a_run_of_an_engine_says_what_it_made() -> None:
     engine = Engine(
         tiny_model("gemma2"),
@@ -51,7 +65,10 @@ async def test_a_run_of_an_engine_says_what_it_made() -> None:
     )
     work = {"prompts": [[1, 2, 3], [4, 5]], "new_tokens": 40, "temperature": 0.0}
     guessing, without = [await run(engine, FINGERPRINT, work, lookup) for lookup in (True, False)]
+    predicted = await run(engine, FINGERPRINT, work | {"predicted": without["output"]}, True)
     engine.stop()
+    assert predicted["output"] == without["output"]
+    assert predicted["steps"] < guessing["steps"]
     assert guessing["output"] == without["output"]
     assert 0 < guessing["accepted"] <= guessing["drafted"]
     assert without["drafted"] == without["accepted"] == 0
