@@ -90,7 +90,7 @@ async def test_what_a_request_would_become(api: httpx.AsyncClient, replica: Fake
 
 
 async def test_a_constraint_is_checked_for_render_too(api: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def fault(service: CompletionService, request: ResolvedRequest) -> str:
+    async def fault(service: CompletionService, request: ResolvedRequest, caller: str | None = None) -> str:
         return "it can't be used"
 
     monkeypatch.setattr(CompletionService, "constraint_fault", fault)
