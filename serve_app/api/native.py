@@ -133,10 +133,10 @@ class NativeWriter(EventWriter):
     def gained(self, delta: Delta) -> list[bytes]:
         """One event for each text. A text that comes without a new token has the id of the last token again."""
         token_ids = delta.token_ids
-        if len(delta.texts) > len(token_ids):
-            token_ids = (*token_ids, self._last_token_id)
         if token_ids:
             self._last_token_id = token_ids[-1]
+        if len(delta.texts) > len(token_ids):
+            token_ids = (*token_ids, self._last_token_id)
         self._finish_reason = delta.finish_reason
         return [self._event(*token) for token in zip(token_ids, delta.texts, strict=True)]
 

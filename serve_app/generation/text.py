@@ -143,9 +143,7 @@ class ChoiceText:
             return self._delta(batch, texts, None)
         text, stopped = self._show(self._detokenizer.flush(), self.tokens + len(texts), last=True)
         self._read(text, of_token=False)
-        if texts:
-            texts[-1] += text
-        elif text:
+        if text:  # not joined to the last token's: its end may come with it or later, and events must be the same
             texts.append(text)
         return self._delta(batch, texts, FinishReason.STOP if stopped else batch.finish_reason)
 

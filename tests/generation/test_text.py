@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from itertools import accumulate
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -41,7 +42,8 @@ def test_the_text_does_not_depend_on_the_batches(
             break
         last = together and first + size >= len(ids)
         delta = text.push(TokenBatch(first, batch, finish_reason=FinishReason.LENGTH if last else None))
-        assert len(delta.texts) == len(delta.token_ids)
+        rest = delta.texts[len(delta.token_ids) :]
+        assert not rest or (last and len(rest) == 1 and rest[0])
         first += size
         counted += len(delta.token_ids)
         pieces.extend(delta.texts)
@@ -58,6 +60,20 @@ def test_the_text_does_not_depend_on_the_batches(
         assert "".join(pieces) == whole
         assert (reason, counted) == (FinishReason.LENGTH, len(ids))
     assert text.tokens == counted
+
+
+@pytest.mark.parametrize(("answer", "stops"), [("a🙂", []), ("over the l", ["lazy"]), ("over", [])])
+@pytest.mark.parametrize("cut", [0, 1])
+def test_the_text_of_each_token_does_not_depend_on_when_the_end_comes(
+    tokenizer: ChatTokenizer, answer: str, stops: list[str], cut: int
+) -> None:
+    """A resumable stream takes the end after the last token, others with it: their events are the same."""
+    ids = tuple(tokenizer.encode_text(answer, add_bos=False, parse_special=False))
+    ids = ids[: len(ids) - cut]
+    with_it = choice(tokenizer, stops).push(TokenBatch(0, ids, finish_reason=FinishReason.LENGTH))
+    later = choice(tokenizer, stops)
+    first, end = later.push(TokenBatch(0, ids)), later.push(TokenBatch(len(ids), finish_reason=FinishReason.LENGTH))
+    assert with_it.texts == first.texts + end.texts
 
 
 def test_stop_ids_count_and_have_no_text(tokenizer: ChatTokenizer) -> None:
