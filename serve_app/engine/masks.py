@@ -21,8 +21,10 @@ from serve_app.grammar import GrammarError
 GRACE_S = 0.025
 """How long a step waits for masks after its forward, where it has other rows. Of the demo model's masks 99 % take less
 than 0.4 ms, and no mask of a grammar that an ingress accepts should take longer than this."""
+WATCHED_GRACE_S = 0.002
+"""The same, for a sequence whose mask was late before. A forward on a GPU has only begun when this time does."""
 ALONE_GRACE_S = 0.25
-"""The same, where no other row waits."""
+"""How long it waits where no row could be sampled without them."""
 WATCHED_STEPS = 16
 """How many masks of a sequence must be in time before they are computed together with others again."""
 
@@ -62,13 +64,14 @@ class StepMasks:
     def collect(self, *, others: bool) -> Masks:
         """The masks that are there, after waiting for a moment. `others`: whether rows without a grammar wait, too.
 
-        Nothing waits for a constraint that is watched, unless no row at all could be sampled.
+        For a constraint that is watched a step waits less, unless no row at all could be sampled.
         A constraint whose mask is late keeps it as `pending`, and so does one whose grammar is compiled anew.
         """
         pairs = list(zip(self._places, self._pending, strict=True))
         wait({mask.future for place, mask in pairs if not place.constraint.watched}, timeout=GRACE_S)
+        futures = {mask.future for mask in self._pending}
+        wait(futures, timeout=WATCHED_GRACE_S)
         if not others and not any(mask.done for mask in self._pending):
-            futures = {mask.future for mask in self._pending}
             wait(futures, timeout=ALONE_GRACE_S, return_when=FIRST_COMPLETED)
         ready: list[tuple[Place, PendingMask]] = []
         late: list[int] = []

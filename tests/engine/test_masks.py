@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from llguidance import LLParserLimits
 from msgspec.structs import replace
-from small_vocabulary import EOS, grammar_of, loaded
+from small_vocabulary import EOS, grammar_of, loaded, small_vocabulary
 from structured_requests import PERSON, constrained, ended, regex
-from tiny_models import collect, request_for, tokens_of, until
+from tiny_models import VOCAB, collect, request_for, tokens_of, until
 
 from serve_app import grammar
 from serve_app.core import Failure, FailureCode, TokenBatch
@@ -91,6 +91,20 @@ async def test_nobody_waits_for_a_mask_that_is_late(make_engine: MakeEngine, mon
     assert not held.done()
     go_on.set()
     assert ended(await held) == expected
+
+
+def test_a_watched_grammar_is_waited_for_and_comes_back_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masks, "GRACE_S", 20)
+    monkeypatch.setattr(masks, "WATCHED_GRACE_S", 20)
+    builder, vocabulary = MaskBuilder(VOCAB, threads=1), small_vocabulary()
+    watched, other = (
+        Constraint(vocabulary, grammar.compile_grammar(vocabulary, regex("ab*")), constrained("")) for _ in range(2)
+    )
+    watched.watched = 2
+    for left in (1, 0, 0):
+        found = builder.start([Place(0, watched, ()), Place(1, other, ())]).collect(others=True)
+        assert (found.late, watched.watched) == (frozenset(), left)
+        assert (found.words[0] == found.words[1]).all()
 
 
 async def test_sequences_of_one_grammar_do_not_use_up_each_others_lexer(
