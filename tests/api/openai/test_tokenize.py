@@ -12,6 +12,8 @@ from fake_replica import FakeReplica, card
 from small_tokenizers import metaspace_backend
 from starlette.applications import Starlette
 
+from serve_app.api.openai import tokenize
+from serve_app.api.openai.tokenize import MAX_DETOKENIZED
 from serve_app.api.openapi import openai_answers as answers
 from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.core import LoadStage
@@ -22,7 +24,15 @@ HI: dict[str, Any] = {"messages": [{"role": "system", "content": "Be."}, {"role"
 CHAT = "/v1/chat/completions"
 
 
-async def test_a_text(api: httpx.AsyncClient, tokenizer: ChatTokenizer, replica: FakeReplica) -> None:
+@pytest.mark.parametrize("at_once", [0, 100])
+async def test_a_text(
+    api: httpx.AsyncClient,
+    tokenizer: ChatTokenizer,
+    replica: FakeReplica,
+    at_once: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tokenize, "_WRITTEN_AT_ONCE", at_once)
     body = (await api.post("/tokenize", json={"model": "tiny", "prompt": "naïve 🙂", "return_token_strs": True})).json()
     ids = tokenizer.encode_text("naïve 🙂", add_bos=True, parse_special=False)
     names = [tokenizer.token_at(token_id) for token_id in ids]
@@ -147,6 +157,7 @@ async def test_bos_may_be_left_out(make_app: Callable[..., Starlette], http: Cal
         ("/detokenize", {"tokens": [True]}, "tokens"),
         ("/detokenize", {"tokens": [1.0]}, "tokens"),
         ("/detokenize", {"tokens": "5"}, "tokens"),
+        ("/detokenize", {"tokens": [1] * (MAX_DETOKENIZED + 1)}, "tokens"),
     ],
 )
 async def test_what_is_wrong_is_named(api: httpx.AsyncClient, path: str, fields: dict[str, Any], param: str) -> None:
