@@ -38,6 +38,8 @@ class PendingMask:
     number: int
     final: bool
     """Whether an error counts: the matcher shares nothing."""
+    drafted: bool = False
+    """Whether masks after the ids of a draft are among them."""
 
     @property
     def done(self) -> bool:
@@ -140,12 +142,22 @@ class Constraint:
     def recover(self) -> None:
         """Go on with a matcher that shares nothing, and has no error unless the output so far is its cause.
 
-        Takes the time of a compilation. Raises `GrammarError`.
+        Takes the time of a compilation or two, and mostly of one mask. Raises `GrammarError`.
         """
         assert self._anew is not None
-        self.matcher, self._broken = self._anew(), None
-        for first in range(0, len(self._ids), REPLAYED_AT_ONCE):
-            self.matcher.consume_tokens(self._ids[first : first + REPLAYED_AT_ONCE])
+        # Each mask makes states of the lexer, of which there is a limit, and renews its fuel, which an output may use
+        # up. So where the ids alone end in an error, they may not with the masks between them, and the other way round.
+        for masked in (False, True):
+            self.matcher, self._broken = self._anew(), None
+            for token_id in self._ids:
+                if masked:
+                    self.matcher.compute_bitmask()
+                self.matcher.consume_token(token_id)
+            if self.complete:
+                return
+            self.matcher.compute_bitmask()
+            if not self.matcher.is_error():
+                return
 
     def fail(self, error: BaseException) -> None:
         """Let nothing come next, since the grammar can't be asked any more."""

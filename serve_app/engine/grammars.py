@@ -50,10 +50,19 @@ class Grammars:
         compiled = asyncio.wrap_future(self._compile(grammar))
         compiled.add_done_callback(lambda done: done.cancelled() or done.exception())  # the caller may have left
         base = await asyncio.shield(compiled)
-        constraint = Constraint(self._loaded(), base.deep_copy(), request, partial(self._anew, grammar, base))
+        constraint = Constraint(
+            self._loaded(), await self._copy(grammar, base), request, partial(self._anew, grammar, base)
+        )
         if request.output_token_ids:
             await asyncio.get_running_loop().run_in_executor(self._pool, _replay, constraint, request)
         return constraint
+
+    async def _copy(self, grammar: str, base: LLMatcher) -> LLMatcher:
+        try:
+            return base.deep_copy()
+        except BaseException:  # a panic of Rust code is no Exception
+            logger.exception("a compiled grammar can't be copied")
+            return await asyncio.get_running_loop().run_in_executor(self._pool, self._anew, grammar, base)
 
     def _compile(self, grammar: str) -> Future[LLMatcher]:
         """The compilation of a grammar: under way, done or failed."""

@@ -7,6 +7,7 @@ that a slow grammar holds up no other.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -16,7 +17,7 @@ import numpy as np
 from llguidance import LLExecutor
 
 from serve_app.engine.constraint import BuiltMasks, Constraint, PendingMask, Words
-from serve_app.grammar import GrammarError
+from serve_app.grammar import GrammarError, yield_to_others
 
 GRACE_S = 0.025
 """How long a step waits for masks after its forward, where it has other rows. Of the demo model's masks 99 % take less
@@ -88,7 +89,9 @@ class StepMasks:
             return False
         if mask.has_error():
             # Where computing the masks raised an error, nobody knows whose it is.
-            may_recover = constraint.may_recover if mask.error() is None else constraint.can_recover
+            # A draft may have led where nothing can follow, which says nothing of the output.
+            unknown = mask.error() is not None or mask.drafted
+            may_recover = constraint.can_recover if unknown else constraint.may_recover
             if may_recover and not mask.final:
                 constraint.pending, constraint.watched = self._builder.recover(constraint), WATCHED_STEPS
                 return False
@@ -100,7 +103,7 @@ class StepMasks:
     def _joined(self, ready: list[tuple[Place, PendingMask]], late: list[int]) -> Masks:
         rows = [place.row + n for place, _ in ready for n in range(1 + len(place.draft))]
         if late:
-            rows = [row - sum(one < row for one in late) for row in rows]
+            rows = [row - bisect_left(late, row) for row in rows]
         words = self._words(ready, len(rows))
         ended = np.flatnonzero(np.bitwise_or.reduce(words, axis=1) == 0).tolist()
         return Masks(rows, words, [rows[number] for number in ended], frozenset(late))
@@ -109,7 +112,8 @@ class StepMasks:
         first = ready[0][1].future if ready else None
         if first is not None and all(mask.future is first for _, mask in ready) and first.exception() is None:
             words = first.result()[0]
-            if len(words) == rows:  # of all places: nothing is to be copied
+            # Of all places, and in their order: nothing is to be copied. Masks that were late may be in another order.
+            if len(words) == rows and all(mask.number == number for number, (_, mask) in enumerate(ready)):
                 return words
         parts = [
             mask.words(1 + len(place.draft))
@@ -129,6 +133,7 @@ class MaskBuilder:
         self._threads = threads
         self._together: ThreadPoolExecutor | None = None
         self._apart: ThreadPoolExecutor
+        self._anew: ThreadPoolExecutor
         self._executor: LLExecutor
 
     def start(self, places: SequenceOf[Place]) -> StepMasks:
@@ -136,6 +141,7 @@ class MaskBuilder:
         if self._together is None:
             self._together = ThreadPoolExecutor(1, thread_name_prefix="masks")
             self._apart = ThreadPoolExecutor(max(2, self._threads), thread_name_prefix="slow masks")
+            self._anew = ThreadPoolExecutor(2, thread_name_prefix="grammars anew", initializer=yield_to_others)
             self._executor = LLExecutor(num_threads=self._threads)
         joint = [place for place in places if place.constraint.pending is None and not place.constraint.watched]
         future = self._together.submit(self._build_together, joint) if joint else None
@@ -150,7 +156,7 @@ class MaskBuilder:
                 pending.append(PendingMask(alone, 0, final=False))
             else:
                 assert future is not None
-                pending.append(PendingMask(future, number, final=False))
+                pending.append(PendingMask(future, number, final=False, drafted=bool(place.draft)))
                 number += 1
         return StepMasks(self, places, pending)
 
@@ -162,9 +168,11 @@ class MaskBuilder:
                 constraint.recover()
             except GrammarError as error:
                 constraint.fail(error)
+            if constraint.complete:  # by its last id, which the broken matcher did not take: no id follows
+                return np.zeros((1, self.width(constraint)), dtype=np.uint32), [0], set()
             return self._build_alone(constraint)
 
-        return PendingMask(self._apart.submit(build), 0, final=True)
+        return PendingMask(self._anew.submit(build), 0, final=True)
 
     def width(self, constraint: Constraint) -> int:
         """32-bit words of a mask."""

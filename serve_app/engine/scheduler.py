@@ -100,7 +100,9 @@ class Scheduler:
         An isolated sequence gets steps of its own, before the others.
         """
         step = _Step(self._max_step_tokens, self._max_running)
-        if (isolated := next((s for s in self.running if s.isolated and not s.held), None)) is not None:
+        # One whose mask is late and that was preempted since computes its prompt again, still alone.
+        able = (s for s in self.running if s.isolated and not (s.held and s.remaining == 1))
+        if (isolated := next(able, None)) is not None:
             self._add_chunk(isolated, min(isolated.remaining, step.budget), step)
             return list(step.chunks.values()) or self.schedule()
         preempted = self.preemptions

@@ -78,7 +78,7 @@ class Sequence:
 
     @property
     def held(self) -> bool:
-        """Whether it waits for a mask of its grammar. Then all its tokens but the last are in the cache."""
+        """Whether it waits for a mask of its grammar. Unless preempted since, only its last token is not cached."""
         return self.constraint is not None and self.constraint.held
 
     @property

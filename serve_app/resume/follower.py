@@ -61,9 +61,12 @@ class Follower:
         """
         context, writer = self._context, self._context.writer
         while attendance.readers or self._document.background:
-            await self.feed(await context.look(self._id, len(self.records), FOLLOW_WAIT_S))
+            view = await context.look(self._id, len(self.records), FOLLOW_WAIT_S)
+            await self.feed(view)
             if self._feed.finished:
                 break
+            if view.leased:
+                continue
             if not self._take_place():  # without an owner `look` does not wait
                 await asyncio.sleep(context.settings.lease_s)
                 continue

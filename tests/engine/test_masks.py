@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import wait
 from typing import Any
 
 import pytest
-from llguidance import LLParserLimits
+from llguidance import LLMatcher, LLParserLimits
 from msgspec.structs import replace
-from small_vocabulary import EOS, grammar_of, loaded, small_vocabulary
+from small_vocabulary import EOS, grammar_of, ids_of, loaded, small_vocabulary
 from structured_requests import PERSON, constrained, ended, regex
 from tiny_models import VOCAB, collect, request_for, tokens_of, until
 
@@ -203,3 +205,74 @@ async def test_an_engine_that_ends_says_so_to_requests_whose_grammar_is_compiled
     engine._grammars._vocabulary.cancel()
     assert isinstance(failure, Failure)
     assert failure.code is FailureCode.NOT_READY
+
+
+def test_masks_that_were_late_are_each_their_own_constraints_in_any_order() -> None:
+    builder, vocabulary = MaskBuilder(VOCAB, threads=1), small_vocabulary()
+    one, other = (
+        Constraint(vocabulary, grammar.compile_grammar(vocabulary, regex(pattern)), constrained("")) for pattern in "ab"
+    )
+    expected = builder.start([Place(0, one, ()), Place(1, other, ())]).collect(others=True)
+    assert (expected.words[0] != expected.words[1]).any()
+    joint = builder.start([Place(0, one, ()), Place(1, other, ())])
+    for constraint, mask in zip((one, other), joint._pending, strict=True):
+        constraint.pending = mask
+    turned = builder.start([Place(0, other, ()), Place(1, one, ())]).collect(others=True)
+    assert (turned.words == expected.words[::-1]).all()
+
+
+def test_a_draft_that_leads_into_a_dead_end_costs_the_output_nothing() -> None:
+    builder, vocabulary = MaskBuilder(VOCAB, threads=1), small_vocabulary()
+    text = json.dumps({"grammars": [{"lark_grammar": 'start: "a" | "b" X\nX: /x/ & /y/'}]})
+
+    def compiled() -> LLMatcher:
+        return grammar.compile_grammar(vocabulary, text)
+
+    constraint = Constraint(vocabulary, compiled(), constrained(""), compiled)
+    expected = builder.start([Place(0, constraint, ())]).collect(others=True)
+    (b,) = ids_of("b")
+    place = Place(0, constraint, (b,))
+    assert constraint.allowed(place.draft) == 1
+    found = builder.start([place]).collect(others=True)
+    assert found.late == {0, 1}, "its grammar is compiled anew"
+    assert constraint.pending is not None
+    wait({constraint.pending.future}, timeout=20)
+    again = builder.start([Place(0, constraint, ())]).collect(others=True)
+    assert (again.words == expected.words).all()
+    assert not again.ended
+
+
+def test_a_replay_accepts_what_the_output_was_allowed_to_be() -> None:
+    """Without masks between its ids an output uses up the fuel of the lexer."""
+    vocabulary = small_vocabulary()
+    pattern = regex("([a-z ]{0,4}[aeiou ][a-z ]{0,4}){0,5}")
+    ids = ids_of("the cat sat on the mat and then went")
+
+    def compiled() -> LLMatcher:
+        return grammar.compile_grammar(vocabulary, pattern)
+
+    live = Constraint(vocabulary, compiled(), constrained(pattern), compiled)
+    for token_id in ids:
+        live.matcher.compute_bitmask()
+        live.advance([token_id])
+    assert not live.has_error
+    later = Constraint(vocabulary, compiled(), constrained(pattern), compiled)
+    grammars._replay(later, constrained(pattern, output_token_ids=tuple(ids)))
+    assert later.matcher.compute_bitmask() == live.matcher.compute_bitmask()
+    assert not later.has_error
+
+
+def test_an_output_that_a_recovery_finds_complete_ends() -> None:
+    builder, vocabulary = MaskBuilder(VOCAB, threads=1), small_vocabulary()
+
+    def compiled() -> LLMatcher:
+        return grammar.compile_grammar(vocabulary, regex("a"))
+
+    constraint = Constraint(vocabulary, compiled(), constrained(""), compiled)
+    constraint.advance(ids_of("a"))
+    constraint.fail(Panic("broken"))
+    assert builder.start([Place(0, constraint, ())]).collect(others=True).late == {0}
+    assert constraint.pending is not None
+    wait({constraint.pending.future}, timeout=20)
+    found = builder.start([Place(0, constraint, ())]).collect(others=True)
+    assert (found.ended, constraint.failed) == ([0], None)

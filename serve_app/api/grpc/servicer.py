@@ -77,7 +77,8 @@ class Servicer:
             if stream_id and not last_id:
                 last_id = f"{stream_id}:0"
                 yield serve_app_pb2.ModelOutputDocument(event_id=last_id)
-            async with aclosing(_events(answer)) as events:
+            resumed = LAST_EVENT_ID_HEADER in headers
+            async with aclosing(_events(answer, resumed=resumed)) as events:
                 async for event in events:
                     last_id = event.id or last_id
                     if event.name:
@@ -137,16 +138,19 @@ class Servicer:
             raise ApiError(403, message, code="host_not_allowed")
 
 
-async def _events(answer: Exchange) -> AsyncGenerator[Event, None]:
+async def _events(answer: Exchange, *, resumed: bool = False) -> AsyncGenerator[Event, None]:
     """The events and heartbeats of a stream. Raises `Refusal` for an error in it, and if it is cut."""
     request_id = answer.headers.get("x-request-id", "")
     if answer.status == 204:  # a resumed stream of which the caller has everything
         return
+    done = False
     async for event in answer.events():  # to the end, also after `done`: else it would count as cut off
         if event.name == "error":
             raise of_event(event.data, request_id)
         yield event
-    if answer.complete:  # also without `done`: a caller that has all events may ask for more before the end is known
+        done = done or event.name == "done"
+    # A caller that has all events may ask for more before the end is known, and gets none.
+    if done or (answer.complete and resumed):
         return
     message = "The stream was cut before its end; send the request again."
     raise refusal(ApiError(503, message, type="server_error", code="stream_cut"), request_id)

@@ -102,7 +102,10 @@ def _decode(body: bytes, content_type: str) -> dict[str, Any]:
     if not body.strip():
         raise bad_request("The request body is empty; send a JSON object.", code="invalid_json")
     if _has_too_many_parts(body):
-        message = f"The request body has more than {MAX_JSON_PARTS} objects, lists and strings; send less at once."
+        message = (
+            f"The request body has more than {MAX_JSON_PARTS} objects, lists and strings; send less at once. "
+            "Logprobs of earlier answers can be left out."
+        )
         raise bad_request(message, code="invalid_value")
     try:
         # pydantic's parser: bounded in depth, and strict about UTF-8, lone surrogates, NaN and Infinity.

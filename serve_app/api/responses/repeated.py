@@ -6,7 +6,7 @@ that repeat it. Knows no store.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from serve_app.api.errors import ApiError, bad_request
@@ -19,6 +19,14 @@ _TOOL: Mapping[str, Any] = {"type": "function", "name": None, "description": Non
 """The fields of a tool, with OpenAI's values for those that are left out."""
 _FORMAT = {"type": str, "name": str, "description": str, "strict": bool, "schema": dict | str, "grammar": str}
 """The fields of a `text.format`, and those of its `json_schema`, with their types."""
+_DESCRIPTION = frozenset({"name", "description", "strict", "schema"})
+_READ: Mapping[str, frozenset[str]] = {
+    "text": frozenset({"type"}),
+    "json_object": frozenset({"type", "schema"}),
+    "json_schema": frozenset({"type"}) | _DESCRIPTION,
+    "grammar": frozenset({"type", "grammar"}),
+}
+"""The fields of a `text.format` that are read, by its type. Others are ignored, so nobody has looked at them."""
 
 
 def repeated_tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -44,10 +52,10 @@ def repeated_format(raw: Mapping[str, Any] | None, where: str) -> dict[str, Any]
     """`text.format` that was read without an error. `where`: the field's name. Raises `ApiError`."""
     if not raw:
         return {"type": "text"}
-    made = _known(raw, where)
-    if raw.get("json_schema") is not None:  # as chats have it
-        made["json_schema"] = _known(raw["json_schema"], f"{where}.json_schema")
-    return made
+    if raw["type"] == "json_schema" and "json_schema" in raw:  # as chats have it
+        described = _known(raw["json_schema"], f"{where}.json_schema", _DESCRIPTION)
+        return {"type": "json_schema", "json_schema": described}
+    return _known(raw, where, _READ[raw["type"]])
 
 
 def require_short(envelope: Mapping[str, Any]) -> None:
@@ -61,10 +69,10 @@ def require_short(envelope: Mapping[str, Any]) -> None:
         raise bad_request(message, code="invalid_value")
 
 
-def _known(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _known(raw: Mapping[str, Any], where: str, names: Set[str]) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for name, kind in _FORMAT.items():
-        if (value := raw.get(name)) is None:
+        if name not in names or (value := raw.get(name)) is None:
             continue
         if not isinstance(value, kind):
             param = f"{where}.{name}"

@@ -17,6 +17,9 @@ from fake_replica import FakeReplica, Script, card, counts
 from grpc_server import grpc_server
 from memory_metrics import MemoryMetrics
 from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from serve_app.api.grpc import documents, servicer
 from serve_app.api.grpc.exchange import _EventLines
@@ -479,3 +482,12 @@ async def test_a_caller_that_has_all_gets_nothing_more_also_before_the_end_is_in
     for caller in (here, there):
         rest = [message async for message in caller.stream(HI, *again)]
         assert not [message for message in rest if message.HasField("token_id") or message.HasField("done")]
+
+
+async def test_a_stream_that_ends_without_an_end_is_cut(open_grpc: Open) -> None:
+    async def cut(request: Request) -> Response:
+        return Response('data: {"token_id":5,"generated_text":"a"}\n\n', media_type="text/event-stream")
+
+    caller = await open_grpc(Starlette(routes=[Route("/stream", cut, methods=["POST"])]))
+    status, details = await caller.refused(HI)
+    assert (status, details["error"]["code"]) == (grpc.StatusCode.UNAVAILABLE, "stream_cut")

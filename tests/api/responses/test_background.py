@@ -112,11 +112,11 @@ async def test_any_ingress_cancels_it(
     make_app: MakeApp,
     http: Http,
     writes: Writes,
-    store: MemoryJournalStore,
     where: str,
     phase: str,
 ) -> None:
-    replica.scripts = [writes(pause_s=0.05) if phase == "running" else lambda request: [None]]
+    store = MemoryJournalStore(JournalLimits(lease_s=60))
+    replica.scripts = [writes(end=None) if phase == "running" else lambda request: [None]]
     app = make_app(replica, kept=store, background=BRIEF)
     begun = await create(http(app), background=True)
     reader = Exchange(app, "GET", f"/v1/responses/{begun['id']}?stream=true")
@@ -260,6 +260,27 @@ async def test_an_ingress_without_a_place_reads_what_others_have(
     assert text_of(await polled(other, begun["id"])) == ANSWER
     assert text_of(events_of((await reading).content)[-1]["response"]) == ANSWER
     assert len(replica.requests) == 3
+
+
+async def test_nobody_tries_to_take_over_from_an_ingress_that_lives(
+    replica: FakeReplica, make_app: MakeApp, http: Http, writes: Writes
+) -> None:
+    """A try takes a place for a moment, and one without a place waits before it reads on."""
+
+    class CountingStore(MemoryJournalStore):
+        tries = 0
+
+        async def acquire(self, stream_id: str, owner: str) -> bool:
+            self.tries += 1
+            return await super().acquire(stream_id, owner)
+
+    store = CountingStore(JournalLimits(lease_s=60))
+    replica.scripts = [writes(pause_s=0.01)]
+    begun = await create(http(make_app(replica, kept=store, background=BRIEF)), background=True)
+    there = http(make_app(replica, kept=store, background=BRIEF))
+    followed = events_of((await there.get(f"/v1/responses/{begun['id']}?stream=true")).content)
+    assert text_of(followed[-1]["response"]) == ANSWER
+    assert store.tries == 0
 
 
 async def test_those_that_are_taken_over_at_once_need_places_too(

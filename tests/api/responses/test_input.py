@@ -76,6 +76,7 @@ LOOK = {"type": "function", "name": "look", "parameters": {"type": "object", "pr
 DEEP = "serve_app-1:" + base64.b64encode(b"[" * 200_000).decode()
 """A compaction of ours that nests too deeply to be read."""
 SCHEMA = {"type": "json_schema", "name": "x", "schema": {"type": "object"}}
+LONG_FORMAT = {"type": "json_schema", "name": "a", "schema": {"type": "object"}, "description": "x" * 2**20}
 REFUSED: list[tuple[dict[str, Any], str | None]] = [
     ({}, "input"),
     ({"input": None}, "input"),
@@ -98,7 +99,7 @@ REFUSED: list[tuple[dict[str, Any], str | None]] = [
     ({"input": [{"role": "user", "content": [{"type": [], "text": "x"}]}]}, "input[0].content[0]"),
     ({"input": "Hi", "max_output_tokens": 10**23}, "max_output_tokens"),
     ({"input": "Hi", "max_tool_calls": 10**23}, "max_tool_calls"),
-    ({"input": "Hi", "text": {"format": {"type": "text", "description": "x" * 2**20}}}, None),
+    ({"input": "Hi", "text": {"format": LONG_FORMAT}}, None),
     ({"input": [{"type": "reasoning", "summary": [{"text": "x" * MAX_CHARS}]}, USER]}, "input"),
     ({"input": "Hi", "text": {"format": {**SCHEMA, "name": ["x"]}}}, "text.format.name"),
     ({"input": "Hi", "text": {"format": {**SCHEMA, "schema": {"maximum": 10**23}}}}, "text.format.schema"),

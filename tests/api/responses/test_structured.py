@@ -70,3 +70,21 @@ async def test_openais_client_parses_the_text(
         async with client.responses.stream(model="tiny", input="Hi", text_format=Person) as stream:
             final = await stream.get_final_response()
         assert isinstance(final.output_parsed, Person)
+
+
+@pytest.mark.parametrize(
+    "ignored", [{"json_schema": "x"}, {"json_schema": [1]}, {"schema": {"x": float("inf")}}, {"grammar": 5}]
+)
+async def test_what_a_format_does_not_read_is_not_repeated(
+    replica: ConstrainedReplica,
+    make_app: MakeApp,
+    http: Callable[[Starlette], httpx.AsyncClient],
+    ignored: dict[str, Any],
+) -> None:
+    api = http(make_app(replica))
+    body = json.dumps({"input": "Hi", "max_output_tokens": 3, "text": {"format": {"type": "text", **ignored}}}).replace(
+        "Infinity", "1e999"
+    )
+    answer = await api.post("/v1/responses", content=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["text"]["format"] == {"type": "text"}
