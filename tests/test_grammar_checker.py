@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -67,14 +68,27 @@ def sandbox(checker: GrammarChecker) -> subprocess.Popen[bytes]:
     return checker._sandboxes[0].process
 
 
-def test_a_fork_says_what_is_wrong_or_how_it_died(vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fork_says_what_is_wrong_or_how_it_died(vocabulary: Vocabulary) -> None:
     assert try_in_fork(vocabulary, FINE) == ""
     assert "foo" in try_in_fork(vocabulary, "start: foo")
     assert try_in_fork(vocabulary, DEEP) == "it is nested too deeply"
     with pytest.raises(OutOfTime):
         try_in_fork(vocabulary, SLOW, 0.1)
-    monkeypatch.setattr(grammar_sandbox, "MEMORY_LIMIT_BYTES", 2**26)
-    assert "memory" in try_in_fork(vocabulary, SLOW, 20)
+
+
+def test_a_fork_that_needs_too_much_memory(folder: Path) -> None:
+    """In a process like the sandbox. One that has freed much memory, as this may have, leaves it to a fork."""
+    script = """if True:
+        import sys
+        from pathlib import Path
+        from serve_app import grammar_sandbox
+        from serve_app.grammar import load_vocabulary
+        grammar_sandbox.MEMORY_LIMIT_BYTES = 2**26
+        print(grammar_sandbox.try_in_fork(load_vocabulary(Path(sys.argv[1])), sys.argv[2], 20))
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", script, str(folder), SLOW]
+    assert "memory" in subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 
 def test_an_end_that_is_not_the_grammars_fault_is_no_verdict(

@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 import httpx
 import pytest
+import ray
 from fake_model_server import FakeModelServer, expected_tokens
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -54,8 +55,13 @@ class Service:
         return call(content, metadata=(APPLICATION, *metadata), timeout=timeout)
 
     async def running(self) -> dict[int, int]:
-        await self.handle.where.remote()  # a new handle knows no replica yet
-        return dict(await self.handle.broadcast("where").results_async())
+        async with asyncio.timeout(20):
+            while True:
+                try:
+                    await self.handle.where.remote()  # a new handle knows no replica yet
+                    return dict(await self.handle.broadcast("where").results_async())
+                except ray.exceptions.ActorDiedError:  # the handle still knows a replica that was killed
+                    await asyncio.sleep(0.05)
 
     async def until_idle(self) -> None:
         async with asyncio.timeout(20):
@@ -139,7 +145,9 @@ async def test_a_killed_replica_changes_nothing(service: Service) -> None:
     seen = [await anext(messages) for _ in range(5)]
     await kill_where_it_runs(service)
     seen += [message async for message in messages]
-    assert ids(seen) == expected_tokens(7, 100)
+    assert seen[-1].done.usage.completion_tokens == 100
+    # The last token is no whole character: what is shown in its place comes with its id once more.
+    assert ids(seen) == [*(tokens := expected_tokens(7, 100)), tokens[-1]]
 
 
 async def test_a_lost_connection_and_a_killed_replica(service: Service) -> None:
