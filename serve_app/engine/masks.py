@@ -2,7 +2,8 @@
 
 The masks of a step are computed together. Where they are late, the step leaves their sequences out: their tokens come
 in a later step, and are the same. For a while afterwards the masks of each of these sequences are computed apart, so
-that a slow grammar holds up no other.
+that a slow grammar holds up no other. Yet sequences of one grammar share its lexer: to add a token to one of them, the
+engine's thread may wait for the mask of another one to end.
 """
 
 from __future__ import annotations

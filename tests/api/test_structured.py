@@ -13,8 +13,7 @@ from typing import Any, Literal
 import httpx
 import jsonschema
 import pytest
-from constrained_replica import ConstrainedModel, ConstrainedReplica
-from fake_replica import card
+from constrained_replica import ConstrainedReplica, small_replica
 from openai import AsyncOpenAI
 from pydantic import BaseModel, Field
 from starlette.applications import Starlette
@@ -50,8 +49,7 @@ def vocabulary(tokenizer_folder: Path) -> Vocabulary:
 
 @pytest.fixture
 def replica(vocabulary: Vocabulary, tokenizer: ChatTokenizer) -> ConstrainedReplica:
-    state = card(vocab_size=tokenizer.vocab_size, context_tokens=4096, kv_capacity_tokens=65536)
-    return ConstrainedReplica(ConstrainedModel(vocabulary), state)
+    return small_replica(vocabulary, tokenizer)
 
 
 @pytest.fixture

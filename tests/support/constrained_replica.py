@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from fake_replica import card
 from llguidance import LLMatcher
 
+from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.core import (
     Failure,
     FailureCode,
@@ -123,3 +124,9 @@ def _logprobs(request: GenerationRequest, token: int) -> tuple[TokenLogprobs, ..
 def _is_mark(text: str) -> bool:
     """Whether a token alone could be read as more than text."""
     return not text or "<" in text or "[" in text or "{" in text
+
+
+def small_replica(vocabulary: Vocabulary, tokenizer: ChatTokenizer) -> ConstrainedReplica:
+    """A replica of a random model with the ids of `tokenizer`."""
+    state = card(vocab_size=tokenizer.vocab_size, context_tokens=4096, kv_capacity_tokens=65536)
+    return ConstrainedReplica(ConstrainedModel(vocabulary), state)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from serve_app.chat.tokenizer import ChatTokenizer
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, again and again.\n\n1. One 2. Two",
@@ -55,3 +59,13 @@ def llama_like(vocab: dict[str, int], merges: list[list[str]]) -> Tokenizer:
     )
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in ("<unk>", "<s>", "</s>")])
     return tokenizer
+
+
+def chat_tokenizer(folder: Path, template: str) -> ChatTokenizer:
+    """A byte-level tokenizer with this chat template, saved in `folder`."""
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level_backend(), eos_token="<|im_end|>", unk_token="<|endoftext|>"
+    )
+    fast.chat_template = template
+    fast.save_pretrained(folder)
+    return ChatTokenizer.load(folder)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from fake_replica import FakeReplica, Script, card
-from small_tokenizers import CHATML, byte_level_backend
+from small_tokenizers import CHATML, chat_tokenizer
 from starlette.applications import Starlette
-from transformers import PreTrainedTokenizerFast
 
 from serve_app.api.openai.chat import ChatRequest, chat_options
 from serve_app.api.unknown_fields import UnknownFields
@@ -28,13 +26,7 @@ URL = "/v1/chat/completions"
 @pytest.fixture(scope="module")
 def thinker(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
     """A tokenizer whose template knows reasoning."""
-    folder: Path = tmp_path_factory.mktemp("thinker")
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=byte_level_backend(), eos_token="<|im_end|>", unk_token="<|endoftext|>"
-    )
-    fast.chat_template = THINKS
-    fast.save_pretrained(folder)
-    return ChatTokenizer.load(folder)
+    return chat_tokenizer(tmp_path_factory.mktemp("thinker"), THINKS)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,9 +12,8 @@ import pytest
 from fake_replica import FakeReplica, Script, card
 from redis_server import redis_server
 from responses_api import create, events_of, text_of
-from small_tokenizers import CHATML, byte_level_backend
+from small_tokenizers import CHATML, chat_tokenizer
 from starlette.applications import Starlette
-from transformers import PreTrainedTokenizerFast
 
 from serve_app.api.responses.output import Logprob, Output
 from serve_app.api.responses.writer import ResponseWriter
@@ -58,13 +56,7 @@ def calling(writes: Writes, tokenizer: ChatTokenizer) -> FakeReplica:
 
 @pytest.fixture(scope="module")
 def thinker(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
-    folder: Path = tmp_path_factory.mktemp("thinker")
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=byte_level_backend(), eos_token="<|im_end|>", unk_token="<|endoftext|>"
-    )
-    fast.chat_template = THINKS
-    fast.save_pretrained(folder)
-    return ChatTokenizer.load(folder)
+    return chat_tokenizer(tmp_path_factory.mktemp("thinker"), THINKS)
 
 
 def items_of(output: Output, open_status: str = "never") -> list[Event]:

@@ -10,8 +10,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from constrained_replica import ConstrainedModel, ConstrainedReplica
-from fake_replica import card
+from constrained_replica import ConstrainedReplica, small_replica
 from pydantic import BaseModel
 from responses_api import create, text_of
 from starlette.applications import Starlette
@@ -42,8 +41,7 @@ def vocabulary(tokenizer_folder: Path) -> Vocabulary:
 
 @pytest.fixture
 def replica(vocabulary: Vocabulary, tokenizer: ChatTokenizer) -> ConstrainedReplica:
-    state = card(vocab_size=tokenizer.vocab_size, context_tokens=4096, kv_capacity_tokens=65536)
-    return ConstrainedReplica(ConstrainedModel(vocabulary), state)
+    return small_replica(vocabulary, tokenizer)
 
 
 @pytest.mark.parametrize("fields", [{}, {"store": False}])
