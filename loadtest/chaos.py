@@ -25,7 +25,7 @@ import httpx
 import yaml
 
 from loadtest import chaos_report, idle
-from loadtest.chaos_client import ChaosClient
+from loadtest.chaos_client import TIMEOUT, ChaosClient
 from loadtest.chaos_report import Judged, judge_outcome
 from loadtest.faults import Injector
 from loadtest.outcome import Outcome
@@ -80,9 +80,7 @@ async def run(service: ChaosService, wanted: Plan) -> dict[str, Any]:
     await service.until_ready()
     asked = questions(wanted.seed, min(DISTINCT, wanted.streams), wanted.kinds)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)  # none to a proxy that has died
-    # A connection is accepted at once, or refused: only a stall of this very program would take long.
-    timeout = httpx.Timeout(60, connect=30)
-    async with httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False) as http:
+    async with httpx.AsyncClient(limits=limits, timeout=TIMEOUT, trust_env=False) as http:
         began_s = time.monotonic()
         references = await undisturbed(http, service, asked)
         print(f"{len(asked)} undisturbed answers in {time.monotonic() - began_s:.0f} s", flush=True)

@@ -23,7 +23,11 @@ DEADLINE_S = 150.0
 """Of one request, with all its resumes: the service's own deadline is longer, and a run must end."""
 LAST_DEADLINE_S = 400.0
 """Of one client with all its repetitions."""
-SILENCE_S = 60.0
+TIMEOUT = httpx.Timeout(60, connect=30)
+"""A stream that sends nothing for so long, not even a heartbeat, counts as cut. A connection is accepted at once, or
+refused: only a stall of this very program would take long."""
+_WHOLE_TIMEOUT = httpx.Timeout(DEADLINE_S, connect=30)
+"""Of an answer that is no stream: nothing of it comes before all of it."""
 _BACKOFF_S = 0.25
 
 
@@ -111,9 +115,9 @@ class ChaosClient:
             await self._call(headers)
             return
         body = self._question.asked(self._mode)
-        await self._read(
-            self._http.build_request("POST", f"{self._url}{self._question.wire}", json=body, headers=headers)
-        )
+        timeout = _WHOLE_TIMEOUT if self._mode is Mode.WHOLE else TIMEOUT
+        url = f"{self._url}{self._question.wire}"
+        await self._read(self._http.build_request("POST", url, json=body, headers=headers, timeout=timeout))
 
     async def _resume(self) -> None:
         headers = {"X-Stream-Resume": "1"}
