@@ -44,6 +44,14 @@ class FailureCode(StrEnum):
     """Its caller has ended it. Only an ingress says so."""
 
 
+class Priority(StrEnum):
+    """Classes of requests."""
+
+    INTERACTIVE = "interactive"
+    BATCH = "batch"
+    """Uses what interactive requests leave, and yields to them."""
+
+
 SAMPLING_BOUNDS: Mapping[str, tuple[float, float]] = {
     "seed": (0, 2**64 - 1),
     "temperature": (0, 100),
@@ -129,6 +137,11 @@ class GenerationRequest(Struct, frozen=True):
     constraint."""
     cache_salt: str = ""
     """Requests share cached prefixes only with requests of the same salt."""
+    tenant: str = ""
+    """Whose request it is. Tenants take turns; "" is everybody where nobody has a key."""
+    weight: float = 1.0
+    """The tenant's share of the service, relative to those of other tenants that ask at the same time."""
+    priority: Priority = Priority.INTERACTIVE
     remaining_s: float | None = None
     """Time left, recomputed at each hop (clocks of two machines are never compared). None: no limit."""
     prompt_logprobs: int | None = None
@@ -229,6 +242,25 @@ class Failure(Struct, frozen=True, array_like=True, tag=1):
 
 
 Reply = TokenBatch | Failure
+
+
+class ReplicaLoad(Struct, frozen=True, array_like=True, tag=2):
+    """What a replica has to do at the moment. It tells each ingress whenever that changes, once a step at most."""
+
+    running: int
+    """Requests that are computed."""
+    waiting: int
+    """Requests that wait in the replica for a place or for KV cache, preempted ones included."""
+    places: int
+    """Requests that may run at once (`engine.max_running`)."""
+    free_tokens: int
+    """Tokens of KV cache that no request holds."""
+    waiting_tokens: int
+    """Tokens of prompts that are not computed yet, of running and waiting requests."""
+    tokens_per_s: float
+    """Output tokens of all requests together, over the last seconds in which there was work. 0: not known yet."""
+    seconds_per_request: float
+    """How long the requests that ended lately took from their place in a step to their end. 0: not known yet."""
 
 
 class MessageError(Exception):

@@ -17,6 +17,7 @@ from starlette.datastructures import Headers, QueryParams
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from serve_app.access.caller import ANONYMOUS, Caller
 from serve_app.api.errors import ErrorShape, api_error, body_too_large
 from serve_app.api.http.body import ClientGone, read_json_object
 from serve_app.api.http.slow_bodies import SlowBodies, client_of
@@ -26,6 +27,8 @@ from serve_app.core import FailureCode, RequestError
 from serve_app.observability.logs import RequestRecord
 from serve_app.observability.metrics import REQUESTS_IN_PROGRESS, MetricsSink
 
+CALLER = "serve_app.caller"
+"""Where the `Caller` of a request is in the ASGI scope, once its key is checked."""
 RECORD = "serve_app.record"
 """Where the request's `RequestRecord` is in the ASGI scope."""
 ERROR_SHAPE = "serve_app.error_shape"
@@ -73,6 +76,8 @@ class Call:
     """Of the body, or of the query of a GET."""
     client: str | None = None
     """Who asks, by address; None where that is not known (`slow_bodies.client_of`)."""
+    caller: Caller = ANONYMOUS
+    """Who asks, by key."""
 
     async def run(self, work: Callable[[], _Result], *, items: int = 0) -> _Result:
         """Do `work` on this request: in the event loop if the request is small, otherwise in a thread.
@@ -167,7 +172,10 @@ class Endpoint:
                 path_params = scope.get("path_params", {})
                 headers = Headers(scope=scope)
                 client = client_of(scope["client"][0]) if scope.get("client") else None
-                call = Call(scope["method"], query, path_params, body, headers, record, deadline, size_bytes, client)
+                call = Call(
+                    scope["method"], query, path_params, body, headers, record, deadline, size_bytes, client,
+                    scope.get(CALLER, ANONYMOUS),
+                )  # fmt: skip
                 await _while_connected(receive, self._answer(call, scope, receive, send))
         except RequestError as refusal:
             await error_response(scope, refusal)(scope, receive, send)
