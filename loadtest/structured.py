@@ -75,11 +75,11 @@ class Bench:
         self._engine = engine
         self._fingerprint = fingerprint
         self._prompts = prompts
-        self._rows = engine._core.scheduler._max_running
+        self._rows = engine._core.scheduler.max_running
 
     def run(self, kind: str, streams: int, new_tokens: int) -> Run:
         """All streams at once, each of so many tokens. `kind`: one of `KINDS`."""
-        self._engine._core.scheduler._max_running = streams if kind == "masks" else self._rows
+        self._engine._core.scheduler.max_running = streams if kind == "masks" else self._rows
         grammar = "" if kind == "none" else endless()
         before, start, cpu = self._engine.stats().counters, time.perf_counter(), time.process_time()
         asyncio.run(self._all(grammar, streams, new_tokens))

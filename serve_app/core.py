@@ -245,7 +245,11 @@ Reply = TokenBatch | Failure
 
 
 class ReplicaLoad(Struct, frozen=True, array_like=True, tag=2):
-    """What a replica has to do at the moment. It tells each ingress whenever that changes, once a step at most."""
+    """What a replica has to do at the moment.
+
+    It tells each ingress when a number of requests changes, or another number by an eighth (`engine.load.is_news`).
+    It does so once a step at most.
+    """
 
     running: int
     """Requests that are computed."""
@@ -269,9 +273,10 @@ class MessageError(Exception):
 
 _ENCODER = msgspec.msgpack.Encoder()
 _REPLIES = msgspec.msgpack.Decoder(list[tuple[int, Reply]])
+_NEWS = msgspec.msgpack.Decoder(list[tuple[int, Reply | ReplicaLoad]])
 
 
-def encode_replies(replies: Sequence[tuple[int, Reply]]) -> bytes:
+def encode_replies(replies: Sequence[tuple[int, Reply | ReplicaLoad]]) -> bytes:
     """Numbered replies as one message, or as one journal record; takes 2 us for 32 one-token batches (AVX2)."""
     return _ENCODER.encode(replies)
 
@@ -282,6 +287,14 @@ def decode_replies(content: bytes | memoryview) -> list[tuple[int, Reply]]:
         return _REPLIES.decode(content)
     except (msgspec.MsgspecError, ValueError) as error:
         raise MessageError("these bytes are no replies") from error
+
+
+def decode_news(content: bytes | memoryview) -> list[tuple[int, Reply | ReplicaLoad]]:
+    """As `decode_replies`, where a replica's load may be among the replies. Raises `MessageError`."""
+    try:
+        return _NEWS.decode(content)
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise MessageError("these bytes are no news of a replica") from error
 
 
 class RequestError(Exception):

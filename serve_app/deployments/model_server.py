@@ -75,6 +75,7 @@ class ModelServer:
         self._channels = TokenChannels()
         if (host := await asyncio.to_thread(_channel_host)) is not None:
             await self._channels.listen(host)
+            self._engine.watch_load(self._channels.tell)
         self._metrics = asyncio.create_task(self._report_metrics(RayMetrics()))
 
     def _start(

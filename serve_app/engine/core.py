@@ -13,7 +13,8 @@ from itertools import islice
 
 import torch
 
-from serve_app.core import Failure, FailureCode, FinishReason, GenerationRequest, Reply, TokenBatch
+from serve_app.core import Failure, FailureCode, FinishReason, GenerationRequest, ReplicaLoad, Reply, TokenBatch
+from serve_app.engine.load import LoadMeter
 from serve_app.engine.masks import MaskBuilder, Place, StepMasks, wait_for_any
 from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.prompt_lookup import count_accepted
@@ -65,6 +66,7 @@ class EngineCore:
         self.scheduler = scheduler
         self.sampler = sampler
         self.counters = StepCounters()
+        self.meter = LoadMeter()
         self.step_started: float | None = None
         """When the step that is being computed began, on the monotonic clock; None between steps."""
         self._masks = MaskBuilder(runner.vocab_size, mask_threads)
@@ -75,14 +77,33 @@ class EngineCore:
     def has_work(self) -> bool:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
+    def load(self) -> ReplicaLoad:
+        """What there is to do at the moment."""
+        scheduler = self.scheduler
+        return ReplicaLoad(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            places=scheduler.max_running,
+            free_tokens=scheduler.free_tokens,
+            waiting_tokens=scheduler.uncomputed_tokens,
+            tokens_per_s=self.meter.tokens_per_s,
+            seconds_per_request=self.meter.seconds_per_request,
+        )
+
     def expire(self) -> list[Gain]:
         """Drop the sequences whose deadline has passed; returns a failure for each."""
         now = time.monotonic()
         unfinished = (*self.scheduler.running, *self.scheduler.waiting)
         late = [sequence for sequence in unfinished if sequence.deadline is not None and sequence.deadline <= now]
         for sequence in late:
-            self.scheduler.remove(sequence)
+            self.remove(sequence)
         return [(s, deadline_exceeded()) for s in late]
+
+    def remove(self, sequence: Sequence) -> None:
+        """Drop a sequence that has ended or that nobody waits for any more."""
+        self.scheduler.remove(sequence)
+        if sequence.started_at is not None:
+            self.meter.ended(time.monotonic() - sequence.started_at)
 
     def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[Gain]:
         """Compute the next step; returns what its sequences gained. Sequences that ended are dropped.
@@ -91,6 +112,7 @@ class EngineCore:
             meanwhile: the caller's work, to be done while the device computes. It is called after the step's launch,
                 and also before it unless the step is replayed from a graph: other launches keep this thread busy.
         """
+        begun, made = time.monotonic(), self.counters.output_tokens
         chunks = self.scheduler.schedule()
         if not self.runner.replays(chunks):
             meanwhile()
@@ -104,6 +126,7 @@ class EngineCore:
         logits = self._score(chunks, logits)
         gains = self._collect(chunks, self._sample(chunks, logits, masks))
         self._finish(gains)
+        self.meter.step(time.monotonic() - begun, self.counters.output_tokens - made)
         return gains
 
     def _begin(self, chunks: list[Chunk]) -> None:
@@ -217,7 +240,7 @@ class EngineCore:
     def _finish(self, gains: list[Gain]) -> None:
         for sequence, reply in gains:
             if ends(reply):
-                self.scheduler.remove(sequence)
+                self.remove(sequence)
         self.counters.steps += 1
         self.step_started = None
 

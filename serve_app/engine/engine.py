@@ -31,6 +31,7 @@ from serve_app.core import (
     FinishReason,
     GenerationRequest,
     LoadStage,
+    ReplicaLoad,
     Reply,
     TokenBatch,
 )
@@ -38,6 +39,7 @@ from serve_app.engine.build import EngineCapacity, build_core
 from serve_app.engine.constraint import Constraint
 from serve_app.engine.core import EngineCore, Gain, StepCounters, deadline_exceeded, ends
 from serve_app.engine.grammars import Grammars
+from serve_app.engine.load import is_news
 from serve_app.engine.refusal import refusal
 from serve_app.engine.replies import ReplyStream, deliver
 from serve_app.engine.sequence import Sequence
@@ -107,6 +109,10 @@ class Engine:
         self._grammars = Grammars(vocabulary)
         self._streams: dict[Sequence, ReplyStream] = {}
         self._outbox: list[tuple[ReplyStream, Reply]] = []
+        self._load: ReplicaLoad | None = None
+        """After the last step."""
+        self._told_load: ReplicaLoad | None = None
+        self._watcher: tuple[asyncio.AbstractEventLoop, Callable[[ReplicaLoad], None]] | None = None
         self._lock = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
         self._pending = 0
@@ -161,6 +167,18 @@ class Engine:
             preemptions=scheduler.preemptions,
             counters=copy(self._core.counters),
         )
+
+    def watch_load(self, tell: Callable[[ReplicaLoad], None]) -> None:
+        """Have `tell` called in this event loop with the engine's load: soon, and then after each step that changes it.
+
+        It is called before the loop gets the replies of that step. A second call replaces `tell`.
+        """
+        loop = asyncio.get_running_loop()
+
+        def watch() -> None:
+            self._watcher, self._told_load = (loop, tell), None
+
+        self._command(watch)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Reply, None]:
         """Yield batches of new output ids as they are made, an empty one each second while there are none.
@@ -295,7 +313,7 @@ class Engine:
         unfinished = list(self._streams)
         self._publish([(sequence, self._lost(FailureCode.REPLICA_LOST)) for sequence in unfinished])
         for sequence in unfinished:
-            self._core.scheduler.remove(sequence)
+            self._core.remove(sequence)
         self._core.step_started = None
 
     def _obey(self) -> bool:
@@ -310,6 +328,9 @@ class Engine:
             self._commands.clear()
         for command in commands:
             command()
+        if not self._core.has_work:  # no step will tell it
+            self._load = self._core.load()
+            self._send()
         return not self._stopping
 
     def _submit(self, sequence: Sequence, stream: ReplyStream) -> None:
@@ -320,11 +341,12 @@ class Engine:
 
     def _cancel(self, sequence: Sequence) -> None:
         if self._streams.pop(sequence, None) is not None:
-            self._core.scheduler.remove(sequence)
+            self._core.remove(sequence)
 
     def _step(self) -> None:
         self._publish(self._core.expire())
         gains = self._core.step(meanwhile=self._send)
+        self._load = self._core.load()
         # With CUDA graphs, replies are sent during the next step: callers' threads then run while the device computes,
         # and delay no launch.
         self._publish(gains, send=self._core.runner.graphs is None)
@@ -338,10 +360,21 @@ class Engine:
             self._send()
 
     def _send(self) -> None:
+        self._tell_load()
         closed, self._outbox = deliver(self._outbox), []
         for sequence in [s for s, stream in self._streams.items() if stream.loop in closed]:
             logger.warning("a stream was dropped because its event loop was closed")
             self._command(lambda sequence=sequence: self._cancel(sequence))  # type: ignore[misc]
+
+    def _tell_load(self) -> None:
+        if self._watcher is None or self._load is None or not is_news(self._load, self._told_load):
+            return
+        loop, tell = self._watcher
+        try:
+            loop.call_soon_threadsafe(tell, self._load)
+        except RuntimeError:  # the loop is closed
+            self._watcher = None
+        self._told_load = self._load
 
 
 def _answer_at_once(request: GenerationRequest, constraint: Constraint | None) -> TokenBatch | None:

@@ -81,10 +81,21 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.preemptions = 0
         self._page_tokens = page_tokens
-        self._max_running = max_running
+        self.max_running = max_running
         self._max_step_tokens = max(max_step_tokens, max_running)
         self.prompt_lookup = prompt_lookup
         self._row_cost = row_cost
+
+    @property
+    def free_tokens(self) -> int:
+        """Tokens of KV cache that no sequence holds."""
+        return self.pool.available * self._page_tokens
+
+    @property
+    def uncomputed_tokens(self) -> int:
+        """Tokens that the sequences have and that are not in the cache, but for the last one of each running one."""
+        begun = sum(sequence.remaining - 1 for sequence in self.running)
+        return begun + sum(len(sequence.token_ids) for sequence in self.waiting)
 
     def add(self, sequence: Sequence) -> None:
         bisect.insort(self.waiting, sequence, key=_order)
@@ -99,7 +110,7 @@ class Scheduler:
 
         An isolated sequence gets steps of its own, before the others.
         """
-        step = _Step(self._max_step_tokens, self._max_running)
+        step = _Step(self._max_step_tokens, self.max_running)
         # One whose mask is late and that was preempted since computes its prompt again, still alone.
         able = (s for s in self.running if s.isolated and not (s.held and s.remaining == 1))
         if (isolated := next(able, None)) is not None:
@@ -181,7 +192,7 @@ class Scheduler:
         running = len(self.running)
         room = self.pool.available - running
         # The newcomer needs at least one page of its own: without room for it the look-up is skipped.
-        if running and (running >= self._max_running or room < 1):
+        if running and (running >= self.max_running or room < 1):
             return None
         first_row = newcomer.first_row  # it and what follows is left to compute
         self._hash_pages(newcomer, first_row)

@@ -1,7 +1,7 @@
 """The ingress's end of the channels: takes the messages of each model replica apart, into the inboxes of its attempts.
 
-A channel is opened to each live replica, and lasts as long as the replica. Promises that an attempt is told when a
-channel broke that may have held its tokens. Knows no text.
+A channel is opened to each live replica, and lasts as long as the replica. It also brings the replica's load. Promises
+that an attempt is told when a channel broke that may have held its tokens. Knows no text.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from contextvars import Context
 from typing import cast
 
-from serve_app.core import MessageError
+from serve_app.core import MessageError, ReplicaLoad
 from serve_app.deployments.dispatch.channel_wire import ChannelAddress, ChannelItem, Frames, greeting, keep_alive
 from serve_app.deployments.dispatch.directory import Attempt
 from serve_app.deployments.dispatch.inbox import Inbox
@@ -25,14 +25,23 @@ OPEN_S = 5.0
 """A channel that is not open after so long is given up."""
 RETRY_S = 30.0
 """Pause after a failed try to open a channel. Without a channel, replies come by Serve's calls."""
+OnLoad = Callable[[str, ReplicaLoad | None], None]
+"""Called with a replica's id and its load whenever the replica tells it, first when its channel opens. None: its
+channel is gone, and nothing is known until another one opens. Called in the channels' event loop; must not raise."""
 
 
 class ChannelReader:
     """All channels of one ingress process, for its event loop."""
 
-    def __init__(self, address_of: Callable[[str], ChannelAddress | None], ingress_id: str) -> None:
+    def __init__(
+        self,
+        address_of: Callable[[str], ChannelAddress | None],
+        ingress_id: str,
+        on_load: OnLoad = lambda replica, load: None,
+    ) -> None:
         """`address_of`: a replica's channel address, if any. `ingress_id`: "" in an unnamed process: no channels."""
         self._address_of = address_of
+        self._on_load = on_load
         self._ingress_id = ingress_id
         self._attempts: dict[int, tuple[Attempt, Inbox]] = {}
         self._channels: dict[str, _Channel] = {}
@@ -90,6 +99,9 @@ class ChannelReader:
     def received(self, replica: str, items: list[ChannelItem]) -> None:
         """Called by a channel, for each message. Drops late replies from a replica that an attempt has left."""
         for number, batch in items:
+            if isinstance(batch, ReplicaLoad):
+                self._on_load(replica, batch)
+                continue
             if (found := self._attempts.get(number)) is None:
                 continue
             attempt, inbox = found
@@ -103,6 +115,7 @@ class ChannelReader:
         """Called by an open channel whose connection has ended."""
         if self._channels.get(replica) is channel:
             del self._channels[replica]
+            self._on_load(replica, None)
         for attempt, inbox in self._attempts.values():
             if attempt.replica == replica:
                 inbox.lose(replica)

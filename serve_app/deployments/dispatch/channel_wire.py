@@ -2,7 +2,8 @@
 
 The ingress sends one line: the replica's secret and its own id. Then the model server sends frames: four bytes of
 length, and the numbered replies of one step (`core.encode_replies`). The first frame holds no replies and says that the
-channel is open. Knows no Ray and no text.
+channel is open. The replica's load goes among the replies, under the number `LOAD`, when the channel opens and when it
+has changed. Knows no Ray and no text.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from serve_app.core import MessageError, Reply, decode_replies, encode_replies
+from serve_app.core import MessageError, ReplicaLoad, Reply, decode_news, encode_replies
 
-ChannelItem = tuple[int, Reply]
+ChannelItem = tuple[int, Reply | ReplicaLoad]
 """Number of the attempt, and what its replica says."""
+LOAD = 0
+"""Stands where a reply has the number of its attempt. Attempts are numbered from 1."""
 MAX_MESSAGE_BYTES = 2**26
 """A frame that claims to be longer is invalid."""
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
@@ -91,5 +94,5 @@ class Frames:
             if len(received) < begin + length:
                 break
             start = begin + length
-            yield decode_replies(bytes(received[begin:start]))
+            yield decode_news(bytes(received[begin:start]))
         del received[:start]

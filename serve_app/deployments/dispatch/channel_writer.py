@@ -14,8 +14,15 @@ import socket
 from collections.abc import AsyncGenerator, AsyncIterable, Callable
 from typing import cast
 
-from serve_app.core import GenerationRequest, Reply
-from serve_app.deployments.dispatch.channel_wire import ChannelAddress, ChannelItem, encode, keep_alive, read_greeting
+from serve_app.core import GenerationRequest, ReplicaLoad, Reply
+from serve_app.deployments.dispatch.channel_wire import (
+    LOAD,
+    ChannelAddress,
+    ChannelItem,
+    encode,
+    keep_alive,
+    read_greeting,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +43,7 @@ class TokenChannels:
         """Number of messages sent so far."""
         self.address: ChannelAddress | None = None
         self._open: dict[str, Channel] = {}
+        self._load: ReplicaLoad | None = None
         self._server: asyncio.Server | None = None
 
     async def listen(self, host: str) -> None:
@@ -60,6 +68,14 @@ class TokenChannels:
         previous, self._open[ingress_id] = self._open.get(ingress_id), channel
         if previous is not None:
             previous.close()
+        if self._load is not None:
+            channel.tell(self._load)
+
+    def tell(self, load: ReplicaLoad) -> None:
+        """Send the replica's load through every channel, and through each that opens until the next call."""
+        self._load = load
+        for channel in self._open.values():
+            channel.tell(load)
 
     def closed(self, ingress_id: str, channel: Channel) -> None:
         """Called by a channel whose connection has ended."""
@@ -77,6 +93,8 @@ class Channel(asyncio.Protocol):
         self._ingress_id = ""
         self._greeting = b""
         self._items: list[ChannelItem] = []
+        self._load: ReplicaLoad | None = None
+        """To be sent with the next message."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by asyncio."""
@@ -116,6 +134,13 @@ class Channel(asyncio.Protocol):
         self._items.append((attempt, reply))
         return True
 
+    def tell(self, load: ReplicaLoad) -> None:
+        """Queue the replica's load; it goes with the replies of the same step, if there are any for this channel."""
+        if self._load is None and not self._transport.is_closing():
+            # The step's replies wake tasks, which `put` them in the next turn of the loop.
+            self._loop.call_soon(self._loop.call_soon, self._flush)
+        self._load = load
+
     def close(self) -> None:
         """Abort the connection: unsent replies are lost, and the reader sees the channel break."""
         self._transport.abort()
@@ -125,6 +150,11 @@ class Channel(asyncio.Protocol):
         self.close()
 
     def _flush(self) -> None:
+        if self._load is not None:
+            self._items.append((LOAD, self._load))
+            self._load = None
+        if not self._items or self._transport.is_closing():
+            return
         message = encode(self._items)
         self._items.clear()
         self._transport.write(message)

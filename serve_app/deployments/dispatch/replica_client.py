@@ -21,7 +21,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from serve_app.core import Failure, FailureCode, GenerationRequest, LoadStage, ModelCard, Reply, TokenBatch
-from serve_app.deployments.dispatch.channel_reader import ChannelReader
+from serve_app.deployments.dispatch.channel_reader import ChannelReader, OnLoad
 from serve_app.deployments.dispatch.directory import Attempt, replica_directory
 from serve_app.deployments.dispatch.inbox import Inbox
 from serve_app.deployments.dispatch.liveness import own_name
@@ -48,13 +48,18 @@ _OUT_OF_ORDER = {FailureCode.REPLICA_LOST: True, FailureCode.NOT_READY: False}
 class RayReplicaClient:
     """A `generation.replica.ReplicaClient` over the model server's deployment handle."""
 
-    def __init__(self, model_server: DeploymentHandle[Any], readiness: Readiness) -> None:
+    def __init__(
+        self,
+        model_server: DeploymentHandle[Any],
+        readiness: Readiness,
+        on_load: OnLoad = lambda replica, load: None,
+    ) -> None:
         self._generate = model_server.options(method_name="generate", stream=True)
         self._readiness = readiness
         self._directory = replica_directory(model_server.app_name, model_server.deployment_name)
         self._poison = PoisonNotes(model_server.app_name)
         self._ingress_id = own_name()
-        self._channels = ChannelReader(self._directory.channel, self._ingress_id)
+        self._channels = ChannelReader(self._directory.channel, self._ingress_id, on_load)
         self._numbers = itertools.count(1)
         """Numbers of attempts."""
         self._reading: set[asyncio.Task[None]] = set()

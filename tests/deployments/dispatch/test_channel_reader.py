@@ -12,10 +12,10 @@ import pytest
 from fake_replica import generation_request
 from msgspec.structs import replace
 
-from serve_app.core import TokenBatch
+from serve_app.core import ReplicaLoad, TokenBatch
 from serve_app.deployments.dispatch import channel_reader
 from serve_app.deployments.dispatch.channel_reader import ChannelReader
-from serve_app.deployments.dispatch.channel_wire import ChannelAddress, ChannelItem, encode, read_greeting
+from serve_app.deployments.dispatch.channel_wire import LOAD, ChannelAddress, ChannelItem, encode, read_greeting
 from serve_app.deployments.dispatch.directory import Attempt
 from serve_app.deployments.dispatch.inbox import Inbox
 
@@ -53,7 +53,10 @@ class Channels:
         self._stack = stack
         self._numbers = itertools.count(1)
         self.replicas = {"a": Replica("secret-of-a"), "b": Replica("secret-of-b")}
-        self.reader = ChannelReader(lambda name: self.replicas[name].address, "me")
+        self.loads: asyncio.Queue[tuple[str, ReplicaLoad | None]] = asyncio.Queue()
+        self.reader = ChannelReader(
+            lambda name: self.replicas[name].address, "me", lambda name, load: self.loads.put_nowait((name, load))
+        )
 
     def send(self, replica: str, first_index: int = 0) -> tuple[int, Inbox]:
         """An attempt that is at this replica, which has not answered; its number and inbox."""
@@ -227,3 +230,17 @@ async def test_what_comes_late_of_where_an_attempt_was_before_is_nothing_to_it(c
     channels.reader.received("b", [(number, TokenBatch(0, (9,)))])
     channels.reader.received("a", [(number, TokenBatch(0, (5,)))])
     assert await inbox.take(5) == TokenBatch(0, (5,))
+
+
+async def test_the_owner_hears_of_each_replicas_load_until_its_channel_is_gone(channels: Channels) -> None:
+    number, inbox = channels.connect("a")
+    channels.connect("b")
+    writer = await channels.open("a")
+    await channels.open("b")
+    load = ReplicaLoad(3, 1, 4, 1024, 77, 12.5, 0.25)
+    writer.write(encode([(number, TokenBatch(0, (5,))), (LOAD, load)]))
+    assert await channels.loads.get() == ("a", load)
+    assert await inbox.take(5) == TokenBatch(0, (5,))
+    writer.close()
+    assert await channels.loads.get() == ("a", None)
+    assert channels.loads.empty(), "the other replica's channel is open"

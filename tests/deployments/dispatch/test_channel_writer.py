@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 from fake_replica import generation_request
+from msgspec.structs import replace
 from tiny_models import until
 
 from serve_app.core import (
@@ -15,12 +16,13 @@ from serve_app.core import (
     FailureCode,
     FinishReason,
     GenerationStats,
+    ReplicaLoad,
     Reply,
     TokenBatch,
-    decode_replies,
+    decode_news,
 )
 from serve_app.deployments.dispatch import channel_writer as token_channels
-from serve_app.deployments.dispatch.channel_wire import ChannelAddress, ChannelItem, greeting
+from serve_app.deployments.dispatch.channel_wire import LOAD, ChannelAddress, ChannelItem, greeting
 from serve_app.deployments.dispatch.channel_writer import TokenChannels, send
 
 Connect = Callable[..., Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
@@ -77,7 +79,7 @@ async def connect(channels: TokenChannels) -> AsyncIterator[Connect]:
 async def message(reader: asyncio.StreamReader) -> list[ChannelItem]:
     """The next one from the channel."""
     length = int.from_bytes(await reader.readexactly(4), "big")
-    return decode_replies(await reader.readexactly(length))
+    return decode_news(await reader.readexactly(length))
 
 
 async def opened(connect: Connect, ingress_id: str = "me") -> asyncio.StreamReader:
@@ -245,3 +247,40 @@ async def test_a_connection_whose_other_machine_vanishes_ends(channels: TokenCha
     await opened(connect)
     connection = channels._open["me"]._transport.get_extra_info("socket")
     assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
+LOAD_NOW = ReplicaLoad(3, 1, 4, 1024, 77, 12.5, 0.25)
+
+
+async def test_the_load_goes_with_the_tokens_of_its_step_and_alone_to_those_who_get_none(
+    channels: TokenChannels, connect: Connect
+) -> None:
+    mine, another = await opened(connect), await opened(connect, "another")
+    woken = asyncio.Event()
+
+    async def stream() -> None:
+        await woken.wait()
+        put(channels, 1, TokenBatch(0, (5,)))
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(stream())
+        await asyncio.sleep(0)
+        channels.tell(LOAD_NOW)
+        woken.set()
+    assert await message(mine) == [(1, TokenBatch(0, (5,))), (LOAD, LOAD_NOW)]
+    assert await message(another) == [(LOAD, LOAD_NOW)]
+    assert channels.messages == 2
+
+
+async def test_a_channel_that_opens_brings_the_load_and_only_the_latest(
+    channels: TokenChannels, connect: Connect
+) -> None:
+    channels.tell(replace(LOAD_NOW, running=1))
+    channels.tell(LOAD_NOW)
+    reader = await opened(connect)
+    assert await message(reader) == [(LOAD, LOAD_NOW)]
+    channels.tell(replace(LOAD_NOW, running=1))
+    channels.tell(replace(LOAD_NOW, running=2))
+    assert await message(reader) == [(LOAD, replace(LOAD_NOW, running=2))]
+    channels._open["me"].close()
+    channels.tell(LOAD_NOW)
