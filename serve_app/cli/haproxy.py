@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
+from serve_app.cli import haproxy_standin
 from serve_app.cli.command_error import CommandError
 from serve_app.cli.haproxy_config import BUFFER_BYTES, REWRITTEN, rewriting, unknown_path
 from serve_app.deployments.client_address import SECRET
@@ -32,7 +33,7 @@ outside: the kernel's ephemeral ports (from 32,768), Ray's workers (10,002 to 19
 _LAUNCHER = """\
 #!/bin/sh
 # Written by serve-app. Starts HAProxy with Serve's configuration, rewritten where Serve has no settings for it.
-# serve_app/cli/haproxy_config.py says what is changed, and why.
+# serve_app/cli/haproxy_config.py says what is changed, and why. Beside it runs serve_app/cli/haproxy_standin.py.
 file=
 for argument; do
   [ "$file" = - ] && file=$argument
@@ -44,6 +45,11 @@ if [ -f "$file" ] && ! grep -qx {rewritten} "$file"; then
   if grep -E '^[[:space:]]*use_backend ' "$file" | grep -qv ' grpc'; then unknown={missing}; fi
   sed -i -E -f {every} -f "$unknown" "$file" || exit
 fi
+case " $* " in
+  *" -sf "*) ;;  # a reload takes the sockets from the HAProxy before
+  *) if pid=$(cat {pid} 2>/dev/null) && [ -n "$pid" ]; then set -- "$@" -x {socket} -sf "$pid"; fi ;;
+esac
+({python} -I -S {standin} {owner} $$ {folder} {program} "$@" </dev/null >/dev/null 2>&1 &)
 exec {program} "$@"
 """
 _PATHS = {
@@ -90,7 +96,17 @@ def haproxy_environment(current: Mapping[str, str], launcher: Path, folder: Path
     for name, script in scripts.items():
         (folder / f"{name}.sed").write_text(script)
     places = {name: shlex.quote(str(folder / f"{name}.sed")) for name in scripts}
-    launcher.write_text(_LAUNCHER.format(program=shlex.quote(str(program)), rewritten=shlex.quote(REWRITTEN), **places))
+    places |= {
+        "program": shlex.quote(str(program)),
+        "rewritten": shlex.quote(REWRITTEN),
+        "python": shlex.quote(sys.executable),
+        "standin": shlex.quote(haproxy_standin.__file__),
+        "owner": str(os.getpid()),
+        "folder": shlex.quote(str(folder)),
+        "pid": shlex.quote(str(folder / haproxy_standin.PID)),
+        "socket": shlex.quote(str(folder / haproxy_standin.SOCKET)),
+    }
+    launcher.write_text(_LAUNCHER.format(**places))
     launcher.chmod(0o700)
     if not os.access(launcher, os.X_OK):  # a file system that runs no programs
         return {}

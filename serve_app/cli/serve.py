@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -26,6 +26,7 @@ from serve_app.cli.config_file import DEFAULT_GRPC_PORT, DEFAULT_PORT, LAST_PORT
 from serve_app.cli.environment import own_cluster, ray_cpus, server_environment
 from serve_app.cli.haproxy import ENABLE as HA_PROXY
 from serve_app.cli.haproxy import haproxy_environment, wanted_haproxy
+from serve_app.cli.haproxy_standin import ENDED
 from serve_app.cli.private_folder import private_folder
 from serve_app.cli.ray_address import answers, stale_address
 from serve_app.cli.ray_folder import ray_folder
@@ -66,6 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     _look_for_cluster(environment)
     if not own_cluster(environment):
         environment |= cluster_token(environment, allow_open=arguments.allow_open_cluster)
+    stopping = _Stopping()
     with claim(port) as held, ExitStack() as until_the_end:
         remove_what_crashes_left()
         if own_cluster(environment):  # on a running cluster the port and the weights are needed on its nodes, not here
@@ -84,9 +86,10 @@ def run(arguments: argparse.Namespace) -> int:
                 haproxy_folder = until_the_end.enter_context(private_folder(held.note))
                 environment |= haproxy_environment(environment, held.launcher, haproxy_folder)
                 until_the_end.callback(held.launcher.unlink, missing_ok=True)
+                stopping.before((haproxy_folder / ENDED).touch)
         as_is = (host, port, grpc_port) == (file.host, file.port, file.grpc_port)
         path = file.path if as_is else _derived_config(file, host, port, grpc_port)
-        with _Stopping() as stopping:
+        with stopping:
             # In a session of its own the child does not get the terminal's Ctrl-C; this process passes it on once.
             child = subprocess.Popen(
                 [*SERVE_RUN, str(path)],
@@ -216,8 +219,13 @@ class _Stopping:
     def __init__(self) -> None:
         self._child: subprocess.Popen[bytes] | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self._first: list[Callable[[], object]] = []
         self.begun = 0
         """How many signals have come."""
+
+    def before(self, action: Callable[[], object]) -> None:
+        """Do this when the stop begins, before the child is told; in a handler of signals, so it must be brief."""
+        self._first.append(action)
 
     def of(self, child: subprocess.Popen[bytes]) -> None:
         """Pass signals on to `child` from now on; one that came before goes to it at once, as SIGINT."""
@@ -235,6 +243,9 @@ class _Stopping:
 
     def _forward(self, number: int, _: FrameType | None) -> None:
         self.begun += 1
+        if self.begun == 1:
+            for action in self._first:
+                action()
         if self._child is not None and self._child.poll() is None:
             self._child.send_signal(signal.SIGINT if self.begun == 1 else signal.SIGTERM)
         if self.begun == 1:
