@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 import yaml
@@ -104,7 +104,15 @@ async def run(service: ChaosService, wanted: Plan) -> dict[str, Any]:
     return figures
 
 
-async def undisturbed(http: httpx.AsyncClient, service: ChaosService, asked: list[Question]) -> list[Answer]:
+class Door(Protocol):
+    """Where a service answers."""
+
+    url: str
+    grpc_target: str
+    """`host:port`"""
+
+
+async def undisturbed(http: httpx.AsyncClient, service: Door, asked: list[Question]) -> list[Answer]:
     """The answer to each question, from the same service, before anything happens to it. Raises `RuntimeError`."""
     places = asyncio.Semaphore(REFERENCE_IN_FLIGHT)
 
