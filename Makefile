@@ -5,6 +5,7 @@
 #   make serve GPU=1                  the demo model on a GPU, in an environment of its own (.venv-gpu)
 #   make serve PYTHON=python3.12      another Python (3.11 to 3.13)
 #   make serve TORCH_INDEX=URL        where torch comes from (README: Two commands; constraints/install.py decides)
+#   make serve HASHES=                the pinned versions without their hashes, for an index with files of its own
 #   make chaos ARGS='--minutes 1'     arguments of bench, compare and chaos
 
 # The first Python that can make an environment: looked for once, and only by a target that needs it.
@@ -13,30 +14,36 @@ ifeq ($(origin PYTHON),undefined)
 PYTHON = $(eval PYTHON := $(or $(call usable,python3.11),$(call usable,python3.12),$(call usable,python3.13)))$(PYTHON)
 endif
 TORCH_INDEX ?=
+HASHES ?= 1
 VENV ?= $(if $(GPU),.venv-gpu,.venv)
 CONFIG ?= $(if $(GPU),configs/serve.gpu.yaml,configs/serve.yaml)
 CONSTRAINTS := constraints/$(if $(GPU),gpu,cpu).txt
 
 # Named by what they were made from, so that a set-up that is done needs neither time nor network, and a changed pin
 # makes it again.
-KEY := $(shell cat pyproject.toml constraints/cpu.txt constraints/gpu.txt | cksum | cut -d ' ' -f 1)
+KEY := $(shell cat pyproject.toml constraints/cpu.txt constraints/gpu.txt constraints/locks/*.txt | cksum | cut -d ' ' -f 1)
 CONTRACTS := tests/api/clients
 CLIENTS := .venv-clients/.clients-$(shell cat $(CONTRACTS)/requirements.txt $(CONTRACTS)/package-lock.json | cksum | cut -d ' ' -f 1)
 RUNTIME := $(VENV)/.runtime-$(KEY)
 DEVELOPMENT := $(VENV)/.development-$(KEY)
 INSTALL = $(VENV)/bin/python constraints/install.py --constraint $(CONSTRAINTS) $(if $(GPU),--gpu) \
 	$(if $(TORCH_INDEX),--torch-index '$(TORCH_INDEX)')
+# $(call locked,runtime): install nothing but files whose hashes are in that lock.
+locked = $(if $(HASHES),--lock constraints/locks/$1.txt)
+AUDITED = $(VENV)/.audited-$(KEY)-$(shell date +%F)
 # Two processes: one for the tests of the Ray cluster, which mostly wait, one for all others.
 PYTEST = $(VENV)/bin/pytest -n 2
 
-.PHONY: help serve stop test check contracts client proto bench compare chaos clean
+.PHONY: help serve stop test check audit lock contracts client proto bench compare chaos clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make serve   set up, fetch the demo model, and serve it (Ctrl-C stops)'
 	@echo 'make stop    stop what make serve started (PORT=N when several run)'
 	@echo 'make test    set up, and run the tests'
-	@echo 'make check   ruff, mypy, import-linter, deptry and the tests'
+	@echo 'make check   ruff, mypy, import-linter, deptry, pip-audit and the tests'
+	@echo 'make audit   look for known vulnerabilities in the pinned versions (make check: once a day)'
+	@echo 'make lock    write constraints/locks, after a pin has changed'
 	@echo 'make contracts  install the clients of others (0.7 GB), and try them against the API'
 	@echo 'make client  write the blocking client from the asynchronous one'
 	@echo 'make proto   write the Python modules of proto/*.proto'
@@ -44,7 +51,7 @@ help:
 	@echo 'make compare install llama.cpp, transformers serve, vLLM and ray.serve.llm, and measure them beside it'
 	@echo 'make chaos   five minutes of load while replicas die: is any answer lost or changed?'
 	@echo 'make clean   remove the environments and caches in this folder; fetched models stay'
-	@echo 'Variables: PORT, GRPC_PORT, HOST, CONFIG, GPU=1, PYTHON, TORCH_INDEX; see the head of the Makefile.'
+	@echo 'Variables: PORT, GRPC_PORT, HOST, CONFIG, GPU=1, PYTHON, TORCH_INDEX, HASHES; see the head of the Makefile.'
 
 serve: $(RUNTIME)
 	@exec $(VENV)/bin/serve-app serve $(CONFIG) $(if $(PORT),--port $(PORT)) $(if $(GRPC_PORT),--grpc-port $(GRPC_PORT)) \
@@ -64,7 +71,14 @@ check: $(DEVELOPMENT)
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/deptry serve_app
 	$(VENV)/bin/deptry loadtest scripts constraints tests tests/support tests/models --exclude $(CONTRACTS)/programs --ignore DEP002,DEP004
+	@[ -e $(AUDITED) ] || $(VENV)/bin/python scripts/audit.py --done $(AUDITED)
 	$(PYTEST)
+
+audit: $(DEVELOPMENT)
+	$(VENV)/bin/python scripts/audit.py
+
+lock: $(DEVELOPMENT)
+	$(VENV)/bin/python scripts/lock.py
 
 contracts: $(DEVELOPMENT) $(CLIENTS)
 	$(VENV)/bin/pytest tests/api/clients
@@ -103,9 +117,9 @@ $(CLIENTS):
 	@touch $@
 
 $(RUNTIME): | $(VENV)/bin/pip
-	$(INSTALL) .
+	$(INSTALL) $(call locked,runtime) .
 	@touch $@
 
 $(DEVELOPMENT): | $(VENV)/bin/pip
-	$(INSTALL) '.[dev]'
+	$(INSTALL) $(call locked,development) '.[dev]'
 	@touch $(RUNTIME) $@

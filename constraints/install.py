@@ -3,6 +3,10 @@
 Decides who installs (uv where there is one, else pip) and where torch comes from. On Linux PyPI's torch brings CUDA,
 gigabytes of it; a machine without a GPU takes PyTorch's own build for CPUs where its index can be reached. Whoever has
 told the installer where to look is obeyed. Needs the standard library only.
+
+With `--lock FILE` only wheels with the hashes of that file are installed. torch alone may come without one: its hash is
+known if it comes from PyPI (`torch.txt` beside FILE), but not if it is a build for CPUs or comes from where the
+installer was told to look.
 """
 
 from __future__ import annotations
@@ -10,7 +14,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import http.client
+import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +32,13 @@ CUDA_BYTES = 2_730_000_000
 """torch 2.13.0 for Linux on x86-64 with all the packages that it brings, of constraints/gpu.txt."""
 CPU_BYTES = 192_000_000
 """torch 2.13.0+cpu for the same, which brings none of them."""
+
+_WITHOUT_HASHES = (
+    "The set-up with the hashes of {} has failed. They are those of the wheels on PyPI. If your index has files of its "
+    "own, or PyPI no wheel for this machine, `make ... HASHES=` installs the same versions without hashes."
+)
+_HASHED = ["--require-hashes", "--no-deps", "--only-binary", ":all:", "--requirement"]
+"""Wheels only: a source distribution would run its build, with build tools of any version and hash."""
 
 _PLACES = ("index-url", "extra-index-url", "find-links", "no-index")
 """pip's settings, and uv's in its files, that say where packages lie."""
@@ -44,23 +57,48 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--torch-index", default="", help="a package index for torch, whatever this machine has")
     parser.add_argument("--print-torch-index", action="store_true", help="only say which one would be used")
     parser.add_argument("requirement", nargs="?", default=".", help="this project, with its extras (default: .)")
+    parser.add_argument("--lock", type=Path, help="hashes: install nothing else but what it lists, and torch")
     arguments = parser.parse_args(words)
     ways = pip_settings() & set(_WAYS)
     uv = None if ways and not uv_is_told(os.environ) else shutil.which("uv")
     told = uv_is_told(os.environ) or _UV_CHOICE in os.environ if uv else bool(ways & set(_PLACES))
-    index = arguments.torch_index or ("" if arguments.gpu or told else cpu_index())
+    here = arguments.lock is not None and is_installed("torch", arguments.lock.with_name("torch.txt"))
+    index = arguments.torch_index or ("" if arguments.gpu or told or here else cpu_index())
     if arguments.print_torch_index:
         print(index)
         return 0
-    for wanted in (["setuptools"], ["--no-build-isolation", "--editable", arguments.requirement]):
-        # The pinned setuptools builds it: what is set up once needs no network to be set up again.
-        status = subprocess.run([*installer(uv, index, arguments.constraint), *wanted], check=False).returncode
-        if status:
-            return status
-    return 0
+    start, pins = installer(uv, ""), _constrained(arguments.constraint)
+    project = ["--no-build-isolation", "--editable", arguments.requirement]
+    # The pinned setuptools builds it: what is set up once needs no network to be set up again.
+    if arguments.lock is None:
+        start = installer(uv, index) + pins
+        return run([*start, "setuptools"]) or run([*start, *project])
+    status = run([*start, *_HASHED, str(arguments.lock)])
+    if not status and not (index or told or here):
+        status = run([*start, *_HASHED, str(arguments.lock.with_name("torch.txt"))])
+    if status:
+        print(_WITHOUT_HASHES.format(arguments.lock), file=sys.stderr)
+        return status
+    # With the packages that this build of torch needs and that no lock lists.
+    return run([*installer(uv, index), *pins, "torch"]) or run([*start, "--no-deps", *project])
 
 
-def installer(uv: str | None, torch_index: str, constraint: Path | None) -> list[str]:
+def run(command: Sequence[str]) -> int:
+    """Run it; its exit status."""
+    return subprocess.run(command, check=False).returncode
+
+
+def is_installed(package: str, lock: Path) -> bool:
+    """Whether this environment has the version that the lock lists, of whatever build (`2.13.0+cpu` is 2.13.0)."""
+    pinned = re.search(rf"^{package}==([^\s;]+)", lock.read_text(encoding="utf-8"), re.MULTILINE)
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return pinned is not None and version.partition("+")[0] == pinned[1]
+
+
+def installer(uv: str | None, torch_index: str) -> list[str]:
     """The beginning of a command, up to what is to be installed."""
     if uv is not None:
         command = [uv, "pip", "install", "--python", sys.executable]
@@ -70,7 +108,11 @@ def installer(uv: str | None, torch_index: str, constraint: Path | None) -> list
         command += ["--extra-index-url", torch_index]
         if uv is not None:  # as pip does: PyTorch's index holds other packages too, some of them old
             command += ["--index-strategy", "unsafe-best-match"]
-    return command + (["--constraint", str(constraint)] if constraint else [])
+    return command
+
+
+def _constrained(pins: Path | None) -> list[str]:
+    return ["--constraint", str(pins)] if pins else []
 
 
 def pip_settings() -> set[str]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -218,6 +221,42 @@ def test_a_uv_that_was_told_where_to_look_is_obeyed(machine: Machine, index: Ind
     assert index.asked == []
 
 
+HASHED = ["--require-hashes", "--no-deps", "--only-binary", ":all:", "--requirement"]
+
+
+def locks(folder: Path, torch: str) -> str:
+    """A lock, with one beside it that pins this version of torch."""
+    (folder / "torch.txt").write_text(f"triton==3.0\ntorch=={torch} ; sys_platform != 'win32' \\\n")
+    return str(folder / "runtime.txt")
+
+
+@pytest.mark.parametrize("why", ["gpu", "silent", "answers", "told", "named", "here"])
+def test_with_a_lock_all_but_torch_has_a_hash_and_so_has_torch_from_pypi(
+    machine: Machine, index: Index, tmp_path: Path, why: str
+) -> None:
+    index.status = 503 if why == "silent" else 200
+    machine.environment["PIP_SETTINGS"] = "global.find-links='/wheels'" if why == "told" else ""
+    lock = locks(tmp_path, torch=importlib.metadata.version("torch").partition("+")[0] if why == "here" else "1.0")
+    more = {"gpu": ["--gpu"], "named": ["--torch-index", index.url]}.get(why, [])
+    assert machine.install("--constraint", "cpu.txt", "--lock", lock, *more, ".[dev]").returncode == 0
+    hashed = [[*PIP_INSTALL, *HASHED, lock]]
+    if why in ("gpu", "silent"):
+        hashed.append([*PIP_INSTALL, *HASHED, str(tmp_path / "torch.txt")])
+    place = ["--extra-index-url", index.url] if why in ("answers", "named") else []
+    torch = [*PIP_INSTALL, *place, "--constraint", "cpu.txt", "torch"]
+    assert machine.asked == [*hashed, torch, [*PIP_INSTALL, "--no-deps", *PROJECT, ".[dev]"]]
+    assert bool(index.asked) is (why in ("silent", "answers"))
+
+
+def test_a_lock_that_does_not_fit_says_what_to_do(machine: Machine, tmp_path: Path) -> None:
+    machine.environment["PIP_STATUS"] = "1"
+    done = machine.install("--lock", locks(tmp_path, torch="1.0"))
+    assert done.returncode == 1
+    assert len(machine.asked) == 1
+    assert "files of its own" in done.stderr
+    assert "`make ... HASHES=` installs the same versions" in done.stderr
+
+
 def test_an_installation_that_fails_ends_it(machine: Machine) -> None:
     machine.environment["PIP_STATUS"] = "7"
     assert machine.install().returncode == 7
@@ -245,13 +284,29 @@ def test_the_settings_of_a_real_pip(install: ModuleType, monkeypatch: pytest.Mon
     assert {"extra-index-url", "client-cert"} <= install.pip_settings()
 
 
+@pytest.mark.parametrize(("version", "works"), [("", True), ("0.1", False)], ids=["installed", "another"])
+def test_what_is_set_up_needs_no_network_to_be_set_up_again(
+    install: ModuleType, tmp_path: Path, version: str, works: bool
+) -> None:
+    """With the real pip: a hash is compared only where there is a file to fetch."""
+    lock = tmp_path / "runtime.txt"
+    lock.write_text(f"PyYAML=={version or importlib.metadata.version('PyYAML')} --hash=sha256:{64 * '0'}\n")
+    command = [*install.installer(None, ""), "--no-index", "--dry-run", *install._HASHED, str(lock)]
+    assert (install.run(command) == 0) is works
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed (Debian: apt install make)")
 @pytest.mark.parametrize(
     ("words", "command"),
     [
-        (["serve"], "--constraint constraints/cpu.txt ."),
-        (["serve", "GPU=1"], "--constraint constraints/gpu.txt --gpu ."),
-        (["test", "TORCH_INDEX=https://x"], "--constraint constraints/cpu.txt --torch-index 'https://x' '.[dev]'"),
+        (["serve"], "--constraint constraints/cpu.txt --lock constraints/locks/runtime.txt ."),
+        (["serve", "GPU=1"], "--constraint constraints/gpu.txt --gpu --lock constraints/locks/runtime.txt ."),
+        (["serve", "HASHES="], "--constraint constraints/cpu.txt ."),
+        (
+            ["test", "TORCH_INDEX=https://x"],
+            "--constraint constraints/cpu.txt --torch-index 'https://x' "
+            "--lock constraints/locks/development.txt '.[dev]'",
+        ),
     ],
 )
 def test_make_says_what_it_is_for(tmp_path: Path, words: list[str], command: str) -> None:
@@ -260,3 +315,49 @@ def test_make_says_what_it_is_for(tmp_path: Path, words: list[str], command: str
     printed = subprocess.run(dry, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=True)
     said = " ".join(printed.stdout.replace("\\\n", " ").split())
     assert f"{tmp_path}/bin/python constraints/install.py {command} " in f"{said} "
+
+
+def pins(path: Path) -> dict[str, str]:
+    """Versions by normal names."""
+    found = re.findall(r"^([\w.-]+)==([^\s;]+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {normal(name): version for name, version in found}
+
+
+def normal(name: str) -> str:
+    """As indexes compare names."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+ELSEWHERE = {"async-timeout", "colorama", "httpx2-jsfetch"}
+"""Of Pythons and systems that are not supported."""
+
+
+def test_the_locks_hold_what_is_pinned() -> None:
+    """`make lock` writes them."""
+    folder = SCRIPT.parent
+    cpu, gpu = pins(folder / "cpu.txt"), pins(folder / "gpu.txt")
+    runtime, development, torch = (
+        pins(folder / "locks" / f"{name}.txt") for name in ("runtime", "development", "torch")
+    )
+    assert {name: version for name, version in development.items() if name not in ELSEWHERE} == {
+        name: version for name, version in cpu.items() if name != "torch"
+    }
+    assert runtime.items() <= development.items()
+    assert "setuptools" in runtime, "it builds the project"
+    assert torch == {**gpu, "torch": cpu["torch"], "triton": cpu["triton"]}
+
+
+def test_each_pinned_version_has_a_hash() -> None:
+    for path in (SCRIPT.parent / "locks").iterdir():
+        for requirement in re.split(r"\n(?=\w)", path.read_text(encoding="utf-8"))[1:]:
+            assert "--hash=sha256:" in requirement, requirement
+
+
+def test_what_the_project_needs_is_in_the_locks() -> None:
+    """The project is installed without looking at what it needs. `make lock` sees to versions too."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)["project"]
+    extras = [requirement for extra in project["optional-dependencies"].values() for requirement in extra]
+    for lock, requirements in {"runtime": project["dependencies"], "development": extras}.items():
+        locked = pins(SCRIPT.parent / "locks" / f"{lock}.txt").keys() | {"torch", "serve-app"}
+        assert {normal(re.split(r"[^\w.-]", requirement)[0]) for requirement in requirements} <= locked
