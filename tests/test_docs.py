@@ -13,7 +13,7 @@ from serve_app.cli.main import COMMANDS
 from serve_app.observability import metrics
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "loadtest/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "loadtest/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CODE = sorted(path for folder in ("serve_app", "loadtest", "tests") for path in (ROOT / folder).rglob("*.py"))
 README_LINES = 150
 

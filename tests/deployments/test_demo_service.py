@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import openai
+import psutil
 import pytest
 import torch
+from opened import ALL, LOOPBACK, listening, ray_processes, told, written
 from ray import serve
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,6 +25,7 @@ from serve_app.models.source import resolve
 pytestmark = [pytest.mark.ray, pytest.mark.demo]
 
 APP = "demo"
+PORTS = Path(__file__).parents[2] / "docs" / "operations.md"
 MESSAGES = [{"role": "user", "content": "What is a prime number?"}]
 TOKENS = 24
 ASKED = 6000
@@ -96,3 +100,17 @@ async def test_a_disconnect_stops_the_engine(url: str) -> None:
             await asyncio.sleep(0.01)
     assert after.counters.output_tokens - before.counters.output_tokens < ASKED / 2
     assert after.used_pages == 0
+
+
+def test_every_port_and_file_is_in_the_tables(url: str, ray_folder: Path) -> None:
+    """docs/operations.md: no port is open to more than it says, and nothing is written elsewhere."""
+    assert httpx.get(f"{url}/stream?prompt=Once&max_tokens=1&resume=1", timeout=60).status_code == 200
+    processes = ray_processes(APP)
+    found = listening(processes)
+    assert found - told(PORTS) == set()
+    assert {("ModelServer", LOOPBACK), ("Ingress", ALL), ("ProxyActor", LOOPBACK), ("gcs_server", ALL)} <= found
+    places = (str(ray_folder), str(cache_directory()), "/dev/shm", str(Path(tempfile.gettempdir(), "pymp-")))
+    ours = {file.path for file in psutil.Process().open_files()}
+    paths = written(processes)
+    assert any(path.endswith("/sockets/raylet") for path in paths)
+    assert {path for path in paths if not path.startswith(places)} - ours == set()
