@@ -4,8 +4,8 @@ Start-time fair queueing (P. Goyal, H. Vin, H. Cheng: "Start-Time Fair Queueing:
 Services Packet Switching Networks", SIGCOMM 1996), with tokens for bits, as the virtual token counters of Y. Sheng and
 others ("Fairness in Serving Large Language Models", OSDI 2024) have it. Each tenant has a tag. The tenant with the
 lowest tag starts an item next, and its tag then rises by the item's tokens divided by the tenant's weight. Virtual time
-is the highest tag at which an item has started. A tenant that has nothing waiting and asks again takes part from the
-virtual time on, so that it gets no credit for the time in which it asked nothing.
+is the highest that the lowest tag has been at a start. A tenant that has nothing waiting and asks again takes part from
+the virtual time on, so that it gets no credit for the time in which it asked nothing.
 
 Promises, with C for the tokens of a tenant's largest item:
 
@@ -118,8 +118,7 @@ class FairQueue(Generic[_Item]):
         return None
 
     def start(self, item: _Item) -> None:
-        """Take an item that waits, and charge its tenant for it. Usually that is the `first`; another one is charged
-        in the same way. `end` must be called for it."""
+        """Take an item that waits, the `first` or another one, and charge its tenant for it. `end` must follow."""
         priority, tenant = self._waiting.pop(item)
         tokens = self._classes[priority].start(item, tenant)
         self._started[item] = _Start(tenant, priority, tokens, tenant.weight)
@@ -190,8 +189,9 @@ class _Class(Generic[_Item]):
 
     def start(self, item: _Item, tenant: _Tenant[_Item]) -> int:
         """Take the item and charge for it; returns its tokens."""
+        self.first()  # the lowest tag is on top of the heap now; that of an item out of turn may be far higher
+        self._now = max(self._now, self._heap[0][0])
         tokens = self._take(item, tenant)
-        self._now = max(self._now, tenant.tag)
         tenant.tag += tokens / tenant.weight
         self._place(tenant)
         return tokens

@@ -100,6 +100,16 @@ def test_nothing_is_owed_after_the_service_was_idle() -> None:
     assert queue.first() == "c9"
 
 
+def test_an_item_that_starts_out_of_turn_is_charged_and_no_newcomer_pays_for_it() -> None:
+    queue: FairQueue[str] = FairQueue()
+    for item in ("d0", "d1", "d2", "e0", "e1"):
+        add(queue, item)
+    queue.start("d1")
+    queue.start("d0")
+    add(queue, "f0")
+    assert list(started(queue)) == ["e0", "f0", "e1", "d2"]
+
+
 def test_a_tenant_whose_first_item_leaves_keeps_its_turn() -> None:
     queue: FairQueue[str] = FairQueue()
     for item in ("d0", "e0", "d1", "e1"):

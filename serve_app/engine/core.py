@@ -75,14 +75,14 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.scheduler.running or self.scheduler.waiting)
+        return bool(self.scheduler.running or self.scheduler.line)
 
     def load(self) -> ReplicaLoad:
         """What there is to do at the moment."""
         scheduler = self.scheduler
         return ReplicaLoad(
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
+            waiting=len(scheduler.line),
             places=scheduler.max_running,
             free_tokens=scheduler.free_tokens,
             waiting_tokens=scheduler.uncomputed_tokens,
@@ -90,10 +90,17 @@ class EngineCore:
             seconds_per_request=self.meter.seconds_per_request,
         )
 
+    def retry_after_s(self) -> float:
+        """Seconds in which an eighth of the waiting sequences will have started, at the pace of those that ended last.
+
+        At least 1.
+        """
+        return max(1.0, len(self.scheduler.line) / 8 * self.meter.seconds_per_request / self.scheduler.max_running)
+
     def expire(self) -> list[Gain]:
         """Drop the sequences whose deadline has passed; returns a failure for each."""
         now = time.monotonic()
-        unfinished = (*self.scheduler.running, *self.scheduler.waiting)
+        unfinished = (*self.scheduler.running, *self.scheduler.line)
         late = [sequence for sequence in unfinished if sequence.deadline is not None and sequence.deadline <= now]
         for sequence in late:
             self.remove(sequence)

@@ -279,7 +279,8 @@ class Engine:
             return failure
         stats = self.stats()
         if stats.running + stats.waiting >= self._config.max_running + self._config.max_waiting:
-            return Failure(FailureCode.OVERLOADED, "the model's queue is full; try again later", retry_after_s=1.0)
+            message = "the model's queue is full; try again later"
+            return Failure(FailureCode.OVERLOADED, message, retry_after_s=self._core.retry_after_s())
         return None
 
     # ---- the engine's thread ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import chain
 
 from serve_app.core import Failure, FailureCode, GenerationRequest
@@ -25,6 +26,8 @@ def refusal(request: GenerationRequest, *, context_tokens: int, vocab_size: int)
         )
     if request.max_new_tokens < 0 or (request.prompt_logprobs or 0) < 0:
         return _invalid("max_new_tokens and prompt_logprobs must not be negative")
+    if not (request.weight > 0 and math.isfinite(request.weight)):
+        return _invalid(f"the tenant's weight must be a positive number, not {request.weight}")
     if max(request.sampling.logprobs or 0, request.prompt_logprobs or 0) > vocab_size:
         return _invalid(f"more logprobs than the vocabulary's {vocab_size} tokens")
     biased = tuple(token for token, _ in request.sampling.logit_bias)

@@ -1,18 +1,26 @@
 """Chooses the tokens of each step: which sequences compute how many of their tokens, and in which pages.
 
 Uses no device and no clock. Every accepted sequence finishes: a single one always fits (larger requests are refused
-before they get here), and when pages run out the youngest sequence gives its pages back and is recomputed later.
+before they get here), and when pages run out the youngest sequence gives its pages back and is recomputed later, before
+new ones start. Which new one starts next is a matter of fairness between tenants (`serve_app.fair_queue`). Batch
+sequences start when no interactive one waits, and yield to those that come.
 """
 
 from __future__ import annotations
 
-import bisect
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from serve_app.engine.kv_cache import PagePool, page_hash, root_hash
 from serve_app.engine.prompt_lookup import INDEXED_PER_STEP, ROW_COST, share_rows
 from serve_app.engine.sequence import DraftPosition, Sequence
+from serve_app.engine.waiting_line import WaitingLine, by_order
+
+YIELD_TOKENS = 16
+"""A batch sequence that was preempted for an interactive one is preempted for another only after so many more tokens.
+So an output of n tokens yields n / 16 + 1 times at most, and an interactive request waits for at most 16 steps and the
+prefill of a batch sequence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +85,8 @@ class Scheduler:
         row_cost: float = ROW_COST,
     ) -> None:
         self.pool = pool
-        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.line = WaitingLine()
         self.preemptions = 0
         self._page_tokens = page_tokens
         self.max_running = max_running
@@ -94,16 +102,25 @@ class Scheduler:
     @property
     def uncomputed_tokens(self) -> int:
         """Tokens that the sequences have and that are not in the cache, but for the last one of each running one."""
-        begun = sum(sequence.remaining - 1 for sequence in self.running)
-        return begun + sum(len(sequence.token_ids) for sequence in self.waiting)
+        return self.line.tokens + sum(sequence.remaining - 1 for sequence in self.running)
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        """Those that wait for a place or for pages. `len(line)` costs less."""
+        return list(self.line)
 
     def add(self, sequence: Sequence) -> None:
-        bisect.insort(self.waiting, sequence, key=_order)
+        """Let a new sequence wait."""
+        self.line.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Drop a finished or cancelled sequence and give its pages back."""
-        self._release(sequence)
-        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self._release(sequence)
+            self.line.ended(sequence)
+        else:
+            self.line.drop(sequence)
 
     def schedule(self) -> list[Chunk]:
         """The chunks of the next step: decodes first, then prompts as far as the token budget goes.
@@ -117,7 +134,7 @@ class Scheduler:
             self._add_chunk(isolated, min(isolated.remaining, step.budget), step)
             return list(step.chunks.values()) or self.schedule()
         preempted = self.preemptions
-        for sequence in sorted((s for s in self.running if s.remaining == 1 and not s.held), key=_order):
+        for sequence in sorted((s for s in self.running if s.remaining == 1 and not s.held), key=by_order):
             if sequence in self.running and step.budget > 0:
                 self._add_chunk(sequence, 1, step)
         self._prefill(step, admitting=self.preemptions == preempted)
@@ -128,11 +145,17 @@ class Scheduler:
 
     def _prefill(self, step: _Step, *, admitting: bool) -> None:
         """Fill the rest of the budget with prompts in order: those under way and those that can be admitted."""
-        under_way = deque(sorted((s for s in self.running if s.remaining > 1), key=_order))
-        while step.budget > 0 and (under_way or (admitting and self.waiting)):
-            if admitting and self.waiting and not (under_way and under_way[0].order < self.waiting[0].order):
-                admitting = self._admit(self.waiting[0], step)
+        under_way = deque(sorted((s for s in self.running if s.remaining > 1), key=by_order))
+        before = self.preemptions
+        while step.budget > 0:
+            newcomer = self.line.next() if admitting else None
+            if newcomer is not None and newcomer.batch and self.preemptions > before:
+                newcomer = None  # it may just have yielded
+            if newcomer is not None and not (under_way and under_way[0].order < newcomer.order):
+                admitting = self._admit(newcomer, step)
                 continue
+            if not under_way:
+                break
             sequence = under_way.popleft()
             if sequence in self.running and sequence not in step.chunks:
                 preempted = self.preemptions
@@ -150,7 +173,7 @@ class Scheduler:
         if tokens <= 0:
             return
         while not self._reserve(sequence, tokens):
-            victim = max(self.running, key=_order)
+            victim = max(self.running, key=by_order)
             self._preempt(victim, step)
             if victim is sequence:
                 return
@@ -161,19 +184,18 @@ class Scheduler:
     def _admit(self, sequence: Sequence, step: _Step) -> bool:
         """Admit the first in the queue if it fits; returns whether the next one may be tried.
 
-        Running sequences without output that come after it in order are preempted for it.
+        Running sequences that make way for it are preempted.
         """
         while (prefix := self._fitting_prefix(sequence)) is None:
-            last = max(self.running, key=_order)
-            if last.output_len > 0 or last.order < sequence.order:
+            if (victim := self._making_way(sequence)) is None:
                 return False
-            self._preempt(last, step)
+            self._preempt(victim, step)
         self.pool.hold(prefix)
         sequence.pages = prefix
         sequence.computed = len(prefix) * self._page_tokens
         if sequence.preemptions == 0:
             sequence.cached_prompt_tokens = min(sequence.computed, sequence.prompt_len)
-        self.waiting.remove(sequence)
+        self.line.leave(sequence)
         self.running.append(sequence)
         if not (sequence.isolated and step.chunks):
             self._add_chunk(sequence, min(sequence.remaining, step.budget), step)
@@ -182,15 +204,30 @@ class Scheduler:
             step.budget = 0
         return not sequence.isolated
 
-    def _fitting_prefix(self, newcomer: Sequence) -> list[int] | None:
+    def _making_way(self, newcomer: Sequence) -> Sequence | None:
+        """A running sequence to preempt for the newcomer: the last of batch, or one without output that comes later.
+
+        Batch yields to interactive ones only if that makes enough room.
+        """
+        yielding = [s for s in self.running if s.batch and not newcomer.batch and s.output_len >= s.yields_from]
+        if yielding and self._fitting_prefix(newcomer, yielding) is not None:
+            victim = max(yielding, key=by_order)
+            victim.yields_from = victim.output_len + YIELD_TOKENS
+            return victim
+        last = max((s for s in self.running if newcomer.batch or not s.batch), key=by_order, default=None)
+        return None if last is None or last.output_len > 0 or last.order < newcomer.order else last
+
+    def _fitting_prefix(self, newcomer: Sequence, without: Collection[Sequence] = ()) -> list[int] | None:
         """The cached pages of the newcomer's longest known prefix, or None when it can't run beside the others yet.
+
+        `without`: as if these did not run, and shared none of their pages.
 
         One free page for each running sequence keeps the newcomer from being preempted at once. The pages are not held
         while it waits: holding and releasing them in each step would keep them in the cache at the expense of pages
         that others have used since.
         """
-        running = len(self.running)
-        room = self.pool.available - running
+        running = len(self.running) - len(without)
+        room = self.pool.available + sum(len(sequence.pages) for sequence in without) - running
         # The newcomer needs at least one page of its own: without room for it the look-up is skipped.
         if running and (running >= self.max_running or room < 1):
             return None
@@ -286,13 +323,9 @@ class Scheduler:
         self._release(sequence)
         sequence.preemptions += 1
         self.preemptions += 1
-        self.add(sequence)
+        self.line.come_back(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
         sequence.pages = []
         sequence.computed = 0
-
-
-def _order(sequence: Sequence) -> tuple[bool, int]:
-    return sequence.order

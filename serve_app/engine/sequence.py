@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
-from serve_app.core import FinishReason, GenerationRequest, GenerationStats
+from serve_app.core import FinishReason, GenerationRequest, GenerationStats, Priority
 from serve_app.engine.constraint import Constraint
 from serve_app.engine.prompt_logprobs import PromptScores
 from serve_app.engine.prompt_lookup import Lookup
@@ -22,6 +22,10 @@ class Sequence:
     request: GenerationRequest
     arrival: int
     """Rises with each request."""
+    batch: bool = field(init=False)
+    """Whether it yields to interactive sequences."""
+    turn: tuple[int, int] = field(init=False)
+    """Rises with each sequence that starts: the arrival, unless one that arrived later has started before this one."""
     deadline: float | None = None
     """On this process's monotonic clock."""
     token_ids: list[int] = field(default_factory=list)
@@ -34,6 +38,8 @@ class Sequence:
     first_token_at: float | None = None
     cached_prompt_tokens: int = 0
     preemptions: int = 0
+    yields_from: int = 0
+    """Tokens of output from which a batch sequence may be preempted for an interactive one."""
     lookup: Lookup | None = None
     """Made when a step first has a free row for guesses."""
     may_guess: bool = True
@@ -45,18 +51,19 @@ class Sequence:
 
     def __post_init__(self) -> None:
         request = self.request
+        self.batch, self.turn = request.priority is Priority.BATCH, (self.arrival, 0)
         self.token_ids = [*request.prompt_token_ids, *request.output_token_ids]
         if request.needs_prompt_logprobs:
             self.prompt_scores = PromptScores(request.prompt_logprobs or 0)
 
     @property
-    def order(self) -> tuple[bool, int]:
-        """Sort key: sequences with output come before those without, then by arrival.
+    def order(self) -> tuple[bool, bool, tuple[int, int]]:
+        """Sort key: interactive sequences come before batch, then those with output before those without, then by turn.
 
-        So a stream that a failover brought here continues before new ones begin, and preemption takes pages from new
-        ones first. The key changes with the first token.
+        So a stream that a failover brought here continues before new ones begin, and preemption takes pages from batch
+        and from new ones first. The key changes with the first token.
         """
-        return (self.output_len == 0, self.arrival)
+        return (self.batch, self.output_len == 0, self.turn)
 
     @property
     def prompt_len(self) -> int:

@@ -41,6 +41,7 @@ from serve_app.core import (
     Fingerprint,
     FinishReason,
     GenerationRequest,
+    Priority,
     SamplingParams,
     TokenBatch,
 )
@@ -73,6 +74,17 @@ async def test_greedy_survives_preemption(kind: str, make_engine: MakeEngine) ->
     engine = make_engine(kind, kv_cache_memory=13 * page_bytes, context=200, max_step_tokens=32, prompt_lookup=False)
     assert await all_tokens(engine, [request_for(prompt, 40) for prompt in prompts]) == expected
     assert engine.stats().preemptions > 0, "the cache was large enough after all: the test tests nothing"
+
+
+async def test_batch_work_that_yields_gives_the_same_tokens(make_engine: MakeEngine) -> None:
+    prompts = prompts_of((30, 31, 33, 20, 25), seed=4)
+    expected = [greedy_reference("llama", prompt, 40) for prompt in prompts]
+    engine = make_engine(max_running=3, max_step_tokens=32)
+    low = [asyncio.create_task(tokens_of(engine, request_for(p, 40, priority=Priority.BATCH))) for p in prompts[:3]]
+    await until(lambda: engine.stats().counters.output_tokens >= 6)
+    assert await all_tokens(engine, [request_for(prompt, 40) for prompt in prompts[3:]]) == expected[3:]
+    assert await asyncio.gather(*low) == expected[:3]
+    assert engine.stats().preemptions >= 2
 
 
 async def test_a_seed_gives_the_same_tokens_alone_in_a_batch_and_continued(make_engine: MakeEngine) -> None:
@@ -222,6 +234,7 @@ async def test_cancelling_the_caller_stops_the_work(make_engine: MakeEngine) -> 
         ({"sampling": SamplingParams(seed=0, logprobs=1000)}, FailureCode.INVALID_REQUEST, "logprobs"),
         ({"stop_token_ids": (VOCAB + 1,)}, FailureCode.INVALID_REQUEST, "vocabulary"),
         ({"predicted_token_ids": (1, VOCAB)}, FailureCode.INVALID_REQUEST, "vocabulary"),
+        ({"weight": 0.0}, FailureCode.INVALID_REQUEST, "weight"),
     ],
 )
 async def test_requests_that_can_not_be_served_are_refused(
@@ -278,21 +291,17 @@ async def test_a_request_on_its_way_to_a_step_is_counted_once(
         stats = engine.stats()
         counts.append(stats.running + stats.waiting)
 
-    class Watched(list[Any]):
-        def remove(self, value: Any) -> None:
+    def watched(method: Callable[[Any], None]) -> Callable[[Any], None]:
+        def call(sequence: Any) -> None:
             count()
-            super().remove(value)
+            method(sequence)
             count()
 
-    scheduler, add = engine._core.scheduler, engine._core.scheduler.add
+        return call
 
-    def watched_add(sequence: Any) -> None:
-        count()
-        add(sequence)
-        count()
-
-    monkeypatch.setattr(scheduler, "add", watched_add)
-    monkeypatch.setattr(scheduler, "waiting", Watched())
+    scheduler = engine._core.scheduler
+    monkeypatch.setattr(scheduler, "add", watched(scheduler.add))
+    monkeypatch.setattr(scheduler.line, "leave", watched(scheduler.line.leave))
     await tokens_of(engine, request_for([1, 2, 3], 2))
     assert counts == [1] * 4, "before and after it is queued, and before and after it is taken from the queue"
 

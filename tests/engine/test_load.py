@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
 from tiny_models import collect, request_for, until
 
 from serve_app.core import ReplicaLoad
+from serve_app.engine.core import EngineCore
 from serve_app.engine.engine import Engine
 from serve_app.engine.load import RECENT_S, LoadMeter, is_news
 
@@ -40,6 +43,19 @@ def test_rates_follow_recent_busy_time() -> None:
     assert meter.seconds_per_request == 2.0
     meter.ended(4.0)
     assert meter.seconds_per_request == 2.25
+
+
+@pytest.mark.parametrize(
+    ("waiting", "seconds_per_request", "expected"), [(256, 0.0, 1.0), (256, 10.0, 10.0), (8, 10.0, 1.0), (0, 10.0, 1.0)]
+)
+def test_who_is_refused_is_told_when_an_eighth_of_the_queue_will_have_started(
+    waiting: int, seconds_per_request: float, expected: float
+) -> None:
+    core: Any = SimpleNamespace(
+        scheduler=SimpleNamespace(line=range(waiting), max_running=32),
+        meter=SimpleNamespace(seconds_per_request=seconds_per_request),
+    )
+    assert EngineCore.retry_after_s(core) == expected
 
 
 @pytest.mark.parametrize(

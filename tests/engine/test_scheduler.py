@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from serve_app.core import Fingerprint, GenerationRequest, SamplingParams
+from serve_app.core import Fingerprint, GenerationRequest, Priority, SamplingParams
 from serve_app.engine import scheduler as scheduling
 from serve_app.engine.kv_cache import PagePool
 from serve_app.engine.scheduler import Chunk, Scheduler
@@ -25,6 +25,9 @@ def sequence(
     first_id: int = 0,
     delivered: int = 0,
     isolated: bool = False,
+    tenant: str = "",
+    weight: float = 1.0,
+    batch: bool = False,
 ) -> Sequence:
     """`delivered`: how many of the `new` tokens an earlier attempt, on another replica, has brought."""
     request = GenerationRequest(
@@ -36,6 +39,9 @@ def sequence(
         output_token_ids=(100_000,) * delivered,
         cache_salt=salt,
         isolated=isolated,
+        tenant=tenant,
+        weight=weight,
+        priority=Priority.BATCH if batch else Priority.INTERACTIVE,
     )
     return Sequence(request, arrival)
 
@@ -173,6 +179,138 @@ def test_nor_does_it_fill_the_step_in_which_a_suspect_is_admitted() -> None:
     assert [step(s) for _ in range(3)] == [[(1, 1)], [(3, 12)], [(1, 1), (3, 1), (2, 14)]]
 
 
+def drain(s: Scheduler, steps: int = 2_000) -> list[int]:
+    """Step until nothing is left: the arrivals, in the order in which their outputs began."""
+    begun: dict[int, None] = {}
+    for _ in range(steps):
+        if not (s.running or s.waiting):
+            return list(begun)
+        waits = [one for one in s.running + s.waiting if one.output_len == 0]
+        step(s)
+        begun |= dict.fromkeys(one.arrival for one in sorted(waits, key=lambda one: one.turn) if one.output_len)
+    raise AssertionError("not all of them finish")
+
+
+def test_a_tenant_with_many_requests_delays_another_by_one_of_them() -> None:
+    s = scheduler(running=2)
+    for arrival in range(1, 9):
+        s.add(sequence(arrival, 3, first_id=arrival * 100, tenant="greedy"))
+    step(s)
+    s.add(sequence(9, 3, first_id=900, tenant="modest"))
+    s.add(sequence(10, 3, first_id=1000, tenant="modest"))
+    assert drain(s) == [9, 3, 10, 4, 5, 6, 7, 8]
+
+
+def test_a_tenants_weight_is_its_share_of_the_starts() -> None:
+    s = scheduler(running=1)
+    for arrival in range(8):
+        s.add(sequence(arrival, 3, first_id=arrival * 100, tenant="one"))
+        s.add(sequence(arrival + 8, 3, first_id=arrival * 100, tenant="three", weight=3.0))
+    assert sum(arrival >= 8 for arrival in drain(s)[:8]) == 6
+
+
+def test_who_started_later_is_the_younger_one_whenever_it_came() -> None:
+    s = scheduler(pages=9, running=4, budget=32)
+    for arrival in (1, 2):
+        s.add(sequence(arrival, 6, new=20, first_id=arrival * 100, tenant="greedy"))
+    modest = sequence(3, 6, new=20, first_id=300, tenant="modest")
+    s.add(modest)
+    step(s)
+    assert [one.arrival for one in s.running] == [1, 3, 2]
+    while not s.preemptions:
+        step(s)
+    assert [one.arrival for one in s.waiting] == [2]
+
+
+def test_what_was_preempted_comes_back_before_new_work_of_any_tenant() -> None:
+    s = scheduler(pages=5, running=4, budget=32)
+    s.add(sequence(1, 8, new=12, tenant="a"))
+    s.add(sequence(2, 4, new=12, first_id=500, tenant="a"))
+    while not s.preemptions:
+        step(s)
+    s.add(sequence(3, 2, new=2, first_id=900, tenant="b"))
+    assert [one.arrival for one in s.waiting] == [2, 3]
+    while s.waiting:
+        step(s)
+        assert [one.arrival for one in s.waiting] in ([2, 3], [3], [])
+
+
+def test_many_requests_in_few_pages_all_finish_in_their_order() -> None:
+    s = scheduler(pages=8, running=6, budget=16)
+    for arrival in range(60):
+        s.add(sequence(arrival, 1 + arrival * 7 % 13, new=1 + arrival * 5 % 17, first_id=arrival * 100))
+    assert drain(s) == list(range(60))
+    assert s.preemptions > 0
+    assert s.pool.used == 0
+
+
+def test_batch_starts_when_no_interactive_request_waits_even_if_that_does_not_fit() -> None:
+    s = scheduler(pages=8, running=3, budget=64)
+    s.add(sequence(1, 12, new=8))
+    step(s)
+    s.add(sequence(2, 2, first_id=200, batch=True))
+    s.add(sequence(3, 20, new=4, first_id=300))
+    while any(one.arrival == 1 for one in s.running):
+        assert [one.arrival for one in s.running] == [1]
+        step(s)
+    assert drain(s) == [3, 2]
+
+
+def test_batch_gives_its_place_to_an_interactive_request_and_goes_on_afterwards() -> None:
+    s = scheduler(running=2)
+    first, second = (sequence(arrival, 3, new=30, first_id=arrival * 100, batch=True) for arrival in (1, 2))
+    s.add(first)
+    s.add(second)
+    for _ in range(3):
+        step(s)
+    s.add(sequence(3, 3, new=2, first_id=300))
+    assert step(s) == [(1, 1), (3, 3)], "at once"
+    assert second.output_len == 3
+    step(s)
+    assert step(s) == [(1, 1), (2, 2)], "its full page was still there"
+    assert drain(s) == []
+    assert (first.preemptions, second.preemptions) == (0, 1)
+    assert (first.output_len, second.output_len) == (30, 30)
+
+
+def test_pages_are_taken_from_batch_first() -> None:
+    s = scheduler(pages=7, running=4, budget=32)
+    s.add(sequence(1, 4, new=12, first_id=100, batch=True))
+    step(s)
+    s.add(sequence(2, 4, new=12, first_id=200))
+    while not s.preemptions:
+        step(s)
+    assert [one.arrival for one in s.running] == [2]
+
+
+def test_batch_does_not_yield_where_that_makes_too_little_room() -> None:
+    s = scheduler(pages=8, running=4, budget=64)
+    s.add(sequence(1, 16, new=8, first_id=100))
+    s.add(sequence(2, 4, new=8, first_id=200, batch=True))
+    step(s)
+    s.add(sequence(3, 16, new=4, first_id=300))
+    step(s)
+    assert s.preemptions == 0
+
+
+def test_batch_that_has_yielded_makes_some_tokens_before_it_yields_again() -> None:
+    s = scheduler(running=1)
+    batch = sequence(0, 3, new=100, batch=True)
+    s.add(batch)
+    step(s)
+    arrival = longest = waited = 0
+    while s.running or s.waiting:
+        if s.running == [batch] and not s.waiting:
+            arrival += 1
+            s.add(sequence(arrival, 3, new=2, first_id=arrival * 100))
+        step(s)
+        waited = waited + 1 if any(not one.batch for one in s.waiting) else 0
+        longest = max(longest, waited)
+    assert batch.output_len == 100
+    assert 100 / scheduling.YIELD_TOKENS - 1 <= batch.preemptions <= 100 / scheduling.YIELD_TOKENS + 1
+    assert longest <= scheduling.YIELD_TOKENS
+
+
 def test_a_shared_prefix_is_computed_once_but_never_across_salts() -> None:
     s = scheduler()
     s.add(sequence(1, 11))
@@ -245,6 +383,8 @@ def test_a_prompt_that_is_cached_whole_still_computes_its_last_token() -> None:
             st.integers(0, 6),
             st.booleans(),
             st.booleans(),
+            st.sampled_from(["", "a", "b"]),
+            st.booleans(),
         ),
         min_size=1,
         max_size=12,
@@ -256,7 +396,7 @@ def test_a_prompt_that_is_cached_whole_still_computes_its_last_token() -> None:
     in_runs=st.booleans(),
 )
 def test_every_request_finishes_and_every_page_comes_back(
-    requests: list[tuple[int, int, int, int, bool, bool]],
+    requests: list[tuple[int, int, int, int, bool, bool, str, bool]],
     pages: int,
     running: int,
     budget: int,
@@ -265,10 +405,13 @@ def test_every_request_finishes_and_every_page_comes_back(
 ) -> None:
     s = scheduler(pages, running, budget, in_runs=in_runs)
     sequences = [
-        sequence(i, prompt, new, first_id=10 * family, delivered=new // 2 if moved else 0, isolated=suspect)
-        for i, (prompt, new, family, _, moved, suspect) in enumerate(requests)
-    ]
-    coming = sorted(zip((step for *_, step, _, _ in requests), sequences, strict=True), key=lambda pair: pair[0])
+        sequence(
+            i, prompt, new, first_id=10 * family, delivered=new // 2 if moved else 0, isolated=suspect, tenant=of,
+            batch=low,
+        )
+        for i, (prompt, new, family, _, moved, suspect, of, low) in enumerate(requests)
+    ]  # fmt: skip
+    coming = sorted(zip((step for _, _, _, step, *_ in requests), sequences, strict=True), key=lambda pair: pair[0])
     for number in range(5_000):
         while coming and coming[0][0] <= number:
             s.add(coming.pop(0)[1])
@@ -280,9 +423,15 @@ def test_every_request_finishes_and_every_page_comes_back(
             if not coming:
                 break
             continue
+        preempted = [one for one in s.waiting if one.preemptions and not one.batch]
+        begun = set(s.running)
         chunks = step(s)
         assert chunks, "work is left and nothing is planned"
         assert sum(tokens for _, tokens in chunks) <= max(budget, running)
+        assert s.line.tokens == sum(len(one.token_ids) for one in s.waiting)
+        assert not any(one in s.waiting for one in preempted) or all(
+            one in begun or one.preemptions or one.request.output_token_ids for one in s.running
+        ), "new work has begun before preempted work came back"
         holders: dict[int, int] = {}
         for one in s.running:
             assert len(one.pages) * PAGE >= one.computed

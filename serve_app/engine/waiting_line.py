@@ -1,0 +1,97 @@
+"""The sequences that wait for a place or for pages, and the accounts of their tenants.
+
+New ones take turns between tenants (`serve_app.fair_queue`). Those that were preempted, or that a failover brought here
+with output, come before new ones. Batch comes after interactive, in any case. Knows no pages.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator
+
+from serve_app.engine.sequence import Sequence
+from serve_app.fair_queue import ExpectedTokens, FairQueue
+
+
+class WaitingLine:
+    """Who waits, and who is next."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        """Of all that wait: none of them is computed."""
+        self._new: FairQueue[Sequence] = FairQueue()
+        """Where new sequences wait. Others count as started in it, until they end."""
+        self._returning: list[Sequence] = []
+        """In their order."""
+        self._last_turn = (-1, 0)
+        self._expected = ExpectedTokens()
+
+    def __len__(self) -> int:
+        return len(self._returning) + len(self._new)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        yield from self._returning
+        yield from self._new
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a sequence wait. Its tenant is charged when it starts, for its prompt and the answer to be expected."""
+        request, delivered = sequence.request, len(sequence.request.output_token_ids)
+        expected = self._expected.of(request.tenant, request.max_new_tokens - delivered)
+        self._new.add(
+            sequence,
+            tokens=len(sequence.token_ids) + expected,
+            tenant=request.tenant,
+            weight=request.weight,
+            priority=request.priority,
+        )
+        self.tokens += len(sequence.token_ids)
+        if delivered:
+            self._new.start(sequence)
+            bisect.insort(self._returning, sequence, key=by_order)
+
+    def next(self) -> Sequence | None:
+        """Who is to be admitted next."""
+        if not (self._returning or self._new):
+            return None
+        new = self._new.first()
+        if new is not None:
+            number, more = self._last_turn
+            new.turn = max((new.arrival, 0), (number, more + 1))
+        if self._returning and (new is None or new.batch or not self._returning[0].batch):
+            return self._returning[0]
+        return new
+
+    def leave(self, sequence: Sequence) -> None:
+        """The sequence is admitted: it is the one that `next` told."""
+        if sequence in self._new:
+            self._new.start(sequence)
+            self._last_turn = sequence.turn
+        else:
+            self._returning.remove(sequence)
+        self.tokens -= len(sequence.token_ids)
+
+    def come_back(self, sequence: Sequence) -> None:
+        """The sequence was preempted and waits again."""
+        self.tokens += len(sequence.token_ids)
+        bisect.insort(self._returning, sequence, key=by_order)
+
+    def drop(self, sequence: Sequence) -> None:
+        """Nobody wants the sequence any more, which waits."""
+        self.tokens -= len(sequence.token_ids)
+        if sequence in self._new:
+            self._new.remove(sequence)
+        else:
+            self._returning.remove(sequence)
+            self.ended(sequence)
+
+    def ended(self, sequence: Sequence) -> None:
+        """A sequence that has left the line has ended: its tenant is charged for what it really took."""
+        made = sequence.output_len - len(sequence.request.output_token_ids)
+        self._new.end(sequence, sequence.prompt_len - sequence.cached_prompt_tokens + made)
+        if made:
+            self._expected.ended(sequence.request.tenant, made)
+
+
+def by_order(sequence: Sequence) -> tuple[bool, bool, tuple[int, int]]:
+    """Sort key of sequences."""
+    return sequence.order
