@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
 
 from serve_app.chat.prompt_error import PromptError
 from serve_app.chat.rendering import try_render
@@ -101,6 +100,10 @@ class ChatTokenizer:
         Raises `TokenizerError` when there is none, when it has no fast (tokenizers) form, or when the template is
         broken.
         """
+        # Imported late: by then the process has chosen whether with torch (`import_without_torch`), and an actor that
+        # keeps journals needs neither.
+        from transformers import AutoTokenizer
+
         try:
             loaded = AutoTokenizer.from_pretrained(
                 str(folder), local_files_only=True, use_fast=True, trust_remote_code=trust_remote_code

@@ -15,6 +15,8 @@ from serve_app.config import ChatConfig
 CHAT = [{"role": "system", "content": "Be brief. 你好"}, {"role": "user", "content": "What is a prime number? 12"}]
 PROGRAM = """
 import json, pathlib, sys
+import serve_app.deployments.ingress, serve_app.deployments.journal_actor
+assert "transformers" not in sys.modules, "Ray imports these before an ingress can choose to have no torch"
 from serve_app.chat.light_transformers import import_without_torch
 import_without_torch()
 from serve_app.chat.prompts import PromptFormatter
@@ -22,7 +24,7 @@ from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.config import ChatConfig
 tokenizer = ChatTokenizer.load(pathlib.Path(sys.argv[1]))
 print(json.dumps(PromptFormatter(tokenizer, ChatConfig()).render_chat(json.loads(sys.argv[2]))))
-import serve_app.api.app, serve_app.generation.service, serve_app.deployments.ingress, serve_app.models.defaults
+import serve_app.api.app, serve_app.generation.service, serve_app.models.defaults
 assert "torch" not in sys.modules, "something of an ingress imports it all the same"
 import torch
 torch.zeros(1)
