@@ -31,8 +31,8 @@ INSTALL = $(VENV)/bin/python constraints/install.py --constraint $(CONSTRAINTS) 
 # $(call locked,runtime): install nothing but files whose hashes are in that lock.
 locked = $(if $(HASHES),--lock constraints/locks/$1.txt)
 AUDITED = $(VENV)/.audited-$(KEY)-$(shell date +%F)
-# Two processes: one for the tests of the Ray cluster, which mostly wait, one for all others.
-PYTEST = $(VENV)/bin/pytest -n 2
+# Three processes: two for the tests that need a Ray cluster, which mostly wait, and one for the others.
+PYTEST = $(VENV)/bin/pytest -n 3
 
 .PHONY: help serve stop test check audit lock contracts client proto bench compare chaos clean
 .DEFAULT_GOAL := help
