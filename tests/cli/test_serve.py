@@ -15,11 +15,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
-import fake_serve_run
 import pytest
 import yaml
+from forked_programs import ForkedProgram
+from served_program import serve_app, serve_app_without_user
 
 from serve_app.cli import serve
 from serve_app.cli.command_error import CommandError
@@ -28,14 +29,7 @@ from serve_app.cli.haproxy import bundled_haproxy
 from serve_app.cli.main import main
 from serve_app.cli.state import RunningServer, claim, remove_what_crashes_left, running_servers
 
-PROGRAM = f"""
-import sys
-from serve_app.cli import serve
-serve.SERVE_RUN = (sys.executable, {fake_serve_run.__file__!r}, "run")
-serve._fetch_models = lambda file: print("fetching")
-from serve_app.cli.main import main
-sys.exit(main(sys.argv[1:]))
-"""
+AS_A_USER_DOES = "import sys, served_program; sys.exit(served_program.serve_app(sys.argv[1:]))"
 
 
 @pytest.fixture
@@ -59,14 +53,25 @@ def config(tmp_path: Path, port: int) -> Path:
 class Serving:
     """A `serve-app serve` in a process of its own."""
 
-    def __init__(self, *arguments: str, mode: str = "ready", program: str = PROGRAM, **environment: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", program, "serve", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "FAKE_SERVE_RUN": mode, **environment},
-        )
+    process: ForkedProgram | subprocess.Popen[str]
+
+    def __init__(
+        self,
+        *arguments: str,
+        mode: str = "ready",
+        program: Callable[[list[str]], int] | None = serve_app,
+        **environment: str,
+    ) -> None:
+        """`program`: None for one that begins with its imports, and inherits what a user's does."""
+        settings = {**os.environ, "FAKE_SERVE_RUN": mode, **environment}
+        if program is None:
+            command = [sys.executable, "-c", AS_A_USER_DOES, "serve", *arguments]
+            settings["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=settings
+            )
+        else:
+            self.process = ForkedProgram(program, ["serve", *arguments], settings)
         self.output = ""
 
     def wait_for(self, text: str) -> None:
@@ -88,7 +93,7 @@ def start() -> Iterator[Callable[..., Serving]]:
     """Start services; what is left of them ends with the test."""
     started: list[Serving] = []
 
-    def begin(*arguments: str, **settings: str) -> Serving:
+    def begin(*arguments: str, **settings: Any) -> Serving:
         started.append(Serving(*arguments, **settings))
         watchdog = threading.Timer(60, started[-1].process.kill)
         watchdog.daemon = True
@@ -247,7 +252,7 @@ def test_stop_insists(config: Path, start: Callable[..., Serving]) -> None:
 def test_a_service_in_the_background_of_a_script_can_be_stopped(config: Path, start: Callable[..., Serving]) -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # what a shell without job control gives to `command &`
     try:
-        serving = start(str(config))
+        serving = start(str(config), program=None)
     finally:
         signal.signal(signal.SIGINT, before)
     serving.wait_for("serve_app is ready")
@@ -496,7 +501,7 @@ def test_a_service_that_may_use_one_cpu_starts_a_ray_of_one(config: Path, start:
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(allowed)})
     try:
-        serving = start(str(config))
+        serving = start(str(config), program=None)
         serving.wait_for("resources ")
     finally:
         os.sched_setaffinity(0, allowed)
@@ -539,7 +544,7 @@ def test_a_service_whose_user_has_no_home_nor_name_starts(
     for name in ("RAY_AUTH_TOKEN", "RAY_TMPDIR", "HOME"):
         monkeypatch.delenv(name)
     with tempfile.TemporaryDirectory(prefix="sa-") as temporary:
-        serving = start(str(config), TMPDIR=temporary, program=f"import pwd; pwd.getpwuid = {{}}.__getitem__{PROGRAM}")
+        serving = start(str(config), TMPDIR=temporary, program=serve_app_without_user)
         serving.wait_for("serve_app is ready")
         private = Path(temporary, f"serve_app-{os.geteuid()}")
         assert f"HOME={private}," in serving.output
