@@ -6,10 +6,12 @@ import asyncio
 import json
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import httpx
+import psutil
 
 PERCENTILES = (0.5, 0.95, 0.99)
 
@@ -93,12 +95,11 @@ async def drive(url: str, model: str, prompts: list[list[int]], new_tokens: int)
     return times | {"tokens": len(prompts) * new_tokens, "itl_p50_s": itl_p50_s, "itl_p99_s": itl_p99_s}
 
 
-def wait_until_ready(url: str, timeout_s: float, still_alive: Any) -> None:
-    """Return once /ready answers 200. Raises RuntimeError when the server ended or took too long."""
+def wait_until_ready(url: str, timeout_s: float, server: psutil.Popen) -> None:
+    """Return once /ready answers 200. Raises RuntimeError when the server ends before, or takes too long."""
     end = time.monotonic() + timeout_s
+    last = "not asked"
     while time.monotonic() < end:
-        if not still_alive():
-            raise RuntimeError("the server ended before it was ready")
         try:
             response = httpx.get(f"{url}/ready", timeout=2)
             if response.status_code == 200:
@@ -106,5 +107,7 @@ def wait_until_ready(url: str, timeout_s: float, still_alive: Any) -> None:
             last = f"{response.status_code} {response.text}"
         except httpx.TransportError as error:
             last = str(error)
-        time.sleep(0.5)
+        with suppress(psutil.TimeoutExpired):
+            server.wait(0.2)
+            raise RuntimeError(f"the server ended before it was ready: {last}")
     raise RuntimeError(f"the server was not ready after {timeout_s:.0f} s: {last}")

@@ -74,7 +74,7 @@ def paced_service(config: Path, rate: float) -> Iterator[tuple[str, str, psutil.
                 preexec_fn=heed_ctrl_c,
             )
         try:
-            wait_until_ready(f"http://127.0.0.1:{port}", 120, lambda: process.poll() is None)
+            wait_until_ready(f"http://127.0.0.1:{port}", 120, process)
             yield f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc_port}", process
         finally:
             process.send_signal(signal.SIGINT)

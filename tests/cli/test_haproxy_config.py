@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 import stat
-import time
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
@@ -186,6 +186,12 @@ def test_a_client_that_sends_no_headers_is_given_up(start: Start, monkeypatch: p
         assert behind.requests == []
 
 
+def outlast_the_headers_limit(port: int) -> None:
+    """Return when HAProxy has given up a client that connected now and sends no headers."""
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as silent:
+        assert silent.recv(1) == b""
+
+
 def test_a_body_that_comes_slowly_passes(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """The time limit of the headers does not end a body, whose time the ingress limits."""
     monkeypatch.setattr(haproxy_config, "HEADER_TIMEOUT_S", 1)
@@ -199,12 +205,13 @@ def test_a_body_that_comes_slowly_passes(start: Start, monkeypatch: pytest.Monke
             request += piece
         connection.sendall(answer(200))
 
-    def slowly() -> Iterator[bytes]:
-        yield pieces[0]
-        time.sleep(1.5)
-        yield pieces[1]
-
     with Behind(whole) as behind, start([behind.port]) as running:
+
+        def slowly() -> Iterator[bytes]:
+            yield pieces[0]
+            outlast_the_headers_limit(running.port)
+            yield pieces[1]
+
         url = f"http://127.0.0.1:{running.port}/stream"
         headers = {"content-length": str(sum(map(len, pieces)))}
         assert httpx.post(url, content=slowly(), headers=headers, timeout=60).status_code == 200
@@ -213,13 +220,29 @@ def test_a_body_that_comes_slowly_passes(start: Start, monkeypatch: pytest.Monke
 def test_an_answer_that_comes_slowly_passes(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """The time limit of the headers does not end an answer."""
     monkeypatch.setattr(haproxy_config, "HEADER_TIMEOUT_S", 1)
+    ports: list[int] = []
 
     def slow(connection: socket.socket, _: bytes) -> None:
-        time.sleep(1.5)
+        outlast_the_headers_limit(ports[0])
         connection.sendall(answer(200))
 
     with Behind(slow) as behind, start([behind.port]) as running:
+        ports.append(running.port)
         assert httpx.get(f"http://127.0.0.1:{running.port}/ready", timeout=60).status_code == 200
+
+
+INTRUDER = """
+import os, socket, sys
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+admin = socket.socket(socket.AF_UNIX)
+try:
+    admin.connect(sys.argv[1])
+except OSError as error:
+    print(type(error).__name__, end="")
+"""
+"""A user who has nothing to do with the service."""
 
 
 def command(path: Path) -> bytes:
@@ -231,17 +254,6 @@ def command(path: Path) -> bytes:
         return admin.recv(4096)
 
 
-def break_in(path: Path, outcome: Any) -> None:
-    """In a process of its own, as a user who has nothing to do with the service."""
-    os.setgroups([])
-    os.setgid(65534)
-    os.setuid(65534)
-    try:
-        outcome.put(command(path).decode())
-    except OSError as error:
-        outcome.put(type(error).__name__)
-
-
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can be somebody else")
 @pytest.mark.parametrize("opened", [False, True], ids=["as it is", "in a folder that somebody opened"])
 def test_nobody_else_reaches_the_admin_socket(start: Start, opened: bool) -> None:
@@ -249,12 +261,9 @@ def test_nobody_else_reaches_the_admin_socket(start: Start, opened: bool) -> Non
         assert command(running.socket_path)  # its owner does
         if opened:
             running.folder.chmod(0o755)
-        spawn = multiprocessing.get_context("spawn")
-        outcome = spawn.Queue()
-        intruder = spawn.Process(target=break_in, args=[running.socket_path, outcome])
-        intruder.start()
-        assert outcome.get(timeout=120) == "PermissionError"
-        intruder.join()
+        intruder = [sys.executable, "-c", INTRUDER, str(running.socket_path)]
+        done = subprocess.run(intruder, capture_output=True, text=True, timeout=120, check=True)
+        assert done.stdout == "PermissionError"
 
 
 def test_the_modes_say_so(start: Start) -> None:
