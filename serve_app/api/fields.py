@@ -14,7 +14,9 @@ from pydantic_core import PydanticCustomError
 
 from serve_app.api.described import BlockMessage, Message
 from serve_app.api.errors import bad_request, from_validation, unknown_parameter
-from serve_app.api.unknown_fields import NO_EFFECT, NOT_SERVED, UnknownFields, has_no_effect, refuse_if_not_served
+from serve_app.api.priority import FLEX, RequestPriority
+from serve_app.api.unknown_fields import NO_EFFECT, NOT_SERVED, UnknownFields, refuse_if_not_served
+from serve_app.core import Priority
 from serve_app.generation.request import CompletionParams
 
 NO_LIMIT = -1
@@ -106,7 +108,7 @@ class RequestModel(BaseModel):
 
 
 class DrawFields(RequestModel):
-    """How tokens are chosen, and whose cache the prompt may use.
+    """How tokens are chosen, whose cache the prompt may use, and which requests come first.
 
     A field that is null or left out has the model's default, or OpenAI's if the model has none.
     """
@@ -124,11 +126,22 @@ class DrawFields(RequestModel):
     """-1 is none. Any other negative seed is the same as the unsigned one with its 64 bits."""
     cache_salt: str | None = Field(None, min_length=1, max_length=MAX_CACHE_SALT_CHARS)
     """See `GenerationRequest`. An extension that vLLM has too."""
+    priority: RequestPriority = None
+    """`batch` starts when no `interactive` request waits, and yields to those that come. vLLM's numbers are taken too:
+    0 is interactive, higher ones are batch."""
+    service_tier: str | None = Field(None, max_length=512)
+    """`flex` is `priority: "batch"`, unless `priority` says something else. Other tiers change nothing."""
+
+    @property
+    def asked_priority(self) -> Priority:
+        """The class that the fields ask for."""
+        flex = Priority.BATCH if self.service_tier == FLEX else Priority.INTERACTIVE
+        return flex if self.priority is None else self.priority
 
     def sampling(self) -> dict[str, Any]:
         """As arguments of `CompletionParams`."""
-        named = {name: getattr(self, name) for name in DrawFields.model_fields}
-        return {**named, "cache_salt": self.cache_salt or ""}
+        named = {name: getattr(self, name) for name in DrawFields.model_fields if name != "service_tier"}
+        return {**named, "cache_salt": self.cache_salt or "", "priority": self.asked_priority}
 
 
 class SamplingFields(DrawFields):
@@ -197,7 +210,7 @@ class OpenAIFields(SamplingFields, OpenModel):
     stream_options: StreamOptions | None = None
     prediction: Prediction | None = None
     service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
-    """There is one tier, and an answer whose request names a tier says so."""
+    """`flex` is `priority: "batch"`. The answer has `flex` or `default`, if the request names a tier."""
     min_tokens: int | None = Field(None, ge=0)
     ignore_eos: bool | None = None
     stop_token_ids: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS)
@@ -271,7 +284,7 @@ def _judge(part: OpenModel, prefix: str, unknown: UnknownFields) -> None:
     for name, value in (part.model_extra or {}).items():
         if not prefix:
             refuse_if_not_served(name, value, part.not_served)
-        silent = name in part.not_served or has_no_effect(name, value, part.no_effect)
+        silent = name in part.not_served or name in part.no_effect
         if value is not None and (prefix or not silent):
             unknown.add(prefix + name)
     for name in type(part).model_fields:

@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from serve_app.api.http.endpoint import Call
 from serve_app.api.http.sse import EventStream, StreamSettings
+from serve_app.api.priority import require_allowed
 from serve_app.api.resume import Resume
 from serve_app.api.structured import refusal
 from serve_app.api.wire import ParsedRequest, Whole, WireFormat
@@ -60,6 +61,7 @@ class Responder:
 
         Raises `RequestError`.
         """
+        require_allowed(parsed.resolved.priority, call.caller)
         if fault := await self._service.constraint_fault(parsed.resolved, call.client):
             raise refusal(fault, parsed.constraint_param)
         call.record.prompt_tokens = parsed.resolved.prompt_tokens

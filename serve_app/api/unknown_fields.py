@@ -7,7 +7,7 @@ access log. The name is a client's text, and is made safe for both. Knows no end
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -26,10 +26,6 @@ NO_EFFECT = frozenset(
     }
 )
 """OpenAI's fields that change nothing in an answer, or only its speed: accepted with any value, and not reported."""
-
-_NEUTRAL: Mapping[str, Any] = {"priority": 0}
-"""Fields that change only when an answer comes -> the value that asks for nothing. Other values are ignored and named:
-there are no classes of requests."""
 
 NOT_SERVED: Mapping[str, tuple[Any, ...]] = {
     # Tools, media and services around a model; "tools" and "tool_choice" are here for the endpoint without chats
@@ -196,11 +192,6 @@ def safe_name(name: str) -> str:
     cut = _INDEX.sub("[]", name[: 2 * _MAX_NAME_CHARS])
     safe = quote(cut[:_MAX_NAME_CHARS], safe="[]", errors="replace")
     return safe if len(cut) <= _MAX_NAME_CHARS else safe + _MORE
-
-
-def has_no_effect(name: str, value: Any, no_effect: Collection[str] = NO_EFFECT) -> bool:
-    """Whether this value of a field changes nothing that is worth a word."""
-    return name in no_effect or (name in _NEUTRAL and _NEUTRAL[name] == value and not isinstance(value, bool))
 
 
 def refuse_if_not_served(name: str, value: Any, not_served: Mapping[str, tuple[Any, ...]] = NOT_SERVED) -> None:

@@ -38,6 +38,8 @@ class Options(TypedDict, total=False):
     """The answer ends before the first of these strings."""
     cache_salt: str | None
     """The prompt shares computed prefixes only with prompts of the same salt. 1 to 256 characters."""
+    priority: str | None
+    """`interactive` (the default), or `batch`: it starts when no interactive request waits, and yields to others."""
     parse_special: bool | None
     """Only for `prompt`: read control tokens in its text as such. Never with text from users."""
 

@@ -13,7 +13,15 @@ from msgspec import Struct
 
 from serve_app.chat.answers import AnswerFormat
 from serve_app.chat.prompt_error import context_exceeded
-from serve_app.core import Fingerprint, GenerationDefaults, GenerationRequest, ModelCard, RequestError, SamplingParams
+from serve_app.core import (
+    Fingerprint,
+    GenerationDefaults,
+    GenerationRequest,
+    ModelCard,
+    Priority,
+    RequestError,
+    SamplingParams,
+)
 
 MAX_CHOICES = 128
 """Over all prompts of one request: evaluation harnesses send as many prompts at once. Half of what a replica's engine
@@ -49,6 +57,7 @@ class CompletionParams:
     """-1 means none. Any other negative seed is the same as the unsigned number with its 64 bits."""
     stop: tuple[str, ...] = ()
     cache_salt: str = ""
+    priority: Priority = Priority.INTERACTIVE
     max_tokens: int | None = None
     """The caller's own limit, cut to what fits the context (`ResolvedRequest.cut_to` says so). None: no limit."""
     default_max_tokens: int | None = None
@@ -126,6 +135,11 @@ class ResolvedRequest(Struct, frozen=True):
         return self.requests[0].sampling.seed
 
     @property
+    def priority(self) -> Priority:
+        """The class of the request."""
+        return self.requests[0].priority
+
+    @property
     def fingerprint(self) -> Fingerprint:
         """The fingerprint of the weights that answer."""
         return self.requests[0].fingerprint
@@ -192,6 +206,7 @@ def resolve(
                 choice=len(requests),
                 constraint=prompt.constraint,
                 cache_salt=params.cache_salt,
+                priority=params.priority,
                 remaining_s=remaining_s,
                 predicted_token_ids=params.predicted_token_ids,
                 # Where each choice shows the prompt, each gives its logprobs; else the first one of the prompt does.

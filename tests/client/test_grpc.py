@@ -38,7 +38,7 @@ from serve_app.client import (
     synchronous_grpc,
 )
 from serve_app.config import ApiConfig, ChatConfig
-from serve_app.core import Failure, FailureCode, GenerationDefaults, LoadStage
+from serve_app.core import Failure, FailureCode, GenerationDefaults, LoadStage, Priority
 from serve_app.generation.attempt_history import FailoverSettings
 from serve_app.generation.service import CompletionService
 from serve_app.proto.serve_app_pb2 import Done, ModelOutputDocument, Usage
@@ -98,9 +98,20 @@ async def test_an_answer(complete: Complete, tokenizer: ChatTokenizer) -> None:
 
 
 async def test_every_option_goes_over(complete: Complete, replica: FakeReplica) -> None:
-    await complete(prompt="Hi", max_tokens=5, temperature=0.5, top_k=3, seed=-2, stop="#", cache_salt="t", min_p=0.25)
+    await complete(
+        prompt="Hi",
+        max_tokens=5,
+        temperature=0.5,
+        top_k=3,
+        seed=-2,
+        stop="#",
+        cache_salt="t",
+        min_p=0.25,
+        priority="batch",
+    )
     made = replica.requests[0]
     assert (made.max_new_tokens, made.cache_salt, made.sampling.temperature) == (5, "t", 0.5)
+    assert made.priority is Priority.BATCH
     assert (made.sampling.top_k, made.sampling.min_p, made.sampling.seed) == (3, 0.25, 2**64 - 2)
 
 

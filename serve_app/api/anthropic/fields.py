@@ -17,7 +17,7 @@ from serve_app.api.structured import StructuredFields
 from serve_app.api.unknown_fields import NOT_SERVED, UnknownFields, unsupported
 from serve_app.generation.request import CompletionParams
 
-_NO_EFFECT = frozenset({"metadata", "service_tier", "cache_control", "anthropic_version", "anthropic_beta"})
+_NO_EFFECT = frozenset({"metadata", "cache_control", "anthropic_version", "anthropic_beta"})
 """Fields that change nothing in an answer: accepted with any value, and not reported. Every prompt is cached here, so
 `cache_control` has nothing to add. The last two stand in the body at Amazon's and Google's endpoints."""
 

@@ -24,9 +24,10 @@ from serve_app.api.fields import OpenAIFields, StreamOptions
 from serve_app.api.http.endpoint import Call
 from serve_app.api.http.sse import one_line
 from serve_app.api.openai.extras import NO_EXTRAS, Extras, prompt_logprobs
+from serve_app.api.priority import FLEX
 from serve_app.api.wire import ParsedRequest, WireFormat, usage_document
 from serve_app.chat.token_texts import TokenNumbers, TokenTexts
-from serve_app.core import ModelCard, RequestError
+from serve_app.core import ModelCard, Priority, RequestError
 from serve_app.generation.completion import Usage
 from serve_app.generation.events import EventWriter
 from serve_app.generation.request import CompletionParams, ResolvedRequest
@@ -74,7 +75,7 @@ class OpenAIFormat(WireFormat):
             "system_fingerprint": "fp_" + hashlib.sha256(resolved.fingerprint.encode()).hexdigest()[:10],
         }
         if fields.service_tier is not None:
-            envelope["service_tier"] = "default"
+            envelope["service_tier"] = FLEX if resolved.priority is Priority.BATCH else "default"
         options = fields.stream_options or StreamOptions()
         extras = Extras(
             token_ids=bool(fields.return_token_ids),

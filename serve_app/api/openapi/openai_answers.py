@@ -216,7 +216,7 @@ class Envelope(Document):
     model: str
     system_fingerprint: str
     """The same fingerprint and seed give the same answer."""
-    service_tier: Literal["default"] | None = None
+    service_tier: Literal["default", "flex"] | None = None
     """Where the request named a tier."""
 
 

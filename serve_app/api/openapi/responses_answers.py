@@ -178,7 +178,7 @@ class ResponseDocument(Document):
     prompt_cache_key: str | None
     reasoning: ResponseReasoning
     safety_identifier: str | None
-    service_tier: Literal["default"]
+    service_tier: Literal["default", "flex"]
     store: bool
     temperature: float
     text: ResponseText

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from serve_app.api.http.endpoint import Call
+from serve_app.api.priority import FLEX
 from serve_app.api.responses.conversation import TEXT_FORMAT, ConversationReader
 from serve_app.api.responses.fields import ResponseRequest, read_request
 from serve_app.api.responses.ids import new_response_id
@@ -20,7 +21,7 @@ from serve_app.api.unknown_fields import UnknownFields
 from serve_app.api.wire import ParsedRequest, WireFormat
 from serve_app.chat.options import ChatOptions
 from serve_app.chat.token_texts import TokenTexts
-from serve_app.core import RequestError
+from serve_app.core import Priority, RequestError
 from serve_app.generation.completion import Usage
 from serve_app.generation.request import ResolvedRequest
 from serve_app.generation.service import CompletionService
@@ -112,7 +113,7 @@ class ResponsesFormat(WireFormat):
             "prompt_cache_key": request.prompt_cache_key,
             "reasoning": {"effort": None if request.reasoning is None else request.reasoning.effort, "summary": None},
             "safety_identifier": request.safety_identifier,
-            "service_tier": "default",
+            "service_tier": FLEX if resolved.priority is Priority.BATCH else "default",
             "store": self._keeps or bool(request.background) if request.store is None else request.store,
             "temperature": sampling.temperature,
             "text": {

@@ -115,12 +115,14 @@ async def test_every_field_reaches_the_replica(caller: Caller, replica: FakeRepl
         stop=["#", "%"],
         cache_salt="tenant",
         parse_special=True,
+        priority="batch",
     )
     *_, last = [message async for message in caller.stream(request)]
     assert last.done.finish_reason == "length"
     made = replica.requests[0]
     sampling = made.sampling
     assert (made.max_new_tokens, made.cache_salt, sampling.seed) == (3, "tenant", 2**64 - 1)
+    assert made.priority == "batch"
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.0, 0.5, 3, 0.25)
     penalties = sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty
     assert penalties == (1.5, -1.0, 2.0)
