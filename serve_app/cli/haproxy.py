@@ -19,7 +19,7 @@ from pathlib import Path
 
 from serve_app.cli import haproxy_standin
 from serve_app.cli.command_error import CommandError
-from serve_app.cli.haproxy_config import BUFFER_BYTES, REWRITTEN, rewriting, unknown_path
+from serve_app.cli.haproxy_config import BUFFER_BYTES, OFF_THE_PORTS, REWRITTEN, rewriting, unknown_path
 from serve_app.deployments.client_address import SECRET
 
 ENABLE = "RAY_SERVE_ENABLE_HA_PROXY"
@@ -39,17 +39,27 @@ for argument; do
   [ "$file" = - ] && file=$argument
   [ "$argument" = -f ] && file=-
 done
+# An application's HTTP has such a line. That of gRPC's fallback is there before any application.
+knows=
+if grep -sE '^[[:space:]]*use_backend ' "$file" | grep -qv ' grpc'; then knows=1; fi
+standin=$(cat {pid} 2>/dev/null)
+grep -qs {standin_config} "/proc/$standin/cmdline" || standin=
 if [ -f "$file" ] && ! grep -qx {rewritten} "$file"; then
-  unknown={starting}
-  # An application's HTTP has such a line. That of gRPC's fallback is there before any application.
-  if grep -E '^[[:space:]]*use_backend ' "$file" | grep -qv ' grpc'; then unknown={missing}; fi
-  sed -i -E -f {every} -f "$unknown" "$file" || exit
+  sed -i -E -f {every} -f "$([ "$knows" ] && echo {missing} || echo {starting})" "$file" || exit
 fi
-case " $* " in
-  *" -sf "*) ;;  # a reload takes the sockets from the HAProxy before
-  *) if pid=$(cat {pid} 2>/dev/null) && [ -n "$pid" ]; then set -- "$@" -x {socket} -sf "$pid"; fi ;;
-esac
-({python} -I -S {standin} {owner} $$ {folder} {program} "$@" </dev/null >/dev/null 2>&1 &)
+if [ "$standin" ] && [ ! "$knows" ]; then sed -i -E -f {waiting} "$file" || exit; fi
+# All bind with SO_REUSEPORT (no -dR), or a stand-in would keep its successor from the ports.
+stopped=
+for argument; do
+  shift
+  [ "$argument" = -dR ] && continue
+  set -- "$@" "$argument"
+  if [ "$argument" = -sf ] && [ "$standin" ] && [ "$knows" ]; then set -- "$@" "$standin"; stopped=1; fi
+done
+if [ "$standin" ] && [ "$knows" ] && [ ! "$stopped" ]; then set -- "$@" -sf "$standin"; fi
+if [ "$knows" ]; then
+  ({python} -I -S {watcher} {owner} $$ {folder} {program} "$@" </dev/null >/dev/null 2>&1 &)
+fi
 exec {program} "$@"
 """
 _PATHS = {
@@ -92,21 +102,22 @@ def haproxy_environment(current: Mapping[str, str], launcher: Path, folder: Path
         "every": rewriting([statistics, metrics], secret, logs_requests=LOG_TARGET in current),
         "starting": unknown_path(starting=True),
         "missing": unknown_path(starting=False),
+        "waiting": OFF_THE_PORTS,
     }
     for name, script in scripts.items():
         (folder / f"{name}.sed").write_text(script)
-    places = {name: shlex.quote(str(folder / f"{name}.sed")) for name in scripts}
-    places |= {
-        "program": shlex.quote(str(program)),
-        "rewritten": shlex.quote(REWRITTEN),
-        "python": shlex.quote(sys.executable),
-        "standin": shlex.quote(haproxy_standin.__file__),
-        "owner": str(os.getpid()),
-        "folder": shlex.quote(str(folder)),
-        "pid": shlex.quote(str(folder / haproxy_standin.PID)),
-        "socket": shlex.quote(str(folder / haproxy_standin.SOCKET)),
+    places = {name: folder / f"{name}.sed" for name in scripts} | {
+        "program": program,
+        "python": sys.executable,
+        "watcher": haproxy_standin.__file__,
+        "folder": folder,
+        "pid": folder / haproxy_standin.PID,
+        "standin_config": folder / haproxy_standin.CONFIG,
+        "rewritten": REWRITTEN,
+        "owner": os.getpid(),
     }
-    launcher.write_text(_LAUNCHER.format(**places))
+    words = {name: shlex.quote(str(place)) for name, place in places.items()}
+    launcher.write_text(_LAUNCHER.format(**words))
     launcher.chmod(0o700)
     if not os.access(launcher, os.X_OK):  # a file system that runs no programs
         return {}

@@ -22,6 +22,10 @@ HEADER_TIMEOUT_S = 10
 """How long a client may take for its request line and headers; it holds one of HAProxy's connections meanwhile."""
 
 REWRITTEN = "# Rewritten by serve-app"
+OFF_THE_PORTS = (
+    r"/^frontend (http|grpc)_frontend$/,/^[[:space:]]*bind /s~^([[:space:]]*bind) ([^ ]+)~\1 abns@serve-app-\2~" "\n"
+)
+"""The sed script for a HAProxy that knows no application while a stand-in serves: it listens where nobody comes."""
 _METHODS = "GET HEAD POST PUT PATCH DELETE OPTIONS TRACE"
 """Methods that the servers behind HAProxy can parse; they answer others with plain text."""
 _RETRY = {"Retry-After": "1"}

@@ -50,7 +50,7 @@ def test_only_its_own_ports_are_bound_to_this_machine(tmp_path: Path, monkeypatc
     command = [environment["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(config), "-dR", "-sf", "12"]
     for _ in range(2):  # at each reload
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        assert output == f"started with -db -f {config} -dR -sf 12\n"
+        assert output == f"started with -db -f {config} -sf 12\n"  # -dR: no SO_REUSEPORT
     expected = f"{REWRITTEN}\n" + CONFIG.replace("bind :{metrics}", "bind 127.0.0.1:{metrics}")
     expected = expected.replace("bind *:{statistics}\n", "bind 127.0.0.1:{statistics}\n")
     written = config.read_text()

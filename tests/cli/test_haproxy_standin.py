@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import socket
 import subprocess
 import threading
@@ -15,7 +16,7 @@ import pytest
 
 from serve_app.cli import haproxy
 from serve_app.cli.haproxy import bundled_haproxy
-from serve_app.cli.haproxy_standin import ENDED, PID, SOCKET
+from serve_app.cli.haproxy_standin import CONFIG, ENDED, PID
 from serve_app.cli.private_folder import private_folder
 
 pytestmark = pytest.mark.skipif(bundled_haproxy() is None, reason="ray[serve] brings no HAProxy here")
@@ -90,46 +91,56 @@ def watchers(folder: Path) -> list[psutil.Process]:
     ]
 
 
-def successor(running: Running) -> subprocess.Popen[bytes]:
-    """Another HAProxy, as Serve starts one for a HAProxy that died."""
+def next_haproxy(running: Running, text: str, *more: str) -> subprocess.Popen[bytes]:
+    """Another one with this configuration, started as Serve starts it: `more` of its arguments in a reload."""
     arguments = running.process.args
     assert isinstance(arguments, list)
-    return subprocess.Popen([*arguments, "-dR"], stderr=subprocess.DEVNULL)
+    Path(arguments[-1]).write_text(text)
+    return subprocess.Popen([*arguments, "-dR", *more], stderr=subprocess.DEVNULL)
 
 
 def test_a_killed_haproxy_is_replaced_at_once_and_again_without_a_refused_connection(folder: Path) -> None:
     (port,) = haproxy._free_ports(1)
     slow = Slow()
+    with running_haproxy(folder, port, None) as unready:
+        knows_nothing = Path(unready.process.args[-1]).read_text()  # type: ignore[index]
+    assert not watchers(folder), "there was nothing to go on with"
     with Behind(well) as behind, running_haproxy(folder, port, [behind.port]) as running:
+        knows_all = Path(running.process.args[-1]).read_text()  # type: ignore[index]
         running.process.kill()
         running.process.wait()
         until(lambda: answers(running))
         first = standin(folder)
         assert first is not None
-        assert not running.socket_path.exists() or not connects(running.socket_path), "Serve must see that it died"
+        assert os.getpgid(first.pid) != os.getpgid(0), "Ray ends the group of what started HAProxy"
+        assert not connects(running.socket_path), "Serve must see that it died"
         first.kill()  # it dies, too
         until(lambda: (other := standin(folder)) is not None and other != first and answers(running))
+        serving = standin(folder)
         behind.behaviour = slow
         streamed: list[bytes] = []
         reader = threading.Thread(target=lambda: streamed.append(httpx.get(f"http://127.0.0.1:{port}/s").content))
         reader.start()
         assert slow.begun.wait(60)
         behind.behaviour = well
-        refused: list[str] = []
-        with successor(running) as serves:
+        statuses: list[int] = []
+        with next_haproxy(running, knows_nothing) as waits:  # as Serve's new actor begins
             while not connects(running.socket_path):
-                try:
-                    get(running)
-                except ConnectionRefusedError as error:
-                    refused.append(str(error))
-            until(lambda: standin(folder) is None)
-            assert answers(running)
-            slow.may_end.set()
-            reader.join(60)
-            serves.kill()
-            (folder / ENDED).touch()
+                statuses.append(get(running))
+            assert standin(folder) == serving
+            reload = "-sf", str(waits.pid), "-x", str(running.socket_path)
+            with next_haproxy(running, knows_all, *reload) as serves:
+                while waits.poll() is None or not connects(running.socket_path):
+                    statuses.append(get(running))
+                assert answers(running)
+                slow.may_end.set()
+                reader.join(60)
+                until(lambda: standin(folder) is None)
+                statuses.append(get(running))
+                (folder / ENDED).touch()
+                serves.kill()
         assert streamed == [b"begend"], "a stream of the stand-in is served to its end"
-        assert not refused
+        assert set(statuses) == {200}
     until(lambda: not watchers(folder))
 
 
@@ -172,5 +183,14 @@ def connects(path: Path) -> bool:
         return probe.connect_ex(str(path)) == 0
 
 
-def test_paths_fit(folder: Path) -> None:
-    assert len(str(folder / SOCKET)) < 60
+def test_a_stand_in_is_known_by_its_configuration(folder: Path) -> None:
+    """A process that has its id by now, because it died long ago, must not be told to stop."""
+    (port,) = haproxy._free_ports(1)
+    with subprocess.Popen(["sleep", "600"]) as other, Behind(well) as behind:
+        (folder / PID).write_text(str(other.pid))
+        with running_haproxy(folder, port, [behind.port]) as running:
+            assert answers(running)
+            (folder / ENDED).touch()
+        assert other.poll() is None
+        other.kill()
+    assert not (folder / CONFIG).exists()
