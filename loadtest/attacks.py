@@ -128,6 +128,8 @@ async def slow_headers(target: Target) -> None:
                 with contextlib.suppress(ConnectionError):
                     writer.write(bytes([byte]))
                 await asyncio.wait({answer}, timeout=1)
+            if not answer.done():
+                target.seen["held"] += 1
             answer.cancel()
 
     await _workers(300, 300, target, one)
@@ -147,6 +149,8 @@ async def slow_bodies(target: Target) -> None:
                 with contextlib.suppress(ConnectionError):
                     writer.write(bytes([byte]))
                 await asyncio.wait({answer}, timeout=1)
+            if not answer.done():
+                target.seen["held"] += 1
             answer.cancel()
 
     await _workers(300, 300, target, one)
