@@ -313,6 +313,22 @@ class ResponsesConfig(_Config):
     """Most responses with `background: true` that an ingress replica generates at a time; one more gets 503."""
 
 
+class AuthConfig(_Config):
+    """Who may use the service. Without keys it is everybody who reaches it."""
+
+    keys_file: str | None = None
+    """A file of API keys, made by `serve-app keys create`: the whole path, on each machine that runs an ingress. With
+    it every request needs a key, except `/health`. It is read again when it changes. The environment variable
+    `SERVE_APP_API_KEYS` gives the service keys too, with or without a file. [More](operations.md#api-keys)."""
+
+    @field_validator("keys_file")
+    @classmethod
+    def _is_whole(cls, path: str | None) -> str | None:
+        if path is not None and not path.startswith(("/", "~")):
+            raise ValueError("must be a whole path, as /etc/chat/keys.yaml: replicas run in other folders")
+        return path
+
+
 class AppConfig(_Config):
     """The whole of `args` in a Serve config."""
 
@@ -320,6 +336,7 @@ class AppConfig(_Config):
     chat: ChatConfig = ChatConfig()
     engine: EngineConfig = EngineConfig()
     api: ApiConfig = ApiConfig()
+    auth: AuthConfig = AuthConfig()
     streams: StreamsConfig = StreamsConfig()
     responses: ResponsesConfig = ResponsesConfig()
     model_server: ReplicasConfig = ReplicasConfig()

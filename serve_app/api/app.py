@@ -16,6 +16,7 @@ from serve_app.api.anthropic.messages import MessagesFormat
 from serve_app.api.anthropic.models import AnthropicModels
 from serve_app.api.error_shapes import ANTHROPIC_VERSION
 from serve_app.api.http.endpoint import Admission, Call, Endpoint, Handler
+from serve_app.api.http.guard import Guard
 from serve_app.api.http.pages import Pages
 from serve_app.api.http.probes import probes
 from serve_app.api.http.routing import application, route
@@ -52,11 +53,14 @@ def create_app(
     *,
     responses: ResumableStreams,
     keep_responses: bool = True,
+    guard: Guard | None = None,
 ) -> Starlette:
     """The ASGI application of one ingress replica: one process, one event loop.
 
-    `responses` are the streams of /v1/responses; `keep_responses` is their default of `store`.
+    `responses` are the streams of /v1/responses; `keep_responses` is their default of `store`. `guard`: by default one
+    that asks for no keys.
     """
+    guard = guard or Guard()
     settings = stream_settings or StreamSettings(config.heartbeat_s, config.slow_reader_bytes)
     admission = Admission(config.max_streams, metrics)
     refuse_unknown_fields = config.unknown_fields == "refuse"
@@ -97,10 +101,10 @@ def create_app(
         endpoint(ENDPOINT, resume.handle, "GET"),
         endpoint("/v1/models", list_models, "GET", "HEAD"),
         endpoint("/v1/models/{model:path}", one_model, "GET", "HEAD"),
-        *probes(service.state, service.sampling_defaults),
+        *probes(service.state, service.sampling_defaults, guard),
         *pages_of_the_api(),
     ]
-    return application(routes, metrics, pages, unserved)
+    return application(routes, metrics, pages, guard, unserved)
 
 
 def _stream(responder: Responder, native: NativeFormat, jina: JinaFormat) -> Handler:

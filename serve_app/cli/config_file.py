@@ -14,10 +14,10 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from serve_app.cli.command_error import CommandError
-from serve_app.cli.yaml_lines import Path, YamlError, parse
 from serve_app.config import AppConfig
 from serve_app.demo_config import DEMO_CONFIG
 from serve_app.deployments.serve_schema import ServeDeploySchema
+from serve_app.yaml_lines import Path, YamlError, parse
 
 IMPORT_PATH = "serve_app.app:build"
 DEMO_IMPORT_PATH = "serve_app.app:demo"

@@ -22,6 +22,7 @@ COMMANDS = {
     "stop": "stop a service that `serve-app serve` started on this machine",
     "check": "validate a config file and say what it needs, without starting anything",
     "fetch": "fetch and convert a model ahead of the first start",
+    "keys": "make, list and revoke API keys",
     "models": "list the models of a running server",
     "chat": "chat with a running server in the terminal",
 }

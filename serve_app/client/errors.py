@@ -50,6 +50,14 @@ class BadRequest(APIError):
     """4xx: the request itself is wrong; repeating it does not help."""
 
 
+class AuthenticationError(BadRequest):
+    """401: the server asks for an API key, and the request had none or a wrong one."""
+
+
+class PermissionDenied(BadRequest):
+    """403: the key may not do this, or the server does not answer this caller."""
+
+
 class ContextLengthExceeded(BadRequest):
     """The prompt does not fit the model's context or the server's cache; the message has the limit."""
 

@@ -20,16 +20,20 @@ from httpx_sse import ServerSentEvent, SSEError
 from serve_app.client.documents import Completion, Done, Message, Model, ModelOutputDocument, Options, Readiness
 from serve_app.client.errors import (
     APIError,
+    AuthenticationError,
     BadRequest,
     ConnectionLost,
     ContextLengthExceeded,
     NotReady,
     Overloaded,
+    PermissionDenied,
     ServeAppError,
     ServerError,
     StreamError,
 )
 
+KEY_VARIABLE = "SERVE_APP_API_KEY"
+"""Environment variable: the API key, where a client is given none."""
 DEFAULT_URL = "http://127.0.0.1:8000"
 GRPC_SCHEMES = ("grpc://", "grpcs://")
 CONNECT_TIMEOUT_S = 5.0
@@ -60,6 +64,18 @@ def open_http(
         raise ValueError(
             f"the proxy settings of the environment ({names}) can't be used: {reason} Correct or unset them."
         ) from reason
+
+
+def with_key(headers: Mapping[str, str] | None, api_key: str | None) -> dict[str, str]:
+    """`headers` with the API key as a bearer token; None: the key in the environment, if there is one.
+
+    Headers that already present a key stay as they are.
+    """
+    given = dict(headers or {})
+    key = os.environ.get(KEY_VARIABLE, "").strip() if api_key is None else api_key
+    if key and not {"authorization", "x-api-key"} & {name.lower() for name in given}:
+        given["Authorization"] = f"Bearer {key}"
+    return given
 
 
 def is_loopback(host: str) -> bool:
@@ -130,6 +146,8 @@ def read_readiness(status: int, content: bytes) -> Readiness:
     A 503 with the API's error object comes from a proxy without an application yet: it gives no stage and no failure.
     """
     body = _json_object(content)
+    if status in (401, 403, 429):
+        raise error_of(status, {}, content)
     if status not in (200, 503) or not body:
         message, _ = _message_and_code(body)
         raise ServerError(f"/ready answered {status}; {message or 'is this a serve_app?'}", status=status)
@@ -143,6 +161,9 @@ def read_readiness(status: int, content: bytes) -> Readiness:
     )
 
 
+_REFUSALS: Mapping[int, type[APIError]] = {401: AuthenticationError, 403: PermissionDenied}
+
+
 def error_of(status: int, headers: Mapping[str, str], content: bytes) -> APIError:
     """The typed error for an answer that is not 200."""
     message, code = _message_and_code(_json_object(content))
@@ -150,7 +171,8 @@ def error_of(status: int, headers: Mapping[str, str], content: bytes) -> APIErro
     if status in (429, 503):
         kind = NotReady if code == "not_ready" else Overloaded
     elif 400 <= status < 500:
-        kind = ContextLengthExceeded if code == "context_length_exceeded" else BadRequest
+        kind = _REFUSALS.get(status, BadRequest)
+        kind = ContextLengthExceeded if code == "context_length_exceeded" else kind
     return kind(
         message or f"the server answered {status}",
         status=status,

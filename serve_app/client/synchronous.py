@@ -58,6 +58,7 @@ class Client:
         self,
         base_url: str = protocol.DEFAULT_URL,
         *,
+        api_key: str | None = None,
         headers: Mapping[str, str] | None = None,
         retries: int = 2,
         timeout_s: float = 600.0,
@@ -65,9 +66,11 @@ class Client:
     ) -> None:
         """`base_url`: `http://`, `https://`, or for gRPC `grpc://host:port` and with TLS `grpcs://host:port`.
 
+        `api_key`: by default that in the environment variable SERVE_APP_API_KEY, if there is one; "": none.
         `timeout_s` limits how long the server may send nothing over HTTP, and how long an answer may take over gRPC.
         Raises ValueError when `base_url` is no such URL, or the environment's proxy settings can't be used.
         """
+        headers = protocol.with_key(headers, api_key)
         self._connections: Http | Grpc
         if base_url.startswith(protocol.GRPC_SCHEMES):
             from serve_app.client.synchronous_grpc import Grpc  # imported here: grpc takes 0.1 s

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,13 @@ from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_app.access.keys import ApiKeys
 from serve_app.api.grpc.refusal import Refusal
 from serve_app.api.grpc.servicer import Servicer
+from serve_app.api.http.guard import PROBE_SECRET, Guard
 from serve_app.api.http.loading import create_loading_app
 from serve_app.api.http.pages import Pages
-from serve_app.config import AppConfig
+from serve_app.config import AppConfig, AuthConfig
 from serve_app.core import GenerationDefaults, LoadStage, ModelCard
 from serve_app.deployments.client_address import ClientAddresses
 from serve_app.deployments.dispatch.replica_client import RayReplicaClient
@@ -33,10 +36,11 @@ from serve_app.deployments.metrics import RayMetrics
 from serve_app.deployments.ray_internals import AsgiDeployment, http_host
 from serve_app.deployments.revisions import settled
 from serve_app.deployments.serve_settings import missing
-from serve_app.deployments.status.banner import banner, log_folder, say, service_address
+from serve_app.deployments.status.banner import Access, banner, log_folder, say, service_address
 from serve_app.deployments.status.progress import ProgressBoard, Reporter
 from serve_app.deployments.status.readiness import Readiness, answers, deployment_status
 from serve_app.grammar_checker import GrammarChecker
+from serve_app.home import expanded
 from serve_app.models.cache import cache_directory
 from serve_app.models.model_error import ModelError
 from serve_app.observability.metrics import (
@@ -71,7 +75,7 @@ class Ingress(AsgiDeployment):
     async def __init__(self, config: AppConfig, model_server: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
         """Return at once on a first start, to report how far the model is; else when this replica can serve the model.
 
-        Raises `RuntimeError` in an update whose model can't be served.
+        Raises `RuntimeError` in an update whose model can't be served, and `KeyFileError` if the keys can't be read.
         """
         use_serve_log()
         replica = serve.get_replica_context()
@@ -87,13 +91,15 @@ class Ingress(AsgiDeployment):
         self._text_stage: LoadStage | None = LoadStage("loading the tokenizer")
         host = await asyncio.to_thread(http_host) or "127.0.0.1"
         self._pages = Pages(config.api, host)
-        self._front = _Front(create_loading_app(self._state, self._metrics, self._pages))
+        self._guard = await asyncio.to_thread(_guard, config.auth, host)
+        self._front = _Front(create_loading_app(self._state, self._metrics, self._pages, self._guard))
         self._servicer = Servicer(self._front.in_process, self._state, host)
         self._streams: tuple[ResumableStreams, ...] = ()
         """The resumable streams, and the responses; none while the tokenizer loads."""
         self._grammars: GrammarChecker | None = None
         tried = asyncio.Event()
-        self._tasks = {asyncio.create_task(self._load_text(tried)), asyncio.create_task(self._report_metrics())}
+        work = (self._load_text(tried), self._report_metrics(), self._guard.keys.watch())
+        self._tasks = {asyncio.create_task(task) for task in work}
         if _speaks_for_all():
             self._tasks.add(asyncio.create_task(self._announce()))
         if await asyncio.to_thread(board.card) is not None:
@@ -198,6 +204,7 @@ class Ingress(AsgiDeployment):
             pages=self._pages,
             responses=responses,
             keep_responses=self._config.responses.store,
+            guard=self._guard,
         )
         self._streams = (streams, responses)
         freeze()
@@ -223,7 +230,11 @@ class Ingress(AsgiDeployment):
                 "streamed tokens cost up to three times the CPU time; start Ray with %s (see docs/operations.md)",
                 " ".join(settings),
             )
-        say(banner(state, url, log_folder(), cache_directory(self._config.cache_dir), grpc=grpc))
+        if self._guard.warning:
+            logger.warning("%s", self._guard.warning)
+        cache = cache_directory(self._config.cache_dir)
+        access = Access(self._guard.keys.required, self._guard.warning)
+        say(banner(state, url, log_folder(), cache, grpc=grpc, access=access))
 
     async def _report_metrics(self) -> None:
         while True:
@@ -312,6 +323,15 @@ def _with_disconnects(receive: Receive) -> Receive:
             return {"type": "http.disconnect"}
 
     return receive_or_disconnect
+
+
+def _guard(config: AuthConfig, host: str) -> Guard:
+    """On a thread: reads the file of keys. Raises `KeyFileError`."""
+    path = None if config.keys_file is None else expanded(config.keys_file)
+    keys = ApiKeys(path, os.environ)
+    if keys.required and not keys:
+        logger.warning("nobody can use this service: it asks for API keys, and %s has none", path)
+    return Guard(keys, bound_to=host, probe_secret=os.environ.get(PROBE_SECRET, ""))
 
 
 def _speaks_for_all() -> bool:

@@ -1,6 +1,6 @@
 """The access log: one line for each request, with its id, when it ends.
 
-Promises that no line holds a prompt, an answer or a key. Imports no other room.
+Promises that no line holds a prompt, an answer or the value of a key. Imports no other room.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ access_logger = logging.getLogger("serve_app.access")
 DISCONNECTED = 499
 """The status in the access line of a client that went before its answer began (nginx's number for it)."""
 _CUT_OFF = "disconnected"
+NOBODY = "-"
+"""The key and the tenant of a request without a key."""
 
 
 @dataclass(slots=True)
@@ -29,6 +31,10 @@ class RequestRecord:
 
     request_id: str
     endpoint: str = "-"
+    key: str = NOBODY
+    """The name of the caller's key."""
+    tenant: str = NOBODY
+    """The tenant that the key belongs to."""
     status: int = DISCONNECTED
     """Of the HTTP response; stays `DISCONNECTED` when none was begun."""
     outcome: str = _CUT_OFF
@@ -75,7 +81,7 @@ def log_access(record: RequestRecord, level: int = logging.INFO) -> None:
     access_logger.log(
         level,
         "request_id=%s endpoint=%s status=%d outcome=%s prompt_tokens=%d cached_prompt_tokens=%d output_tokens=%d"
-        " ttft_s=%s duration_s=%.3f ignored_fields=%s",
+        " ttft_s=%s duration_s=%.3f ignored_fields=%s key=%s tenant=%s",
         record.request_id,
         record.endpoint,
         record.status,
@@ -86,4 +92,6 @@ def log_access(record: RequestRecord, level: int = logging.INFO) -> None:
         "-" if ttft_s is None else f"{ttft_s:.3f}",
         monotonic() - record.arrived,
         ",".join(record.ignored_fields) or "-",
+        record.key,
+        record.tenant,
     )

@@ -31,6 +31,16 @@ REQUESTS = Metric(
     "Requests ended, by endpoint and outcome (stop, length, disconnected, or an error's code).",
     ("endpoint", "outcome"),
 )
+KEY_REQUESTS = Metric(
+    "serve_app_key_requests",
+    "Requests ended, by the tenant and the name of the API key, and by outcome. None where the service takes no keys.",
+    ("tenant", "key", "outcome"),
+)
+KEY_TOKENS = Metric(
+    "serve_app_key_tokens",
+    "Tokens of accepted requests, by the tenant and the name of the API key, and by kind: prompt or output.",
+    ("tenant", "key", "kind"),
+)
 PROMPT_TOKENS = Metric("serve_app_prompt_tokens", "Prompt tokens of accepted requests.")
 CACHED_PROMPT_TOKENS = Metric("serve_app_cached_prompt_tokens", "Prompt tokens that were found in the KV cache.")
 OUTPUT_TOKENS = Metric("serve_app_output_tokens", "Tokens generated for clients.")

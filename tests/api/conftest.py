@@ -16,6 +16,7 @@ from starlette.applications import Starlette
 from unlogged_stream_ids import unlogged_stream_ids
 
 from serve_app.api.app import create_app
+from serve_app.api.http.guard import Guard
 from serve_app.api.http.pages import Pages
 from serve_app.api.http.sse import StreamSettings
 from serve_app.chat.prompts import PromptFormatter
@@ -121,6 +122,7 @@ async def make_app(
         bound_to: str | None = None,
         aliases: frozenset[str] = frozenset(),
         text: ChatTokenizer = tokenizer,
+        guard: Guard | None = None,
         **config: object,
     ) -> Starlette:
         failover = failover or FailoverSettings(silence_s=60, max_attempts=3, first_backoff_s=0.001, max_backoff_s=0.01)
@@ -158,6 +160,7 @@ async def make_app(
             settings,
             responses=responses,
             keep_responses=keep_responses,
+            guard=guard,
         )
         app.state.responses = responses  # for tests in which an ingress dies
         return app

@@ -15,6 +15,7 @@ from fake_api import Exchange, FakeApi, say
 from serve_app import client as serve_client
 from serve_app.client import (
     AsyncClient,
+    AuthenticationError,
     BadRequest,
     Client,
     Completion,
@@ -24,6 +25,7 @@ from serve_app.client import (
     ModelOutputDocument,
     NotReady,
     Overloaded,
+    PermissionDenied,
     ServeAppError,
     ServerError,
     StreamError,
@@ -409,5 +411,36 @@ def test_a_proxy_that_has_no_application_yet_is_no_failure() -> None:
 
 def test_a_name_that_the_server_does_not_answer_to_is_said() -> None:
     answer = {"error": {"message": "This service does not answer to the host 'x'.", "code": "host_not_allowed"}}
-    with pytest.raises(ServerError, match="does not answer to the host"):
+    with pytest.raises(PermissionDenied, match="does not answer to the host"):
         read_readiness(403, json.dumps(answer).encode())
+
+
+@pytest.mark.parametrize(
+    ("settings", "variable", "sent"),
+    [
+        ({"api_key": "sa-mine"}, "sa-env", "Bearer sa-mine"),
+        ({}, " sa-env\n", "Bearer sa-env"),
+        ({}, "", None),
+        ({"api_key": ""}, "sa-env", None),
+        ({"api_key": "sa-mine", "headers": {"authorization": "Bearer other"}}, "", "Bearer other"),
+        ({"headers": {"X-Api-Key": "sa-mine"}}, "sa-env", None),
+    ],
+)
+def test_the_key_that_is_sent(
+    api: FakeApi, call: Call, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], variable: str, sent: str | None
+) -> None:
+    monkeypatch.setenv("SERVE_APP_API_KEY", variable)
+    api.routes["/stream"] = say("Hi")
+    call("complete", settings, prompt="p")
+    (asked,) = api.asked("/stream")
+    assert asked.headers.get("authorization") == sent
+
+
+@pytest.mark.parametrize("method", ["models", "ready", "complete"])
+@pytest.mark.parametrize(("status", "kind"), [(401, AuthenticationError), (403, PermissionDenied)])
+def test_a_key_that_is_refused(api: FakeApi, call: Call, method: str, status: int, kind: type[BadRequest]) -> None:
+    for path in ("/v1/models", "/ready", "/stream"):
+        api.routes[path] = lambda exchange: exchange.refuse(status, "invalid_api_key", "It is wrong.")
+    with pytest.raises(kind, match="It is wrong") as error:
+        call(method, **({"prompt": "p"} if method == "complete" else {}))
+    assert (error.value.status, error.value.code) == (status, "invalid_api_key")

@@ -11,6 +11,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 
+from serve_app.api.http.guard import Guard
 from serve_app.api.http.pages import Pages
 from serve_app.api.http.probes import probes
 from serve_app.api.http.routing import application, route
@@ -19,12 +20,19 @@ from serve_app.observability.metrics import MetricsSink
 
 
 def create_loading_app(
-    state: Callable[[], Awaitable[ModelCard | LoadStage]], metrics: MetricsSink, pages: Pages
+    state: Callable[[], Awaitable[ModelCard | LoadStage]],
+    metrics: MetricsSink,
+    pages: Pages,
+    guard: Guard | None = None,
 ) -> Starlette:
-    """The application of an ingress that is still loading. `state`: the model's card, or how far it is with loading."""
+    """The application of an ingress that is still loading. `state`: the model's card, or how far it is with loading.
+
+    `guard`: by default one that asks for no keys.
+    """
+    guard = guard or Guard()
 
     async def refuse(request: Request) -> Response:
         stage = await state()
         raise not_ready(stage if isinstance(stage, LoadStage) else LoadStage("loading the tokenizer"))
 
-    return application([*probes(state, {}), route("/{path:path}", refuse)], metrics, pages)
+    return application([*probes(state, {}, guard), route("/{path:path}", refuse)], metrics, pages, guard)

@@ -1,8 +1,9 @@
-"""The outermost layer: request ids, access lines, metrics, the rules for web pages, and the handler of unexpected
-errors.
+"""The outermost layer: request ids, access lines, metrics, the rules for web pages, API keys, and the handler of
+unexpected errors.
 
-Promises that every response has the request's id, the names of fields that were ignored and the CORS headers for pages
-that may read it, and that no traceback leaves the server. Knows no endpoint.
+Promises that no request passes without a key where one is needed, that every response has the request's id, the names
+of fields that were ignored and the CORS headers for pages that may read it, and that no traceback leaves the server.
+Knows no endpoint.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.api.errors import ErrorShape, bad_request, internal_error
-from serve_app.api.http.endpoint import ERROR_SHAPE, RECORD, error_response
+from serve_app.api.http.endpoint import CALLER, ERROR_SHAPE, RECORD, error_response
+from serve_app.api.http.guard import Guard
 from serve_app.api.http.pages import Pages
 from serve_app.core import RequestError
 from serve_app.observability import metrics as m
-from serve_app.observability.logs import RequestRecord, log_access, request_id_var
+from serve_app.observability.logs import NOBODY, RequestRecord, log_access, request_id_var
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +35,16 @@ class RequestScope:
     """Pure ASGI middleware."""
 
     def __init__(
-        self, app: ASGIApp, metrics: m.MetricsSink, pages: Pages, error_shape: Callable[[str, Headers], ErrorShape]
+        self,
+        app: ASGIApp,
+        metrics: m.MetricsSink,
+        pages: Pages,
+        guard: Guard,
+        error_shape: Callable[[str, Headers], ErrorShape],
     ) -> None:
         """`error_shape`: from a request's path and headers."""
         self._app = app
+        self._guard = guard
         self._metrics = metrics
         self._pages = pages
         self._error_shape = error_shape
@@ -89,6 +97,9 @@ class RequestScope:
             if (preflight := self._pages.preflight(method, headers)) is not None:
                 await preflight(scope, receive, send_with_id)
                 return
+            scope[CALLER] = caller = self._guard.caller(scope, path, headers)
+            if caller.name:
+                record.key, record.tenant = caller.name, caller.tenant
             if "x-request-disconnect-disabled" in headers:
                 message = "The header x-request-disconnect-disabled is not accepted: work stops when the client leaves."
                 raise bad_request(message, code="unsupported_header")
@@ -108,6 +119,8 @@ class RequestScope:
         log_access(record)
         endpoint = {"endpoint": record.endpoint}
         self._metrics.count(m.REQUESTS, 1, {**endpoint, "outcome": record.outcome})
+        if record.tenant != NOBODY:
+            self._report_key(record)
         if record.time_to_first_token_s is not None:
             self._metrics.count(m.PROMPT_TOKENS, record.prompt_tokens)
             self._metrics.count(m.CACHED_PROMPT_TOKENS, record.cached_prompt_tokens)
@@ -115,6 +128,14 @@ class RequestScope:
             self._metrics.observe(m.TIME_TO_FIRST_TOKEN_S, record.time_to_first_token_s, endpoint)
         if record.inter_token_latency_s is not None:
             self._metrics.observe(m.INTER_TOKEN_LATENCY_S, record.inter_token_latency_s, endpoint)
+
+    def _report_key(self, record: RequestRecord) -> None:
+        """Names of keys and tenants come from the operator, so there are few of them."""
+        of_key = {"tenant": record.tenant, "key": record.key}
+        self._metrics.count(m.KEY_REQUESTS, 1, {**of_key, "outcome": record.outcome})
+        if record.time_to_first_token_s is not None:
+            self._metrics.count(m.KEY_TOKENS, record.prompt_tokens, {**of_key, "kind": "prompt"})
+            self._metrics.count(m.KEY_TOKENS, record.output_tokens, {**of_key, "kind": "output"})
 
 
 def _without_slash_at_its_end(scope: Scope) -> str:

@@ -10,12 +10,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from serve_app.api.http.endpoint import CALLER
+from serve_app.api.http.guard import Guard
 from serve_app.core import LoadStage, ModelCard
 
 _READY_RETRY_AFTER_S = "2"
 
 
-def probes(state: Callable[[], Awaitable[ModelCard | LoadStage]], generation: dict[str, float]) -> list[Route]:
+def probes(
+    state: Callable[[], Awaitable[ModelCard | LoadStage]], generation: dict[str, float], guard: Guard
+) -> list[Route]:
     """The two routes. `generation`: the sampling parameters of requests that don't give them."""
 
     async def health(request: Request) -> Response:
@@ -26,7 +30,8 @@ def probes(state: Callable[[], Awaitable[ModelCard | LoadStage]], generation: di
         """200 with the model's card and sampling defaults once it can serve; before that, 503 with the `LoadStage`."""
         now = await state()
         if isinstance(now, ModelCard):
-            return _json({"status": "ready", "model": msgspec.to_builtins(now), "generation": generation}, 200)
+            model, access = msgspec.to_builtins(now), guard.described(request.scope[CALLER])
+            return _json({"status": "ready", "model": model, "generation": generation, "access": access}, 200)
         document = {"status": "failed" if now.error else "loading", **msgspec.to_builtins(now)}
         return _json(document, 503, {"retry-after": _READY_RETRY_AFTER_S})
 

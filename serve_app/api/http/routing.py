@@ -20,6 +20,7 @@ from starlette.types import ASGIApp
 from serve_app.api.error_shapes import error_shape
 from serve_app.api.errors import ApiError
 from serve_app.api.http.endpoint import error_response
+from serve_app.api.http.guard import Guard
 from serve_app.api.http.middleware import RequestScope
 from serve_app.api.http.pages import Pages
 from serve_app.observability.metrics import MetricsSink
@@ -29,6 +30,7 @@ def application(
     routes: Sequence[Route],
     metrics: MetricsSink,
     pages: Pages,
+    guard: Guard,
     unserved: Callable[[str], ApiError | None] = lambda path: None,
 ) -> Starlette:
     """An application of these routes, with the middleware and the error handler for every request.
@@ -37,7 +39,7 @@ def application(
     """
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(RequestScope, metrics=metrics, pages=pages, error_shape=error_shape)],
+        middleware=[Middleware(RequestScope, metrics=metrics, pages=pages, guard=guard, error_shape=error_shape)],
         exception_handlers={HTTPException: partial(_http_error, unserved)},
     )
     app.router.redirect_slashes = False

@@ -24,6 +24,12 @@ _ANSWER_HEADERS = {
     "X-Seed": "The seed that was used.",
 }
 
+_KEY = "An API key, where the service asks for one."
+_KEYS = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": _KEY},
+    "header": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": _KEY},
+}
+
 Schema = dict[str, Any]
 
 
@@ -44,7 +50,8 @@ def openapi_document(operations: Iterable[Operation] = OPERATIONS) -> Schema:
         },
         "servers": [{"url": "."}],
         "paths": paths,
-        "components": {"schemas": schemas.definitions},
+        "components": {"schemas": schemas.definitions, "securitySchemes": _KEYS},
+        "security": [{}, *({name: []} for name in _KEYS)],  # {}: a service may ask for no key
     }
 
 

@@ -109,6 +109,8 @@ class Ready(Document):
     """The model's card."""
     generation: dict[str, float]
     """Sampling parameters of requests that don't give them."""
+    access: dict[str, Any]
+    """Whether keys are needed; `warning` if everybody who reaches the service can use it without one."""
 
 
 class NotReady(Document):

@@ -48,8 +48,8 @@ class Operation:
     """What an error may look like."""
 
 
-GENERATION_ERRORS = (400, 403, 404, 408, 413, 415, 431, 500, 503, 504)
-READ_ERRORS = (400, 403, 404, 410, 431, 500, 503)
+GENERATION_ERRORS = (400, 401, 403, 404, 408, 413, 415, 429, 431, 500, 503, 504)
+READ_ERRORS = (400, 401, 403, 404, 410, 429, 431, 500, 503)
 _RESUMES = {
     "X-Stream-Resume": "1: the stream can be resumed, and its events have ids.",
     "Last-Event-ID": "With X-Stream-Resume: continue the stream after this event.",
@@ -307,6 +307,6 @@ OPERATIONS: tuple[Operation, ...] = (
         tag="probes",
         answers=(openai.Ready,),
         others={503: openai.NotReady},
-        errors=(403,),
+        errors=(401, 403, 429),
     ),
 )

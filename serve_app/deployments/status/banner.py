@@ -10,7 +10,9 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
+from serve_app.client.protocol import KEY_VARIABLE
 from serve_app.core import ModelCard
 from serve_app.deployments.ray_internals import serve_details
 
@@ -21,6 +23,18 @@ LATEST_LOGS = Path("/tmp/ray/session_latest/logs/serve")
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
+class Access(NamedTuple):
+    """Who may use a service."""
+
+    keys_required: bool = False
+    warning: str = ""
+    """What its operator should know; "" if there is nothing."""
+
+
+OPEN = Access()
+"""Everybody may, and that is as it should be."""
+
+
 def banner(
     card: ModelCard,
     url: str,
@@ -29,8 +43,10 @@ def banner(
     *,
     grpc: str | None = None,
     stop: str = "Ctrl-C, or serve shutdown",
+    access: Access = OPEN,
 ) -> str:
     """The text, without a trailing newline. `grpc`: host and port, if it is served. `stop`: how to end the service."""
+    key = f'-H "Authorization: Bearer ${KEY_VARIABLE}" ' if access.keys_required else ""
     streams = max(1, card.kv_capacity_tokens // card.context_tokens)
     body = '{"messages": [{"role": "user", "content": "What is a prime number?"}]}'
     lines = [
@@ -42,12 +58,14 @@ def banner(
         f"  holds    {streams} stream{'' if streams == 1 else 's'} of {card.context_tokens:,} tokens, or more shorter "
         f"ones ({card.kv_capacity_tokens:,} tokens; attention: {card.attention_backend})",
         *(f"  note     {note}" for note in card.notes),
+        *([f"  WARNING  {access.warning}"] if access.warning else []),
+        *([f"  keys     needed: put yours into {KEY_VARIABLE} for the commands below"] if access.keys_required else []),
         f"  logs     {logs}",
         f"  cache    {cache}",
         f"  URLs     {url}/stream, and OpenAI's {url}/v1" + ("" if grpc is None else f", and gRPC at {grpc}"),
         f"  chat     serve-app chat --url {url}",
         f"  stop     {stop}",
-        f"  try      curl -N {url}/stream -H 'Content-Type: application/json' -d '{body}'",
+        f"  try      curl -N {url}/stream {key}-H 'Content-Type: application/json' -d '{body}'",
         "",
     ]
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from fake_model_server import CARD
 
-from serve_app.deployments.status.banner import SILENCE, address, banner, log_folder, say
+from serve_app.deployments.status.banner import SILENCE, Access, address, banner, log_folder, say
 
 URL = "http://127.0.0.1:8000"
 
@@ -38,6 +38,19 @@ def test_its_curl_line_can_be_pasted() -> None:
     words = shlex.split(line[line.index("curl") :])
     assert words[:3] == ["curl", "-N", f"{URL}/stream"]
     assert words[-1] == '{"messages": [{"role": "user", "content": "What is a prime number?"}]}'
+
+
+def test_with_keys_its_curl_line_sends_one() -> None:
+    text = banner(CARD, URL, Path("/logs"), Path("/cache"), access=Access(True))
+    line = next(line for line in text.splitlines() if "curl" in line)
+    words = shlex.split(line[line.index("curl") :])
+    assert words[3:5] == ["-H", "Authorization: Bearer $SERVE_APP_API_KEY"]
+    assert "SERVE_APP_API_KEY" in text.partition("keys")[2]
+
+
+def test_a_service_for_everybody_says_so() -> None:
+    text = banner(CARD, URL, Path("/logs"), Path("/cache"), access=Access(False, "everybody can use it"))
+    assert "WARNING  everybody can use it" in text
 
 
 @pytest.mark.parametrize(("setting", "said"), [(None, True), ("1", True), ("0", False)])

@@ -39,14 +39,14 @@ class Document:
         return None
 
 
-def parse(text: str) -> Document:
-    """Raises YamlError."""
+def parse(text: str, loader: Any = yaml.SafeLoader) -> Document:
+    """Raises YamlError. `loader`: one of PyYAML's safe ones."""
     lines: dict[Path, int] = {}
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = yaml.compose(text, Loader=loader)
         if root is not None:
             _collect(root, (), lines, frozenset())
-        return Document(yaml.safe_load(text), lines)
+        return Document(yaml.load(text, Loader=loader), lines)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         message = " ".join(part for part in (error.context, error.problem) if part)
