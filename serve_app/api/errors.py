@@ -33,6 +33,7 @@ _STATUSES: Mapping[str, tuple[int, str]] = {
     FailureCode.ENGINE_FAILED: (500, SERVER_ERROR),
     FailureCode.CANCELLED: (409, INVALID_REQUEST),
     "journal_unavailable": (503, SERVER_ERROR),
+    "model_not_allowed": (403, INVALID_REQUEST),
     "model_not_found": (404, INVALID_REQUEST),
     "slow_reader": (408, INVALID_REQUEST),
     "stream_changed": (410, INVALID_REQUEST),

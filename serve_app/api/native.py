@@ -60,7 +60,7 @@ class NativeFormat(WireFormat):
     async def parse(self, call: Call) -> ParsedRequest:
         """See `WireFormat`."""
         document = await call.run(partial(self.document, call))
-        card = await self._service.ready_model()
+        card = await self._service.ready_model(None, call.caller.models)
         if document.messages is not None:
             messages = document.messages
             prompt = await call.run(partial(self._service.render_chat, card, messages), items=len(messages))

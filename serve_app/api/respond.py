@@ -9,10 +9,12 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 
 from starlette.responses import Response
 
+from serve_app.access.tenancy import of_tenant
 from serve_app.api.http.endpoint import Call
 from serve_app.api.http.sse import EventStream, StreamSettings
 from serve_app.api.priority import require_allowed
@@ -48,18 +50,17 @@ class Responder:
         """
         if (rest := await self.continued(call)) is not None:
             return rest
-        parsed = await wire.parse(call)
-        await self.accept(call, parsed)
+        parsed = await self.accept(call, await wire.parse(call))
         return await self.begin(wire, call, parsed)
 
     async def continued(self, call: Call) -> Response | EventStream | None:
         """The rest of an earlier stream that the request names; None for a new request. Raises `RequestError`."""
         return await self._resume.continued(call)
 
-    async def accept(self, call: Call, parsed: ParsedRequest) -> None:
+    async def accept(self, call: Call, parsed: ParsedRequest) -> ParsedRequest:
         """Check what only this process can check of a request that is parsed, and note what its answer will tell.
 
-        Raises `RequestError`.
+        Returns the request with what its caller's key says of it. Raises `RequestError`.
         """
         require_allowed(parsed.resolved.priority, call.caller)
         if fault := await self._service.constraint_fault(parsed.resolved, call.client):
@@ -67,6 +68,7 @@ class Responder:
         call.record.prompt_tokens = parsed.resolved.prompt_tokens
         if parsed.resolved.cut_to is not None:
             call.record.clamped_fields[parsed.max_tokens_param] = parsed.resolved.cut_to
+        return replace(parsed, resolved=of_tenant(parsed.resolved, call.caller))
 
     async def begin(self, wire: WireFormat, call: Call, parsed: ParsedRequest) -> Response | EventStream:
         """The answer to a new request that was accepted. Raises `RequestError`."""

@@ -1,7 +1,7 @@
 """Resuming over HTTP: requests for a resumable stream, event ids, and answers to `Last-Event-ID`.
 
-Promises that a caller gets only streams that were opened with the same credentials, and that every refusal says
-whether to try again. Knows no store and no owner: `resume.registry` does.
+Promises that a caller gets only streams that its tenant opened, or without keys the same credentials, and that every
+refusal says whether to try again. Knows no store and no owner: `resume.registry` does.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Resume:
         request = parsed.resolved
         self._weights.saw(request.fingerprint)
         stream_id = self._streams.new_id()
-        document = StreamDocument(request, caller_digest(stream_id, call.headers), wire.name, parsed.settings)
+        document = StreamDocument(request, caller_digest(stream_id, call), wire.name, parsed.settings)
         stream = self._streams.new(stream_id, document, self._transcript(document))
         return await self._answer(call.record, stream, None)
 
@@ -185,7 +185,7 @@ class _Reader:
 
 def _check_caller(call: Call, stream_id: str, document: StreamDocument) -> None:
     """Raise `ApiError` (404) unless the caller opened the stream."""
-    if not is_caller(document.caller, stream_id, call.headers):
+    if not is_caller(document.caller, stream_id, call):
         message = "This stream belongs to other credentials; send the Authorization or x-api-key header that opened it."
         raise ApiError(404, message, code="stream_not_found")
 

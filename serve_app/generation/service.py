@@ -60,8 +60,9 @@ class CompletionService:
         """The model's card if the model can serve, else how far it is with loading."""
         return await self._client.model()
 
-    async def ready_model(self, name: str | None = None) -> ModelCard:
-        """The model's card. Raises `RequestError` while no model can serve, or if `name` is not one of its names.
+    async def ready_model(self, name: str | None, allowed: frozenset[str] | None) -> ModelCard:
+        """The model's card. Raises `RequestError` while no model can serve, if `name` is not one of its names, and if
+        none of its names is among those that the caller is `allowed` (None: all are).
 
         No name, or an empty one, stands for the model.
         """
@@ -71,7 +72,18 @@ class CompletionService:
         if name and name != state.name and name not in self._aliases:
             message = f"The model '{name[:_LONGEST_NAME]}' does not exist; GET /v1/models lists what is served."
             raise RequestError(message, code="model_not_found", param="model")
+        if not self._is_allowed(state, allowed):
+            message = f"This API key may not use the model '{state.name}'; GET /v1/models lists what it may use."
+            raise RequestError(message, code="model_not_allowed", param="model")
         return state
+
+    async def ready_models(self, allowed: frozenset[str] | None) -> tuple[ModelCard, ...]:
+        """The cards of the models that the caller is `allowed`. Raises `RequestError` while no model can serve."""
+        card = await self.ready_model(None, None)
+        return (card,) if self._is_allowed(card, allowed) else ()
+
+    def _is_allowed(self, card: ModelCard, allowed: frozenset[str] | None) -> bool:
+        return allowed is None or not allowed.isdisjoint({card.name, *self._aliases})
 
     def render_chat(
         self,

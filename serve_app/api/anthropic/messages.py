@@ -55,7 +55,7 @@ class MessagesFormat(WireFormat):
     async def parse(self, call: Call) -> ParsedRequest:
         """See `WireFormat`."""
         request, unknown = await self._read(MessagesFields, call)
-        card = await self._service.ready_model(request.model)
+        card = await self._service.ready_model(request.model, call.caller.models)
         prompt = await self._prompt(call, request, unknown, card)
         resolved = self._service.resolve(
             card, [prompt], request.params(), request_id=call.record.request_id, remaining_s=call.remaining_s()
@@ -72,7 +72,7 @@ class MessagesFormat(WireFormat):
     async def handle_count(self, call: Call) -> Response:
         """The tokens of the prompt that a request would have, also where it is too long to be answered."""
         request, unknown = await self._read(CountFields, call)
-        card = await self._service.ready_model(request.model)
+        card = await self._service.ready_model(request.model, call.caller.models)
         prompt = await self._prompt(call, request, unknown, card, limited=False)
         call.record.prompt_tokens = len(prompt.ids)
         return Response(json.dumps({"input_tokens": len(prompt.ids)}), media_type="application/json")

@@ -25,15 +25,21 @@ class AnthropicModels:
         self._created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
     async def handle_list(self, call: Call) -> Response:
-        """The one model; nothing on a page before or after it. Raises `RequestError` (503) while it is not ready."""
-        model = self._document(await self._service.ready_model())
-        data = [] if any(call.query.get(cursor) for cursor in _CURSORS) else [model]
+        """The one model, if the caller may use it; nothing on a page before or after it.
+
+        Raises `RequestError` (503) while it is not ready.
+        """
+        models = [self._document(card) for card in await self._service.ready_models(call.caller.models)]
+        data = [] if any(call.query.get(cursor) for cursor in _CURSORS) else models
         ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
         return Response(json.dumps({"data": data, "has_more": False, **ends}), media_type="application/json")
 
     async def handle_one(self, call: Call) -> Response:
-        """The model of this name. Raises `RequestError`: 404 for another model, 503 while it is not ready."""
-        card = await self._service.ready_model(call.path_params["model"])
+        """The model of this name.
+
+        Raises `RequestError`: 404 for another model, 403 if the caller may not use it, 503 while it is not ready.
+        """
+        card = await self._service.ready_model(call.path_params["model"], call.caller.models)
         return Response(json.dumps(self._document(card)), media_type="application/json")
 
     def _document(self, card: ModelCard) -> dict[str, object]:

@@ -71,7 +71,7 @@ class ChatFormat(OpenAIFormat):
         unknown = UnknownFields(call.record, refused=self._refuse_unknown_fields)
         request = await call.run(partial(validate_open, ChatRequest, call.body or {}, unknown))
         params = _params(request)
-        card = await self._service.ready_model(request.model)
+        card = await self._service.ready_model(request.model, call.caller.models)
         messages = request.messages
         options = await call.run(partial(chat_options, request, self._service.template_variables, unknown))
         text = await call.run(partial(wanted, request, unknown))

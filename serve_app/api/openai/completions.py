@@ -90,7 +90,7 @@ class TextFormat(OpenAIFormat):
         unknown = UnknownFields(call.record, refused=self._refuse_unknown_fields)
         request = await call.run(partial(validate_open, CompletionRequest, call.body or {}, unknown))
         _check(request)
-        card = await self._service.ready_model(request.model)
+        card = await self._service.ready_model(request.model, call.caller.models)
         text = await call.run(partial(wanted, request, unknown))
         prompts, ends = await call.run(partial(self._prompts, card, request), items=len(request.prompt))
         prompts = [replace(prompt, constraint=text.grammar) for prompt in prompts]

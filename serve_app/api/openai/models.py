@@ -23,13 +23,16 @@ class Models:
         self._created = int(time.time())
 
     async def handle_list(self, call: Call) -> Response:
-        """The one model. Raises `RequestError` (503) while it is not ready."""
-        model = self._document(await self._service.ready_model())
-        return Response(json.dumps({"object": "list", "data": [model]}), media_type="application/json")
+        """The one model, if the caller may use it. Raises `RequestError` (503) while it is not ready."""
+        models = [self._document(card) for card in await self._service.ready_models(call.caller.models)]
+        return Response(json.dumps({"object": "list", "data": models}), media_type="application/json")
 
     async def handle_one(self, call: Call) -> Response:
-        """The model of this name. Raises `RequestError`: 404 for another model, 503 while it is not ready."""
-        card = await self._service.ready_model(call.path_params["model"])
+        """The model of this name.
+
+        Raises `RequestError`: 404 for another model, 403 if the caller may not use it, 503 while it is not ready.
+        """
+        card = await self._service.ready_model(call.path_params["model"], call.caller.models)
         return Response(json.dumps(self._document(card)), media_type="application/json")
 
     def _document(self, card: ModelCard) -> dict[str, object]:

@@ -30,8 +30,7 @@ class Render:
 
     async def handle(self, call: Call) -> Response:
         """The ids and the texts of the request's prompts, and how they would be answered. Raises `RequestError`."""
-        parsed = await self._wire.parse(call)
-        await self._responder.accept(call, parsed)
+        parsed = await self._responder.accept(call, await self._wire.parse(call))
         seeded = (call.body or {}).get("seed") not in (None, ANY_SEED)
         return await call.run(partial(self._rendered, parsed.resolved, seeded=seeded))
 

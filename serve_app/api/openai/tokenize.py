@@ -78,7 +78,7 @@ class Tokenization:
         if request.messages is not None and (request.add_special_tokens or request.parse_special):
             message = "add_special_tokens and parse_special go with a prompt; a chat's template writes its tokens."
             raise bad_request(message, param="messages", code="invalid_value")
-        card = await self._service.ready_model(request.model)
+        card = await self._service.ready_model(request.model, call.caller.models)
         items = len(request.messages or ()) + (len(request.tools) if isinstance(request.tools, list) else 0)
         return await call.run(partial(self._tokenized, call, card, request, unknown), items=items)
 
@@ -102,7 +102,7 @@ class Tokenization:
         """The text of ids, special tokens by their names. Raises `RequestError`."""
         unknown = UnknownFields(call.record, refused=self._refuse_unknown_fields)
         request = await call.run(partial(validate_open, DetokenizeRequest, call.body or {}, unknown))
-        card = await self._service.ready_model(request.model)
+        card = await self._service.ready_model(request.model, call.caller.models)
         if request.tokens and not 0 <= min(request.tokens) <= max(request.tokens) < card.vocab_size:
             message = f"A token id must be below the vocabulary's size of {card.vocab_size}."
             raise bad_request(message, param="tokens", code="invalid_value")
@@ -111,7 +111,7 @@ class Tokenization:
 
     async def handle_info(self, call: Call) -> Response:
         """What a client needs to write prompts itself, as evaluation harnesses do. Raises `RequestError`."""
-        card, tokenizer = await self._service.ready_model(), self._service.tokenizer
+        card, tokenizer = await self._service.ready_model(None, call.caller.models), self._service.tokenizer
         names = {"bos_token": None, "eos_token": None, "pad_token": None, "unk_token": None}
         known = {**names, **tokenizer.special_tokens}
         described = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": card.context_tokens}

@@ -25,7 +25,7 @@ from serve_app.api.responses.writer import error_event
 from serve_app.api.wire import ParsedRequest
 from serve_app.core import RequestError
 from serve_app.observability import metrics as m
-from serve_app.observability.logs import RequestRecord
+from serve_app.observability.logs import NOBODY, RequestRecord
 from serve_app.resume.event_log import Mark
 from serve_app.resume.records import StreamDocument
 from serve_app.resume.stored import StoredStream
@@ -50,19 +50,19 @@ class KeptAnswers:
         self._kept.weights.saw(request.fingerprint)
         stream_id = stream_id_of(response_id) or ""
         background: bool = parsed.settings["response"]["background"]
-        caller = caller_digest(stream_id, call.headers)
+        caller = caller_digest(stream_id, call)
         document = StreamDocument(request, caller, "responses", parsed.settings, background)
         stream = self._kept.streams.new(stream_id, document, self._kept.transcript(document))
         if streams:
             events = await self._events(_Reader(call.record, stream, 0, new=True))
             if background:
-                self._count_at_its_end(stream)
+                self._count_at_its_end(stream, call.record)
             return events
         if background:
             with store_errors(response_id):
                 await stream.begin()
             call.record.outcome = "background"
-            self._count_at_its_end(stream)
+            self._count_at_its_end(stream, call.record)
         else:
             await self._whole(call.record, stream)
         outputs, failure = stream.feed.transcript.whole()
@@ -74,7 +74,7 @@ class KeptAnswers:
         stream = await self._kept.find(call, response_id)
         return await self._events(_Reader(call.record, stream, position, new=False))
 
-    def _count_at_its_end(self, stream: ResumableStream) -> None:
+    def _count_at_its_end(self, stream: ResumableStream, begun_by: RequestRecord) -> None:
         """Count the tokens of a response in the background: its request is answered before they come."""
 
         async def count() -> None:
@@ -83,6 +83,11 @@ class KeptAnswers:
             self._metrics.count(m.PROMPT_TOKENS, stream.document.request.prompt_tokens)
             self._metrics.count(m.CACHED_PROMPT_TOKENS, transcript.cached_prompt_tokens)
             self._metrics.count(m.OUTPUT_TOKENS, transcript.tokens)
+            if begun_by.tenant != NOBODY:
+                of_key = {"tenant": begun_by.tenant, "key": begun_by.key}
+                prompt_tokens = stream.document.request.prompt_tokens
+                self._metrics.count(m.KEY_TOKENS, prompt_tokens, {**of_key, "kind": "prompt"})
+                self._metrics.count(m.KEY_TOKENS, transcript.tokens, {**of_key, "kind": "output"})
             outcome = transcript.outcome if stream.finished else "left to another ingress"
             request_id = stream.document.request.request_id
             logger.info("request %s ended in the background: %s, %d tokens", request_id, outcome, transcript.tokens)

@@ -14,12 +14,14 @@ from typing import Any
 
 from serve_app.api.errors import bad_request
 from serve_app.api.http.endpoint import Call
+from serve_app.api.respond import Responder
 from serve_app.api.responses.conversation import Conversation, ConversationReader
 from serve_app.api.responses.fields import ConversationFields, read_request
 from serve_app.api.responses.ids import input_item_id, new_response_id, output_item_id
 from serve_app.api.responses.items import compaction
 from serve_app.api.responses.writer import usage_document
 from serve_app.api.unknown_fields import UnknownFields
+from serve_app.api.wire import ParsedRequest
 from serve_app.chat.options import ToolChoice
 from serve_app.chat.parts import TextPart
 from serve_app.generation.request import CompletionParams
@@ -35,14 +37,15 @@ MAX_SUMMARY_TOKENS = 2048
 class Compactor:
     """Compacts conversations."""
 
-    def __init__(self, service: CompletionService, reader: ConversationReader) -> None:
+    def __init__(self, service: CompletionService, reader: ConversationReader, responder: Responder) -> None:
+        self._responder = responder
         self._service = service
         self._reader = reader
 
     async def compact(self, call: Call, unknown: UnknownFields) -> dict[str, Any]:
         """OpenAI's CompactedResponse. Raises `RequestError`."""
         request = await call.run(partial(read_request, ConversationFields, call.body or {}, unknown))
-        card = await self._service.ready_model(request.model)
+        card = await self._service.ready_model(request.model, call.caller.models)
         response_id = new_response_id()
         options = await call.run(partial(self._reader.options, request, unknown))
         options = replace(options, text_grammar="", tool_choice=ToolChoice("none"))
@@ -61,8 +64,8 @@ class Compactor:
         resolved = self._service.resolve(
             card, [prompt], params, request_id=call.record.request_id, remaining_s=call.remaining_s()
         )
-        call.record.prompt_tokens = resolved.prompt_tokens
-        running = self._service.start(resolved)
+        accepted = await self._responder.accept(call, ParsedRequest(resolved, None))
+        running = self._service.start(accepted.resolved)
         texts: list[str] = []
         async with running, aclosing(running.deltas()) as deltas:
             async for delta in deltas:

@@ -50,7 +50,7 @@ class Responses:
         self._kept = kept
         self._answers = answers
         self._responder = responder
-        self._compactor = Compactor(service, reader)
+        self._compactor = Compactor(service, reader, responder)
 
     def routes(self, endpoint: Callable[..., Route]) -> list[Route]:
         """A route for each path. `endpoint` makes one of a path, a handler and the methods."""
@@ -67,8 +67,7 @@ class Responses:
         """`POST /v1/responses`. A stream of a response that is not kept can be resumed as those of other endpoints."""
         if (rest := await self._responder.continued(call)) is not None:
             return rest
-        parsed = await self._format.parse(call)
-        await self._responder.accept(call, parsed)
+        parsed = await self._responder.accept(call, await self._format.parse(call))
         if not parsed.settings["response"]["store"]:
             return await self._responder.begin(self._format, call, parsed)
         return await self._answers.begin(call, parsed, streams=bool((call.body or {}).get("stream")))
@@ -138,7 +137,7 @@ class Responses:
         """`POST /v1/responses/input_tokens`: how many tokens the model would read."""
         unknown = self._format.unknown(call)
         request = await call.run(partial(read_request, ConversationFields, call.body or {}, unknown))
-        card = await self._service.ready_model(request.model)
+        card = await self._service.ready_model(request.model, call.caller.models)
         options = await call.run(partial(self._reader.options, request, unknown))
         conversation = await self._reader.read(call, request, new_response_id(), unknown)
         truncates = request.truncation == "auto"

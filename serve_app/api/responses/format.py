@@ -49,7 +49,7 @@ class ResponsesFormat(WireFormat):
         unknown = self.unknown(call)
         request = await call.run(partial(read_request, ResponseRequest, call.body or {}, unknown))
         params = request.params()
-        card = await self._service.ready_model(request.model)
+        card = await self._service.ready_model(request.model, call.caller.models)
         response_id = new_response_id()
         options = await call.run(partial(self._reader.options, request, unknown))
         conversation = await self._reader.read(call, request, response_id, unknown)

@@ -187,7 +187,7 @@ def _stream_id(response_id: str) -> str:
 
 def _check(call: Call, response_id: str, document: StreamDocument) -> None:
     """Raise `ApiError` (404) unless the caller made the response."""
-    if document.wire_format != "responses" or not is_caller(document.caller, _stream_id(response_id), call.headers):
+    if document.wire_format != "responses" or not is_caller(document.caller, _stream_id(response_id), call):
         raise not_found(response_id)
 
 
