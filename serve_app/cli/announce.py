@@ -45,7 +45,9 @@ def ready(file: ConfigFile, address: Address, serve_pid: int, state: Readiness) 
         return
     cache = cache_directory(file.apps[0].config.cache_dir)
     logs = _log_folder(serve_pid)
-    print(banner.banner(card, address.url, logs, cache, grpc=address.grpc, stop=_STOP), flush=True)
+    said = (state.details or {}).get("access") or {}
+    access = banner.Access(said.get("keys_required") is True, str(said.get("warning") or ""))
+    print(banner.banner(card, address.url, logs, cache, grpc=address.grpc, stop=_STOP, access=access), flush=True)
 
 
 def _log_folder(serve_pid: int) -> Path:

@@ -14,8 +14,17 @@ import unicodedata
 
 from serve_app.cli.command_error import CommandError
 from serve_app.cli.progress import ProgressLine
-from serve_app.client import APIError, Client, ConnectionLost, Message, Options, Readiness, ServeAppError
-from serve_app.client.protocol import DEFAULT_URL, GRPC_SCHEMES
+from serve_app.client import (
+    APIError,
+    AuthenticationError,
+    Client,
+    ConnectionLost,
+    Message,
+    Options,
+    Readiness,
+    ServeAppError,
+)
+from serve_app.client.protocol import DEFAULT_URL, GRPC_SCHEMES, KEY_VARIABLE
 from serve_app.core import LoadStage
 
 HELP = """\
@@ -126,6 +135,8 @@ def _wait_for_model(client: Client, url: str, timeout_s: float) -> str:
 def _advice(error: ServeAppError) -> str:
     if isinstance(error, ConnectionLost) and "no server answers" in str(error):
         return f"{error}; start one with `serve-app serve CONFIG`, or name another with --url"
+    if isinstance(error, AuthenticationError):
+        return f"{error.message} This command takes the key from the environment variable {KEY_VARIABLE}."
     return error.message if isinstance(error, APIError) else str(error)
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from serve_app.cli.access import describe_keys
 from serve_app.cli.command_error import CommandError
 from serve_app.cli.config_file import ConfigFile, ServedApp, load
 from serve_app.cli.environment import own_cluster, server_environment
@@ -47,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name in file.foreign:
         print(f"Application {name!r} is not serve_app's; its args were not checked.")
     memory_bytes = 0
+    access_warnings: list[str] = []
     for app in file.apps:
         url = banner.address(file.host, file.port, app.route_prefix, https=file.https)
         print(f"\n{app.name or 'application'} at {url}")
@@ -59,9 +61,11 @@ def run(arguments: argparse.Namespace) -> int:
             f"model server  {_replicas(app.config.model_server)}",
             f"ingress       {_replicas(app.config.ingress)}",
         ]
-        for line in lines:
+        keys, warning = describe_keys(app, file.host, environment)
+        access_warnings += [warning] if warning else []
+        for line in [*lines, keys]:
             print(f"  {line}")
-    warnings = [*shortages(file), *_memory_shortage(memory_bytes), *_slow_kernels(file)]
+    warnings = [*access_warnings, *shortages(file), *_memory_shortage(memory_bytes), *_slow_kernels(file)]
     if stale := stale_address(os.environ):
         warnings.append(stale)
     for warning in warnings:

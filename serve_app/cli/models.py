@@ -6,8 +6,8 @@ import argparse
 import json
 
 from serve_app.cli.command_error import CommandError
-from serve_app.client import Client, ServeAppError
-from serve_app.client.protocol import DEFAULT_URL
+from serve_app.client import AuthenticationError, Client, ServeAppError
+from serve_app.client.protocol import DEFAULT_URL, KEY_VARIABLE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +23,8 @@ def run(arguments: argparse.Namespace) -> int:
             found = client.models()
     except ValueError as error:
         raise CommandError(str(error), status=2) from error
+    except AuthenticationError as error:
+        raise CommandError(f"{error.message} Put the key into the environment variable {KEY_VARIABLE}.") from error
     except ServeAppError as error:
         raise CommandError(f"{error}; is it running? `serve-app serve CONFIG` starts one") from error
     if arguments.json:

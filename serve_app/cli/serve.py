@@ -19,7 +19,9 @@ from typing import Any, Self
 
 import yaml
 
+from serve_app.api.http.guard import PROBE_SECRET
 from serve_app.cli import announce
+from serve_app.cli.access import probe_environment
 from serve_app.cli.check import shortages
 from serve_app.cli.command_error import CommandError
 from serve_app.cli.config_file import DEFAULT_GRPC_PORT, DEFAULT_PORT, LAST_PORT, ConfigFile, load
@@ -32,7 +34,8 @@ from serve_app.cli.ray_address import answers, stale_address
 from serve_app.cli.ray_folder import ray_folder
 from serve_app.cli.ray_token import ALLOW_OPEN, cluster_token, own_token
 from serve_app.cli.state import claim, remove_what_crashes_left, state_directory
-from serve_app.client import Client, Readiness, ServeAppError
+from serve_app.client import AuthenticationError, Client, Readiness, ServeAppError
+from serve_app.client.protocol import KEY_VARIABLE
 from serve_app.demo_config import DEMO_CONFIG
 from serve_app.processors import schedulable_cpus
 
@@ -65,7 +68,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(message, status=2)
     environment = server_environment(os.environ)
     _look_for_cluster(environment)
-    if not own_cluster(environment):
+    if own_cluster(environment):  # the processes of another Ray would not have the secret
+        environment |= probe_environment(file, environment)
+    else:
         environment |= cluster_token(environment, allow_open=arguments.allow_open_cluster)
     stopping = _Stopping()
     with claim(port) as held, ExitStack() as until_the_end:
@@ -100,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
             stopping.of(child)
             held.record(child.pid, file.path)
-            failed = _watch(child, file, announce.Address.of(file, host, port, grpc_port), stopping)
+            failed = _watch(child, file, announce.Address.of(file, host, port, grpc_port), stopping, environment)
             status = child.wait()
     return 1 if failed or (status and not stopping.begun) else 0
 
@@ -183,16 +188,26 @@ def _derived_config(file: ConfigFile, host: str, port: int, grpc_port: int | Non
     return path
 
 
-def _watch(child: subprocess.Popen[bytes], file: ConfigFile, address: announce.Address, stopping: _Stopping) -> bool:
+def _watch(
+    child: subprocess.Popen[bytes],
+    file: ConfigFile,
+    address: announce.Address,
+    stopping: _Stopping,
+    environment: Mapping[str, str],
+) -> bool:
     """Show the service's stages until it is ready or ends. Returns whether it failed for good (and was stopped)."""
     if file.https:
         print(f"serving {file.path} on {address.url}; /ready there says when the model is loaded")
         return False
     said = ""
-    with Client(address.url, retries=0, timeout_s=10.0) as client:
+    with Client(address.url, api_key=environment.get(PROBE_SECRET), retries=0, timeout_s=10.0) as client:
         while child.poll() is None and not stopping.begun:
             try:
                 state = client.ready()
+            except AuthenticationError:  # a running cluster, which did not get our secret
+                said = f"{address.url} asks for an API key; put one into {KEY_VARIABLE} to see when the model is loaded"
+                print(said, flush=True)
+                return False
             except ServeAppError:  # Serve's proxy does not listen yet, or has no route to the application yet
                 state = Readiness(ready=False)
             if state.ready:

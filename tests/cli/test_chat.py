@@ -251,3 +251,20 @@ def test_commands_and_long_messages(api: FakeApi, terminal: Terminal) -> None:
     terminal.wait_for("> ")
     assert terminal.press_until_it_ends("/exit\n") == 0
     assert messages_of(api) == [[("user", "first \nsecond")]]
+
+
+def test_a_key_is_taken_from_the_environment_and_asked_for(api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    def keyed(exchange: Exchange) -> None:
+        if exchange.headers.get("authorization") == "Bearer sa-mine":
+            exchange.answer(200, {"status": "ready", "data": []})
+        else:
+            exchange.refuse(401, "invalid_api_key", "This service asks for an API key.")
+
+    api.routes["/ready"] = keyed
+    refused = chat(api, "--once", "Hi")
+    assert refused.returncode == 1
+    assert b"asks for an API key. This command takes the key from the environment variable SERVE_APP_API_KEY" in (
+        refused.stderr
+    )
+    monkeypatch.setenv("SERVE_APP_API_KEY", "sa-mine")
+    assert chat(api, "--once", "Hi").stdout == b"Hello there.\n"

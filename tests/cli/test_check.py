@@ -68,6 +68,37 @@ def test_it_says_what_a_replica_needs(tmp_path: Path, model: Path, capsys: pytes
     assert "model server  1 x (1 CPU)" in output
 
 
+SHA = "ab" * 32
+
+
+@pytest.mark.parametrize(
+    ("keys", "host", "said", "status"),
+    [
+        (f"keys: [{{name: a, sha256: {SHA}}}]", "0.0.0.0", "keys          1, in ", 0),
+        ("keys: []", "127.0.0.1", "has no keys, so nobody can use the service", 0),
+        (None, "127.0.0.1", "is missing; `serve-app keys create NAME --file ", 0),
+        ("keys: 3", "127.0.0.1", "keys.yaml:1: keys: Input should be a valid list", 2),
+        ("", "0.0.0.0", "warning: everybody who reaches 0.0.0.0 can use the service", 0),
+        ("", "127.0.0.1", "keys          none are asked for\n", 0),
+    ],
+)
+def test_it_says_who_may_use_the_service(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], keys: str | None, host: str, said: str, status: int
+) -> None:
+    path = tmp_path / "keys.yaml"
+    args: dict[str, object] = {"model": {"source": str(model)}}
+    if keys != "":
+        args["auth"] = {"keys_file": str(path)}
+    if keys:
+        path.write_text(keys)
+    config = Path(write(tmp_path, **args))
+    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"http_options": {"host": host}}))
+    assert main(["check", str(config)]) == status
+    printed = capsys.readouterr()
+    assert said in printed.out + printed.err
+    assert ("everybody" in printed.out) == ("everybody" in said)
+
+
 def test_on_a_gpu_it_says_what_a_gib_holds(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,6 +112,37 @@ def start() -> Iterator[Callable[..., Serving]]:
     remove_what_crashes_left()
 
 
+def with_keys(config: Path, content: str) -> None:
+    """Give the config a file of keys."""
+    keys = config.with_name("keys.yaml")
+    keys.write_text(content)
+    document = yaml.safe_load(config.read_text())
+    document["applications"][0]["args"] = {"auth": {"keys_file": str(keys)}}
+    config.write_text(yaml.safe_dump(document))
+
+
+def test_it_sees_a_service_that_asks_for_keys(config: Path, start: Callable[..., Serving]) -> None:
+    with_keys(config, "keys: []")
+    serving = start(str(config))
+    serving.wait_for("serve_app is ready at")
+    serving.wait_for("SERVE_APP_API_KEY")
+    serving.process.send_signal(signal.SIGINT)
+    assert serving.end() == 0
+
+
+def test_it_does_not_wait_where_it_may_not_ask(config: Path, start: Callable[..., Serving]) -> None:
+    serving = start(str(config), mode="asks")
+    serving.wait_for("asks for an API key; put one into SERVE_APP_API_KEY")
+    serving.process.send_signal(signal.SIGINT)
+    assert serving.end() == 0
+
+
+def test_broken_keys_are_told_before_anything_starts(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with_keys(config, "keys: 3")
+    assert main(["serve", str(config)]) == 2
+    assert "keys.yaml:1: keys: Input should be a valid list" in capsys.readouterr().err
+
+
 def test_it_shows_the_stages_and_what_it_holds(config: Path, port: int, start: Callable[..., Serving]) -> None:
     serving = start(str(config))
     serving.wait_for(f"curl -N http://127.0.0.1:{port}/stream")

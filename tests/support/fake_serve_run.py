@@ -1,7 +1,7 @@
 """Stands in for `serve run CONFIG`: reads the config's address, serves /ready there, and ends as it is told.
 
-The environment says how: FAKE_SERVE_RUN is `ready`, `fails` (the model can't be loaded), `dies` (before it listens) or
-`stubborn` (SIGINT does not end it).
+The environment says how: FAKE_SERVE_RUN is `ready`, `fails` (the model can't be loaded), `dies` (before it listens),
+`asks` (for a key that nobody has) or `stubborn` (SIGINT does not end it).
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ class Handler(BaseHTTPRequestHandler):
         Handler.asked += 1
         if Handler.asked == 1:  # Serve's proxy has no route to the application yet
             return self.answer(503, json.dumps({"error": {"message": "Starting.", "code": "not_ready"}}).encode())
+        secret = os.environ.get("SERVE_APP_PROBE_SECRET")
+        if MODE == "asks" or (secret and self.headers.get("Authorization") != f"Bearer {secret}"):
+            return self.answer(401, json.dumps({"error": {"message": "No key.", "code": "invalid_api_key"}}).encode())
         if Handler.asked == 2:
             return self.answer(
                 503, json.dumps({"status": "loading", "stage": "loading weights", "error": None}).encode()
@@ -46,7 +49,8 @@ class Handler(BaseHTTPRequestHandler):
         if MODE == "fails":
             body = {"status": "failed", "stage": "failed", "error": "There is no folder /x."}
             return self.answer(503, json.dumps(body).encode())
-        return self.answer(200, json.dumps({"status": "ready", "model": CARD}).encode())
+        access = {"keys_required": bool(secret)}
+        return self.answer(200, json.dumps({"status": "ready", "model": CARD, "access": access}).encode())
 
     def answer(self, status: int, body: bytes) -> None:
         self.send_response(status)
