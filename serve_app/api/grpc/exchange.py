@@ -30,9 +30,15 @@ class Exchange:
     """One POST request. Enter it to send the request; leaving it disconnects."""
 
     def __init__(
-        self, app: ASGIApp, path: str, endpoint: str, headers: Mapping[str, str], document: EncodedDocument
+        self,
+        app: ASGIApp,
+        path: str,
+        endpoint: str,
+        headers: Mapping[str, str],
+        document: EncodedDocument,
+        client: str | None = None,
     ) -> None:
-        """`endpoint`: what metrics and log call it."""
+        """`endpoint`: what metrics and log call it. `client`: the caller's address; None: not known."""
         self._app = app
         self._scope: dict[str, Any] = {
             "type": "http",
@@ -45,7 +51,7 @@ class Exchange:
             "root_path": "",
             "query_string": b"",
             "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
-            "client": None,
+            "client": None if client is None else (client, 0),
             "server": None,
             DOCUMENT: document,
             ENDPOINT: endpoint,

@@ -125,7 +125,8 @@ class Servicer:
         self, method: str, headers: Mapping[str, str], call: Call, document: EncodedDocument
     ) -> AsyncIterator[Exchange]:
         """The answer, once it has begun. Raises `Refusal`."""
-        async with Exchange(self._app, _PATH, method, headers, document) as answer:
+        client = address_of(call.peer())
+        async with Exchange(self._app, _PATH, method, headers, document, client) as answer:
             if answer.status >= 400:
                 raise of_answer(answer.status, await answer.body(), answer.headers)
             trailing = [(name, answer.headers[name]) for name in _TRAILING if name in answer.headers]
@@ -161,14 +162,18 @@ def _headers(call: Call, names: frozenset[str]) -> dict[str, str]:
     return {name: value for name, value in metadata if name in names and isinstance(value, str)}
 
 
+def address_of(peer: str) -> str | None:
+    """The address in the name that gRPC gives a peer; None where that is not one of the Internet."""
+    kind, _, address = unquote(peer).partition(":")
+    return address.rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else None
+
+
 def is_local(peer: str) -> bool:
     """Whether a peer, as gRPC names it, is on this machine."""
-    kind, _, address = unquote(peer).partition(":")
-    if kind == "unix":
+    if peer.startswith("unix:"):
         return True
-    host = address.rpartition(":")[0].strip("[]")
     try:
-        ip = ipaddress.ip_address(host)
+        ip = ipaddress.ip_address(address_of(peer) or "")
     except ValueError:
         return False
     mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None

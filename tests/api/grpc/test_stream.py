@@ -8,11 +8,13 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import grpc
 import httpx
 import pytest
+from api_keys import KEY, entry, guard_of
 from fake_replica import FakeReplica, Script, card, counts
 from grpc_server import grpc_server
 from memory_metrics import MemoryMetrics
@@ -21,6 +23,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from serve_app.access.guessing import WRONG_KEYS
+from serve_app.access.keys import new_key
 from serve_app.api.grpc import documents, servicer
 from serve_app.api.grpc.exchange import _EventLines
 from serve_app.api.grpc.refusal import of_event
@@ -493,3 +497,42 @@ async def test_a_stream_that_ends_without_an_end_is_cut(open_grpc: Open) -> None
     caller = await open_grpc(Starlette(routes=[Route("/stream", cut, methods=["POST"])]))
     status, details = await caller.refused(HI)
     assert (status, details["error"]["code"]) == (grpc.StatusCode.UNAVAILABLE, "stream_cut")
+
+
+async def test_calls_need_a_key_and_the_health_check_needs_none(
+    make_app: MakeApp, replica: FakeReplica, open_grpc: Open, tmp_path: Path
+) -> None:
+    other = new_key()
+    guard = guard_of(tmp_path / "keys.yaml", entry("alice", KEY), entry("limited", other, models=["another"]))
+    caller = await open_grpc(make_app(replica, guard=guard))
+    for metadata in ((), (("authorization", "Bearer sa-wrong"),), (("x-api-key", "sa-wrong"),)):
+        status, details = await caller.refused(HI, *metadata)
+        assert (status, details["error"]["code"]) == (grpc.StatusCode.UNAUTHENTICATED, "invalid_api_key")
+    status, details = await caller.refused(HI, ("authorization", f"Bearer {other}"))
+    assert (status, details["error"]["code"]) == (grpc.StatusCode.PERMISSION_DENIED, "model_not_allowed")
+    assert not replica.requests
+    for name, value in (("authorization", f"Bearer {KEY}"), ("x-api-key", KEY)):
+        assert [_ async for _ in caller.stream(HI, (name, value))]
+    assert {request.tenant for request in replica.requests} == {"alice"}
+    assert await caller.channel.unary_unary("/grpc.health.v1.Health/Check")(b"") == b"\x08\x01"
+
+
+async def test_guessing_is_slowed_by_the_address_of_the_call(
+    make_app: MakeApp, replica: FakeReplica, open_grpc: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servicer, "address_of", lambda peer: "203.0.113.7")
+    caller = await open_grpc(make_app(replica, guard=guard_of(tmp_path / "keys.yaml")))
+    refusals = [await caller.refused(HI, ("x-api-key", f"sa-{number}")) for number in range(WRONG_KEYS + 1)]
+    assert {status for status, _ in refusals[:-1]} == {grpc.StatusCode.UNAUTHENTICATED}
+    status, details = refusals[-1]
+    assert (status, details["retry_after_s"] > 0) == (grpc.StatusCode.RESOURCE_EXHAUSTED, True)
+    right = await caller.refused(HI, ("x-api-key", KEY))
+    assert right[0] == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize(
+    ("peer", "address"),
+    [("ipv4:192.0.2.1:50000", "192.0.2.1"), ("ipv6:%5B2001:db8::1%5D:5", "2001:db8::1"), ("unix:/x", None), ("", None)],
+)
+def test_the_address_of_a_peer(peer: str, address: str | None) -> None:
+    assert servicer.address_of(peer) == address
