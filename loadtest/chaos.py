@@ -80,7 +80,7 @@ async def run(service: ChaosService, wanted: Plan) -> dict[str, Any]:
     await service.until_ready()
     asked = questions(wanted.seed, min(DISTINCT, wanted.streams), wanted.kinds)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)  # none to a proxy that has died
-    async with httpx.AsyncClient(limits=limits, timeout=TIMEOUT, trust_env=False) as http:
+    async with httpx.AsyncClient(headers=service.headers, limits=limits, timeout=TIMEOUT, trust_env=False) as http:
         began_s = time.monotonic()
         references = await undisturbed(http, service, asked)
         print(f"{len(asked)} undisturbed answers in {time.monotonic() - began_s:.0f} s", flush=True)
@@ -295,7 +295,7 @@ def main() -> int:
         expiry_s=min(EXPIRY_S, wanted.seconds),
         grpc_port=free_port() if Kind.GRPC in wanted.kinds else None,
     )
-    with ChaosService(config, port, log) as service:
+    with ChaosService(config, port, log, asks_for_key=True) as service:
         figures = asyncio.run(run(service, wanted))
     text = chaos_report.table(figures)
     print(f"\n{text}\n")

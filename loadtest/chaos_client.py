@@ -136,6 +136,8 @@ class ChaosClient:
     async def _call(self, headers: dict[str, str]) -> None:
         """One gRPC call to its end. Raises as `_read` does."""
         assert isinstance(self._reply, NativeReply)
+        if key := self._http.headers.get("authorization"):
+            headers = headers | {"authorization": key}
         call = GrpcCall(self._grpc_target, self._question.body, headers, self._reply, self.outcome)
         async with aclosing(call.messages()) as messages:
             async for _ in messages:

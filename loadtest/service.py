@@ -50,8 +50,12 @@ class Replica:
 class ChaosService:
     """`serve-app serve` with `config` in a process of its own. A context manager: leaving it stops everything."""
 
-    def __init__(self, config: dict[str, Any], port: int, log: Path) -> None:
-        """What it prints goes to `log`, and the logs of its replicas to a folder of that name without its suffix."""
+    def __init__(self, config: dict[str, Any], port: int, log: Path, *, asks_for_key: bool = False) -> None:
+        """What it prints goes to `log`, and the logs of its replicas to a folder of that name without its suffix.
+
+        `asks_for_key`: each request needs `headers`.
+        """
+        self._asks_for_key = asks_for_key
         self.config = config
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
@@ -79,6 +83,8 @@ class ChaosService:
             "RAY_SERVE_EVENT_LOOP_MONITORING_INTERVAL_S": "1",
             "SERVE_APP_STATE": str(self._folder),
         }
+        if self._asks_for_key:
+            environment |= {"SERVE_APP_API_KEYS": f"chaos={self.token}"}
         self._log.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self._log.with_suffix(""), ignore_errors=True)
         with self._log.open("w") as output:
@@ -105,6 +111,11 @@ class ChaosService:
             if (self.logs / "serve").exists():  # what its replicas logged outlives the run's folder
                 shutil.copytree(self.logs / "serve", self._log.with_suffix(""), dirs_exist_ok=True)
             shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What each request to the service must have."""
+        return {"Authorization": f"Bearer {self.token}"} if self._asks_for_key else {}
 
     @property
     def logs(self) -> Path:
@@ -213,7 +224,7 @@ class ChaosService:
     def ask_for_nothing(self) -> None:
         """Have each ingress count its requests: it does so only when one comes or goes. Raises `httpx.HTTPError`."""
         for _ in range(ASKED_FOR_NOTHING):  # each by a connection of its own, or all would reach one replica
-            httpx.get(f"{self.url}/v1/models", timeout=10, trust_env=False)
+            httpx.get(f"{self.url}/v1/models", headers=self.headers, timeout=10, trust_env=False)
 
     def _stop(self) -> None:
         """SIGINT, then SIGTERM, then SIGKILL for whatever is left of its processes."""
