@@ -1,7 +1,7 @@
 """The session's Ray cluster, for the tests marked `ray`: one, small, HTTP on loopback, started when first asked for.
 
-Property tests draw the same examples in each run. `pytest --hypothesis-profile=explore` draws others,
-and more of them where a test says so.
+Property tests draw the same examples in each run. `pytest --hypothesis-profile=explore` draws others, and
+more of them: a test that asks for a number of its own says both (`exploring.cases`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 pytest_plugins = ["chat_tokenizer", "missing_programs", "reruns", "triton_interpreter", "worker_groups"]
 
 # Without limits of time: a machine that stalls for a moment says nothing of what is tested.
-settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("repeat", settings.get_profile("explore"), derandomize=True, print_blob=True)
+settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=500)
+settings.register_profile("repeat", settings.get_profile("explore"), derandomize=True, print_blob=True, max_examples=40)
 settings.load_profile("repeat")
 
 

@@ -4,6 +4,7 @@ import json
 from itertools import takewhile
 
 import pytest
+from exploring import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from line_count import lines_run
@@ -18,7 +19,7 @@ from serve_app.chat.tokenizer_error import TokenizerError
 TEXTS = ["Hello, world!", "  leading", "I am here", "naïve café 你好", "👩‍👩‍👧 🙂", "é\n\n1. x", "\ufffd", "ﷺ\x00"]
 FAMILIES = ["demo_tokenizer", "byte_level", "metaspace"]
 ALPHABET = frozenset(pre_tokenizers.ByteLevel.alphabet())
-slow = settings(deadline=None, max_examples=150)
+slow = settings(deadline=None, max_examples=cases(37, exploring=1000))
 
 
 def pieces(tokenizer: ChatTokenizer, ids: list[int], prompt_ids: list[int]) -> list[str]:

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+from exploring import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from real_tokenizers import real_tokenizer
@@ -71,7 +72,7 @@ def test_qwen_3_has_the_ids_of_transformers(tools: tuple[Tool, ...]) -> None:
 texts = st.text(max_size=8) | st.sampled_from(["<|im_end|>", "<tool_call>", "</think>", "a < b", '"', "\\n", "\n"])
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=cases(20, exploring=200))
 @given(description=texts, value=texts, answer=texts, enum=st.lists(texts, max_size=3))
 def test_qwen_3_has_them_for_any_text(description: str, value: str, answer: str, enum: list[str]) -> None:
     """Control tokens included, since transformers guards the values of a tool, too. It does not guard keys."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
+from exploring import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,7 +35,7 @@ def split(text: str, cuts: list[int]) -> list[str]:
     return [text[a:b] for a, b in pairwise(edges)]
 
 
-@settings(max_examples=1000)
+@settings(max_examples=cases(250, exploring=5000))
 @given(case=texts_and_stops(), cuts=st.lists(st.integers(0, 40), max_size=6))
 def test_any_cutting_into_pushes_gives_the_plain_models_text(case: tuple[str, list[str]], cuts: list[int]) -> None:
     text, stops = case

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from exploring import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_tokenizers import CHATML
@@ -127,7 +128,7 @@ values = st.recursive(
 
 
 @pytest.mark.parametrize("name", ["hermes", "mistral", "harmony"])
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=cases(20, exploring=200))
 @given(arguments=st.dictionaries(plain, values, max_size=3), answer=texts, description=texts, enum=st.lists(texts))
 def test_so_are_those_of_any_ordinary_tools(
     family: Family,

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from exploring import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_tokenizers import CHATML, byte_level_backend, metaspace_backend
@@ -92,20 +93,20 @@ chats = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=cases(50, exploring=1000))
 @given(messages=chats)
 def test_the_ids_are_those_of_transformers(demo_folder: Path, demo_tokenizer: ChatTokenizer, messages) -> None:
     assert ChatTemplate(demo_tokenizer).encode(messages) == oracle(demo_folder, messages)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=cases(50, exploring=1000))
 @given(messages=chats)
 def test_the_ids_are_those_of_transformers_with_sentencepiece_too(spaced_folder: Path, messages) -> None:
     assert ChatTemplate(ChatTokenizer.load(spaced_folder)).encode(messages) == oracle(spaced_folder, messages)
 
 
 @pytest.mark.parametrize("template", [CHATML, HEADERS, DROPS_EMPTY, THINKING])
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=cases(20, exploring=300))
 @given(messages=chats)
 def test_no_text_changes_the_control_tokens(byte_level_folder: Path, template: str, messages) -> None:
     tokenizer = ChatTokenizer.load(byte_level_folder, template=template)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from exploring import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_tokenizers import CHATML
@@ -108,7 +109,7 @@ def turns(template: ChatTemplate, ids: list[int]) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("tags", ["reject", "escape"])
 @pytest.mark.parametrize("name", [*FAMILIES, "none"])
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=cases(20, exploring=300))
 @given(data=hostile_chats())
 def test_no_text_changes_control_tokens_or_turns(
     load: Load, name: str, tags: str, data: tuple[list[ChatMessage], tuple[Tool, ...], bool]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from exploring import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_tokenizers import CHATML, byte_level_backend
@@ -222,7 +223,7 @@ PARTS = [
 
 @pytest.mark.parametrize("template", [MISTRAL, ZEPHYR, ALPACA, GUANACO])
 @pytest.mark.parametrize("tags", ["reject", "escape"])
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=cases(20, exploring=200))
 @given(parts=st.lists(st.sampled_from(PARTS), max_size=8), of_assistant=st.lists(st.sampled_from(PARTS), max_size=4))
 def test_no_text_changes_the_turns(
     byte_level_folder: Path, template: str, tags: str, parts: list[str], of_assistant: list[str]

@@ -9,7 +9,8 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from hypothesis import given
+from exploring import cases
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLMatcher, LLParserLimits
 from small_vocabulary import EOS, grammar_of, ids_of, schemas, small_vocabulary, text_of
@@ -60,6 +61,7 @@ def regex(pattern: str) -> str:
     return LLMatcher.grammar_from_regex(pattern)
 
 
+@settings(max_examples=cases(20, exploring=500))
 @given(schema=schemas, data=st.data())
 def test_masks_are_the_same_by_replay_step_by_step_and_after_drafts(
     schema: dict[str, Any], data: st.DataObject

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from exploring import cases
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from tiny_models import (
-    ARCHITECTURES,
     VOCAB,
     all_tokens,
     collect,
@@ -49,7 +49,7 @@ FEW = tuple((token_id, 9.0) for token_id in (3, 14, 15, 92))
 NO_LOOKUP = {"prompt_lookup": False}
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", KINDS)
 async def test_greedy_is_generate_token_for_token(kind: str, make_engine: MakeEngine) -> None:
     prompts = [[5, 6, 7, 8] * 4, [9] * 7, *prompts_of((1, 2, 30))]
     expected = [greedy_reference(kind, prompt, 40) for prompt in prompts]
@@ -156,7 +156,7 @@ CROWD = [
 """More than the cramped cache holds at a time, and each repeats itself: what the fixture counts does happen."""
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=cases(10, exploring=125), deadline=None)
 @example(asked=CROWD, cut=20)
 @given(asked=st.lists(requests, min_size=2, max_size=8), cut=st.integers(1, 30))
 def test_the_same_bits_with_guesses_and_without(

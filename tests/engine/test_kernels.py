@@ -49,10 +49,14 @@ def complaint(
     return check_attention(backend, layer, query_heads, params, **({"long_tokens": LONG_TOKENS} | small))
 
 
+EVERY_DTYPE = [(dtype, params) for dtype in DTYPES for params in PARAMS]
+FEW_DTYPES = [(DTYPES[0], params) for params in PARAMS] + [(dtype, PARAMS[-1]) for dtype in DTYPES[1:]]
+"""What a window and a softcap do does not depend on how the numbers are kept."""
+
+
 @pytest.mark.parametrize("batch_invariant", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", LARGE if ON_GPU else SMALL)
-@pytest.mark.parametrize("params", PARAMS)
+@pytest.mark.parametrize(("dtype", "params"), EVERY_DTYPE if ON_GPU else FEW_DTYPES)
 def test_the_triton_kernels_are_right(
     batch_invariant: bool, dtype: torch.dtype, shape: Sequence[int], params: AttentionParams
 ) -> None:

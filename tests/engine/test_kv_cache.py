@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from exploring import cases
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
@@ -84,7 +85,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.idle(range(PAGES)) == PAGES - used
 
 
-PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+PoolMachine.TestCase.settings = settings(max_examples=cases(60, exploring=300), stateful_step_count=40, deadline=None)
 TestPool = PoolMachine.TestCase
 
 

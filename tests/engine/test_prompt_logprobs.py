@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from exploring import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -137,7 +138,7 @@ async def test_a_model_that_gives_no_numbers_fails_the_request(make_engine: Make
     assert len(await scores_of(engine, request_for([1, 2, 3], 0, prompt_logprobs=1))) == 2
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=cases(10, exploring=150))
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.sampled_from((0, 1, 5)), st.sampled_from((129, 1000)))
 def test_how_the_rows_are_divided_changes_no_bit(chunks: list[int], top: int, vocab: int) -> None:
     generator = torch.Generator().manual_seed(len(chunks))

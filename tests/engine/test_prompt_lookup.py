@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
+from exploring import cases
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -58,7 +59,7 @@ def test_it_goes_on_as_it_did_where_most_of_the_past_agrees(ids: list[int], gues
     assert lookup_of(ids).guess(0) == []
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=cases(200, exploring=1000), deadline=None)
 @given(ids=st.lists(st.integers(0, 3), min_size=1, max_size=60), known=st.integers(0, 60), bulk=st.booleans())
 @example(ids=[0, 0, 0, 2, 0, 0, 1, 0, 1, 1, 0, 0], known=0, bulk=False)  # its guesses were too often wrong
 def test_every_guess_has_a_precedent(ids: list[int], known: int, bulk: bool) -> None:
@@ -81,7 +82,7 @@ def test_every_guess_has_a_precedent(ids: list[int], known: int, bulk: bool) -> 
     assert bool(guesses) == (len(ids) > 1 and ids[-2:] in pairs)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=cases(200, exploring=1000), deadline=None)
 @given(
     ids=st.lists(st.integers(0, 3), max_size=80),
     given_ids=st.integers(0, 80),
@@ -180,7 +181,7 @@ def _product(factors: list[float]) -> float:
     return result
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=cases(200, exploring=1000), deadline=None)
 @given(
     sequences=st.lists(guesses, min_size=1, max_size=3),
     rows=st.integers(-1, 14),

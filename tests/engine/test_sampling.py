@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from exploring import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -100,7 +101,7 @@ def test_the_distribution_is_the_softmax() -> None:
     assert ((counts - draws * expected) ** 2 / (draws * expected)).sum() < 24.3, "chi squared, 7 degrees, p = 0.001"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=cases(30, exploring=300), deadline=None)
 @given(
     seed=st.integers(0, 1000),
     temperature=st.sampled_from([0.3, 1.0, 1.7]),

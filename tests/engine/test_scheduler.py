@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from exploring import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -373,7 +374,7 @@ def test_a_prompt_that_is_cached_whole_still_computes_its_last_token() -> None:
     assert dict(step(s))[2] == 4
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=cases(100, exploring=1000), deadline=None)
 @given(
     requests=st.lists(
         st.tuples(
@@ -549,7 +550,7 @@ class Contents:
             assert found == (token_id, one.request.cache_salt), "somebody else's keys and values"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=cases(100, exploring=1000), deadline=None)
 @given(
     requests=st.lists(
         st.tuples(st.integers(1, 24), st.integers(1, 24), st.integers(1, 3), st.sampled_from(["", "tenant"])),
@@ -644,7 +645,7 @@ def test_a_prompt_whose_logprobs_are_wanted_takes_the_rows_that_are_left() -> No
     st.integers(1, 24),
     st.booleans(),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=cases(100, exploring=1000), deadline=None)
 def test_a_step_never_has_more_rows_than_sequences_may_run(
     asked: list[tuple[int, int, bool, bool]], running: int, budget: int, lookup: bool
 ) -> None:

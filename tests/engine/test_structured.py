@@ -12,6 +12,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from exploring import cases
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from llguidance import LLMatcher
@@ -110,7 +111,7 @@ CROWD = [
 """More than the cramped cache holds at a time."""
 
 
-@settings(max_examples=20)
+@settings(max_examples=cases(10, exploring=100))
 @example(asked=CROWD, place=0)
 @given(asked=st.lists(requests, min_size=1, max_size=7), place=st.integers(0, 6))
 def test_outputs_validate_and_are_the_same_however_they_are_made(

@@ -3,6 +3,7 @@ from __future__ import annotations
 from itertools import accumulate
 
 import pytest
+from exploring import cases
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +14,9 @@ from serve_app.chat.tokenizer import ChatTokenizer
 from serve_app.core import FinishReason, TokenBatch, TokenLogprobs
 from serve_app.generation.text import ChoiceText, TokenLogprob
 
-PER_EXAMPLE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+PER_EXAMPLE = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=cases(20, exploring=300), deadline=None
+)
 
 
 def choice(tokenizer: ChatTokenizer, stops: list[str], stop_ids: frozenset[int] = frozenset()) -> ChoiceText:

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 import schemathesis
+from exploring import cases
 from fake_replica import FakeReplica
 from hypothesis import HealthCheck, given, settings
 from pydantic import BaseModel, TypeAdapter
@@ -197,7 +198,9 @@ def test_any_request_gets_an_answer_of_the_document(
     schema = schemathesis.openapi.from_asgi("/openapi.json", app)
     case_of = schema[operation.path][operation.method.upper()].as_strategy()
 
-    @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @settings(
+        max_examples=cases(15, exploring=150), deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+    )
     @given(case=case_of)
     def run(case: Any) -> None:
         case.call_and_validate(checks=CHECKS)

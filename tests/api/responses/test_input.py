@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from exploring import cases
 from fake_replica import FakeReplica, card
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -209,7 +210,7 @@ JSON = st.recursive(
 
 
 @given(JSON)
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=cases(15, exploring=150), suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_garbage_is_refused_in_words(raw: Any) -> None:
     unknown = UnknownFields(RequestRecord("r1"), refused=False)
     if not isinstance(raw, str | list):

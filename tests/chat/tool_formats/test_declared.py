@@ -125,7 +125,7 @@ MARKS = [
 
 
 @pytest.mark.parametrize("template", [QWEN, XML, GEMMA])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=cases(50, exploring=1000), deadline=None)
 @given(
     pieces=st.lists(st.one_of(st.sampled_from(MARKS), st.text(max_size=3)), max_size=12),
     cuts=st.sets(st.integers(1, 80)),

@@ -244,7 +244,7 @@ def test_text_that_is_json_does_not_wait_for_its_end(name: str, text: str) -> No
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=cases(50, exploring=1000), deadline=None)
 @given(data=st.data())
 def test_garbage_around_marks_is_read_alike_in_every_cut(name: str, data: st.DataObject) -> None:
     pieces = data.draw(st.lists(st.one_of(st.sampled_from(MARKS[name]), st.text(max_size=3)), max_size=15))

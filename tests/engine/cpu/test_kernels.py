@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from exploring import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -209,7 +210,7 @@ def exact_engines(kernels: Kernels, kernel_folder: Path) -> list[Engine]:
     return engines
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=cases(12, exploring=125), deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 60), min_size=2, max_size=8),
     temperature=st.sampled_from([0.0, 0.7, 1.3]),

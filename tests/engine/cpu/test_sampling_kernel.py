@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from exploring import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -47,7 +48,7 @@ parameters = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=cases(100, exploring=1500), deadline=None)
 @given(
     each=st.lists(st.tuples(parameters, st.integers(0, 40), st.integers(0, 3)), min_size=1, max_size=9),
     vocab=st.sampled_from([7, 16, 250, 1000, 3001]),
