@@ -40,7 +40,10 @@ def build(args: AppConfig) -> serve.Application:
         **replica_options(args.model_server, surge_percent) | health,
         request_router_config={
             "request_router_class": f"{ModelRouter.__module__}.ModelRouter",
-            "request_router_kwargs": {"shared": _may_be_several(args.ingress)},
+            "request_router_kwargs": {
+                "shared": _may_be_several(args.ingress),
+                "places": args.engine.max_running,
+            },
         },
     )(ModelServer)
     # `max_constructor_retry_count` keeps Serve's default. During an update each death of a new version's replica counts

@@ -208,8 +208,9 @@ class ReplicasConfig(_Config):
     """Custom Ray resources, e.g. {"accelerator_type:A100": 0.001}."""
     max_ongoing_requests: int = Field(default=256, ge=1)
     """Streams one replica may have in progress; Serve routes no more to it."""
-    max_queued_requests: int = Field(default=256, ge=-1)
-    """Streams each caller may hold waiting for a replica; one more gets 503. -1: no limit."""
+    max_queued_requests: int = Field(default=-1, ge=-1)
+    """Requests that each ingress replica may hold waiting for a replica, each choice counted; one more gets 503. -1: no
+    limit but that of `admission`."""
     graceful_shutdown_timeout_s: float = Field(default=600, ge=0)
     """How long a replica that has to stop may take to finish its streams. Streams that another replica can continue
     move there at once."""
@@ -230,6 +231,8 @@ class IngressConfig(ReplicasConfig):
     max_ongoing_requests: int = Field(default=1024, ge=1)
     """Requests that one replica may have in progress, probes and refusals included. Serve queues more without an
     answer. Must be higher than `api.max_streams`."""
+    max_queued_requests: int = Field(default=256, ge=-1)
+    """Requests that each proxy may hold waiting for an ingress replica; one more gets 503. -1: no limit."""
 
 
 class ApiConfig(_Config):
@@ -243,8 +246,9 @@ class ApiConfig(_Config):
     request_timeout_s: float = Field(default=600, gt=0)
     """Whole life of a request, waiting included. The stream then ends with an error event."""
     heartbeat_s: float = Field(default=10, gt=0)
-    """A stream without an event for this long sends the comment `: ping`, also while it waits for a place or a replica:
-    proxies cut connections that are silent for 30 to 60 s."""
+    """A stream without an event for this long sends the comment `: ping`: proxies cut connections that are silent for
+    30 to 60 s. A stream that waits for a place gets nothing until it starts (`admission.max_wait_s`). One that waits
+    for a replica to come back, or that has begun, gets these comments."""
     slow_reader_bytes: Bytes = 4 * 2**20
     """Unsent bytes a client may leave in the server before its stream is ended with the error `slow_reader`."""
     unknown_fields: Literal["ignore", "refuse"] = "ignore"
@@ -266,6 +270,15 @@ class ApiConfig(_Config):
             if not _HOST_NAME.fullmatch(host):
                 raise ValueError(f"{host!r} is not a host's name: write chat.example.org, *.example.org or *")
         return hosts
+
+
+class AdmissionConfig(_Config):
+    """Who waits for a place at a model replica, and who is refused at once because that would take too long."""
+
+    max_wait_s: float = Field(default=10, ge=0, le=600)
+    """How long a request may wait for its start. One that would wait longer is refused at once, with 503, or 429 for a
+    tenant that has more than its share; both say in `Retry-After` when to come again. Until it starts or is refused a
+    request gets no byte, not even headers: proxies cut connections that are silent for 30 to 60 s."""
 
 
 class StreamsConfig(_Config):
@@ -337,6 +350,7 @@ class AppConfig(_Config):
     engine: EngineConfig = EngineConfig()
     api: ApiConfig = ApiConfig()
     auth: AuthConfig = AuthConfig()
+    admission: AdmissionConfig = AdmissionConfig()
     streams: StreamsConfig = StreamsConfig()
     responses: ResponsesConfig = ResponsesConfig()
     model_server: ReplicasConfig = ReplicasConfig()

@@ -34,6 +34,8 @@ class FailureCode(StrEnum):
     CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
     INVALID_REQUEST = "invalid_request"
     OVERLOADED = "overloaded"
+    OVER_SHARE = "rate_limit_exceeded"
+    """Its tenant has more than its share of the service while others wait. OpenAI's code for too many requests."""
     NOT_READY = "not_ready"
     WRONG_WEIGHTS = "wrong_weights"
     DEADLINE_EXCEEDED = "deadline_exceeded"
@@ -150,6 +152,9 @@ class GenerationRequest(Struct, frozen=True):
 
     predicted_token_ids: tuple[int, ...] = ()
     """What the caller expects of the output, or of parts of it. It changes when tokens come, and no token."""
+
+    accepted: bool = False
+    """The caller was told that the request is accepted: it comes before new ones, and is not refused for waiting."""
 
     @property
     def needs_prompt_logprobs(self) -> bool:

@@ -117,6 +117,12 @@ class FairQueue(Generic[_Item]):
                 return item
         return None
 
+    def firsts(self) -> Iterator[_Item]:
+        """The first item of each tenant and class, in the order in which they would start. The queue must not change
+        meanwhile."""
+        for one in self._classes.values():
+            yield from one.firsts()
+
     def start(self, item: _Item) -> None:
         """Take an item that waits, the `first` or another one, and charge its tenant for it. `end` must follow."""
         priority, tenant = self._waiting.pop(item)
@@ -186,6 +192,10 @@ class _Class(Generic[_Item]):
         while heap and heap[0][3].entry is not heap[0]:
             heapq.heappop(heap)
         return next(iter(heap[0][3].waiting)) if heap else None
+
+    def firsts(self) -> list[_Item]:
+        entries = sorted(tenant.entry for tenant in self._tenants.values() if tenant.entry is not None)
+        return [next(iter(tenant.waiting)) for *_, tenant in entries]
 
     def start(self, item: _Item, tenant: _Tenant[_Item]) -> int:
         """Take the item and charge for it; returns its tokens."""

@@ -25,6 +25,7 @@ SERVER_ERROR = "server_error"
 
 _STATUSES: Mapping[str, tuple[int, str]] = {
     FailureCode.OVERLOADED: (503, SERVER_ERROR),
+    FailureCode.OVER_SHARE: (429, "requests"),
     FailureCode.NOT_READY: (503, SERVER_ERROR),
     FailureCode.WRONG_WEIGHTS: (503, SERVER_ERROR),
     FailureCode.DEADLINE_EXCEEDED: (504, SERVER_ERROR),
@@ -40,7 +41,9 @@ _STATUSES: Mapping[str, tuple[int, str]] = {
     "stream_gone": (410, INVALID_REQUEST),
 }
 """(HTTP status, OpenAI's error type) by code. Any other code is 400: the request itself is wrong."""
-_RETRIED = frozenset({FailureCode.OVERLOADED, FailureCode.WRONG_WEIGHTS, FailureCode.REPLICA_LOST})
+_RETRIED = frozenset(
+    {FailureCode.OVERLOADED, FailureCode.OVER_SHARE, FailureCode.WRONG_WEIGHTS, FailureCode.REPLICA_LOST}
+)
 """Codes of errors that are usually over a moment later. The client is told to wait `_RETRY_AFTER_S` before it retries,
 unless the error has its own `retry_after_s`."""
 _RETRY_AFTER_S = 1.0

@@ -86,7 +86,7 @@ class Ingress(AsgiDeployment):
         self._model_deployment = model_server.deployment_name
         may_sleep = scaling is not None and scaling.min_replicas == 0
         readiness = Readiness(board, replica.app_name, model_server.deployment_name, may_sleep=may_sleep)
-        self._client = RayReplicaClient(model_server, readiness)
+        self._client = RayReplicaClient(model_server, readiness, config.admission.max_wait_s)
         self._metrics = RayMetrics()
         self._text_stage: LoadStage | None = LoadStage("loading the tokenizer")
         host = await asyncio.to_thread(http_host) or "127.0.0.1"

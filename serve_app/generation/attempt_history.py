@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from serve_app.core import Failure, FailureCode
 
-_NO_PLACE_NOW = frozenset({FailureCode.OVERLOADED, FailureCode.NOT_READY})
+_NO_PLACE_NOW = frozenset({FailureCode.OVERLOADED, FailureCode.OVER_SHARE, FailureCode.NOT_READY})
 """Refusals that end a new request at once, and that an accepted one waits out."""
 
 

@@ -18,7 +18,7 @@ from serve_app.backoff import backoff_s
 from serve_app.core import Failure, FailureCode, GenerationRequest, GenerationStats, Reply, TokenBatch
 from serve_app.generation.attempt_history import AttemptHistory, FailoverSettings
 from serve_app.generation.output_tokens import BatchError, OutputTokens
-from serve_app.generation.replica import ReplicaClient, ReplicaLost
+from serve_app.generation.replica import ReplicaClient, ReplicaLost, Waiting
 from serve_app.idle_timeout import IdleTimeout
 
 logger = logging.getLogger(__name__)
@@ -184,7 +184,13 @@ class Generation:
         silence_s = self._settings.silence_s
         remaining_s = None if self._deadline is None else max(0.0, self._deadline - loop.time())
         known = tuple(self._output.token_ids)
-        request = replace(self._request, output_token_ids=known, isolated=isolated, remaining_s=remaining_s)
+        request = replace(
+            self._request,
+            output_token_ids=known,
+            isolated=isolated,
+            remaining_s=remaining_s,
+            accepted=self._accepted,
+        )
         heard = False
         try:
             async with aclosing(self._client.open(request)) as replies, asyncio.timeout(None) as silence:
@@ -193,6 +199,8 @@ class Generation:
                     async for reply in replies:
                         _raise_if_cancelled()
                         idle.set(silence_s)
+                        if isinstance(reply, Waiting):
+                            continue
                         if isinstance(reply, Failure):
                             if reply.code is FailureCode.REPLICA_LOST:
                                 raise ReplicaLost(reply.message)

@@ -6,6 +6,7 @@ Implemented over Ray by `deployments.dispatch.replica_client`, and by fakes in t
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 from typing import Protocol
 
 from serve_app.core import GenerationRequest, LoadStage, ModelCard, Reply
@@ -24,11 +25,19 @@ class ReplicaLost(Exception):
         self.implicated = implicated
 
 
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """The attempt waits for its turn, and may still be refused: its caller is told nothing yet."""
+
+
+WAITING = Waiting()
+
+
 class ReplicaClient(Protocol):
     """Opens attempts on a replica. The client chooses the replica and the connection."""
 
-    def open(self, request: GenerationRequest) -> AsyncGenerator[Reply, None]:
-        """Start one attempt and yield its replies as they come, an empty batch at least each second.
+    def open(self, request: GenerationRequest) -> AsyncGenerator[Reply | Waiting, None]:
+        """Start one attempt and yield its replies as they come, an empty batch or `WAITING` at least each second.
 
         It ends after a batch with a `finish_reason` or after a `Failure`. Closing the generator cancels the work
         on the replica. Raises `ReplicaLost` when the attempt can be repeated on another replica.

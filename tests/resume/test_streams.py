@@ -210,7 +210,7 @@ async def test_another_ingress_takes_over_from_a_dead_one(
     assert seen + rest == EXPECTED
     first, second = replica.requests
     assert len(second.output_token_ids) >= 5
-    assert replace(second, output_token_ids=(), remaining_s=first.remaining_s) == first
+    assert replace(second, output_token_ids=(), accepted=False, remaining_s=first.remaining_s) == first
     assert second.remaining_s is not None
     assert 99 < second.remaining_s < 100 - LEASE_S
     await dying

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from serve_app.access.admission import Admission
 from serve_app.core import Fingerprint, GenerationRequest
 from serve_app.deployments.dispatch.channel_wire import ChannelAddress
 
@@ -61,6 +62,8 @@ class ReplicaDirectory:
     def __init__(self) -> None:
         self.live: Mapping[str, Fingerprint | None] = {}
         """Replicas that take requests, with their weights. A draining one is not among them."""
+        self.admission = Admission()
+        """The requests that wait for these replicas."""
         self._numerics_ids: Mapping[str, str] = {}
         self._channels: Mapping[str, str] = {}
         self._silent_until: dict[str, float] = {}

@@ -20,20 +20,24 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
+from serve_app.access.admission import MAX_WAIT_S
+from serve_app.access.entry import Entry
 from serve_app.core import Failure, FailureCode, GenerationRequest, LoadStage, ModelCard, Reply, TokenBatch
-from serve_app.deployments.dispatch.channel_reader import ChannelReader, OnLoad
+from serve_app.deployments.dispatch.channel_reader import ChannelReader
 from serve_app.deployments.dispatch.directory import Attempt, replica_directory
 from serve_app.deployments.dispatch.inbox import Inbox
 from serve_app.deployments.dispatch.liveness import own_name
 from serve_app.deployments.dispatch.poison import PoisonNotes
 from serve_app.deployments.ray_internals import call_detached, cancel
 from serve_app.deployments.status.readiness import Readiness
-from serve_app.generation.replica import ReplicaLost
+from serve_app.generation.replica import WAITING, ReplicaLost, Waiting
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
 """How often an attempt without a replica yields an empty batch, as `ReplicaClient.open` requires."""
+_SHORTEST_PAUSE_S = 0.001
+"""So that a request that may wait no longer is refused, and not asked about again and again."""
 SILENCE_S = 4 * HEARTBEAT_S
 """A replica sends a reply to each attempt every second. If an attempt is given up after this long without a reply, its
 replica counts as frozen or cut off, and gets no requests for a while."""
@@ -49,17 +53,17 @@ class RayReplicaClient:
     """A `generation.replica.ReplicaClient` over the model server's deployment handle."""
 
     def __init__(
-        self,
-        model_server: DeploymentHandle[Any],
-        readiness: Readiness,
-        on_load: OnLoad = lambda replica, load: None,
+        self, model_server: DeploymentHandle[Any], readiness: Readiness, max_wait_s: float = MAX_WAIT_S
     ) -> None:
+        """`max_wait_s`: see `AdmissionConfig`."""
         self._generate = model_server.options(method_name="generate", stream=True)
         self._readiness = readiness
         self._directory = replica_directory(model_server.app_name, model_server.deployment_name)
+        self._admission = self._directory.admission
+        self._admission.max_wait_s = max_wait_s
         self._poison = PoisonNotes(model_server.app_name)
         self._ingress_id = own_name()
-        self._channels = ChannelReader(self._directory.channel, self._ingress_id, on_load)
+        self._channels = ChannelReader(self._directory.channel, self._ingress_id, self._admission.loaded)
         self._numbers = itertools.count(1)
         """Numbers of attempts."""
         self._reading: set[asyncio.Task[None]] = set()
@@ -69,28 +73,44 @@ class RayReplicaClient:
         """The card of the model, or how far the first replica is; never waits for a replica."""
         return await self._readiness.model()
 
-    async def open(self, request: GenerationRequest) -> AsyncGenerator[Reply, None]:
+    async def open(self, request: GenerationRequest) -> AsyncGenerator[Reply | Waiting, None]:
         """Start one attempt and yield its replies; see `ReplicaClient.open`.
 
-        While no replica has been given the request (all are full, or none is up: the last one died, or a deployment
-        that was scaled to zero wakes for it) it yields empty batches, for as long as the caller wants to wait. After
-        that it yields only the replica's replies. Raises `ReplicaLost` when the replica is stopping and another one can
-        continue the stream.
+        While all replicas are full it yields `WAITING`, and a failure once a new request has waited too long; or only
+        that, if it would wait too long. While there is no replica (the last one died, or a deployment that was scaled
+        to zero wakes for it), and for a request that was accepted before, it yields empty batches, for as long as the
+        caller wants to wait. Once a replica has been given the request, it yields only the replica's replies. Raises
+        `ReplicaLost` when the replica is stopping and another one can continue the stream.
         """
         self._connect()
         request = replace(request, ingress_id=self._ingress_id, attempt=next(self._numbers))
-        with self._directory.track(request) as attempt, self._channels.inbox(attempt) as inbox:
+        entry = self._admission.enter(request)
+        if isinstance(entry, Failure):
+            yield entry
+            return
+        last: TokenBatch | None = None
+        with (
+            self._admission.keeping(entry),
+            self._directory.track(request) as attempt,
+            self._channels.inbox(attempt) as inbox,
+        ):
             response = call_detached(lambda: self._generate.remote(request))
             reading = asyncio.create_task(_read(response, inbox), name=f"attempt {request.attempt}")
             self._reading.add(reading)
             reading.add_done_callback(partial(self._read_to_the_end, inbox))
             finished = False
             try:
-                async with aclosing(self._replies(attempt, inbox, reading)) as replies:
+                async with aclosing(self._replies(attempt, entry, inbox, reading)) as replies:
                     async for reply in replies:
-                        finished = isinstance(reply, Failure) or reply.finish_reason is not None
+                        if isinstance(reply, TokenBatch):
+                            last = reply
+                            finished = reply.finish_reason is not None
+                        elif isinstance(reply, Failure):
+                            finished = attempt.replica is not None
                         yield reply
             finally:
+                if last is not None:
+                    entry.new_tokens = last.first_index + len(last.token_ids) - len(request.output_token_ids)
                 # A call whose last reply came through a channel is about to end by itself.
                 if not (finished or reading.done()):
                     reading.cancel()
@@ -104,15 +124,15 @@ class RayReplicaClient:
                     asyncio.get_running_loop().run_in_executor(None, forget)
 
     async def _replies(
-        self, attempt: Attempt, inbox: Inbox, reading: asyncio.Task[None]
-    ) -> AsyncGenerator[Reply, None]:
+        self, attempt: Attempt, entry: Entry, inbox: Inbox, reading: asyncio.Task[None]
+    ) -> AsyncGenerator[Reply | Waiting, None]:
         """The replies of one attempt, up to its last one. Raises `ReplicaLost`."""
         ended = over = False
         quiet = 0
         """Heartbeats in a row that did not come. A clock would also count time in which this process stood still."""
         try:
             while not ended:
-                reply = await inbox.take(HEARTBEAT_S)
+                reply = await inbox.take(HEARTBEAT_S if attempt.replica is not None else self._pause_s(entry))
                 quiet = quiet + 1 if reply is None and attempt.replica is not None else 0
                 if attempt.begun is not None and (attempt.replica is None or attempt.begun != attempt.sendings):
                     # A channel may bring tokens before Serve knows that the replica has accepted the request. If the
@@ -139,7 +159,9 @@ class RayReplicaClient:
                 elif reading.done():
                     over = True  # its last reply may still come through a channel, within one heartbeat
                 elif attempt.replica is None:
-                    yield TokenBatch(first_index=len(attempt.request.output_token_ids))
+                    word = self._while_waiting(entry)
+                    ended = isinstance(word, Failure)
+                    yield word
                 if not ended and self._directory.should_leave(attempt):
                     raise ReplicaLost(f"replica {attempt.replica} is leaving and another goes on", taken=False)
         finally:
@@ -148,6 +170,20 @@ class RayReplicaClient:
             silent = not ended and (quiet + 1) * HEARTBEAT_S >= SILENCE_S
             if silent and here is not None and self._directory.fell_silent(here, SILENCE_S):
                 self._channels.drop(here)
+
+    def _pause_s(self, entry: Entry) -> float:
+        """How long an attempt without a replica waits before there is something to be said."""
+        if not self._admission.refusable(entry):
+            return HEARTBEAT_S
+        return max(_SHORTEST_PAUSE_S, min(HEARTBEAT_S, self._admission.patience_s(entry)))
+
+    def _while_waiting(self, entry: Entry) -> Reply | Waiting:
+        """What an attempt without a replica is told."""
+        if (failure := self._admission.late(entry)) is not None:
+            return failure
+        if self._admission.refusable(entry):
+            return WAITING
+        return TokenBatch(first_index=0 if entry.request is None else len(entry.request.output_token_ids))
 
     async def _last_word(self, attempt: Attempt, reading: asyncio.Task[None]) -> Failure:
         """The failure to report if Serve's call ended before a last batch. Raises `ReplicaLost` if there is none."""

@@ -31,10 +31,12 @@ CHANNEL_KEY = "channel"
 class ModelRouter(RequestRouter):
     """The power of two choices, among the replicas that can serve the request and have room for it."""
 
-    def initialize_state(self, *, shared: bool = False, **kwargs: Any) -> None:
-        """Called by Serve once, before it names any replica. `shared`: other processes may have routers too."""
+    def initialize_state(self, *, shared: bool = False, places: int | None = None, **kwargs: Any) -> None:
+        """Called by Serve once, before it names any replica. `shared`: other processes may have routers too.
+        `places`: requests that a replica computes at once, until it says so itself."""
         self._directory = replica_directory(self.app_name, deployment_name(self))
-        self._places = Places(shared=shared)
+        self._directory.admission.capacity.configure(places, shared=shared)
+        self._places = Places(self._directory.admission)
 
     @property
     def max_num_routing_tasks(self) -> int:
@@ -87,18 +89,15 @@ class ModelRouter(RequestRouter):
     ) -> list[list[RunningReplica]]:
         """The replica at which the request has a place from now on, as soon as there is one.
 
-        Requests that continue after a failover come before new ones. Serve calls this again when the replica has
-        refused the request.
+        The order is that of `access.turns`. Serve calls this again when the replica has refused the request.
         """
         if pending_request is None:
             return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))]
         pending_request.routing_context.should_backoff = True  # else Serve asks again without a pause
         request = pending_request.args[0] if pending_request.args else None
         self._directory.waiting(request)
-        begun = isinstance(request, GenerationRequest) and bool(request.output_token_ids)
         key = pending_request.metadata.internal_request_id
-        order = (not begun, pending_request.created_at)
-        replica = await self._places.take(key, order, partial(self._choose, request))
+        replica = await self._places.take(key, request, partial(self._choose, request))
         # When this future is done, Serve sends the request before the callback runs, unless the request was given up.
         pending_request.future.add_done_callback(lambda _: self._places.unsent(key))
         chosen = [one for one in self.curr_replicas.values() if one.replica_id.unique_id == replica]

@@ -6,11 +6,15 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 
 import pytest
+from fake_replica import generation_request
 from simulated_time import simulated_time
 
+from serve_app.access.admission import Admission
+from serve_app.core import GenerationRequest, Priority, ReplicaLoad
 from serve_app.deployments.dispatch.places import FIRST_PAUSE_S, MAX_PAUSE_S, Choose, Places
 
-NEW, BEGUN = True, False
+BEGUN = {"output_token_ids": (1,)}
+BATCH = {"priority": Priority.BATCH}
 
 
 def least_loaded(load: Mapping[str, int]) -> str | None:
@@ -20,21 +24,27 @@ def least_loaded(load: Mapping[str, int]) -> str | None:
 class Asking:
     """A router's side: requests that ask for places, each in a task of its own."""
 
-    def __init__(self, *, shared: bool = False, **limits: int) -> None:
-        self.places = Places(shared=shared)
+    def __init__(self, *, shared: bool = False, places: int | None = None, **limits: int) -> None:
+        self.admission = Admission(clock=asyncio.get_running_loop().time)
+        self.admission.capacity.configure(places, shared=shared)
+        self.places = Places(self.admission)
         self.places.update(limits)
         self.got: list[tuple[str, str | None]] = []
         """In the order in which they were given."""
         self.tasks: dict[str, asyncio.Task[None]] = {}
 
-    async def ask(self, *keys: str, new: bool = NEW, choose: Choose = least_loaded) -> None:
+    async def ask(self, *keys: str, choose: Choose = least_loaded, **request: object) -> None:
         for key in keys:
-            created = asyncio.get_running_loop().time()
-            self.tasks[key] = asyncio.create_task(self._take(key, (new, created), choose))
+            asked = generation_request(**request)
+            self.tasks[key] = asyncio.create_task(self._take(key, asked, choose))
             await settled()
 
-    async def _take(self, key: str, order: tuple[bool, float], choose: Choose) -> None:
-        self.got.append((key, await self.places.take(key, order, choose)))
+    async def _take(self, key: str, request: GenerationRequest, choose: Choose) -> None:
+        self.got.append((key, await self.places.take(key, request, choose)))
+
+    async def report(self, replica: str, **load: int) -> None:
+        self.admission.loaded(replica, loaded(**load))
+        await settled()
 
     def accept(self, key: str, replica: str, ongoing: int) -> None:
         self.places.sent(key)
@@ -45,6 +55,11 @@ class Asking:
         for key in keys:
             self.places.completed(key)
             await settled()
+
+
+def loaded(**values: float) -> ReplicaLoad:
+    zeros = dict.fromkeys(("running", "waiting", "waiting_tokens", "tokens_per_s", "seconds_per_request"), 0)
+    return ReplicaLoad(**{**zeros, "places": 2, "free_tokens": 1000, **values})  # type: ignore[arg-type]
 
 
 async def settled() -> None:
@@ -71,7 +86,7 @@ async def test_who_waits_comes_in_order_and_what_has_begun_comes_first() -> None
     asking = Asking(a=1)
     await asking.ask("first")
     await asking.ask("new", "newer")
-    await asking.ask("begun", new=BEGUN)
+    await asking.ask("begun", **BEGUN)
     for done in ("first", "begun", "new"):
         await asking.complete(done)
     assert [key for key, _ in asking.got] == ["first", "begun", "new", "newer"]
@@ -123,10 +138,10 @@ async def test_calls_that_share_a_key_lose_no_place() -> None:
     assert [key for key, _ in asking.got[10:]] == ["1", "2"]
 
 
-async def test_each_request_gets_what_it_chooses_and_holds_up_nobody() -> None:
+async def test_each_request_gets_what_it_chooses_and_holds_up_none_of_other_weights() -> None:
     asking = Asking(a=1, b=1)
     await asking.ask("1", choose=lambda load: "a" if "a" in load else None)
-    await asking.ask("2", choose=lambda load: "a" if "a" in load else None)
+    await asking.ask("2", choose=lambda load: "a" if "a" in load else None, fingerprint="other")
     await asking.ask("3")
     assert asking.got == [("1", "a"), ("3", "b")]
     await asking.complete("1")
@@ -140,8 +155,9 @@ async def test_a_replica_that_others_fill_is_tried_less_and_less_often(completed
     tried_s: list[float] = []
 
     async def refused_again_and_again(key: str) -> None:
+        request = generation_request()
         while True:
-            assert await asking.places.take(key, (NEW, 0.0), least_loaded) == "a"
+            assert await asking.places.take(key, request, least_loaded) == "a"
             tried_s.append(asyncio.get_running_loop().time())
             asking.places.sent(key)
             asking.places.told("a", 4)
@@ -199,6 +215,71 @@ async def test_those_that_wait_learn_of_new_replicas_and_that_there_are_none_lef
     await asking.complete("1", "2")
     await asking.ask("4")
     assert asking.got[3:] == [("4", None)]
+    await asking.complete("2")
     asking.places.update({})
-    assert asking.places._places == {}
-    assert asking.places._replicas == {}
+    assert asking.places._places == asking.places._waiters == {}
+    assert asking.admission._entries == asking.admission._groups == asking.admission._tokens == {}
+    assert asking.admission.capacity._replicas == asking.admission.capacity._at == {}
+
+
+async def test_a_replica_gets_what_it_can_start_and_a_little_more() -> None:
+    """Not all that Serve would let it have: what more there is waits here, in order."""
+    asking = Asking(a=256, places=32)
+    await asking.ask(*map(str, range(40)))
+    assert len(asking.got) == 33, "one spare one"
+    await asking.report("a", places=4, running=0)
+    await asking.complete("0")
+    assert len(asking.got) == 33, "it has only 4 places, and more than that already"
+
+
+async def test_reports_tell_what_other_ingresses_use_and_nobody_asks_in_vain() -> None:
+    asking = Asking(shared=True, a=256)
+    await asking.report("a", running=2, waiting=2)
+    await asking.ask("1", "2")
+    await asyncio.sleep(60)
+    assert asking.got == []
+    await asking.report("a", running=1)
+    assert [key for key, _ in asking.got] == ["1", "2"], "of its two places one is free, and there is a spare one"
+
+
+async def test_a_prompt_that_memory_has_no_room_for_keeps_its_turn() -> None:
+    asking = Asking(a=256)
+    await asking.report("a", places=8, running=1, free_tokens=300, waiting_tokens=90)
+    await asking.ask("fits", prompt_token_ids=(1,) * 200)
+    await asking.ask("long", prompt_token_ids=(1,) * 100)
+    await asking.ask("short")
+    assert [key for key, _ in asking.got] == ["fits"], "or a stream of short prompts would keep the long one waiting"
+    assert asking.admission.blocked
+    await asking.report("a", places=8, running=2, free_tokens=400)
+    assert [key for key, _ in asking.got] == ["fits", "long", "short"]
+
+
+async def test_what_fits_nowhere_is_sent_to_an_idle_replica_which_refuses_it() -> None:
+    asking = Asking(a=256)
+    await asking.report("a", free_tokens=10)
+    await asking.ask("huge", prompt_token_ids=(1,) * 100)
+    assert asking.got == [("huge", "a")]
+
+
+async def test_interactive_requests_are_sent_where_batch_ones_have_all_places() -> None:
+    asking = Asking(a=256)
+    await asking.report("a")
+    await asking.ask("b1", "b2", "b3", "b4", **BATCH)
+    await asking.ask("1", "2", "3", "4")
+    assert [key for key, _ in asking.got] == ["b1", "b2", "b3", "1", "2", "3"]
+    await asking.complete("b1", "b2", "b3")
+    assert [key for key, _ in asking.got][6:] == []
+    await asking.complete("1")
+    assert [key for key, _ in asking.got][6:] == ["4"]
+    await asking.complete("2")
+    assert [key for key, _ in asking.got][7:] == ["b4"]
+
+
+async def test_tenants_take_turns() -> None:
+    asking = Asking(a=1)
+    await asking.ask("1")
+    await asking.ask("many 1", "many 2", "many 3", tenant="many")
+    await asking.ask("few", tenant="few")
+    for done in ("1", "many 1", "few", "many 2"):
+        await asking.complete(done)
+    assert [key for key, _ in asking.got] == ["1", "many 1", "few", "many 2", "many 3"]

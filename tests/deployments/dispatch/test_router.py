@@ -29,7 +29,7 @@ def router_of(*replicas: Any) -> ModelRouter:
     """A router without Serve that knows these replicas, of two places each."""
     router = ModelRouter.__new__(ModelRouter)
     router._directory = ReplicaDirectory()
-    router._places = Places()
+    router._places = Places(router._directory.admission)
     router._replica_queue_len_cache = ReplicaQueueLengthCache()
     router._replicas = {each.replica_id: each for each in replicas}
     router._places.update({each.replica_id.unique_id: 2 for each in replicas})

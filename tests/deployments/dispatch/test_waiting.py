@@ -57,7 +57,7 @@ async def test_waiting_for_a_place_sends_nothing_and_is_no_silence(
     )
     deployed(deployment.bind(AppConfig()), APP)
     readiness = Readiness(ProgressBoard(APP, AppConfig()), APP, "ModelServer", may_sleep=False)
-    client = RayReplicaClient(serve.get_deployment_handle("ModelServer", APP), readiness)
+    client = RayReplicaClient(serve.get_deployment_handle("ModelServer", APP), readiness, max_wait_s=600)
     changed = asyncio.Event()
     got: list[list[int]] = [[] for _ in range(STREAMS)]
     async with AsyncExitStack() as stack:
