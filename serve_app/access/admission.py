@@ -13,33 +13,26 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
 
 from serve_app.access.capacity import Capacity
 from serve_app.access.entry import Entry, Group
-from serve_app.access.pace import FULL_SHARE, Pace
+from serve_app.access.outlook import START_ANSWER_TOKENS, Outlook
+from serve_app.access.pace import FULL_SHARE
+from serve_app.access.shares import Shares
 from serve_app.access.turns import Turns
 from serve_app.core import Failure, FailureCode, Fingerprint, GenerationRequest, Priority, ReplicaLoad
 from serve_app.fair_queue import ExpectedTokens
 
 MAX_WAIT_S = 10.0
 """See `AdmissionConfig.max_wait_s`."""
-START_ANSWER_TOKENS = 128
-"""How long an answer is until one has ended, if its request allows as much."""
 LONGEST_RETRY_S = 60.0
 """The longest `Retry-After`: OpenAI's clients ignore a longer one."""
-_SAMPLE = 64
-"""Requests over which the average length is taken."""
+SHORTEST_S = 1.0
+"""A request that was let in waits for so long at least: a free place is its within milliseconds, on an idle machine."""
 HOPED_SHARE = 0.75
 """A request is let in whose wait is estimated to be at most this share of what it may wait: estimates scatter."""
 MOST_SHARE = 0.9
 """A request waits here for this share at most. The rest is for its wait in the replica, as a spare one."""
-OUTLOOK_S = 0.05
-"""How long an estimate of when the places fall free is used: it costs 0.1 ms, and a refusal should cost less."""
-ACTIVE_S = 60.0
-"""A tenant that has asked within this time may ask again: the others leave it a place."""
-OVERDUE = 0.05
-"""A request that has run for as long as was expected of it goes on for this share of that time."""
 
 
 class Admission:
@@ -58,24 +51,15 @@ class Admission:
         self.refused: Counter[str] = Counter()
         """Requests refused so far, by reason: `full`, `over_share` or `late`."""
         self._clock = clock
-        self._pace = Pace()
+        self._fingerprint = Fingerprint("")
+        """The weights that the newest request wants."""
+        self._outlook = Outlook()
         self._expected = ExpectedTokens()
         self._any_ended = False
         self._entries: dict[int, Entry] = {}
         self._groups: dict[int, Group] = {}
         self._placed: dict[Entry, None] = {}
-        self._tokens: Counter[str] = Counter()
-        """Tokens of each tenant's requests, of those that wait and of those in their places."""
-        self._in_place: Counter[str] = Counter()
-        """Requests of each tenant that have places."""
-        self._weights: dict[str, float] = {}
-        self._active: dict[str, tuple[float, float]] = {}
-        """Tenants that have asked lately -> their weight, and when it was last."""
-        self._outlook: tuple[float, list[float]] = (0.0, [])
-        """What requests take, and when the places fall free, both in seconds."""
-        self._outlook_until = -math.inf
-        self._outlook_of = (0, False)
-        """Number of places that were given away then, and whether anybody waited."""
+        self._shares = Shares()
         self._turned_away = 0.0
         """Requests that were refused and are expected back, as far as their `Retry-After` says."""
         self._turned_away_at = clock()
@@ -131,7 +115,7 @@ class Admission:
             if request is not None and self._entries.pop(id(request), None) is not None:
                 self._subtract(entry, request)
                 if new_tokens and entry.placed_at is not None:
-                    self._pace.ended(self._clock() - entry.placed_at, new_tokens, full=entry.full)
+                    self._outlook.pace.ended(self._clock() - entry.placed_at, new_tokens, full=entry.full)
                     self._expected.ended(request.tenant, new_tokens + len(request.output_token_ids))
                     self._any_ended = True
         if waits:
@@ -147,7 +131,7 @@ class Admission:
     def patience_s(self, entry: Entry) -> float:
         """How much longer the entry may wait."""
         remaining_s = None if entry.request is None else entry.request.remaining_s
-        return entry.came_at + MOST_SHARE * self._most_s(remaining_s) - self._clock()
+        return entry.came_at + max(SHORTEST_S, MOST_SHARE * self._most_s(remaining_s)) - self._clock()
 
     def late(self, entry: Entry) -> Failure | None:
         """The refusal of an entry that was let in by a wrong estimate and has waited too long; None for any other."""
@@ -159,11 +143,11 @@ class Admission:
             return self._refuse(request.tenant, max(wait_s, self._clock() - entry.came_at), late=True)
 
     def refusal(
-        self, tenant: str, weight: float, priority: Priority, fingerprint: Fingerprint, remaining_s: float | None
+        self, tenant: str, weight: float, remaining_s: float | None, priority: Priority = Priority.INTERACTIVE
     ) -> Failure | None:
         """The refusal of a request that would be refused now; None if it would be let in."""
         with self.lock:
-            wait_s = self._wait_s(tenant, weight, priority, fingerprint)
+            wait_s = self._wait_s(tenant, weight, priority, self._fingerprint)
             return self._refuse(tenant, wait_s) if wait_s > HOPED_SHARE * self._most_s(remaining_s) else None
 
     # ---- places ----
@@ -177,7 +161,7 @@ class Admission:
         """A replica has reported; see `Capacity.loaded`."""
         with self.lock:
             self.capacity.loaded(replica, load)
-            self._pace.reported(self.capacity.loads(), self._clock())
+            self._outlook.pace.reported(self.capacity.loads(), self._clock())
             waits = bool(self.turns)
         if waits:
             self.changed()
@@ -188,7 +172,7 @@ class Admission:
         self.capacity.take(entry, replica)
         self._placed[entry] = None
         if entry.request is not None:
-            self._in_place[entry.request.tenant] += 1
+            self._shares.placed(entry.request.tenant)
         entry.placed_at = self._clock()
         entry.full = self.capacity.free(entry.priority) < (1 - FULL_SHARE) * len(self._placed)
         entry.group.started = True
@@ -200,27 +184,13 @@ class Admission:
 
     def come_back(self, entry: Entry) -> None:
         """The replica of the entry's place has refused it: it is the next to get another one."""
-        if entry.placed_at is not None:
-            entry.placed_at = None
+        entry.placed_at = None
+        if entry.request is None or self.find(entry.request) is entry:
             self.turns.wait(entry)
 
     def leaves(self, tenant: str, weight: float) -> int:
-        """How many places the tenant has to leave free: some, if it has more than its share of those in use, and others
-        have asked lately.
-
-        Without that a tenant that asks seldom would wait for a place each time it asks. It needs one, and more if it
-        asks more often: the number of its requests varies by about the square root of it.
-        """
-        if len(self._active) < 2:
-            return 0
-        since = self._clock() - ACTIVE_S
-        self._active = {name: one for name, one in self._active.items() if one[1] >= since or name in self._tokens}
-        others = sum(other for name, (other, _) in self._active.items() if name != tenant)
-        of_all = self._in_place.total()
-        if others == 0 or self._in_place[tenant] <= weight / (weight + others) * of_all:
-            return 0
-        of_others = of_all - self._in_place[tenant]
-        return 1 + math.ceil(math.sqrt(of_others))
+        """How many places the tenant has to leave free for others; see `Shares`."""
+        return self._shares.to_leave(tenant, weight, self._clock())
 
     # ---- for metrics ----
 
@@ -228,6 +198,11 @@ class Admission:
         """How many wait, by class."""
         with self.lock:
             return Counter(entry.priority for entry in self.turns)
+
+    def expected_wait_s(self) -> float:
+        """How long an interactive request of a tenant that has no others here would wait."""
+        with self.lock:
+            return self._wait_s("", 1.0, Priority.INTERACTIVE, self._fingerprint)
 
     # ---- inside ----
 
@@ -239,76 +214,36 @@ class Admission:
         self._groups[id(request.sampling)] = entry.group
         entry.group.entries += 1
         self._entries[id(request)] = entry
-        self._tokens[request.tenant] += entry.tokens
-        self._weights[request.tenant] = request.weight
-        self._active[request.tenant] = request.weight, entry.came_at
+        self._fingerprint = request.fingerprint
+        self._shares.came(request.tenant, request.weight, entry.tokens, entry.came_at)
         self.turns.wait(entry)
 
     def _unplace(self, entry: Entry) -> None:
         if entry in self._placed:
             del self._placed[entry]
             if entry.request is not None:
-                self._in_place[entry.request.tenant] -= 1
-                if not self._in_place[entry.request.tenant]:
-                    del self._in_place[entry.request.tenant]
+                self._shares.unplaced(entry.request.tenant)
 
     def _subtract(self, entry: Entry, request: GenerationRequest) -> None:
         entry.group.entries -= 1
         if entry.group.entries == 0:
             del self._groups[id(request.sampling)]
-        self._tokens[request.tenant] -= entry.tokens
-        if self._tokens[request.tenant] <= 0:
-            del self._tokens[request.tenant], self._weights[request.tenant]
+        self._shares.left(request.tenant, entry.tokens)
 
     def _most_s(self, remaining_s: float | None) -> float:
         return self.max_wait_s if remaining_s is None else min(self.max_wait_s, remaining_s)
 
     def _wait_s(self, tenant: str, weight: float, priority: Priority, fingerprint: Fingerprint) -> float:
-        """How long a new request would wait for its start, if no others came.
-
-        The places that this ingress has given away fall free one after the other, each when its request has run for as
-        long as requests take. What waits before the new one gets the first of them.
-        """
+        """How long a new request would wait for its start, if no others came."""
         free = 0 if self.blocked else self.capacity.free(priority, leaves=self.leaves(tenant, weight))
         turn = math.ceil(self.turns.before(tenant, weight, priority, fingerprint)) - free
         if turn < 0 or not self.capacity.open:
             return 0.0
-        self._look_ahead()
-        service_s, left_s = self._outlook
-        return left_s[turn % len(left_s)] + turn // len(left_s) * service_s
-
-    def _look_ahead(self) -> None:
-        now, basis = self._clock(), (len(self._placed), bool(self.turns))
-        if now >= self._outlook_until or self._outlook_of != basis:
-            service_s = self._service_s()
-            self._outlook = service_s, self._left_s(service_s)
-            self._outlook_of, self._outlook_until = basis, now + OUTLOOK_S
-
-    def _service_s(self) -> float:
-        """How long one of those that wait or run takes, on average."""
-        entries = [*islice(self.turns, _SAMPLE), *islice(self._placed, _SAMPLE)]
-        known = sum(entry.answer_tokens for entry in entries) / len(entries) if entries else START_ANSWER_TOKENS
-        return known * self._pace.s_per_token
-
-    def _left_s(self, service_s: float) -> list[float]:
-        """When each of the places of this ingress falls free, in order, in seconds from now.
-
-        An ingress that has none gets its share of the others': half of them, as if there were one other ingress.
-        """
-        now, s_per_token = self._clock(), self._pace.s_per_token
-        left_s = []
-        for entry in self._placed:
-            takes_s = entry.answer_tokens * s_per_token
-            left_s.append(
-                max(entry.placed_at + takes_s - now, OVERDUE * takes_s) if entry.placed_at is not None else 0.0
-            )
-        if not left_s:
-            places = max(1, self.capacity.others() // 2)
-            left_s = [service_s * (number + 1) / places for number in range(places)]
-        return sorted(left_s)
+        self._outlook.look(self._placed, self.turns, self.capacity.others(), self._clock())
+        return self._outlook.wait_s(turn)
 
     def _refuse(self, tenant: str, wait_s: float, *, late: bool = False) -> Failure:
-        over = self._over_share(tenant)
+        over = self._shares.has_too_much(tenant)
         self.refused["late" if late else "over_share" if over else "full"] += 1
         retry_s = self._retry_after_s(wait_s)
         if over:
@@ -320,17 +255,10 @@ class Admission:
         message = f"The service is full: a request would wait for about {wait_s:.0f} s. Try again in {retry_s:.0f} s."
         return Failure(FailureCode.OVERLOADED, message, retry_after_s=retry_s)
 
-    def _over_share(self, tenant: str) -> bool:
-        """Others have requests here too, and this tenant's have more of the tokens than its weight allows."""
-        if not self._tokens[tenant] or len(self._weights) < 2:
-            return False
-        share = self._weights[tenant] / sum(self._weights.values())
-        return self._tokens[tenant] > share * self._tokens.total()
-
     def _retry_after_s(self, wait_s: float) -> float:
         """When a request that is refused now would be let in: each that is refused comes behind those before it."""
         now = self._clock()
-        per_s = max(1, len(self._placed)) / max(self._outlook[0], 1e-3)
+        per_s = self._outlook.requests_per_s
         gone = (now - self._turned_away_at) * per_s
         self._turned_away_at = now
         self._turned_away = max(0.0, self._turned_away - gone) + 1

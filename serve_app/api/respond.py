@@ -54,8 +54,14 @@ class Responder:
         return await self.begin(wire, call, parsed)
 
     async def continued(self, call: Call) -> Response | EventStream | None:
-        """The rest of an earlier stream that the request names; None for a new request. Raises `RequestError`."""
-        return await self._resume.continued(call)
+        """The rest of an earlier stream that the request names; None for a new request.
+
+        Raises `RequestError`, also for a new request that would not start in time: before its prompt costs anything.
+        """
+        rest = await self._resume.continued(call)
+        if rest is None:
+            self._service.refuse_when_full(call.caller.tenant, call.caller.weight, call.remaining_s())
+        return rest
 
     async def accept(self, call: Call, parsed: ParsedRequest) -> ParsedRequest:
         """Check what only this process can check of a request that is parsed, and note what its answer will tell.

@@ -192,7 +192,12 @@ class Ingress(AsgiDeployment):
         config = settled(self._config, self._board, self._app_name, self._model_deployment, report)
         formatter, defaults, self._grammars = _load_tokenizer(config, report)
         service = CompletionService(
-            self._client, formatter, defaults, aliases=aliases(self._config.model), grammars=self._grammars
+            self._client,
+            formatter,
+            defaults,
+            aliases=aliases(self._config.model),
+            grammars=self._grammars,
+            full=self._client.refusal,
         )
         streams = open_streams(self._client, self._config, self._app_name)
         responses = open_responses(self._client, self._config, self._app_name)
@@ -239,6 +244,7 @@ class Ingress(AsgiDeployment):
     async def _report_metrics(self) -> None:
         while True:
             self._metrics.repeat(REQUESTS_IN_PROGRESS)
+            self._client.report(self._metrics)
             # Checked each time: when the replica that reports stops, Serve gives its rank to another one.
             if self._streams and _speaks_for_all():
                 try:

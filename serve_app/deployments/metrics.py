@@ -31,15 +31,16 @@ class RayMetrics:
         if value > 0:
             self._counters[metric.name].inc(value, dict(tags))
 
-    def gauge(self, metric: Metric, value: float) -> None:
-        """Set a gauge, which has no tags."""
+    def gauge(self, metric: Metric, value: float, tags: Mapping[str, str] = NO_TAGS) -> None:
+        """Set a gauge."""
         if metric.name not in self._gauges:
             self._gauges[metric.name] = Gauge(metric.name, metric.description, _keys(metric))
-        self._gauges[metric.name].set(value)
-        self._set[metric.name] = value
+        self._gauges[metric.name].set(value, dict(tags))
+        if not tags:
+            self._set[metric.name] = value
 
     def repeat(self, metric: Metric) -> None:
-        """Set a gauge, if it was ever set, to what it was set to last: Ray forgets one that is left alone a while."""
+        """Set a gauge without tags, if it was ever set, to what it was set to last: Ray forgets one after a while."""
         if metric.name in self._set:
             self._gauges[metric.name].set(self._set[metric.name])
 

@@ -5,7 +5,7 @@ Promises that leaving a `RunningCompletion` frees the device at once (P5). Knows
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict
 from functools import partial
@@ -30,6 +30,10 @@ _LONGEST_NAME = 100
 """Characters of a model's name that an error repeats."""
 
 
+IsFull = Callable[[str, float, float], Failure | None]
+"""(tenant, its weight, seconds left) -> the refusal of a new request, or None."""
+
+
 class CompletionService:
     """Answers for one model. One per ingress replica, used from its event loop."""
 
@@ -41,8 +45,10 @@ class CompletionService:
         failover: FailoverSettings | None = None,
         aliases: frozenset[str] = frozenset(),
         grammars: GrammarChecker | None = None,
+        full: IsFull = lambda tenant, weight, remaining_s: None,
     ) -> None:
         """`aliases`: other names that the model answers to. Without `grammars`, no answer can be constrained."""
+        self._full = full
         self._aliases = aliases
         self._grammars = grammars
         self._client = client
@@ -84,6 +90,12 @@ class CompletionService:
 
     def _is_allowed(self, card: ModelCard, allowed: frozenset[str] | None) -> bool:
         return allowed is None or not allowed.isdisjoint({card.name, *self._aliases})
+
+    def refuse_when_full(self, tenant: str, weight: float, remaining_s: float) -> None:
+        """Raise `RequestError` if a new request of the tenant would not start in time. To be asked before any work is
+        done on it. `weight`: the tenant's share."""
+        if (failure := self._full(tenant, weight, remaining_s)) is not None:
+            raise RequestError.of(failure)
 
     def render_chat(
         self,

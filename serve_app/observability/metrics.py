@@ -57,6 +57,18 @@ INTER_TOKEN_LATENCY_S = Metric(
     _SECONDS,
 )
 REQUESTS_IN_PROGRESS = Metric("serve_app_requests_in_progress", "Requests that an ingress replica is answering.")
+QUEUED = Metric(
+    "serve_app_queued", "Requests that wait in an ingress replica for a place, by class (priority).", ("priority",)
+)
+EXPECTED_WAIT_S = Metric(
+    "serve_app_expected_wait_s",
+    "Seconds that a new request of a tenant without others would wait in an ingress replica.",
+)
+REFUSALS = Metric(
+    "serve_app_refusals",
+    "Requests refused because they would not start in time, by reason: full, over_share, or late (it had waited).",
+    ("reason",),
+)
 RUNNING = Metric("serve_app_running", "Requests that a model replica computes in its steps.")
 WAITING = Metric("serve_app_waiting", "Requests that wait for a place in a model replica's engine.")
 CACHE_USE = Metric("serve_app_cache_use", "Share of the KV cache's pages in use, 0 to 1.")
@@ -79,8 +91,8 @@ class MetricsSink(Protocol):
         """Add `value` to a counter."""
         ...
 
-    def gauge(self, metric: Metric, value: float) -> None:
-        """Set a gauge, which has no tags."""
+    def gauge(self, metric: Metric, value: float, tags: Mapping[str, str] = NO_TAGS) -> None:
+        """Set a gauge."""
         ...
 
     def observe(self, metric: Metric, value: float, tags: Mapping[str, str]) -> None:

@@ -10,7 +10,7 @@ from fake_replica import generation_request
 from serve_app.access.admission import HOPED_SHARE, MOST_SHARE, Admission
 from serve_app.access.entry import Entry
 from serve_app.access.pace import START_S_PER_TOKEN
-from serve_app.core import Failure, FailureCode, Fingerprint, Priority, ReplicaLoad, SamplingParams
+from serve_app.core import Failure, FailureCode, Priority, ReplicaLoad, SamplingParams
 
 PLACES = 4
 LONGEST = 100
@@ -153,7 +153,7 @@ def test_a_tenant_over_its_share_is_told_so_and_others_are_let_in(service: Servi
 
 def test_batch_requests_wait_for_all_interactive_ones(service: Service) -> None:
     service.ask_many(PLACES + 3)
-    refusal = service.admission.refusal("", 1.0, Priority.BATCH, Fingerprint("tiny@1"), None)
+    refusal = service.admission.refusal("", 1.0, None, Priority.BATCH)
     assert refusal is None
     service.ask_many(1)
     assert codes([service.ask(priority=Priority.BATCH)]) == [FailureCode.OVERLOADED]
@@ -174,6 +174,6 @@ def test_nothing_is_left_of_those_that_have_gone(service: Service) -> None:
             service.admission.give_back(answer, sent=False)
     admission = service.admission
     assert not admission.turns
-    assert admission._entries == admission._groups == admission._tokens == admission._weights == admission._placed == {}
-    assert admission._in_place == {}
+    assert admission._entries == admission._groups == admission._placed == {}
+    assert admission._shares._tokens == admission._shares._in_place == {}
     assert admission.turns._queues == admission.turns._users == admission.capacity._at == {}

@@ -31,7 +31,7 @@ from serve_app.core import (
     TokenLogprobs,
 )
 from serve_app.generation.attempt_history import FailoverSettings
-from serve_app.generation.service import CompletionService
+from serve_app.generation.service import CompletionService, IsFull
 from serve_app.grammar_checker import GrammarChecker
 from serve_app.resume.context import ResumeSettings
 from serve_app.resume.journal_store import JournalLimits, JournalStore
@@ -123,6 +123,7 @@ async def make_app(
         aliases: frozenset[str] = frozenset(),
         text: ChatTokenizer = tokenizer,
         guard: Guard | None = None,
+        full: IsFull = lambda tenant, weight, remaining_s: None,
         **config: object,
     ) -> Starlette:
         failover = failover or FailoverSettings(silence_s=60, max_attempts=3, first_backoff_s=0.001, max_backoff_s=0.01)
@@ -133,6 +134,7 @@ async def make_app(
             failover,
             aliases,
             grammars,
+            full,
         )
         streams = ResumableStreams(
             replica,

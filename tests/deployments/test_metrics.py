@@ -19,7 +19,7 @@ class FakeGauge:
     def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
         self._name = name
 
-    def set(self, value: float) -> None:
+    def set(self, value: float, tags: dict[str, str] | None = None) -> None:
         """As Ray's."""
         self.told.append((self._name, value))
 

@@ -21,9 +21,9 @@ class MemoryMetrics:
         """Raises `KeyError` for a metric that lacks a tag."""
         self.counters[_key(metric, tags)] += value
 
-    def gauge(self, metric: Metric, value: float) -> None:
-        """Raises `KeyError` for a metric that has tags."""
-        self.gauges[_key(metric, NO_TAGS)] = value
+    def gauge(self, metric: Metric, value: float, tags: Mapping[str, str] = NO_TAGS) -> None:
+        """Raises `KeyError` for a metric that lacks a tag."""
+        self.gauges[_key(metric, tags)] = value
 
     def observe(self, metric: Metric, value: float, tags: Mapping[str, str]) -> None:
         """Raises `KeyError` for a metric that lacks a tag."""

@@ -22,6 +22,7 @@ from serve_app.api.errors import ErrorShape, api_error, body_too_large
 from serve_app.api.http.body import ClientGone, read_json_object
 from serve_app.api.http.slow_bodies import SlowBodies, client_of
 from serve_app.api.http.sse import EventStream
+from serve_app.api.http.time_limit import time_limit_s
 from serve_app.config import ApiConfig
 from serve_app.core import FailureCode, RequestError
 from serve_app.observability.logs import RequestRecord
@@ -162,8 +163,9 @@ class Endpoint:
         """Answer; errors of the request become answers here."""
         record: RequestRecord = scope[RECORD]
         record.endpoint = scope.get(ENDPOINT, self._name)
-        deadline = asyncio.get_running_loop().time() + self._config.request_timeout_s
+        arrived = asyncio.get_running_loop().time()
         try:
+            deadline = arrived + time_limit_s(Headers(scope=scope), self._config.request_timeout_s)
             self._admission.refuse_when_full()
             # Before taking a place: a client that sends no body must not hold one.
             body, size_bytes = await self._body(scope, receive)

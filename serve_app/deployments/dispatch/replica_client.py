@@ -21,6 +21,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from serve_app.access.admission import MAX_WAIT_S
+from serve_app.access.admission_metrics import AdmissionMetrics
 from serve_app.access.entry import Entry
 from serve_app.core import Failure, FailureCode, GenerationRequest, LoadStage, ModelCard, Reply, TokenBatch
 from serve_app.deployments.dispatch.channel_reader import ChannelReader
@@ -31,6 +32,7 @@ from serve_app.deployments.dispatch.poison import PoisonNotes
 from serve_app.deployments.ray_internals import call_detached, cancel
 from serve_app.deployments.status.readiness import Readiness
 from serve_app.generation.replica import WAITING, ReplicaLost, Waiting
+from serve_app.observability.metrics import MetricsSink
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ class RayReplicaClient:
         self._directory = replica_directory(model_server.app_name, model_server.deployment_name)
         self._admission = self._directory.admission
         self._admission.max_wait_s = max_wait_s
+        self._of_waiting = AdmissionMetrics(self._admission)
         self._poison = PoisonNotes(model_server.app_name)
         self._ingress_id = own_name()
         self._channels = ChannelReader(self._directory.channel, self._ingress_id, self._admission.loaded)
@@ -72,6 +75,14 @@ class RayReplicaClient:
     async def model(self) -> ModelCard | LoadStage:
         """The card of the model, or how far the first replica is; never waits for a replica."""
         return await self._readiness.model()
+
+    def refusal(self, tenant: str, weight: float, remaining_s: float) -> Failure | None:
+        """The refusal that a new request would get now, if any; see `Admission`."""
+        return self._admission.refusal(tenant, weight, remaining_s)
+
+    def report(self, metrics: MetricsSink) -> None:
+        """Tell the metrics of those that wait."""
+        self._of_waiting.report(metrics)
 
     async def open(self, request: GenerationRequest) -> AsyncGenerator[Reply | Waiting, None]:
         """Start one attempt and yield its replies; see `ReplicaClient.open`.

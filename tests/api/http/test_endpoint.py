@@ -12,7 +12,7 @@ from memory_metrics import MemoryMetrics
 from simulated_time import simulated_time
 from starlette.applications import Starlette
 
-from serve_app.core import Failure, FailureCode
+from serve_app.core import Failure, FailureCode, FinishReason
 
 HI = {"messages": [{"role": "user", "content": "Hi"}]}
 MakeApp = Callable[..., Starlette]
@@ -120,6 +120,44 @@ async def test_places_come_back_after_every_kind_of_end(
     assert metrics.gauges["serve_app_requests_in_progress", ()] == 0
     outcomes = {tags[1]: count for (name, tags), count in metrics.counters.items() if name == "serve_app_requests"}
     assert outcomes == {"stop": 1, "invalid_value": 1, "overloaded": 1, "internal_error": 1}
+
+
+@pytest.mark.parametrize(("given", "remaining_s"), [(None, 60), ("2.5", 2.5), ("1e9", 60)])
+async def test_a_client_may_shorten_the_time_of_its_request(
+    replica: FakeReplica, make_app: MakeApp, http: Any, given: str | None, remaining_s: float
+) -> None:
+    replica.scripts = [says(tokens(0, 84, finish=FinishReason.LENGTH))]
+    headers = {} if given is None else {"X-Request-Timeout": given}
+    response = await http(make_app(replica, request_timeout_s=60)).post("/stream", json=HI, headers=headers)
+    assert response.status_code == 200
+    assert remaining_s - 1 < (replica.requests[0].remaining_s or 0) <= remaining_s
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "nan", "10 s", ""])
+async def test_a_time_that_is_none_is_refused(api: httpx.AsyncClient, given: str) -> None:
+    response = await api.post("/stream", json=HI, headers={"X-Request-Timeout": given})
+    assert response.status_code == 400
+    assert "a number of seconds" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "kind"),
+    [(FailureCode.OVERLOADED, 503, "server_error"), (FailureCode.OVER_SHARE, 429, "requests")],
+)
+async def test_what_would_not_start_in_time_is_refused_before_it_is_read(
+    replica: FakeReplica, make_app: MakeApp, http: Any, code: FailureCode, status: int, kind: str
+) -> None:
+    def full(tenant: str, weight: float, remaining_s: float) -> Failure | None:
+        return Failure(code, "It would wait.", retry_after_s=7.2) if remaining_s <= 60 else None
+
+    client: httpx.AsyncClient = http(make_app(replica, full=full, request_timeout_s=60))
+    for path, body in (*STREAMS, ("/stream", {"nonsense": True}), ("/v1/responses", {"input": "Hi"})):
+        response = await client.post(path, json=body)
+        assert (response.status_code, response.headers["retry-after"]) == (status, "8"), path
+    error = (await client.post("/v1/completions", json={"prompt": "Hi"})).json()["error"]
+    assert (error["code"], error["type"]) == (code, kind)
+    assert replica.requests == []
+    assert (await client.post("/tokenize", json={"prompt": "Hi"})).status_code == 200, "it needs no replica"
 
 
 async def test_the_deadline_of_a_request(replica: FakeReplica, make_app: MakeApp, http: Any) -> None:

@@ -218,7 +218,7 @@ async def test_those_that_wait_learn_of_new_replicas_and_that_there_are_none_lef
     await asking.complete("2")
     asking.places.update({})
     assert asking.places._places == asking.places._waiters == {}
-    assert asking.admission._entries == asking.admission._groups == asking.admission._tokens == {}
+    assert asking.admission._entries == asking.admission._groups == asking.admission._placed == {}
     assert asking.admission.capacity._replicas == asking.admission.capacity._at == {}
 
 
