@@ -85,7 +85,9 @@ def cluster(ray_folder: Path) -> Iterator[Cluster]:
     )
     import ray
     from ray import serve
+    from ray.serve._private import client
 
+    client.CLIENT_POLLING_INTERVAL_S = 0.1  # how often `serve.run` and `serve.delete` look; 1 s of its own
     ray.init(
         address="local",  # not a cluster that somebody else has on this machine
         num_cpus=4,
@@ -126,5 +128,7 @@ def deployed(cluster: Cluster) -> Iterator[Callable[..., str]]:
         return cluster.url(name)
 
     yield deploy
+    for name in names:  # all at once: each takes what its replicas take to end
+        serve.delete(name, _blocking=False)
     for name in names:
         serve.delete(name)

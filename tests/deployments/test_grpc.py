@@ -71,7 +71,8 @@ class Service:
 
 @pytest.fixture(scope="module")
 def target(cluster: Any, deployed: Callable[..., str], until: Callable[..., httpx.Response], text_folder: Path) -> str:
-    options = {"ray_actor_options": {"num_cpus": 0.1}, "graceful_shutdown_timeout_s": 1}
+    ending = {"graceful_shutdown_timeout_s": 1, "graceful_shutdown_wait_loop_s": 0.1}
+    options = {"ray_actor_options": {"num_cpus": 0.1}} | ending
     config = AppConfig.model_validate({"model": {"source": str(text_folder)}, "api": {"max_body_bytes": 10_000}})
     fake = serve.deployment(name="ModelServer", max_ongoing_requests=16, num_replicas=2, **options)(FakeModelServer)
     ingress = serve.deployment(name="Ingress", max_ongoing_requests=64, **options)(Ingress)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -22,13 +23,18 @@ pytestmark = pytest.mark.ray
 
 APP = "ingress"
 TOKEN_S = 0.05
+ACTOR: dict[str, Any] = {
+    "ray_actor_options": {"num_cpus": 0.1},
+    "graceful_shutdown_timeout_s": 1,
+    "graceful_shutdown_wait_loop_s": 0.1,
+}
 Until = Callable[..., httpx.Response]
 get, post = partial(httpx.get, timeout=60), partial(httpx.post, timeout=60)
 
 
 def application(config: AppConfig, *fake_args: object, replicas: int = 1) -> serve.Application:
     """An ingress in front of a fake model server."""
-    options = {"num_replicas": replicas, "ray_actor_options": {"num_cpus": 0.1}, "graceful_shutdown_timeout_s": 1}
+    options = {"num_replicas": replicas, **ACTOR}
     fake = serve.deployment(name="ModelServer", max_ongoing_requests=16, **options)(FakeModelServer)
     ingress = serve.deployment(name="Ingress", max_ongoing_requests=64, **options)(Ingress)
     return ingress.bind(config, fake.bind(config, *fake_args))
@@ -164,9 +170,8 @@ def test_a_request_wakes_a_deployment_that_was_scaled_to_zero(
         "downscale_delay_s": 0,
         "downscale_to_zero_delay_s": 0.5,
     }
-    actor = {"ray_actor_options": {"num_cpus": 0.1}, "graceful_shutdown_timeout_s": 1}
-    fake = serve.deployment(name="ModelServer", autoscaling_config=scaling, **actor)(FakeModelServer)
-    app = serve.deployment(name="Ingress", **actor)(Ingress).bind(config, fake.bind(config))
+    fake = serve.deployment(name="ModelServer", autoscaling_config=scaling, **ACTOR)(FakeModelServer)
+    app = serve.deployment(name="Ingress", **ACTOR)(Ingress).bind(config, fake.bind(config))
     url = deployed(app, "asleep")
     until(f"{url}/ready", is_ready)
     deadline = time.monotonic() + 120

@@ -55,6 +55,7 @@ def deploy(deployed: Callable[..., str], **limits: int) -> DeploymentHandle:
         ray_actor_options={"num_cpus": 0.1},
         health_check_period_s=1,
         graceful_shutdown_timeout_s=1,
+        graceful_shutdown_wait_loop_s=0.1,
         request_router_config={"request_router_class": "serve_app.deployments.dispatch.router.ModelRouter"},
     )
     deployed(deployment.bind(AppConfig()), APP)

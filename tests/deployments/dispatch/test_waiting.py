@@ -53,6 +53,7 @@ async def test_waiting_for_a_place_sends_nothing_and_is_no_silence(
         max_ongoing_requests=PLACES // 2,
         ray_actor_options={"num_cpus": 0.1},
         graceful_shutdown_timeout_s=1,
+        graceful_shutdown_wait_loop_s=0.1,
         request_router_config={"request_router_class": "serve_app.deployments.dispatch.router.ModelRouter"},
     )
     deployed(deployment.bind(AppConfig()), APP)
