@@ -24,6 +24,7 @@ from serve_app.core import (
     GenerationStats,
     LoadStage,
     ModelCard,
+    ReplicaLoad,
     Reply,
     TokenBatch,
 )
@@ -31,10 +32,12 @@ from serve_app.deployments.model_server import ModelServer
 from serve_app.engine.build import EngineCapacity
 from serve_app.engine.core import StepCounters
 from serve_app.engine.engine import EngineHealth, EngineStats
+from serve_app.engine.load import is_news
 from serve_app.engine.replies import ReplyStream, deliver
 
 RATE_VARIABLE = "SERVE_APP_PACED_RATE"
 """Tokens per second of each stream."""
+_PLACES = 256
 _IDS = range(1_000, 3_000)
 """What is made of: pieces of words in the demo model's vocabulary."""
 CARD = ModelCard(
@@ -58,11 +61,17 @@ class PacedEngine:
 
     def __init__(self, rate: float) -> None:
         self._step_s = 1 / rate
+        self._watcher: tuple[asyncio.AbstractEventLoop, Callable[[ReplicaLoad], None]] | None = None
+        self._told: ReplicaLoad | None = None
         self._streams: dict[ReplyStream, tuple[GenerationRequest, itertools.count[int]]] = {}
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+
+    def watch_load(self, tell: Callable[[ReplicaLoad], None]) -> None:
+        """Have `tell` called in this event loop with the load, after each tick that changes it."""
+        self._watcher = asyncio.get_running_loop(), tell
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Reply, None]:
         """A token each tick."""
@@ -99,7 +108,16 @@ class PacedEngine:
                     replies.append((stream, reply))
                     if last:
                         del self._streams[stream]
+                running = len(replies)
+            self._tell(running)
             deliver(replies)
+
+    def _tell(self, running: int) -> None:
+        load = ReplicaLoad(running, 0, _PLACES, self.capacity.kv_capacity_tokens, 0, running / self._step_s, 0.0)
+        if self._watcher is not None and is_news(load, self._told):
+            loop, tell = self._watcher
+            loop.call_soon_threadsafe(tell, load)
+            self._told = load
 
     def health(self) -> EngineHealth:
         return EngineHealth(alive=True, step_running_s=0.0)
