@@ -23,7 +23,7 @@ KNOWN_FOR_S = 86_400.0
 """How long a caller is known at an address since its key was last right there."""
 MOST_ADDRESSES = 10_000
 MOST_KNOWN = 10_000
-"""Bounds of memory: about 3 MB together. Beyond them, what was not used for longest is forgotten."""
+"""Bounds of memory: about 10 MB together. Beyond them, what was not used for longest is forgotten."""
 
 
 class TooManyGuesses(Exception):

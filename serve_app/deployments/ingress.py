@@ -235,8 +235,6 @@ class Ingress(AsgiDeployment):
                 "streamed tokens cost up to three times the CPU time; start Ray with %s (see docs/operations.md)",
                 " ".join(settings),
             )
-        if self._guard.warning:
-            logger.warning("%s", self._guard.warning)
         cache = cache_directory(self._config.cache_dir)
         access = Access(self._guard.keys.required, self._guard.warning)
         say(banner(state, url, log_folder(), cache, grpc=grpc, access=access))
@@ -337,7 +335,10 @@ def _guard(config: AuthConfig, host: str) -> Guard:
     keys = ApiKeys(path, os.environ)
     if keys.required and not keys:
         logger.warning("nobody can use this service: it asks for API keys, and %s has none", path)
-    return Guard(keys, bound_to=host, probe_secret=os.environ.get(PROBE_SECRET, ""))
+    guard = Guard(keys, bound_to=host, probe_secret=os.environ.get(PROBE_SECRET, ""))
+    if guard.warning:
+        logger.warning("%s", guard.warning)
+    return guard
 
 
 def _speaks_for_all() -> bool:

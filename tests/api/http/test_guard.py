@@ -116,8 +116,12 @@ async def test_what_a_refusal_says(api: httpx.AsyncClient) -> None:
         assert answer.headers["x-request-id"]
 
 
-async def test_official_clients_raise_their_own_errors(app: Starlette, serve: Serve, replica: FakeReplica) -> None:
-    url = await serve(app)
+async def test_official_clients_raise_their_own_errors(
+    make_app: MakeApp, serve: Serve, replica: FakeReplica, keys_file: Path
+) -> None:
+    limited = new_key()
+    guard = guard_of(keys_file, entry("alice", KEY), entry("limited", limited, models=["another"]))
+    url = await serve(make_app(replica, guard=guard))
 
     def clients(key: str) -> tuple[openai.AsyncOpenAI, anthropic.AsyncAnthropic]:
         return (
@@ -133,6 +137,12 @@ async def test_official_clients_raise_their_own_errors(app: Starlette, serve: Se
     with pytest.raises(anthropic.AuthenticationError) as others:
         await of_anthropic.messages.create(model="tiny", messages=messages, max_tokens=5)
     assert others.value.body["error"]["type"] == "authentication_error"  # type: ignore[index]
+    of_openai, of_anthropic = clients(limited)
+    with pytest.raises(openai.PermissionDeniedError) as forbidden:
+        await of_openai.chat.completions.create(model="tiny", messages=messages)
+    assert forbidden.value.code == "model_not_allowed"
+    with pytest.raises(anthropic.PermissionDeniedError):
+        await of_anthropic.messages.create(model="tiny", messages=messages, max_tokens=5)
     of_openai, of_anthropic = clients(KEY)
     model = replica.state.name  # type: ignore[union-attr]
     assert (await of_openai.chat.completions.create(model=model, messages=messages)).choices
