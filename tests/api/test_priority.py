@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from api_keys import KEY, bearer, entry, guard_of
 from fake_replica import FakeReplica
 from starlette.applications import Starlette
-from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve_app.access.caller import ANONYMOUS
-from serve_app.api.http.endpoint import CALLER
 from serve_app.core import Priority
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -64,21 +62,16 @@ async def test_a_query_has_it_as_text(
 
 @pytest.mark.parametrize("url", REQUESTS)
 async def test_a_class_that_the_key_does_not_allow_is_refused(
-    url: str, make_app: Callable[..., Starlette], http: Callable[..., httpx.AsyncClient], replica: FakeReplica
+    url: str,
+    make_app: Callable[..., Starlette],
+    http: Callable[..., httpx.AsyncClient],
+    replica: FakeReplica,
+    tmp_path: Path,
 ) -> None:
-    caller = replace(ANONYMOUS, name="nightly", priorities=frozenset({BATCH}))
-    api = http(_as(caller, make_app(replica)))
+    api = http(make_app(replica, guard=guard_of(tmp_path / "keys.yaml", entry("nightly", KEY, priorities=["batch"]))))
+    api.headers.update(bearer())
     refused = await api.post(url, json=REQUESTS[url])
     assert refused.status_code == 403
     assert "The key 'nightly' does not allow priority 'interactive'; it allows 'batch'." in refused.text
     assert not replica.requests
     assert (await api.post(url, json={**REQUESTS[url], "priority": "batch"})).status_code == 200
-
-
-def _as(caller: object, app: ASGIApp) -> ASGIApp:
-    """The application, for one caller."""
-
-    async def asked(scope: Scope, receive: Receive, send: Send) -> None:
-        await app({**scope, CALLER: caller}, receive, send)
-
-    return asked
