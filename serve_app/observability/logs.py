@@ -81,7 +81,7 @@ def log_access(record: RequestRecord, level: int = logging.INFO) -> None:
     access_logger.log(
         level,
         "request_id=%s endpoint=%s status=%d outcome=%s prompt_tokens=%d cached_prompt_tokens=%d output_tokens=%d"
-        " ttft_s=%s duration_s=%.3f ignored_fields=%s key=%s tenant=%s",
+        " ttft_s=%s duration_s=%.3f key=%s tenant=%s ignored_fields=%s",
         record.request_id,
         record.endpoint,
         record.status,
@@ -91,7 +91,7 @@ def log_access(record: RequestRecord, level: int = logging.INFO) -> None:
         record.output_tokens,
         "-" if ttft_s is None else f"{ttft_s:.3f}",
         monotonic() - record.arrived,
-        ",".join(record.ignored_fields) or "-",
         record.key,
         record.tenant,
+        ",".join(record.ignored_fields) or "-",
     )
