@@ -5,23 +5,16 @@ Promises the rules of `memory_store`. Each call is one atomic script and uses Re
 
 On a Redis Cluster all keys share one hash tag and so are on one node, because one atomic script must count all journals
 against the limits, and may drop any of them to make room. A script declares the keys of its journals and of the
-counters. It does not declare those of journals that it drops, which are in the same slot. Before its first call the
-store asks Redis whether it is a cluster.
+counters. It does not declare those of journals that it drops, which are in the same slot.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from hashlib import sha1
 from typing import Any
 
-from redis.asyncio import Redis
-from redis.asyncio.cluster import RedisCluster
-from redis.asyncio.retry import Retry
-from redis.backoff import ExponentialBackoff
-from redis.exceptions import NoPermissionError, NoScriptError, RedisClusterException, RedisError
-
+from serve_app.redis_scripts import FAILURES, RedisScripts
 from serve_app.resume.journal_store import (
     Append,
     AppendResult,
@@ -188,16 +181,7 @@ class RedisJournalStore:
         Stores of one database with different `kind`s share nothing.
         """
         self._prefix = f"{_PREFIX}{kind}:" if kind else _PREFIX
-        self._url = url
-        self._options: dict[str, Any] = {
-            "socket_timeout": TIMEOUT_S,
-            "socket_connect_timeout": TIMEOUT_S,
-            # A connection that Redis has closed fails only when it is used. Each script may be repeated.
-            "retry": Retry(ExponentialBackoff(cap=0.2, base=0.02), retries=2),
-        }
-        self._single: Redis = Redis.from_url(url, **self._options)
-        self._redis: Redis | RedisCluster | None = None
-        """The client in use; None until it is known whether the server is a cluster."""
+        self._scripts = RedisScripts(url, TIMEOUT_S)
         self._limits = [
             limits.max_journals,
             limits.max_bytes,
@@ -258,37 +242,17 @@ class RedisJournalStore:
 
     async def aclose(self) -> None:
         """Close the connections."""
-        await self._single.aclose()
-        if isinstance(self._redis, RedisCluster):
-            await self._redis.aclose()
+        await self._scripts.aclose()
 
     async def _run(self, script: str, stream_ids: Sequence[str], arguments: Sequence[Any]) -> Any:
         """What the script answers. Raises `StoreUnavailable`."""
         script = _PRELUDE + script
         own = (f"{kind}:{id_}" for id_ in stream_ids for kind in ("journal", "records"))
         keys = [self._prefix + name for name in (*_COMMON, *own)]
-        given = (len(keys), *keys, *self._limits, *arguments)
         try:
-            redis: Any = await self._client()
-            try:
-                return await redis.evalsha(sha1(script.encode(), usedforsecurity=False).hexdigest(), *given)
-            except NoScriptError:
-                return await redis.eval(script, *given)
-        except (RedisError, RedisClusterException, OSError, TimeoutError) as error:
+            return await self._scripts.run(script, keys, [*self._limits, *arguments])
+        except FAILURES as error:
             said = str(error) or type(error).__name__
             for stream_id in stream_ids:  # errors of Redis may quote the command that failed
                 said = said.replace(stream_id, loggable(stream_id))
             raise StoreUnavailable(f"Redis: {said}") from None  # its traceback would show what was sent
-
-    async def _client(self) -> Redis | RedisCluster:
-        """The client for one server or for a cluster, whose nodes answer only for their own keys and redirect."""
-        if self._redis is None:
-            try:
-                info = await self._single.info("cluster")
-                # Servers other than Redis that know no cluster may leave this field out.
-                is_cluster = bool(info.get("cluster_enabled"))
-            except NoPermissionError:  # the user may not call INFO; on a cluster it would need to
-                is_cluster = False
-            if self._redis is None:  # another call may have set it meanwhile
-                self._redis = RedisCluster.from_url(self._url, **self._options) if is_cluster else self._single
-        return self._redis

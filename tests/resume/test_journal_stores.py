@@ -80,7 +80,7 @@ async def make_store(request: pytest.FixtureRequest) -> AsyncIterator[MakeStore]
 async def flush(store: JournalStore) -> RedisClient:
     """Its client, when all is gone from all nodes."""
     assert isinstance(store, RedisJournalStore)
-    client = await store._client()
+    client = await store._scripts.client()
     await client.flushall()  # of a cluster that is all primaries
     return client
 
@@ -487,7 +487,7 @@ async def test_an_error_of_redis_names_no_stream(redis_url: str) -> None:
     quoting = ResponseError(f"Command # 1 (EVALSHA 5ba 5 {{serve_app}}:journal:{stream_id}) of pipeline caused error")
     for attempt, error in ((store.append(add("a", 0, b"one", stream=stream_id)), "WRONGTYPE"), (None, stream_id[:8])):
         if attempt is None:
-            store._redis.evalsha = AsyncMock(side_effect=quoting)  # type: ignore[union-attr, method-assign]
+            client.evalsha = AsyncMock(side_effect=quoting)  # type: ignore[method-assign]
             attempt = store.append(add("a", 0, b"one", stream=stream_id))
         with pytest.raises(StoreUnavailable, match=error) as told:
             await attempt
