@@ -41,7 +41,7 @@ def build(args: AppConfig) -> serve.Application:
         request_router_config={
             "request_router_class": f"{ModelRouter.__module__}.ModelRouter",
             "request_router_kwargs": {
-                "shared": _may_be_several(args.ingress),
+                "shared": args.ingress.may_be_several,
                 "places": args.engine.max_running,
             },
         },
@@ -56,11 +56,6 @@ def build(args: AppConfig) -> serve.Application:
 def demo(args: dict[str, Any]) -> serve.Application:
     """The demo's application, for `serve run serve_app.app:demo` anywhere; `args` replace sections of its config."""
     return build(AppConfig.model_validate({**demo_arguments(), **args}))
-
-
-def _may_be_several(replicas: ReplicasConfig) -> bool:
-    most = replicas.num_replicas if replicas.autoscaling is None else replicas.autoscaling.max_replicas
-    return (most or 1) > 1
 
 
 def _room_for_one_more(args: AppConfig) -> bool:

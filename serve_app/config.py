@@ -224,6 +224,12 @@ class ReplicasConfig(_Config):
             raise ValueError("give num_replicas or autoscaling, not both")
         return self
 
+    @property
+    def may_be_several(self) -> bool:
+        """Whether there may be more than one."""
+        most = self.num_replicas if self.autoscaling is None else self.autoscaling.max_replicas
+        return (most or 1) > 1
+
 
 class IngressConfig(ReplicasConfig):
     """The same fields for the ingress. Its default limits are larger, because a stream costs an ingress little CPU."""

@@ -118,6 +118,8 @@ class ResolvedRequest(Struct, frozen=True):
     echo: bool = False
     """The prompt is shown before each answer. Then logprobs are those of all tokens that are counted, also of the one
     that ended the answer: as many as prompt and answer have tokens."""
+    asked_tokens: int | None = None
+    """The caller's own limit of each answer. None: it gave none."""
 
     @property
     def request_id(self) -> str:
@@ -215,7 +217,15 @@ def resolve(
             requests.append(request)
     first = prompts[0]
     resolved = ResolvedRequest(
-        card.name, tuple(requests), first.continues, params.stop, params.n, cut_to, first.answer, params.echo
+        card.name,
+        tuple(requests),
+        first.continues,
+        params.stop,
+        params.n,
+        cut_to,
+        first.answer,
+        params.echo,
+        params.max_tokens,
     )
     _check_prompt_logprobs(resolved, params)
     return resolved

@@ -69,6 +69,16 @@ REFUSALS = Metric(
     "Requests refused because they would not start in time, by reason: full, over_share, or late (it had waited).",
     ("reason",),
 )
+LIMITED_REQUESTS = Metric(
+    "serve_app_limited_requests",
+    "Requests refused by a limit of their key or tenant, by tenant and by what the limit counts (requests, tokens, "
+    "tokens_day, streams).",
+    ("tenant", "limit"),
+)
+UNLIMITED_REQUESTS = Metric(
+    "serve_app_unlimited_requests",
+    "Requests of callers with limits that went on unlimited, because the store that counts could not be reached.",
+)
 RUNNING = Metric("serve_app_running", "Requests that a model replica computes in its steps.")
 WAITING = Metric("serve_app_waiting", "Requests that wait for a place in a model replica's engine.")
 CACHE_USE = Metric("serve_app_cache_use", "Share of the KV cache's pages in use, 0 to 1.")
