@@ -12,10 +12,11 @@ from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Route
 
+from serve_app.access.reservations import Quotas
 from serve_app.api.anthropic.messages import MessagesFormat
 from serve_app.api.anthropic.models import AnthropicModels
 from serve_app.api.error_shapes import ANTHROPIC_VERSION
-from serve_app.api.http.endpoint import Admission, Call, Endpoint, Handler
+from serve_app.api.http.endpoint import Admission, Call, Counted, Endpoint, Handler
 from serve_app.api.http.guard import Guard
 from serve_app.api.http.pages import Pages
 from serve_app.api.http.probes import probes
@@ -54,11 +55,12 @@ def create_app(
     responses: ResumableStreams,
     keep_responses: bool = True,
     guard: Guard | None = None,
+    quotas: Quotas | None = None,
 ) -> Starlette:
     """The ASGI application of one ingress replica: one process, one event loop.
 
     `responses` are the streams of /v1/responses; `keep_responses` is their default of `store`. `guard`: by default one
-    that asks for no keys.
+    that asks for no keys. Without `quotas`, nobody's limits are counted.
     """
     guard = guard or Guard()
     settings = stream_settings or StreamSettings(config.heartbeat_s, config.slow_reader_bytes)
@@ -81,24 +83,40 @@ def create_app(
     one_model = _for_client(models.handle_one, anthropic_models.handle_one)
 
     def endpoint(
-        path: str, handler: Handler, *methods: str, get_with_body: bool = False, reads_body: bool = True
+        path: str,
+        handler: Handler,
+        *methods: str,
+        get_with_body: bool = False,
+        reads_body: bool = True,
+        counted: Counted = Counted.REQUEST,
     ) -> Route:
-        made = Endpoint(path, handler, admission, config, get_with_body=get_with_body, reads_body=reads_body)
+        made = Endpoint(
+            path,
+            handler,
+            admission,
+            config,
+            get_with_body=get_with_body,
+            reads_body=reads_body,
+            quotas=quotas,
+            counted=counted,
+        )
         return route(path, made, *methods)
 
+    generates = partial(endpoint, counted=Counted.GENERATION)
+
     routes = [
-        endpoint("/stream", _stream(responder, native, jina), "GET", "POST", get_with_body=True),
-        endpoint("/v1/chat/completions", partial(responder.answer, chat), "POST"),
-        endpoint("/v1/completions", partial(responder.answer, text), "POST"),
+        generates("/stream", _stream(responder, native, jina), "GET", "POST", get_with_body=True),
+        generates("/v1/chat/completions", partial(responder.answer, chat), "POST"),
+        generates("/v1/completions", partial(responder.answer, text), "POST"),
         endpoint("/v1/chat/completions/render", Render(responder, chat, service.tokenizer).handle, "POST"),
         endpoint("/v1/completions/render", Render(responder, text, service.tokenizer).handle, "POST"),
         endpoint("/tokenize", tokenization.handle_tokenize, "POST"),
         endpoint("/detokenize", tokenization.handle_detokenize, "POST"),
         endpoint("/tokenizer_info", tokenization.handle_info, "GET"),
-        endpoint("/v1/messages", partial(responder.answer, messages), "POST"),
+        generates("/v1/messages", partial(responder.answer, messages), "POST"),
         endpoint("/v1/messages/count_tokens", messages.handle_count, "POST"),
         *by_id.routes(endpoint),
-        endpoint(ENDPOINT, resume.handle, "GET"),
+        endpoint(ENDPOINT, resume.handle, "GET", counted=Counted.NOTHING),
         endpoint("/v1/models", list_models, "GET", "HEAD"),
         endpoint("/v1/models/{model:path}", one_model, "GET", "HEAD"),
         *probes(service.state, service.sampling_defaults, guard),

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 from starlette.responses import Response
 
+from serve_app.access.reservations import CODE, LimitReached, Reservation
+from serve_app.api.limit_headers import openai_headers
 from serve_app.core import FailureCode, RequestError
 
 INVALID_REQUEST = "invalid_request_error"
@@ -36,6 +38,7 @@ _STATUSES: Mapping[str, tuple[int, str]] = {
     "journal_unavailable": (503, SERVER_ERROR),
     "model_not_allowed": (403, INVALID_REQUEST),
     "model_not_found": (404, INVALID_REQUEST),
+    CODE: (429, "requests"),
     "slow_reader": (408, INVALID_REQUEST),
     "stream_changed": (410, INVALID_REQUEST),
     "stream_gone": (410, INVALID_REQUEST),
@@ -86,6 +89,8 @@ class ApiError(RequestError):
         headers = self.headers
         if self.retry_after_s is not None:
             headers = headers | {"retry-after": str(max(1, math.ceil(self.retry_after_s)))}
+            if self.status == 429:  # openai-python and anthropic-python prefer it, since a second is long here
+                headers["retry-after-ms"] = str(math.ceil(self.retry_after_s * 1000))
         elif self.status >= 500:
             # openai-python retries every 5xx twice unless this header forbids it; after a missed deadline a retry can
             # take another 600 s.
@@ -102,6 +107,8 @@ class ErrorShape:
     """JSON, from the error and the request's id."""
     id_header: str | None = None
     """The header in which these clients look for the request's id, besides `X-Request-Id`."""
+    limit_headers: Callable[[Reservation], dict[str, str]] = openai_headers
+    """The headers that tell these clients what is left of their limits."""
 
 
 def _openai_document(error: ApiError, request_id: str) -> dict[str, object]:
@@ -131,6 +138,8 @@ def api_error(error: RequestError) -> ApiError:
     retry_after_s = error.retry_after_s
     if retry_after_s is None and error.code in _RETRIED:
         retry_after_s = _RETRY_AFTER_S
+    if isinstance(error, LimitReached):
+        kind = error.kind
     return ApiError(status, error.message, type=kind, param=error.param, code=error.code, retry_after_s=retry_after_s)
 
 

@@ -18,6 +18,7 @@ from serve_app.access.tenancy import of_tenant
 from serve_app.api.http.endpoint import Call
 from serve_app.api.http.sse import EventStream, StreamSettings
 from serve_app.api.priority import require_allowed
+from serve_app.api.rate_limits import fit, reserve
 from serve_app.api.resume import Resume
 from serve_app.api.structured import refusal
 from serve_app.api.wire import ParsedRequest, Whole, WireFormat
@@ -51,14 +52,21 @@ class Responder:
         if (rest := await self.continued(call)) is not None:
             return rest
         parsed = await self.accept(call, await wire.parse(call))
+        await reserve(call, parsed.resolved)
         return await self.begin(wire, call, parsed)
 
     async def continued(self, call: Call) -> Response | EventStream | None:
         """The rest of an earlier stream that the request names; None for a new request.
 
-        Raises `RequestError`, also for a new request that would not start in time: before its prompt costs anything.
+        Raises `RequestError`, also for a new request that would not start in time, or whose caller is known to have no
+        requests left: before its prompt costs anything.
         """
         rest = await self._resume.continued(call)
+        if call.reservation is not None:
+            if rest is not None:
+                call.reservation.costs_nothing()
+            else:
+                call.reservation.check()
         if rest is None:
             self._service.refuse_when_full(call.caller.tenant, call.caller.weight, call.remaining_s())
         return rest
@@ -66,7 +74,7 @@ class Responder:
     async def accept(self, call: Call, parsed: ParsedRequest) -> ParsedRequest:
         """Check what only this process can check of a request that is parsed, and note what its answer will tell.
 
-        Returns the request with what its caller's key says of it. Raises `RequestError`.
+        Returns the request with what its caller's key says of it, cut to what that allows. Raises `RequestError`.
         """
         require_allowed(parsed.resolved.priority, call.caller)
         if fault := await self._service.constraint_fault(parsed.resolved, call.client):
@@ -74,7 +82,8 @@ class Responder:
         call.record.prompt_tokens = parsed.resolved.prompt_tokens
         if parsed.resolved.cut_to is not None:
             call.record.clamped_fields[parsed.max_tokens_param] = parsed.resolved.cut_to
-        return replace(parsed, resolved=of_tenant(parsed.resolved, call.caller))
+        resolved = of_tenant(parsed.resolved, call.caller)
+        return replace(parsed, resolved=fit(call, resolved, parsed.max_tokens_param))
 
     async def begin(self, wire: WireFormat, call: Call, parsed: ParsedRequest) -> Response | EventStream:
         """The answer to a new request that was accepted. Raises `RequestError`."""

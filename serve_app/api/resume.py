@@ -18,6 +18,7 @@ from serve_app.api.errors import ApiError, bad_request
 from serve_app.api.headers import LAST_EVENT_ID_HEADER, RESUME_HEADER, RESUME_QUERY, STREAM_ID_HEADER
 from serve_app.api.http.endpoint import Call
 from serve_app.api.http.sse import EventStream, StreamSettings
+from serve_app.api.rate_limits import outlive
 from serve_app.api.weights import ServedWeights, replaced
 from serve_app.api.wire import ParsedRequest, WireFormat
 from serve_app.core import RequestError
@@ -98,6 +99,7 @@ class Resume:
         stream_id = self._streams.new_id()
         document = StreamDocument(request, caller_digest(stream_id, call), wire.name, parsed.settings)
         stream = self._streams.new(stream_id, document, self._transcript(document))
+        outlive(call, stream)
         return await self._answer(call.record, stream, None)
 
     async def _rest(self, call: Call, stream_id: str, mark: Mark) -> Response | EventStream:

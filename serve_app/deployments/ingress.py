@@ -20,6 +20,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.access.keys import ApiKeys
+from serve_app.access.reservations import Quotas
 from serve_app.api.grpc.refusal import Refusal
 from serve_app.api.grpc.servicer import Servicer
 from serve_app.api.http.guard import PROBE_SECRET, Guard
@@ -33,6 +34,7 @@ from serve_app.deployments.garbage import freeze
 from serve_app.deployments.journal_actor import open_responses, open_streams
 from serve_app.deployments.logs import use_serve_log
 from serve_app.deployments.metrics import RayMetrics
+from serve_app.deployments.quota_actor import open_quotas
 from serve_app.deployments.ray_internals import AsgiDeployment, http_host
 from serve_app.deployments.revisions import settled
 from serve_app.deployments.serve_settings import missing
@@ -96,6 +98,7 @@ class Ingress(AsgiDeployment):
         self._servicer = Servicer(self._front.in_process, self._state, host)
         self._streams: tuple[ResumableStreams, ...] = ()
         """The resumable streams, and the responses; none while the tokenizer loads."""
+        self._quotas: Quotas | None = None
         self._grammars: GrammarChecker | None = None
         tried = asyncio.Event()
         work = (self._load_text(tried), self._report_metrics(), self._guard.keys.watch())
@@ -111,6 +114,8 @@ class Ingress(AsgiDeployment):
     async def __del__(self) -> None:
         """Awaited by Serve when this replica stops: other ingresses may take its resumable streams over."""
         await asyncio.gather(*(streams.aclose() for streams in self._streams))
+        if self._quotas is not None:
+            await self._quotas.aclose()
         if self._grammars is not None:
             await self._grammars.aclose()
 
@@ -201,6 +206,7 @@ class Ingress(AsgiDeployment):
         )
         streams = open_streams(self._client, self._config, self._app_name)
         responses = open_responses(self._client, self._config, self._app_name)
+        quotas = Quotas(open_quotas(self._config, self._app_name), self._metrics)
         app = create_app(
             service,
             streams,
@@ -210,8 +216,9 @@ class Ingress(AsgiDeployment):
             responses=responses,
             keep_responses=self._config.responses.store,
             guard=self._guard,
+            quotas=quotas,
         )
-        self._streams = (streams, responses)
+        self._streams, self._quotas = (streams, responses), quotas
         freeze()
         return app
 

@@ -46,6 +46,8 @@ class RequestRecord:
     """Names of the request's unknown fields, made safe for a header."""
     clamped_fields: dict[str, int] = field(default_factory=dict)
     """Fields whose value was too large -> the value used instead."""
+    limit_headers: dict[str, str] = field(default_factory=dict)
+    """Headers that tell what is left of the caller's limits."""
     arrived: float = field(default_factory=monotonic)
     first_token: float | None = None
     last_token: float | None = None

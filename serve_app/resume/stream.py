@@ -58,6 +58,8 @@ class ResumableStream:
         self._dropped = False
         """The stream was refused, or `begin` failed or was cancelled: the journal is to be dropped."""
 
+        self._erased = False
+
     @property
     def finished(self) -> bool:
         """All events are there."""
@@ -114,6 +116,7 @@ class ResumableStream:
 
     def lose(self) -> None:
         """Stop generating: the store has deleted the journal."""
+        self._erased = True
         if self._owner is not None:
             self._owner.lose()
 
@@ -154,6 +157,16 @@ class ResumableStream:
 
     def _leave_place(self) -> None:
         self._has_place = False
+
+    def used_tokens(self, most: int) -> int:
+        """Tokens that the stream has used, once `closed`; its request may use at most so many.
+
+        All of them, if it stopped before its end and can be taken up again: what comes then is paid already.
+        """
+        transcript = self.feed.transcript
+        if self._task is not None and not (self.finished or self._dropped or self._erased):
+            return most
+        return self.document.request.prompt_tokens + transcript.tokens if transcript.tokens else 0
 
     async def closed(self) -> None:
         """Wait until this process does nothing more for the stream."""

@@ -15,6 +15,7 @@ from memory_metrics import MemoryMetrics
 from starlette.applications import Starlette
 from unlogged_stream_ids import unlogged_stream_ids
 
+from serve_app.access.reservations import Quotas
 from serve_app.api.app import create_app
 from serve_app.api.http.guard import Guard
 from serve_app.api.http.pages import Pages
@@ -120,6 +121,7 @@ async def make_app(
         background: ResumeSettings | None = None,
         resume: ResumeSettings | None = None,
         bound_to: str | None = None,
+        quotas: Quotas | None = None,
         aliases: frozenset[str] = frozenset(),
         text: ChatTokenizer = tokenizer,
         guard: Guard | None = None,
@@ -163,6 +165,7 @@ async def make_app(
             responses=responses,
             keep_responses=keep_responses,
             guard=guard,
+            quotas=quotas,
         )
         app.state.responses = responses  # for tests in which an ingress dies
         return app

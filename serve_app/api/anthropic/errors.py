@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from serve_app.api.errors import ApiError, ErrorShape
+from serve_app.api.limit_headers import anthropic_headers
 from serve_app.core import FailureCode
 
 _TYPES: Mapping[int, str] = {
@@ -49,4 +50,4 @@ def _named(error: ApiError) -> str:
     return f"{error.param}: {error.message}"
 
 
-ANTHROPIC_ERRORS = ErrorShape(error_document, id_header="request-id")
+ANTHROPIC_ERRORS = ErrorShape(error_document, id_header="request-id", limit_headers=anthropic_headers)

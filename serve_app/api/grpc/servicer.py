@@ -23,6 +23,7 @@ from serve_app.api.grpc.services import SERVICES, STREAM, STREAM_DOC
 from serve_app.api.headers import LAST_EVENT_ID_HEADER, RESUME_HEADER, STREAM_ID_HEADER, TIMEOUT_HEADER
 from serve_app.api.http.endpoint import EncodedDocument
 from serve_app.api.http.pages import is_loopback
+from serve_app.api.limit_headers import OPENAI_NAMES
 from serve_app.core import LoadStage, ModelCard, RequestError
 from serve_app.proto import jina_pb2, serve_app_pb2
 
@@ -31,7 +32,7 @@ _MAX_CHECK_BYTES = 4096
 _PASSED_ON = frozenset({"authorization", "x-api-key", "x-request-id", "traceparent", TIMEOUT_HEADER})
 _OF_RESUME = frozenset({RESUME_HEADER, LAST_EVENT_ID_HEADER})
 """Metadata of a call that become headers of the request."""
-_TRAILING = ("x-request-id", "x-seed", STREAM_ID_HEADER, "x-clamped-fields")
+_TRAILING = ("x-request-id", "x-seed", STREAM_ID_HEADER, "x-clamped-fields", *OPENAI_NAMES)
 """Headers of the answer that become trailing metadata of a call."""
 
 

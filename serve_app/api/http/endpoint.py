@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, TypeVar
 
 from starlette.datastructures import Headers, QueryParams
@@ -18,13 +19,14 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serve_app.access.caller import ANONYMOUS, Caller
+from serve_app.access.reservations import Quotas, Reservation
 from serve_app.api.errors import ErrorShape, api_error, body_too_large
 from serve_app.api.http.body import ClientGone, read_json_object
 from serve_app.api.http.slow_bodies import SlowBodies, client_of
 from serve_app.api.http.sse import EventStream
 from serve_app.api.http.time_limit import time_limit_s
 from serve_app.config import ApiConfig
-from serve_app.core import FailureCode, RequestError
+from serve_app.core import FailureCode, FinishReason, RequestError
 from serve_app.observability.logs import RequestRecord
 from serve_app.observability.metrics import REQUESTS_IN_PROGRESS, MetricsSink
 
@@ -48,7 +50,21 @@ INLINE_ENCODED_BYTES = 4_000
 """Size of the largest `EncodedDocument` that is decoded in the event loop. A protobuf field may take 2 bytes, and 5 us
 to read: 10 ms."""
 
+_FINISHED = frozenset(map(str, FinishReason))
+_FULL = frozenset({FailureCode.OVERLOADED, FailureCode.OVER_SHARE, FailureCode.NOT_READY})
+"""Codes of a service that has no room. A request that it refuses before it is counted costs its caller nothing."""
+
 _Result = TypeVar("_Result")
+
+
+class Counted(Enum):
+    """What a request of an endpoint takes of its caller's limits."""
+
+    NOTHING = "nothing"
+    """It reads or ends what an earlier request began."""
+    REQUEST = "request"
+    GENERATION = "generation"
+    """A request, tokens and a stream, once its handler knows how many tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +95,8 @@ class Call:
     """Who asks, by address; None where that is not known (`slow_bodies.client_of`)."""
     caller: Caller = ANONYMOUS
     """Who asks, by key."""
+    reservation: Reservation | None = None
+    """What the request takes of its caller's limits; None for a caller without any."""
 
     async def run(self, work: Callable[[], _Result], *, items: int = 0) -> _Result:
         """Do `work` on this request: in the event loop if the request is small, otherwise in a thread.
@@ -149,9 +167,13 @@ class Endpoint:
         *,
         get_with_body: bool = False,
         reads_body: bool = True,
+        quotas: Quotas | None = None,
+        counted: Counted = Counted.NOTHING,
     ) -> None:
         """`name`: what metrics and log call the endpoint. `get_with_body`: the body of a GET is read, if it has one.
-        `reads_body`: a POST must have one."""
+        `reads_body`: a POST must have one. `counted`: against the limits in `quotas`."""
+        self._quotas = quotas
+        self._counted = counted
         self._reads_body = reads_body
         self._name = name
         self._get_with_body = get_with_body
@@ -164,9 +186,11 @@ class Endpoint:
         record: RequestRecord = scope[RECORD]
         record.endpoint = scope.get(ENDPOINT, self._name)
         arrived = asyncio.get_running_loop().time()
+        reservation: Reservation | None = None
         try:
             deadline = arrived + time_limit_s(Headers(scope=scope), self._config.request_timeout_s)
             self._admission.refuse_when_full()
+            reservation = self._reservation(scope)
             # Before taking a place: a client that sends no body must not hold one.
             body, size_bytes = await self._body(scope, receive)
             with self._admission.place():
@@ -176,13 +200,24 @@ class Endpoint:
                 client = client_of(scope["client"][0]) if scope.get("client") else None
                 call = Call(
                     scope["method"], query, path_params, body, headers, record, deadline, size_bytes, client,
-                    scope.get(CALLER, ANONYMOUS),
+                    scope.get(CALLER, ANONYMOUS), reservation,
                 )  # fmt: skip
                 await _while_connected(receive, self._answer(call, scope, receive, send))
         except RequestError as refusal:
+            if reservation is not None and refusal.code in _FULL:
+                reservation.costs_nothing()
+            _note_limits(scope, reservation)
             await error_response(scope, refusal)(scope, receive, send)
         except ClientGone as gone:
             record.outcome = gone.outcome
+        finally:
+            if reservation is not None:
+                reservation.end(_used_tokens(record))
+
+    def _reservation(self, scope: Scope) -> Reservation | None:
+        if self._quotas is None or self._counted is Counted.NOTHING:
+            return None
+        return self._quotas.reservation(scope.get(CALLER, ANONYMOUS))
 
     async def _body(self, scope: Scope, receive: Receive) -> tuple[dict[str, Any] | None, int]:
         """The body as a JSON object, and its size in bytes; where none is read, None and the size of the query."""
@@ -196,10 +231,26 @@ class Endpoint:
         return None, len(scope["query_string"])
 
     async def _answer(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
+        if call.reservation is not None and self._counted is Counted.REQUEST:
+            await call.reservation.take()
         response = await self._handler(call)
+        _note_limits(scope, call.reservation)
         await response(scope, receive, send)
         if isinstance(response, EventStream) and response.error is not None:
             call.record.outcome = response.error.outcome
+
+
+def _note_limits(scope: Scope, reservation: Reservation | None) -> None:
+    """Let the answer tell what is left of the caller's limits."""
+    if reservation is not None:
+        shape: ErrorShape = scope[ERROR_SHAPE]
+        scope[RECORD].limit_headers = shape.limit_headers(reservation)
+
+
+def _used_tokens(record: RequestRecord) -> int:
+    """What the request has used. One that ended before its first token has used nothing."""
+    began = record.output_tokens or record.outcome in _FINISHED
+    return record.prompt_tokens + record.output_tokens if began else 0
 
 
 async def _decoded(document: EncodedDocument, max_bytes: int) -> dict[str, Any]:

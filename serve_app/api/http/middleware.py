@@ -85,6 +85,7 @@ class RequestScope:
                 answer_headers.update(self._pages.answer_headers(headers))
                 if record.ignored_fields:
                     answer_headers["x-ignored-fields"] = ", ".join(record.ignored_fields)
+                answer_headers.update(record.limit_headers)
                 if record.clamped_fields:
                     clamped = (f"{name}={value}" for name, value in record.clamped_fields.items())
                     answer_headers["x-clamped-fields"] = ", ".join(clamped)

@@ -15,14 +15,20 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 
 from serve_app.api.errors import ApiError
+from serve_app.api.limit_headers import ANTHROPIC_NAMES, OPENAI_NAMES
 from serve_app.config import ApiConfig
 
 _PORTS = {"http": 80, "https": 443}
 _OWN_SITES = frozenset({"same-origin", "none"})
 """`Sec-Fetch-Site` for our own pages, and for an address that a user typed. `same-site` is not among them: it can be
 another port of this machine."""
-_EXPOSED = (
-    "x-request-id, request-id, x-seed, x-stream-id, x-ignored-fields, x-clamped-fields, retry-after, x-should-retry"
+_EXPOSED = ", ".join(
+    (
+        "x-request-id, request-id, x-seed, x-stream-id, x-ignored-fields, x-clamped-fields",
+        "retry-after, retry-after-ms, x-should-retry",
+        *OPENAI_NAMES,
+        *ANTHROPIC_NAMES,
+    )
 )
 """Headers that pages of other origins may read."""
 _PREFLIGHT_AGE_S = 600

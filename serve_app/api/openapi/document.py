@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from serve_app import __version__
+from serve_app.api.limit_headers import OPENAI_NAMES
 from serve_app.api.openapi.operations import OPERATIONS, Operation
 
 _SCHEMAS = "#/components/schemas/{model}"
@@ -22,6 +23,11 @@ _ANSWER_HEADERS = {
     "X-Ignored-Fields": "Fields of the request that were ignored.",
     "X-Clamped-Fields": "Limits of the request that were cut to what is possible.",
     "X-Seed": "The seed that was used.",
+    **dict.fromkeys(OPENAI_NAMES, "What is left of the caller's limits; only for a caller with limits."),
+}
+_RETRY_HEADERS = {
+    "Retry-After": "Seconds until the request fits, if nothing else is used.",
+    "Retry-After-Ms": "The same in milliseconds.",
 }
 
 _KEY = "An API key, where the service asks for one."
@@ -124,7 +130,7 @@ def _responses(operation: Operation, schemas: _Schemas) -> Schema:
         content[_JSON] = {"schema": _any_of(operation.answers, schemas)}
     if operation.events:
         content[_EVENTS] = {"schema": _events(operation, schemas)}
-    headers = {name: {"description": what, "schema": {"type": "string"}} for name, what in _ANSWER_HEADERS.items()}
+    headers = _headers(_ANSWER_HEADERS)
     responses: Schema = {"200": {"description": "The answer.", "headers": headers, "content": content}}
     for status, model in operation.others.items():
         responses[str(status)] = {"description": "No content: everything was delivered."}
@@ -132,8 +138,14 @@ def _responses(operation: Operation, schemas: _Schemas) -> Schema:
             responses[str(status)] = {"description": model.__doc__, "content": {_JSON: {"schema": schemas.of(model)}}}
     for status in operation.errors:
         refused = {"description": "An error.", "content": {_JSON: {"schema": _any_of(operation.shapes, schemas)}}}
+        if status == 429:
+            refused["headers"] = _headers(_RETRY_HEADERS)
         responses.setdefault(str(status), refused)
     return responses
+
+
+def _headers(described: Mapping[str, str]) -> Schema:
+    return {name: {"description": what, "schema": {"type": "string"}} for name, what in described.items()}
 
 
 def _any_of(models: Sequence[type[BaseModel]], schemas: _Schemas) -> Schema:

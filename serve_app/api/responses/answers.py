@@ -19,6 +19,7 @@ from starlette.responses import Response
 from serve_app.api.callers import caller_digest
 from serve_app.api.http.endpoint import Call
 from serve_app.api.http.sse import EventStream, StreamSettings
+from serve_app.api.rate_limits import outlive
 from serve_app.api.responses.ids import stream_id_of
 from serve_app.api.responses.kept import KeptResponses, store_errors
 from serve_app.api.responses.writer import error_event
@@ -53,6 +54,7 @@ class KeptAnswers:
         caller = caller_digest(stream_id, call)
         document = StreamDocument(request, caller, "responses", parsed.settings, background)
         stream = self._kept.streams.new(stream_id, document, self._kept.transcript(document))
+        outlive(call, stream)
         if streams:
             events = await self._events(_Reader(call.record, stream, 0, new=True))
             if background:

@@ -14,6 +14,7 @@ from typing import Any
 
 from serve_app.api.errors import bad_request
 from serve_app.api.http.endpoint import Call
+from serve_app.api.rate_limits import reserve
 from serve_app.api.respond import Responder
 from serve_app.api.responses.conversation import Conversation, ConversationReader
 from serve_app.api.responses.fields import ConversationFields, read_request
@@ -65,6 +66,7 @@ class Compactor:
             card, [prompt], params, request_id=call.record.request_id, remaining_s=call.remaining_s()
         )
         accepted = await self._responder.accept(call, ParsedRequest(resolved, None))
+        await reserve(call, accepted.resolved)
         running = self._service.start(accepted.resolved)
         texts: list[str] = []
         async with running, aclosing(running.deltas()) as deltas:

@@ -14,8 +14,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from serve_app.api.errors import bad_request
-from serve_app.api.http.endpoint import Call
+from serve_app.api.http.endpoint import Call, Counted
 from serve_app.api.http.sse import EventStream
+from serve_app.api.rate_limits import reserve
 from serve_app.api.respond import Responder
 from serve_app.api.responses.answers import KeptAnswers, json_response
 from serve_app.api.responses.compaction import Compactor
@@ -55,11 +56,11 @@ class Responses:
     def routes(self, endpoint: Callable[..., Route]) -> list[Route]:
         """A route for each path. `endpoint` makes one of a path, a handler and the methods."""
         return [
-            endpoint("/v1/responses", self.create, "POST"),
-            endpoint("/v1/responses/compact", self.compact, "POST"),
+            endpoint("/v1/responses", self.create, "POST", counted=Counted.GENERATION),
+            endpoint("/v1/responses/compact", self.compact, "POST", counted=Counted.GENERATION),
             endpoint("/v1/responses/input_tokens", self.count, "POST"),
-            endpoint(_RESPONSE, self.one, "DELETE", "GET"),
-            endpoint(f"{_RESPONSE}/cancel", self.cancel, "POST", reads_body=False),
+            endpoint(_RESPONSE, self.one, "DELETE", "GET", counted=Counted.NOTHING),
+            endpoint(f"{_RESPONSE}/cancel", self.cancel, "POST", reads_body=False, counted=Counted.NOTHING),
             endpoint(f"{_RESPONSE}/input_items", self.input_items, "GET"),
         ]
 
@@ -68,6 +69,7 @@ class Responses:
         if (rest := await self._responder.continued(call)) is not None:
             return rest
         parsed = await self._responder.accept(call, await self._format.parse(call))
+        await reserve(call, parsed.resolved)
         if not parsed.settings["response"]["store"]:
             return await self._responder.begin(self._format, call, parsed)
         return await self._answers.begin(call, parsed, streams=bool((call.body or {}).get("stream")))
