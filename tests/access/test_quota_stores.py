@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from math import floor
 
 import pytest
+from exploring import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from limited_callers import NOON_S, Clock
@@ -193,7 +194,7 @@ def played(
     return answers
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=cases(60, exploring=1000), deadline=None)
 @given(OPERATIONS)
 def test_no_window_ever_holds_more_than_its_limit(operations: list[tuple[str, int, int]]) -> None:
     """A model that keeps every use: [(moment, tokens)] of each subject, changed when a request gives back."""
@@ -231,7 +232,7 @@ def test_no_window_ever_holds_more_than_its_limit(operations: list[tuple[str, in
     played(operations, ask, tell, clock)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=cases(15, exploring=1000), deadline=None)
 @given(OPERATIONS)
 def test_redis_and_memory_answer_alike(redis_url: str, operations: list[tuple[str, int, int]]) -> None:
     clock = Clock()

@@ -6,6 +6,7 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
+from exploring import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from limited_callers import NOON_S, Clock
@@ -30,7 +31,7 @@ def uses(window: Window, now_s: float, most: int, cost: int) -> bool:
     return True
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=cases(30, exploring=1000), deadline=None)
 @given(STEPS, st.integers(1, 30))
 def test_it_decides_as_the_package_limits_does(steps: list[tuple[int, int]], most: int) -> None:
     # A moment at which no share of a window is a round number: rounding could go either way there.
@@ -47,7 +48,7 @@ def test_it_decides_as_the_package_limits_does(steps: list[tuple[int, int]], mos
         asyncio.run(decisions())
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=cases(80, exploring=1000), deadline=None)
 @given(STEPS, st.integers(12, 30), st.integers(1, 12))
 def test_a_wait_is_no_longer_and_no_shorter_than_needed(steps: list[tuple[int, int]], most: int, cost: int) -> None:
     window, now_s = Window(MINUTE_S), NOON_S

@@ -97,7 +97,7 @@ async def test_a_request_that_ends_at_any_point_holds_nothing(
     headers: Any,
 ) -> None:
     """What goes on without its client ends by itself here, since the answer is short."""
-    replica.scripts = [writes(pause_s=0)]
+    replica.scripts = [writes(pause_s=0.0)]
     app = make_app(replica, guard=TrustingGuard(), quotas=quotas)
     for steps in range(0, 90, 3):
         name = f"key {steps}"
