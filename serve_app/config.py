@@ -303,8 +303,8 @@ class StreamsConfig(_Config):
     expiry_s: float = Field(default=600, gt=0)
     """How long after its end, or after it was last written or read, a stream can be resumed."""
     max_streams: int = Field(default=1024, ge=1)
-    """Most journals kept. The oldest one that no process writes any more is dropped for a new one. If all are in use, a
-    new resumable stream gets 503."""
+    """Most journals kept. For a new one, one that no process writes any more is dropped: the oldest one of the tenant
+    that holds the largest share of the number or of the bytes. If all are in use, a new resumable stream gets 503."""
     max_bytes: Bytes = 64 * 2**20
     """Most bytes of all journals together; a token takes about 6. Each ingress replica keeps at most as many bytes of
     events, and `api.slow_reader_bytes` of one stream. Older events are made again from the token ids."""
@@ -325,7 +325,8 @@ class ResponsesConfig(_Config):
     expiry_s: float = Field(default=86_400, gt=0)
     """How long a response is kept after it was last written or read. OpenAI keeps them for 30 days."""
     max_responses: int = Field(default=10_000, ge=1)
-    """Most responses kept. For one more, the one that was not used for longest is dropped."""
+    """Most responses kept. For one more, one is dropped: the one that was not used for longest of the tenant that holds
+    the largest share of the number or of the bytes."""
     max_bytes: Bytes = 64 * 2**20
     """Most bytes of all kept responses together. One with 2,000 tokens of conversation takes about 20 kB."""
     max_background: int = Field(default=64, ge=0)

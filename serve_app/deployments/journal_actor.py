@@ -31,7 +31,7 @@ from serve_app.resume.memory_store import MemoryJournalStore
 from serve_app.resume.registry import ResumableStreams
 
 NAMESPACE = "serve_app"
-VERSION = 3
+VERSION = 4
 """Version of the actor's methods and their arguments. An actor outlives redeploys, so each version has its own."""
 MAX_CALLS = 10_000
 """Calls at a time. Each reader at an ingress other than the owner's is one waiting call."""
@@ -56,10 +56,10 @@ class JournalActor(MemoryJournalStore):
         """Set the limits of the application's current config; the last call wins."""
         self.journals.limits = limits
 
-    async def create(self, stream_id: str, owner: str, document: bytes) -> LeaseStatus:
+    async def create(self, stream_id: str, owner: str, document: bytes, tenant: str = "") -> LeaseStatus:
         """See `JournalStore`."""
         self._called_at = time.monotonic()
-        return await super().create(stream_id, owner, document)
+        return await super().create(stream_id, owner, document, tenant)
 
     async def append(self, appends: Sequence[Append]) -> list[AppendResult]:
         """See `JournalStore`."""
@@ -88,9 +88,11 @@ class RayJournalStore:
         self._limits = limits
         self._actor: Any = None
 
-    async def create(self, stream_id: str, owner: str, document: bytes) -> LeaseStatus:
+    async def create(self, stream_id: str, owner: str, document: bytes, tenant: str = "") -> LeaseStatus:
         """See `JournalStore`. Starts the actor when there is none."""
-        lease: LeaseStatus = await self._call(lambda actor: actor.create.remote(stream_id, owner, document), start=True)
+        lease: LeaseStatus = await self._call(
+            lambda actor: actor.create.remote(stream_id, owner, document, tenant), start=True
+        )
         return lease
 
     async def append(self, appends: Sequence[Append]) -> list[AppendResult]:

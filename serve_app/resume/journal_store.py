@@ -108,8 +108,12 @@ class JournalView:
 class JournalStore(Protocol):
     """Where journals are. Every method raises `StoreUnavailable`, within a few seconds."""
 
-    async def create(self, stream_id: str, owner: str, document: bytes) -> LeaseStatus:
-        """Begin an empty journal and hold its lease; replaces one that `owner` holds. Returns HELD, LOST or FULL."""
+    async def create(self, stream_id: str, owner: str, document: bytes, tenant: str = "") -> LeaseStatus:
+        """Begin an empty journal and hold its lease; replaces one that `owner` holds. Returns HELD, LOST or FULL.
+
+        `tenant`: who keeps it. If there is no room, journals that nobody owns are dropped: of the tenant that holds the
+        largest share of the bytes or of the number, the one that was not used for longest.
+        """
         ...
 
     async def append(self, appends: Sequence[Append]) -> list[AppendResult]:

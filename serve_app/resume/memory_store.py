@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +18,7 @@ from serve_app.resume.journal_store import Append, AppendResult, JournalLimits, 
 @dataclass(slots=True)
 class _Journal:
     owner: str
+    tenant: str
     document: bytes
     created: float
     leased_until: float
@@ -29,6 +30,14 @@ class _Journal:
     read_at: float | None = None
 
 
+@dataclass(slots=True)
+class _Share:
+    """What one tenant holds."""
+
+    journals: int = 0
+    size_bytes: int = 0
+
+
 class MemoryJournals:
     """All journals of one store, in the order in which they were last touched."""
 
@@ -36,12 +45,14 @@ class MemoryJournals:
         self.limits = limits
         self._clock = clock
         self._journals: OrderedDict[str, _Journal] = OrderedDict()
+        self._shares: defaultdict[str, _Share] = defaultdict(_Share)
+        """By tenant."""
         self.size_bytes = 0
 
     def __len__(self) -> int:
         return len(self._journals)
 
-    def create(self, stream_id: str, owner: str, document: bytes) -> LeaseStatus:
+    def create(self, stream_id: str, owner: str, document: bytes, tenant: str = "") -> LeaseStatus:
         """See `JournalStore.create`."""
         now = self.expire()
         there = self._journals.get(stream_id)
@@ -51,9 +62,10 @@ class MemoryJournals:
             self._drop(stream_id)
         if not self._make_room(len(document), 1, now):
             return LeaseStatus.FULL
-        journal = _Journal(owner, document, now, now + self.limits.lease_s, now, size_bytes=len(document))
+        journal = _Journal(owner, tenant, document, now, now + self.limits.lease_s, now)
         self._journals[stream_id] = journal
-        self.size_bytes += len(document)
+        self._shares[tenant].journals += 1
+        self._grow(journal, len(document))
         return LeaseStatus.HELD
 
     def append(self, append: Append) -> AppendResult:
@@ -76,8 +88,7 @@ class MemoryJournals:
             self._drop(append.stream_id)
             return AppendResult(LeaseStatus.FULL)
         journal.records.extend(new)
-        journal.size_bytes += size
-        self.size_bytes += size
+        self._grow(journal, size)
         if append.action is not LeaseAction.HOLD:
             journal.leased_until = now
             journal.finished = journal.finished or append.action is LeaseAction.FINISH
@@ -123,9 +134,9 @@ class MemoryJournals:
         journal = self._journals.get(stream_id)
         if journal is None:
             return False
-        self.size_bytes -= journal.size_bytes
+        self._grow(journal, -journal.size_bytes)
         now = self._clock()
-        self._journals[stream_id] = _Journal("", b"", now, now, now, finished=True)
+        self._journals[stream_id] = _Journal("", journal.tenant, b"", now, now, now, finished=True)
         self._touch(stream_id, self._journals[stream_id], now)
         return True
 
@@ -145,7 +156,8 @@ class MemoryJournals:
         return now
 
     def _make_room(self, size_bytes: int, journals: int, now: float) -> bool:
-        """Drop journals that nobody owns, those longest untouched first, until that much more fits."""
+        """Drop journals that nobody owns until that much more fits: each time the one longest untouched of the tenant
+        that holds the largest share."""
 
         def fits() -> bool:
             return (
@@ -155,11 +167,28 @@ class MemoryJournals:
 
         if fits():
             return True
-        for stream_id in [key for key, journal in self._journals.items() if journal.leased_until <= now]:
-            self._drop(stream_id)
+        unowned: defaultdict[str, deque[str]] = defaultdict(deque)
+        for stream_id, journal in self._journals.items():
+            if journal.leased_until <= now:
+                unowned[journal.tenant].append(stream_id)
+        while unowned:
+            tenant = max(unowned, key=self._share)
+            self._drop(unowned[tenant].popleft())
             if fits():
                 return True
+            if not unowned[tenant]:
+                del unowned[tenant]
         return False
+
+    def _share(self, tenant: str) -> float:
+        """Of the bytes or of the number, whichever is larger."""
+        share = self._shares[tenant]
+        return max(share.size_bytes / self.limits.max_bytes, share.journals / self.limits.max_journals)
+
+    def _grow(self, journal: _Journal, size_bytes: int) -> None:
+        journal.size_bytes += size_bytes
+        self.size_bytes += size_bytes
+        self._shares[journal.tenant].size_bytes += size_bytes
 
     def _touch(self, stream_id: str, journal: _Journal, now: float) -> None:
         journal.touched = now
@@ -168,7 +197,11 @@ class MemoryJournals:
     def _drop(self, stream_id: str) -> None:
         journal = self._journals.pop(stream_id, None)
         if journal is not None:
-            self.size_bytes -= journal.size_bytes
+            self._grow(journal, -journal.size_bytes)
+            share = self._shares[journal.tenant]
+            share.journals -= 1
+            if not share.journals:
+                del self._shares[journal.tenant]
 
 
 class MemoryJournalStore:
@@ -179,9 +212,9 @@ class MemoryJournalStore:
         self._news: dict[str, asyncio.Event] = {}
         """By stream id: set on the next write. Only for journals that a reader waits for."""
 
-    async def create(self, stream_id: str, owner: str, document: bytes) -> LeaseStatus:
+    async def create(self, stream_id: str, owner: str, document: bytes, tenant: str = "") -> LeaseStatus:
         """See `JournalStore`."""
-        return self.journals.create(stream_id, owner, document)
+        return self.journals.create(stream_id, owner, document, tenant)
 
     async def append(self, appends: Sequence[Append]) -> list[AppendResult]:
         """See `JournalStore`."""

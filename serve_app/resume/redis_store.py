@@ -31,16 +31,17 @@ POLL_S = 0.1
 
 _PREFIX = "{serve_app}:"
 """Of all keys. The braces are the hash tag: a cluster keeps all of them in one slot."""
-_COMMON = ("journals", "sizes", "bytes")
+_COMMON = ("journals", "sizes", "bytes", "tenants", "held")
 """Names of the keys that all journals of a store share. The scripts find a store's prefix in the first one."""
 
 _PRELUDE = """
 -- KEYS: what all journals share, then the two keys of each journal that the script is called for.
 -- ARGV: 1 max journals, 2 max bytes, 3 expiry, 4 lease (ms), 5 stream id, then the script's own.
 -- For each journal: a hash (owner, document, created, lease, read, finished, stop) and a list of records. For all: a
--- sorted set of ids by when they were last touched, a hash of their sizes and the sum of the sizes.
+-- sorted set of ids by when they were last touched, a hash of their sizes, the sum of the sizes, a hash of the tenants
+-- that keep them and one of the bytes that each tenant holds. For each tenant: a sorted set as that for all.
 local P = string.sub(KEYS[1], 1, -1 - #'journals')
-local ALL, SIZES, TOTAL = KEYS[1], KEYS[2], KEYS[3]
+local ALL, SIZES, TOTAL, TENANTS, HELD = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local max_journals, max_bytes = tonumber(ARGV[1]), tonumber(ARGV[2])
 local expiry, lease, id = tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
 local t = redis.call('TIME')
@@ -49,44 +50,75 @@ local function head(i) return P .. 'journal:' .. i end
 local function log(i) return P .. 'records:' .. i end
 local function field(i, name) return redis.call('HGET', head(i), name) end
 local function leased(i) return now < tonumber(field(i, 'lease') or 0) end
-local function drop(i)
-  redis.call('DECRBY', TOTAL, redis.call('HGET', SIZES, i) or 0)
-  redis.call('HDEL', SIZES, i)
-  redis.call('ZREM', ALL, i)
-  redis.call('DEL', head(i), log(i))
-end
-local function touch(i)
-  redis.call('ZADD', ALL, now, i)
-  for _, key in ipairs({ALL, SIZES, TOTAL, head(i), log(i)}) do redis.call('PEXPIRE', key, 2 * expiry) end
-end
+-- Journals of versions without tenants have none of their own, and no set.
+local function tenant(i) return redis.call('HGET', TENANTS, i) or '' end
+local function kept_by(t) return P .. 'tenant:' .. t end
 local function grow(i, size)
   redis.call('HINCRBY', SIZES, i, size)
   redis.call('INCRBY', TOTAL, size)
+  redis.call('HINCRBY', HELD, tenant(i), size)
+end
+local function drop(i)
+  local t = tenant(i)
+  grow(i, 0 - (redis.call('HGET', SIZES, i) or 0))  -- a negated 0 would be -0, which is no integer for Redis
+  redis.call('HDEL', SIZES, i)
+  redis.call('HDEL', TENANTS, i)
+  redis.call('ZREM', ALL, i)
+  redis.call('ZREM', kept_by(t), i)
+  if redis.call('EXISTS', kept_by(t)) == 0 then redis.call('HDEL', HELD, t) end
+  redis.call('DEL', head(i), log(i))
+end
+local function touch(i)
+  local t = kept_by(tenant(i))
+  redis.call('ZADD', ALL, now, i)
+  redis.call('ZADD', t, now, i)
+  for _, key in ipairs({ALL, SIZES, TOTAL, TENANTS, HELD, t, head(i), log(i)}) do
+    redis.call('PEXPIRE', key, 2 * expiry)
+  end
+end
+-- Tenants by the larger of their shares of the bytes and of the number, the largest first
+local function by_share()
+  local all, shares = {}, {}
+  local held = redis.call('HGETALL', HELD)
+  for n = 1, #held, 2 do
+    table.insert(all, held[n])
+    shares[held[n]] = math.max(held[n + 1] / max_bytes, redis.call('ZCARD', kept_by(held[n])) / max_journals)
+  end
+  table.sort(all, function(one, other) return shares[one] > shares[other] end)
+  return all
+end
+local function oldest_unowned(set)
+  for _, other in ipairs(redis.call('ZRANGE', set, 0, -1)) do
+    if not leased(other) then return other end
+  end
 end
 local function make_room(size, journals)
   local function fits()
     return tonumber(redis.call('GET', TOTAL) or 0) + size <= max_bytes
       and redis.call('ZCARD', ALL) + journals <= max_journals
   end
-  if fits() then return true end
-  for _, other in ipairs(redis.call('ZRANGE', ALL, 0, -1)) do
-    if not leased(other) then
-      drop(other)
-      if fits() then return true end
+  while not fits() do
+    local found
+    for _, t in ipairs(by_share()) do
+      found = found or oldest_unowned(kept_by(t))
     end
+    found = found or oldest_unowned(ALL)
+    if not found then return false end
+    drop(found)
   end
-  return false
+  return true
 end
 for _, old in ipairs(redis.call('ZRANGEBYSCORE', ALL, '-inf', now - expiry)) do drop(old) end
 """
 
 _CREATE = """
--- 6 owner, 7 document
+-- 6 owner, 7 document, 8 tenant
 local owner = field(id, 'owner')
 if owner and owner ~= ARGV[6] then return 'lost' end
 if owner then drop(id) end
 if not make_room(#ARGV[7], 1) then return 'full' end
 redis.call('HSET', head(id), 'owner', ARGV[6], 'document', ARGV[7], 'created', now, 'lease', now + lease)
+redis.call('HSET', TENANTS, id, ARGV[8])
 grow(id, #ARGV[7])
 touch(id)
 return 'held'
@@ -160,7 +192,7 @@ return 1
 
 _ERASE = """
 if not field(id, 'owner') then return 0 end
-grow(id, -tonumber(redis.call('HGET', SIZES, id) or 0))
+grow(id, 0 - (redis.call('HGET', SIZES, id) or 0))
 redis.call('DEL', head(id), log(id))
 redis.call('HSET', head(id), 'owner', '', 'document', '', 'created', now, 'lease', now, 'finished', 1)
 touch(id)
@@ -189,9 +221,9 @@ class RedisJournalStore:
             int(limits.lease_s * 1000),
         ]
 
-    async def create(self, stream_id: str, owner: str, document: bytes) -> LeaseStatus:
+    async def create(self, stream_id: str, owner: str, document: bytes, tenant: str = "") -> LeaseStatus:
         """See `JournalStore`."""
-        answer: bytes = await self._run(_CREATE, [stream_id], [stream_id, owner, document])
+        answer: bytes = await self._run(_CREATE, [stream_id], [stream_id, owner, document, tenant])
         return LeaseStatus(answer.decode())
 
     async def append(self, appends: Sequence[Append]) -> list[AppendResult]:

@@ -82,7 +82,8 @@ class ResumableStream:
         if not self._take_place():
             raise TooManyInBackground(self._context.settings.max_background)
         writer = self._context.writer
-        journal = writer.own(self.id, new_owner(), write_document(self.document))
+        tenant = self.document.request.requests[0].tenant
+        journal = writer.own(self.id, new_owner(), write_document(self.document), tenant=tenant)
         # The store creates the journal during the model's first step, which takes longer.
         self._creation = asyncio.create_task(writer.create(journal), name="journal creation")
         self._start(journal)

@@ -37,12 +37,19 @@ class OwnedJournal:
     """One journal, as long as this process owns it."""
 
     def __init__(
-        self, stream_id: str, owner: str, document: bytes, records: Sequence[bytes], wake: Callable[[], None]
+        self,
+        stream_id: str,
+        owner: str,
+        document: bytes,
+        records: Sequence[bytes],
+        wake: Callable[[], None],
+        tenant: str = "",
     ) -> None:
         """`records`: what the store has already; `wake`: tells the writer that there is something to write."""
         self.stream_id = stream_id
         self.owner = owner
         self.document = document
+        self.tenant = tenant
         self.lease = LeaseStatus.HELD
         self.stop_asked = False
         """Somebody wants the stream to end: see `JournalStore.ask_to_stop`."""
@@ -124,16 +131,18 @@ class JournalWriter:
         self._task: asyncio.Task[None] | None = None
         self._reachable = True
 
-    def own(self, stream_id: str, owner: str, document: bytes, records: Sequence[bytes] = ()) -> OwnedJournal:
+    def own(
+        self, stream_id: str, owner: str, document: bytes, records: Sequence[bytes] = (), tenant: str = ""
+    ) -> OwnedJournal:
         """The journal that `owner` is about to create, or has just acquired with these `records`."""
-        return OwnedJournal(stream_id, owner, document, records, self._due.set)
+        return OwnedJournal(stream_id, owner, document, records, self._due.set, tenant)
 
     async def create(self, journal: OwnedJournal) -> None:
         """Create a new journal in the store and keep it from now on; its `lease` says how that went.
 
         Raises `StoreUnavailable`.
         """
-        journal.lease = await self._store.create(journal.stream_id, journal.owner, journal.document)
+        journal.lease = await self._store.create(journal.stream_id, journal.owner, journal.document, journal.tenant)
         if journal.lease is LeaseStatus.HELD:
             self.keep(journal)
 
@@ -199,7 +208,7 @@ class JournalWriter:
 
     async def _create_again(self, journal: OwnedJournal) -> AppendResult:
         """Create a journal again that the store has lost. Raises `StoreUnavailable`."""
-        lease = await self._store.create(journal.stream_id, journal.owner, journal.document)
+        lease = await self._store.create(journal.stream_id, journal.owner, journal.document, journal.tenant)
         name = loggable(journal.stream_id)
         logger.warning("the store has lost the journal of stream %s; created again: %s", name, lease)
         return AppendResult(LeaseStatus.GONE if lease is LeaseStatus.HELD else lease)

@@ -223,6 +223,30 @@ async def test_a_journal_that_nobody_touches_expires(make_store: MakeStore) -> N
     assert await hold(store, "a", 1, b"two") is LeaseStatus.GONE
 
 
+@pytest.mark.parametrize("limits", [{"max_journals": 4}, {"max_bytes": 40}])
+async def test_the_tenant_that_holds_most_makes_room(make_store: MakeStore, limits: dict[str, int]) -> None:
+    store = make_store(**limits)
+
+    async def create(name: str, tenant: str) -> LeaseStatus:
+        lease = await store.create(name, "a", b"0123456789", tenant)
+        await hold(store, "a", 0, action=LeaseAction.FINISH, stream=name)
+        return lease
+
+    async def kept(*names: str) -> list[str]:
+        return [name for name in names if await store.read(name, 1) is not None]
+
+    for name, tenant in (("small 1", "small"), ("big 1", "big"), ("big 2", "big"), ("big 3", "big")):
+        assert await create(name, tenant) is LeaseStatus.HELD
+    assert await create("big 4", "big") is LeaseStatus.HELD
+    assert await create("small 2", "small") is LeaseStatus.HELD
+    everything = [f"{tenant} {n}" for tenant in ("small", "big") for n in (1, 2, 3, 4)]
+    assert await kept(*everything) == ["small 1", "small 2", "big 3", "big 4"]
+    assert await create("other 1", "other") is LeaseStatus.HELD
+    assert "other 1" in await kept("other 1")
+    assert len(await kept(*everything)) == 3
+    assert await store.size() == (4, 40)
+
+
 async def test_the_oldest_unowned_journal_makes_room(make_store: MakeStore) -> None:
     store = make_store(max_journals=3)
     for name in ("one", "two", "three"):
@@ -389,7 +413,8 @@ async def test_redis_counts_return_to_nothing(redis_url: str) -> None:
     await asyncio.sleep(3.05)
     await store.create("last", "a", b"")
     assert int(await client.get("{serve_app}:bytes")) == 0
-    assert await client.zcard("{serve_app}:journals") == 1
+    assert await client.hgetall("{serve_app}:held") == {b"": b"0"}
+    assert await client.zcard("{serve_app}:journals") == await client.zcard("{serve_app}:tenant:") == 1
     async with asyncio.timeout(60):
         while await client.keys("*"):  # noqa: ASYNC110 - also when nobody calls the store any more
             await asyncio.sleep(0.05)
@@ -432,7 +457,7 @@ async def test_all_keys_of_a_cluster_are_in_one_slot_and_are_found_when_it_moves
         assert await hold(stores[1], "a", 0, b"one") is LeaseStatus.HELD
         clients = [Redis.from_url(url, decode_responses=True) for url in urls]
         found = [await client.keys("*") for client in clients]
-        assert sorted(map(len, found)) == [0, 0, 5]
+        assert sorted(map(len, found)) == [0, 0, 8]
         keys = max(found, key=len)
         (slot,) = {await clients[0].execute_command("CLUSTER KEYSLOT", key) for key in keys}
         source = clients[found.index(keys)]

@@ -103,9 +103,9 @@ class Wire:
         self.store = store
         self.cut = False
 
-    async def create(self, stream_id: str, owner: str, document: bytes) -> object:
+    async def create(self, stream_id: str, owner: str, document: bytes, tenant: str = "") -> object:
         self._check()
-        return await self.store.create(stream_id, owner, document)
+        return await self.store.create(stream_id, owner, document, tenant)
 
     async def append(self, appends: list[Append]) -> list[AppendResult]:
         self._check()

@@ -37,9 +37,9 @@ class BrokenStore(MemoryJournalStore):
         """As a store that was restarted."""
         self.journals = MemoryJournals(self.journals.limits, loop_time)
 
-    async def create(self, stream_id: str, owner: str, document: bytes) -> LeaseStatus:
+    async def create(self, stream_id: str, owner: str, document: bytes, tenant: str = "") -> LeaseStatus:
         self._check()
-        return await super().create(stream_id, owner, document)
+        return await super().create(stream_id, owner, document, tenant)
 
     async def append(self, appends: Sequence[Append]) -> list[AppendResult]:
         self._check()
