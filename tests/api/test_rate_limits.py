@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
 import httpx
 import pytest
+from api_keys import KEY, bearer, entry, guard_of
 from asgi_driver import Exchange
 from fake_replica import FakeReplica, Script
 from limited_callers import Clock, TrustingGuard, as_caller, caller, used
@@ -17,6 +19,7 @@ from memory_metrics import MemoryMetrics
 from starlette.applications import Starlette
 
 from serve_app.access.caller import ANONYMOUS, Limits
+from serve_app.access.keys import new_key
 from serve_app.access.memory_quotas import MemoryQuotas, MemoryQuotaStore
 from serve_app.access.quotas import Answer, Ask, QuotaUnavailable, Renew, Settle
 from serve_app.access.reservations import Quotas
@@ -325,3 +328,22 @@ async def test_over_grpc_a_refusal_is_exhaustion(
 )
 def test_durations_are_openais(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+async def test_keys_of_a_file_have_the_limits_of_the_file(
+    replica: FakeReplica, make_app: MakeApp, http: Http, quotas: Quotas, tmp_path: Path
+) -> None:
+    """Each key has its own, and both share those of their tenant."""
+    other = new_key()
+    keys = [
+        entry("laptop", KEY, tenant="office", limits={"requests_per_minute": 1}),
+        entry("phone", other, tenant="office"),
+    ]
+    guard = guard_of(tmp_path / "keys.yaml", *keys, tenants={"office": {"limits": {"requests_per_minute": 3}}})
+    api = http(make_app(replica, guard=guard, quotas=quotas))
+    told: list[tuple[int, str]] = []
+    for key in (KEY, KEY, other, other, other):
+        answer = await api.post(CHAT, json=HI, headers=bearer(key))
+        message = "" if answer.status_code == 200 else answer.json()["error"]["message"]
+        told.append((answer.status_code, message.partition(" on ")[0].removeprefix("Rate limit reached for ")))
+    assert told == [(200, ""), (429, "the key laptop"), (200, ""), (200, ""), (429, "the tenant office")]
