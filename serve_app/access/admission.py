@@ -126,7 +126,8 @@ class Admission:
 
         Nobody is refused while there is no replica: that is no full service, and one will come.
         """
-        return self.capacity.open and not (entry.begun or entry.group.started)
+        with self.lock:
+            return self.capacity.open and not (entry.begun or entry.group.started)
 
     def patience_s(self, entry: Entry) -> float:
         """How much longer the entry may wait."""
