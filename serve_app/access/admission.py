@@ -27,6 +27,8 @@ MAX_WAIT_S = 10.0
 """See `AdmissionConfig.max_wait_s`."""
 LONGEST_RETRY_S = 60.0
 """The longest `Retry-After`: OpenAI's clients ignore a longer one."""
+SPARE_WITHIN_S = 1.0
+"""A replica gets its spare request when a place is expected to fall free within this time."""
 SHORTEST_S = 1.0
 """A request that was let in waits for so long at least: a free place is its within milliseconds, on an idle machine."""
 HOPED_SHARE = 0.75
@@ -167,6 +169,14 @@ class Admission:
         if waits:
             self.changed()
 
+    def look_ahead(self) -> None:
+        """Before places are given: a replica gets its spare request only if that will start soon.
+
+        Of many that came at once all end at once, and a spare one would wait for them where nobody can refuse it.
+        """
+        self._outlook.look(self._placed, self.turns, self.capacity.others(), self._clock())
+        self.capacity.spares = self._outlook.first_s <= SPARE_WITHIN_S
+
     def place(self, entry: Entry, replica: str) -> None:
         """The entry has a place at this replica from now on."""
         self.turns.start(entry)
@@ -236,11 +246,11 @@ class Admission:
 
     def _wait_s(self, tenant: str, weight: float, priority: Priority, fingerprint: Fingerprint) -> float:
         """How long a new request would wait for its start, if no others came."""
+        self.look_ahead()
         free = 0 if self.blocked else self.capacity.free(priority, leaves=self.leaves(tenant, weight))
         turn = math.ceil(self.turns.before(tenant, weight, priority, fingerprint)) - free
         if turn < 0 or not self.capacity.open:
             return 0.0
-        self._outlook.look(self._placed, self.turns, self.capacity.others(), self._clock())
         return self._outlook.wait_s(turn)
 
     def _refuse(self, tenant: str, wait_s: float, *, late: bool = False) -> Failure:

@@ -42,6 +42,8 @@ class Capacity:
     def __init__(self) -> None:
         self._places: int | None = None
         self._shared = False
+        self.spares = True
+        """Replicas get their spare requests: a place falls free soon."""
         self._replicas: dict[str, _Replica] = {}
         self._at: dict[Entry, _Replica] = {}
 
@@ -155,7 +157,7 @@ class Capacity:
         places = self._places if replica.load is None else replica.load.places
         if places is None:
             return replica.limit
-        return min(replica.limit, places + _spare(places))
+        return min(replica.limit, places + (_spare(places) if self.spares else 0))
 
     def _room(self, replica: _Replica, priority: Priority, leaves: int) -> int:
         used = len(replica.ours) + replica.others
@@ -165,7 +167,7 @@ class Capacity:
         if leaves:
             # Beside the spare ones, whose requests wait in its engine. The tenant itself gets half of all at least.
             limit = self._limit(replica)
-            room -= min(_spare(limit) + leaves, limit // 2)
+            room -= min((_spare(limit) if self.spares else 0) + leaves, limit // 2)
         return min(room, replica.limit - used)
 
     def _left_to_others(self, replica: _Replica) -> int:

@@ -56,6 +56,11 @@ class Outlook:
         return self._left_s[place] + rounds * self._service_s
 
     @property
+    def first_s(self) -> float:
+        """When the first place falls free."""
+        return self._left_s[0]
+
+    @property
     def requests_per_s(self) -> float:
         """How many start each second."""
         return len(self._left_s) / max(self._service_s, 1e-3)

@@ -30,7 +30,7 @@ class Service:
 
     def __post_init__(self) -> None:
         self.admission = Admission(10.0, clock=lambda: self.now)
-        self.admission.capacity.configure(PLACES - 1, shared=False)  # and a spare one
+        self.admission.capacity.configure(PLACES, shared=False)
         self.admission.update({"a": 256})
 
     def ask(self, **changes: object) -> Entry | Failure:
@@ -43,6 +43,7 @@ class Service:
         return [self.ask(**changes) for _ in range(number)]
 
     def hand_out(self) -> None:
+        self.admission.look_ahead()
         for lane in self.admission.turns.lanes():
             for entry in lane:
                 if not self.admission.capacity.rooms(entry):

@@ -96,6 +96,7 @@ class Simulation:
             self.admission.leave(entry)
 
     def _hand_out(self) -> None:
+        self.admission.look_ahead()
         for lane in self.admission.turns.lanes():
             for entry in lane:
                 assert entry.request is not None

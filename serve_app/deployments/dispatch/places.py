@@ -147,6 +147,7 @@ class Places:
                     self._wake(entry, None)
                 return
             admission.blocked = False
+            admission.look_ahead()
             for lane in admission.turns.lanes():
                 for entry in lane:
                     if not self._give_place(entry):
