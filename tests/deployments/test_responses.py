@@ -37,6 +37,7 @@ ASKED: list[dict[str, Any]] = [
 @pytest.fixture(scope="module")
 def url(
     text_folder: Path,
+    shared_cache: Path,
     tmp_path_factory: pytest.TempPathFactory,
     deployed: Callable[..., str],
     until: Callable[..., httpx.Response],
@@ -53,6 +54,7 @@ def url(
             "engine": {"kv_cache_memory": "20MB", "max_running": 8, "prompt_lookup": False},
             "model_server": {"num_cpus": 0.5, "num_replicas": 2},
             "ingress": {"num_cpus": 0.2, "num_replicas": 2},
+            "cache_dir": str(shared_cache),
         }
     )
     with pytest.MonkeyPatch.context() as patch:  # slow enough that an answer outlasts what is done to it

@@ -47,7 +47,7 @@ def folder(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def application(folder: Path) -> Callable[[], serve.Application]:
+def application(folder: Path, shared_cache: Path) -> Callable[[], serve.Application]:
     """The same one each time."""
     config = AppConfig.model_validate(
         {
@@ -57,6 +57,7 @@ def application(folder: Path) -> Callable[[], serve.Application]:
             "model_server": {"num_cpus": 0.5},
             "ingress": {"num_cpus": 0.2, "num_replicas": 2},
             "streams": {"grace_s": 5},
+            "cache_dir": str(shared_cache),
         }
     )
 
