@@ -76,6 +76,8 @@ class Places:
             else:
                 found = admission.find(request)
                 entry, stray = (admission.stray(request), True) if found is None else (found, False)
+                if entry.placed_at is not None:  # it had a place, and its replica died before it had the request
+                    admission.come_back(entry)
         waiter = self._waiters[entry] = _Waiter(key, stray, choose, self._loop.create_future())
         self._hand_out()
         try:

@@ -10,6 +10,7 @@ from fake_replica import generation_request
 from simulated_time import simulated_time
 
 from serve_app.access.admission import Admission
+from serve_app.access.entry import Entry
 from serve_app.core import GenerationRequest, Priority, ReplicaLoad
 from serve_app.deployments.dispatch.places import FIRST_PAUSE_S, MAX_PAUSE_S, Choose, Places
 
@@ -283,3 +284,22 @@ async def test_tenants_take_turns() -> None:
     for done in ("1", "many 1", "few", "many 2"):
         await asking.complete(done)
     assert [key for key, _ in asking.got] == ["1", "many 1", "few", "many 2", "many 3"]
+
+
+async def test_one_whose_replica_died_on_the_way_gets_another_place() -> None:
+    """Serve tells that its call has ended, and asks again for the same request, in this order or the other."""
+    asking = Asking(a=1)
+    request = generation_request()
+    entry = asking.admission.enter(request)
+    assert isinstance(entry, Entry)
+    assert await asking.places.take("1", request, least_loaded) == "a"
+    asking.places.sent("1")
+    asking.places.completed("1")
+    asking.places.update({"b": 1})
+    async with asyncio.timeout(60):
+        assert await asking.places.take("1", request, least_loaded) == "b"
+    asking.places.sent("1")
+    asking.places.completed("1")
+    asking.admission.leave(entry)
+    assert not asking.admission.turns
+    assert asking.admission.capacity.rooms(entry) == {"b": 0}
