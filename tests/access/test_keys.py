@@ -12,10 +12,11 @@ from api_keys import entry, write_keys
 
 from serve_app.access.caller import Limits
 from serve_app.access.key_file import KeyFileError
-from serve_app.access.keys import VARIABLE, ApiKeys, ExpiredKey, UnknownKey, new_key
+from serve_app.access.keys import VARIABLE, ApiKeys, ExpiredKey, UnknownKey
 from serve_app.core import Priority
 
-ALICE, BOB = new_key(), new_key()
+ALICE, BOB = "sa-" + "aB3_-" * 8 + "xyz", "sa-" + "Cd4-_" * 8 + "xyz"
+"""Of the form of `new_key`, and the same in all processes, since names of tests hold them."""
 
 
 @pytest.fixture
