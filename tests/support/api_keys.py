@@ -10,8 +10,7 @@ from serve_app.access.keys import ApiKeys, digest_of
 from serve_app.api.http.guard import Guard
 
 KEY = "sa-" + "Ef5_-" * 8 + "xyz"
-"""Of the form of `new_key`, and the same in all processes: names of tests may hold it."""
-"""The key of alice."""
+"""The key of alice, of the form of `new_key`. It is the same in all processes: names of tests may hold it."""
 
 
 def bearer(key: str = KEY) -> dict[str, str]:
