@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
+import random
 import signal
 import socket
 import stat
@@ -14,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -32,11 +34,20 @@ from serve_app.cli.state import RunningServer, claim, remove_what_crashes_left, 
 AS_A_USER_DOES = "import sys, served_program; sys.exit(served_program.serve_app(sys.argv[1:]))"
 
 
+PORTS = range(31_100, 32_700, 10)
+"""Below the ports that the kernel gives to whoever asks for any, so that other tests don't take one of ours, and above
+those of Ray and Serve."""
+
+
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on, nor on the nine after it."""
+    for first in random.sample(PORTS, len(PORTS)):
+        with ExitStack() as probes, suppress(OSError):
+            for number in range(first, first + 10):
+                probes.enter_context(socket.socket()).bind(("127.0.0.1", number))
+            return first
+    raise AssertionError("all ports are taken")
 
 
 @pytest.fixture
