@@ -71,11 +71,11 @@ check: $(DEVELOPMENT)
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/deptry serve_app
 	$(VENV)/bin/deptry loadtest scripts constraints tests tests/support tests/models --exclude $(CONTRACTS)/programs --ignore DEP002,DEP004
-	@[ -e $(AUDITED) ] || $(VENV)/bin/python scripts/audit.py --done $(AUDITED)
+	@[ -e $(AUDITED) ] || $(VENV)/bin/python -m scripts.audit --done $(AUDITED)
 	$(PYTEST)
 
 audit: $(DEVELOPMENT)
-	$(VENV)/bin/python scripts/audit.py
+	$(VENV)/bin/python -m scripts.audit
 
 lock: $(DEVELOPMENT)
 	$(VENV)/bin/python scripts/lock.py

@@ -1,8 +1,8 @@
 """What do bad clients do to good ones? `python -m loadtest.abuse` starts a service of its own on loopback.
 
-Good clients ask for short chats, one after the other, first alone and then beside each attack of `loadtest.attacks`.
-Exit status 1: an answer of a good client was lost, a server died, an attempt got a 5xx other than a refusal with
-Retry-After, or something was left over when all had gone.
+The service asks for keys: the good clients are one tenant, the bad ones another. Good clients ask for short chats, one
+after the other, first alone and then beside each attack of `loadtest.attacks`. Exit status 1: a good client lost an
+answer, a server died, a guessed key was let in, an attempt got a 5xx other than 503, or something was left over.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from loadtest.service import ChaosService, derive_config, free_port
 
 GOOD_CLIENTS = 2
 """Each asks for the next chat when the last one has ended."""
+GUESSING = "key guessing"
 REFUSED = (429, 503)
 OVERRIDES: dict[str, Any] = {"model_server": {"num_replicas": 1}, "ingress": {"num_replicas": 1}}
 SMALL_IDLE_FACTOR = 1.2
@@ -88,9 +89,10 @@ async def phase(name: str, service: ChaosService, seconds: float, seed: int) -> 
     """The good clients for so long, beside the attack of this name; none: alone."""
     good, stop = Good(), asyncio.Event()
     loop = asyncio.get_running_loop()
-    target = Target("127.0.0.1", service.port, loop.time() + seconds, random.Random(f"{name} {seed}"))
+    chance = random.Random(f"{name} {seed}")
+    target = Target("127.0.0.1", service.port, loop.time() + seconds, chance, service.other_headers)
     before = pids(service)
-    async with httpx.AsyncClient(timeout=120, trust_env=False) as http:
+    async with httpx.AsyncClient(headers=service.headers, timeout=120, trust_env=False) as http:
         clients = [
             asyncio.create_task(good_client(http, service.url, good, stop, 1000 * number))
             for number in range(GOOD_CLIENTS)
@@ -106,6 +108,8 @@ async def phase(name: str, service: ChaosService, seconds: float, seed: int) -> 
     broke += [
         f"{count} answers {status}" for status, count in target.seen.items() if status[:1] == "5" and status != "503"
     ]
+    if name == GUESSING and (right := target.seen["200"]):
+        broke.append(f"{right} guessed keys were let in")
     return Phase(name, dict(target.seen), good, broke)
 
 
@@ -186,7 +190,7 @@ def main() -> int:
     application["args"] = derive_config(application["args"], OVERRIDES)
     application["deployments"] = [{"name": MODEL, "num_replicas": 1}]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the service is stopped then too
-    with ChaosService(config, port, arguments.output.with_suffix(".log")) as service:
+    with ChaosService(config, port, arguments.output.with_suffix(".log"), asks_for_key=True) as service:
         print(HEAD)
         figures = asyncio.run(run(service, arguments.attacks, arguments.seconds, arguments.seed))
     arguments.output.write_text(json.dumps(figures, indent=1))

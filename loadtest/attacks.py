@@ -116,21 +116,27 @@ async def flood(target: Target) -> None:
     await _workers(400, 100_000, target, one)
 
 
+async def _trickle(target: Target, at_once: bytes, slowly: bytes) -> None:
+    """One connection that sends the rest of its request a byte a second."""
+    async with target.connection() as (reader, writer):
+        answer = asyncio.ensure_future(target.status(reader))
+        writer.write(at_once)
+        for byte in slowly:
+            if answer.done() or target.over:
+                break
+            with contextlib.suppress(ConnectionError):
+                writer.write(bytes([byte]))
+            await asyncio.wait({answer}, timeout=1)
+        if not answer.done():
+            target.seen["held"] += 1
+        answer.cancel()
+
+
 async def slow_headers(target: Target) -> None:
     """300 connections that send their headers a byte a second."""
 
     async def one(number: int) -> None:
-        async with target.connection() as (reader, writer):
-            answer = asyncio.ensure_future(target.status(reader))
-            for byte in target.request("/v1/models", b"", "GET", x_slow="y" * 200):
-                if answer.done() or target.over:
-                    break
-                with contextlib.suppress(ConnectionError):
-                    writer.write(bytes([byte]))
-                await asyncio.wait({answer}, timeout=1)
-            if not answer.done():
-                target.seen["held"] += 1
-            answer.cancel()
+        await _trickle(target, b"", target.request("/v1/models", b"", "GET", x_slow="y" * 200))
 
     await _workers(300, 300, target, one)
 
@@ -139,19 +145,8 @@ async def slow_bodies(target: Target) -> None:
     """300 connections that say that a body comes, and send it a byte a second."""
 
     async def one(number: int) -> None:
-        async with target.connection() as (reader, writer):
-            answer = asyncio.ensure_future(target.status(reader))
-            head, _, body = target.request(CHAT, chat("x" * 1000)).partition(b"\r\n\r\n")
-            writer.write(head + b"\r\n\r\n")
-            for byte in body:
-                if answer.done() or target.over:
-                    break
-                with contextlib.suppress(ConnectionError):
-                    writer.write(bytes([byte]))
-                await asyncio.wait({answer}, timeout=1)
-            if not answer.done():
-                target.seen["held"] += 1
-            answer.cancel()
+        head, between, body = target.request(CHAT, chat("x" * 1000)).partition(b"\r\n\r\n")
+        await _trickle(target, head + between, body)
 
     await _workers(300, 300, target, one)
 

@@ -53,7 +53,7 @@ class ChaosService:
     def __init__(self, config: dict[str, Any], port: int, log: Path, *, asks_for_key: bool = False) -> None:
         """What it prints goes to `log`, and the logs of its replicas to a folder of that name without its suffix.
 
-        `asks_for_key`: each request needs `headers`.
+        `asks_for_key`: each request needs `headers`, or `other_headers`.
         """
         self._asks_for_key = asks_for_key
         self.config = config
@@ -65,6 +65,7 @@ class ChaosService:
         self._log = log
         self._folder = Path(tempfile.mkdtemp(prefix="chaos-"))
         self.token = secrets.token_hex(32)
+        self._other_token = secrets.token_hex(32)
         self._process: psutil.Popen | None = None
         self._behind_haproxy = False
         self._dashboard = ""
@@ -84,7 +85,7 @@ class ChaosService:
             "SERVE_APP_STATE": str(self._folder),
         }
         if self._asks_for_key:
-            environment |= {"SERVE_APP_API_KEYS": f"chaos={self.token}"}
+            environment |= {"SERVE_APP_API_KEYS": f"chaos={self.token},other={self._other_token}"}
         self._log.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self._log.with_suffix(""), ignore_errors=True)
         with self._log.open("w") as output:
@@ -116,6 +117,11 @@ class ChaosService:
     def headers(self) -> dict[str, str]:
         """What each request to the service must have."""
         return {"Authorization": f"Bearer {self.token}"} if self._asks_for_key else {}
+
+    @property
+    def other_headers(self) -> dict[str, str]:
+        """The same for another tenant."""
+        return {"Authorization": f"Bearer {self._other_token}"} if self._asks_for_key else {}
 
     @property
     def logs(self) -> Path:

@@ -11,11 +11,11 @@ import datetime
 import json
 import subprocess
 import sys
-import threading
 import tomllib
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+
+from constraints.install import ANSWERS_WITHIN_S, answers
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "constraints"
@@ -23,7 +23,6 @@ LOCKS = [FOLDER / "locks" / "development.txt", FOLDER / "locks" / "torch.txt"]
 ACCEPTED = FOLDER / "accepted-vulnerabilities.toml"
 KNOWN_VERSION = "https://pypi.org/pypi/pip/24.0/json"
 """A mirror may have the files of PyPI without its knowledge of versions."""
-ANSWERS_WITHIN_S = 5.0
 ENDS_WITHIN_S = 120.0
 
 
@@ -98,24 +97,6 @@ def _told(version: dict[str, str], known: dict[str, list[str]]) -> str:
     return (
         f"{version['name']} {version['version']}: {names}, fixed in {', '.join(known['fix_versions']) or 'no version'}"
     )
-
-
-def answers(url: str) -> bool:
-    """Whether it can be fetched within `ANSWERS_WITHIN_S`: resolving a name has no limit of its own."""
-    found, ended = threading.Event(), threading.Event()
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(url, timeout=ANSWERS_WITHIN_S).close()
-            found.set()
-        except (OSError, ValueError):
-            pass  # no network, or the status of an error
-        finally:
-            ended.set()
-
-    threading.Thread(target=ask, daemon=True).start()
-    ended.wait(ANSWERS_WITHIN_S)
-    return found.is_set()
 
 
 if __name__ == "__main__":
