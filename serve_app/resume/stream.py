@@ -95,8 +95,8 @@ class ResumableStream:
                 raise JournalsFull
         except BaseException as error:
             self._dropped = True
-            if not isinstance(error, Refused) and self._task is not None:  # after `Refused` the task ends by itself
-                self._task.cancel()
+            if not isinstance(error, Refused):  # after `Refused` the task ends by itself
+                self._stop()
             raise
 
     async def _acceptance(self) -> None:
@@ -124,10 +124,7 @@ class ResumableStream:
     async def discard(self) -> None:
         """End a stream that nobody knows of, and drop its journal."""
         self._dropped = True
-        if self.feed.closed:  # it has ended, and writes its end
-            await self.closed()
-        else:
-            await self.aclose()
+        await self.aclose()
 
     async def catch_up(self, view: JournalView) -> None:
         """Take in the journal of a stream that was found in the store. Raises `StreamGone` when it can't be read."""
@@ -176,9 +173,14 @@ class ResumableStream:
 
     async def aclose(self) -> None:
         """Stop at once; another ingress may take the stream over."""
-        if self._task is not None:
+        self._stop()
+        await self.closed()
+
+    def _stop(self) -> None:
+        """Make the task end. One that has ended its stream and writes that to the journal ends by itself: were it
+        cancelled, a journal that is still being created would be kept for ever."""
+        if self._task is not None and not self.feed.closed:
             self._task.cancel()
-            await asyncio.wait({self._task})
 
     def _start(self, journal: OwnedJournal | None) -> None:
         self._running[self.id] = self

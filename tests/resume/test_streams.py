@@ -496,6 +496,30 @@ async def test_a_refused_stream_says_why_and_leaves_nothing(
         await asyncio.sleep(0.001)
 
 
+async def test_a_client_that_leaves_while_it_is_refused_leaves_no_journal(
+    make_ingress: MakeIngress, replica: FakeReplica, store: BrokenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store is slower than the refusal, so the stream's task waits for the journal that it is to drop."""
+    created = asyncio.Event()
+
+    async def create_late(*arguments: str) -> LeaseStatus:
+        await created.wait()
+        return await store.create(*arguments)  # type: ignore[arg-type]
+
+    replica.scripts = [lambda request: [Failure(FailureCode.OVERLOADED, "Full.")]]
+    one = make_ingress()
+    monkeypatch.setattr(one.wire, "create", create_late)
+    begun = asyncio.create_task(one.begin())
+    while not any(stream._accepted.done() for stream in one.streams._streams.values()):  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    begun.cancel()
+    await asyncio.wait({begun})
+    assert begun.cancelled()
+    created.set()
+    await asyncio.sleep(LEASE_S)
+    assert len(one.streams) == len(store.journals) == 0
+
+
 async def test_a_bug_ends_the_stream_with_an_error(
     make_ingress: MakeIngress, replica: FakeReplica, caplog: pytest.LogCaptureFixture
 ) -> None:
