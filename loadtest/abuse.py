@@ -33,6 +33,8 @@ GOOD_CLIENTS = 2
 GUESSING = "key guessing"
 REFUSED = (429, 503)
 OVERRIDES: dict[str, Any] = {"model_server": {"num_replicas": 1}, "ingress": {"num_replicas": 1}}
+MOST_GROWTH = 1.05
+"""Memory after the last round, over that after the first one."""
 SMALL_IDLE_FACTOR = 1.2
 """Idle sockets may make the first token of others so many times as late, at the 99th percentile."""
 
@@ -129,30 +131,41 @@ def memory(service: ChaosService) -> dict[str, float]:
     }
 
 
-async def run(service: ChaosService, names: list[str], seconds: float, seed: int) -> dict[str, Any]:
+async def run(service: ChaosService, names: list[str], seconds: float, seed: int, rounds: int = 1) -> dict[str, Any]:
     """All attacks, one after the other, each after a calm phase of its own."""
     await service.until_ready()
     await phase("warm-up", service, 3, seed)
     before, wrong = await idle.until_idle(service, None)
     if wrong:
         raise RuntimeError(f"the service is not at rest before the first attack: {'; '.join(wrong)}")
-    memory_before, phases, broke = memory(service), [], []
-    for name in names:
-        calm = await phase("calm", service, seconds / 2, seed)
-        found = await phase(name, service, seconds, seed)
-        if name == "idle sockets" and found.good.p99_s() > SMALL_IDLE_FACTOR * calm.good.p99_s():
-            allowed_s = SMALL_IDLE_FACTOR * calm.good.p99_s()
-            found.broke.append(f"first token p99 {found.good.p99_s():.2f} s, {allowed_s:.2f} s allowed")
-        phases.append((calm, found))
-        broke += [f"{name}: {why}" for why in (*calm.broke, *found.broke)]
-        print(line(calm, found), flush=True)
+    used, phases, broke = [memory(service)], [], []
+    for number in range(rounds):
+        for name in names:
+            calm = await phase("calm", service, seconds / 2, seed + number)
+            found = await phase(name, service, seconds, seed + number)
+            if name == "idle sockets" and found.good.p99_s() > SMALL_IDLE_FACTOR * calm.good.p99_s():
+                allowed_s = SMALL_IDLE_FACTOR * calm.good.p99_s()
+                found.broke.append(f"first token p99 {found.good.p99_s():.2f} s, {allowed_s:.2f} s allowed")
+            phases.append((calm, found))
+            broke += [f"{name}: {why}" for why in (*calm.broke, *found.broke)]
+            print(line(calm, found), flush=True)
+        used.append(memory(service))
     after, wrong = await idle.until_idle(service, before)
     return {
         "phases": [{"calm": asdict(calm), "attack": asdict(found)} for calm, found in phases],
-        "memory_mb": {"before": memory_before, "after": memory(service)},
+        "memory_mb": used,
         "idle": idle.as_json(before, after, wrong),
-        "broke": broke + wrong,
+        "broke": broke + growth(used[1], used[-1]) + wrong,
     }
+
+
+def growth(first: dict[str, float], last: dict[str, float]) -> list[str]:
+    """Which kinds of process have grown, in words."""
+    return [
+        f"{kind} has {last[kind]} MB, {size} MB after the first round"
+        for kind, size in first.items()
+        if last[kind] > MOST_GROWTH * size
+    ]
 
 
 HEAD = (
@@ -180,6 +193,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--attacks", nargs="+", choices=list(ATTACKS), default=list(ATTACKS), metavar="ATTACK")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each attack")
+    parser.add_argument("--rounds", type=int, default=1, help="all attacks so many times (default: 1)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--config", type=Path, help="serve this instead of configs/serve.yaml")
     parser.add_argument("--output", type=Path, default=Path("loadtest/results/abuse.json"))
@@ -192,9 +206,10 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the service is stopped then too
     with ChaosService(config, port, arguments.output.with_suffix(".log"), asks_for_key=True) as service:
         print(HEAD)
-        figures = asyncio.run(run(service, arguments.attacks, arguments.seconds, arguments.seed))
+        figures = asyncio.run(run(service, arguments.attacks, arguments.seconds, arguments.seed, arguments.rounds))
     arguments.output.write_text(json.dumps(figures, indent=1))
-    print(f"\nmemory, MB: {figures['memory_mb']}\nwritten to {arguments.output}")
+    print("\nmemory in MB before the first round and after each:", *figures["memory_mb"], sep="\n  ")
+    print(f"written to {arguments.output}")
     for why in figures["broke"][:30]:
         print(f"broken: {why[:300]}")
     return 1 if figures["broke"] else 0

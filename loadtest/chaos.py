@@ -59,7 +59,7 @@ REFERENCE_IN_FLIGHT = 8
 ENCORE, ENCORE_STEP_S = 90, 1.0
 """Clients that come, one each step, while faults are still to be carried out after the others have gone."""
 _MOVED = re.compile(r"request (\S+), choice \d+: .*trying again")
-_AGAIN = re.compile(r"request (\S+), choice \d+: continued; computing what it had again took ([\d.]+) s")
+_AGAIN = re.compile(r"request (\S+), choice \d+: continued; recomputing its tokens took ([\d.]+) s")
 _TAKEN_OVER = re.compile(r"stream (\S+) is continued here")
 
 

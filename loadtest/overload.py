@@ -91,10 +91,17 @@ async def _read(response: httpx.Response, outcome: Outcome, began: float) -> Non
 class Crowd:
     """The clients of a run."""
 
-    def __init__(self, url: str, seed: int, transport: httpx.AsyncBaseTransport | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        seed: int,
+        transport: httpx.AsyncBaseTransport | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
         self._url = url
         self._random = random.Random(seed)
         self._client = httpx.AsyncClient(
+            headers=headers,
             timeout=PATIENCE_S,
             trust_env=False,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),

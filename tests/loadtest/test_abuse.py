@@ -10,11 +10,9 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from loadtest.abuse import Good, Phase, line
+from loadtest import attacks
+from loadtest.abuse import Good, Phase, growth, line
 from loadtest.attacks import ATTACKS, CLOSED, Target, chat, malformed_body
-
-TOO_MANY = "idle sockets"
-"""Opens 2,000 connections: here only that it is known."""
 
 
 @asynccontextmanager
@@ -37,8 +35,9 @@ async def server(answer: bytes) -> AsyncIterator[Target]:
         yield Target("127.0.0.1", port, asyncio.get_running_loop().time() + 0.3, random.Random(1))
 
 
-@pytest.mark.parametrize("name", [name for name in ATTACKS if name != TOO_MANY])
-async def test_an_attack_ends_in_its_time_and_counts_what_it_met(name: str) -> None:
+@pytest.mark.parametrize("name", ATTACKS)
+async def test_an_attack_ends_in_its_time_and_counts_what_it_met(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attacks, "_IDLE", 50)
     async with server(b"HTTP/1.1 418 No\r\nContent-Length: 0\r\n\r\n") as target:
         await ATTACKS[name](target)
     assert target.seen
@@ -69,3 +68,26 @@ def test_a_line_of_the_table() -> None:
     found = Phase("flood", {"200": 3, "503": 40}, Good([0.3], refused=2), [])
     assert line(calm, found) == "| flood | 40 503, 3 200 | 1 | 2 | 0.20, 0.20 s | 0.30, 0.30 s |"
     assert json.loads(chat("x", n=2))["n"] == 2
+
+
+async def test_idle_sockets_are_opened_again_when_they_were_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attacks, "_IDLE", 50)
+    target = Target("127.0.0.1", 0, float("inf"), random.Random(1))
+    opened = 0
+
+    async def close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal opened
+        opened += 1
+        if opened == 100:
+            target.end_s = 0.0
+        writer.close()
+
+    async with await asyncio.start_server(close, "127.0.0.1", 0) as listening:
+        target.port = listening.sockets[0].getsockname()[1]
+        await attacks.idle_sockets(target)
+    assert target.seen[CLOSED] == opened == 100
+
+
+def test_only_growth_that_tells_of_a_leak_is_named() -> None:
+    grown = growth({"a": 100.0, "b": 100.0}, {"a": 104.0, "b": 106.0})
+    assert grown == ["b has 106.0 MB, 100.0 MB after the first round"]
