@@ -19,17 +19,18 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 import yaml
 
 from loadtest.http_load import percentile
 from loadtest.local_service import LocalService
 from loadtest.service import derive_config, free_port
+from loadtest.stalls import Stalls
 
 PLACES = 32
 """`engine.max_running` of the configs."""
@@ -48,6 +49,8 @@ class Outcome:
 
     status: int = 0
     """0: the connection failed."""
+    began: float = 0.0
+    """By `time.perf_counter`."""
     first_s: float | None = None
     """Of its first token."""
     ended_s: float = 0.0
@@ -56,30 +59,31 @@ class Outcome:
     retry_after_s: float | None = None
 
 
-async def chat(client: httpx.AsyncClient, url: str, question: str) -> Outcome:
+async def chat(http: aiohttp.ClientSession, url: str, question: str) -> Outcome:
     """Ask for a streamed chat of `MAX_TOKENS` tokens."""
-    outcome, began = Outcome(), time.perf_counter()
+    began = time.perf_counter()
+    outcome = Outcome(began=began)
     body = {
         "messages": [{"role": "user", "content": question}],
         "max_tokens": MAX_TOKENS,
         "ignore_eos": True,
         "stream": True,
     }
-    with contextlib.suppress(httpx.HTTPError):
-        async with client.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
-            outcome.status = response.status_code
-            if response.status_code == 200:
+    with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+        async with http.post(f"{url}/v1/chat/completions", json=body) as response:
+            outcome.status = response.status
+            if response.status == 200:
                 await _read(response, outcome, began)
             else:
-                await response.aread()
+                await response.read()
                 outcome.retry_after_s = float(response.headers.get("retry-after", "nan"))
     outcome.ended_s = time.perf_counter() - began
     return outcome
 
 
-async def _read(response: httpx.Response, outcome: Outcome, began: float) -> None:
-    async for line in response.aiter_lines():
-        if not line.startswith("data: {"):
+async def _read(response: aiohttp.ClientResponse, outcome: Outcome, began: float) -> None:
+    async for line in response.content:
+        if not line.startswith(b"data: {"):
             continue
         for choice in json.loads(line[6:]).get("choices", ()):
             if choice["delta"].get("content"):
@@ -91,25 +95,19 @@ async def _read(response: httpx.Response, outcome: Outcome, began: float) -> Non
 class Crowd:
     """The clients of a run."""
 
-    def __init__(
-        self,
-        url: str,
-        seed: int,
-        transport: httpx.AsyncBaseTransport | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> None:
+    def __init__(self, url: str, seed: int, headers: dict[str, str] | None = None) -> None:
+        """Use it where an event loop runs."""
         self._url = url
         self._random = random.Random(seed)
-        self._client = httpx.AsyncClient(
+        # Not httpx, which takes several times as long for a request: the clients share the cores with the service.
+        self._http = aiohttp.ClientSession(
             headers=headers,
-            timeout=PATIENCE_S,
-            trust_env=False,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
-            transport=transport,
+            timeout=aiohttp.ClientTimeout(total=PATIENCE_S),
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
         )
 
     async def aclose(self) -> None:
-        await self._client.aclose()
+        await self._http.close()
 
     async def steady(self, seconds: float, clients: int = PLACES) -> list[Outcome]:
         """Each client asks again as soon as it has its answer. Those that began in time are waited for."""
@@ -137,15 +135,17 @@ class Crowd:
     async def _ask(self) -> Outcome:
         number = self._random.randrange(10**6)
         subject = SUBJECTS[number % len(SUBJECTS)]
-        return await chat(self._client, self._url, f"Question {number}: what should everybody know about {subject}?")
+        return await chat(self._http, self._url, f"Question {number}: what should everybody know about {subject}?")
 
 
-def summary(outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
-    """What is told of a phase that took `seconds`."""
+def summary(outcomes: Sequence[Outcome], seconds: float, stalls: Stalls | None = None) -> dict[str, Any]:
+    """What is told of a phase that took `seconds`. `stalls`: when the clients themselves stood still."""
+    stalls = stalls or Stalls()
     refused = [one for one in outcomes if one.status in (429, 503)]
     begun = [one for one in outcomes if one.first_s is not None]
     late = [one for one in refused if one.ended_s >= WAITED_S]
-    firsts = [one.first_s for one in begun if one.first_s is not None]
+    soon = [(one.began, one.ended_s) for one in refused if one.ended_s < WAITED_S]
+    starts = [(one.began, one.first_s) for one in begun if one.first_s is not None]
     return {
         "seconds": seconds,
         "asked": len(outcomes),
@@ -155,9 +155,11 @@ def summary(outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
         "goodput_tokens_per_s": sum(one.tokens for one in outcomes if one.finished) / seconds,
         "refused": len(refused),
         "refused_after_a_wait": len(late),
-        "refusal_s": _percentiles([one.ended_s for one in refused if one.ended_s < WAITED_S]),
-        "first_token_s": _percentiles(firsts),
-        "last_first_token_s": max(firsts, default=None),
+        "refusal_s": _percentiles([took_s for _, took_s in soon]),
+        "refusal_less_stalls_s": _percentiles([took_s - stalls.within_s(at, at + took_s) for at, took_s in soon]),
+        "first_token_s": _percentiles([took_s for _, took_s in starts]),
+        "first_token_less_stalls_s": _percentiles([took_s - stalls.within_s(at, at + took_s) for at, took_s in starts]),
+        "last_first_token_s": max((took_s for _, took_s in starts), default=None),
         "retry_after_s": _percentiles([one.retry_after_s for one in refused if one.retry_after_s is not None]),
     }
 
@@ -170,23 +172,24 @@ async def measure(url: str, seconds: float, times: float, burst: int, seed: int)
     """All phases, one after the other."""
     crowd = Crowd(url, seed)
     phases: dict[str, Any] = {}
+
+    async def phase(name: str, title: str, work: Awaitable[list[Outcome]]) -> dict[str, Any]:
+        began = time.perf_counter()
+        async with Stalls() as stalls:
+            outcomes = await work
+        phases[name] = told = summary(outcomes, time.perf_counter() - began, stalls)
+        _say(title, told)
+        return told
+
     try:
         await crowd.steady(10.0)  # the service learns how fast it is
-        began = time.perf_counter()
-        steady = await crowd.steady(seconds)
-        phases["capacity"] = capacity = summary(steady, time.perf_counter() - began)
-        _say("capacity", capacity)
+        capacity = await phase("capacity", "capacity", crowd.steady(seconds))
         per_s = times * capacity["finished"] / capacity["seconds"]
-        began = time.perf_counter()
-        crowded = await crowd.at_random(seconds, per_s)
-        phases["overload"] = overload = summary(crowded, time.perf_counter() - began)
-        _say(f"{times:g} times capacity", overload)
+        overload = await phase("overload", f"{times:g} times capacity", crowd.at_random(seconds, per_s))
         phases["goodput_ratio"] = overload["goodput_tokens_per_s"] / capacity["goodput_tokens_per_s"]
         print(f"goodput: {phases['goodput_ratio']:.2f} of that at capacity", flush=True)
         if burst:
-            began = time.perf_counter()
-            phases["burst"] = summary(await crowd.at_once(burst), time.perf_counter() - began)
-            _say(f"{burst} at once", phases["burst"])
+            await phase("burst", f"{burst} at once", crowd.at_once(burst))
     finally:
         await crowd.aclose()
     return phases
@@ -194,13 +197,15 @@ async def measure(url: str, seconds: float, times: float, burst: int, seed: int)
 
 def _say(name: str, told: dict[str, Any]) -> None:
     def shown(values: dict[str, float], unit_s: float, unit: str) -> str:
-        return " / ".join(f"{value / unit_s:.0f}" for value in values.values()) + f" {unit}" if values else "-"
+        return " / ".join(f"{value / unit_s:.3g}" for value in values.values()) + f" {unit}" if values else "-"
 
     last = told["last_first_token_s"]
     print(
         f"{name}: {told['asked']} asked, {told['finished']} finished, {told['lost']} lost, {told['refused']} refused "
         f"({told['refused_after_a_wait']} after a wait); {told['goodput_tokens_per_s']:.0f} tokens/s; p50 / p99 of "
-        f"refusals {shown(told['refusal_s'], 0.001, 'ms')}, of first tokens {shown(told['first_token_s'], 1, 's')}, "
+        f"refusals {shown(told['refusal_s'], 0.001, 'ms')}, of first tokens {shown(told['first_token_s'], 1, 's')}; "
+        "less the time in which the clients' own process stood still "
+        f"{shown(told['refusal_less_stalls_s'], 0.001, 'ms')} and {shown(told['first_token_less_stalls_s'], 1, 's')}; "
         f"the last after {'-' if last is None else f'{last:.1f} s'}; statuses {told['statuses']}",
         flush=True,
     )
