@@ -1,11 +1,14 @@
 """The access log: one line for each request, with its id, when it ends.
 
-Promises that no line holds a prompt, an answer or the value of a key. Imports no other room.
+Promises that no line holds a prompt, an answer or the value of a key, and that a flood of requests that are refused
+floods no log. Imports no other room.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections import Counter
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from time import monotonic
@@ -75,6 +78,43 @@ class RequestRecord:
         if self.first_token is None or self.last_token is None or self.output_tokens < 2:
             return None
         return (self.last_token - self.first_token) / (self.output_tokens - 1)
+
+
+MOST_REFUSALS = 20
+"""Lines of refused requests within `REFUSALS_S`; the others are counted in one line."""
+REFUSALS_S = 1.0
+_REFUSED = (401, 403, 429, 503)
+"""A client that is refused with one of these may ask again at once, as often as it can."""
+
+
+class AccessLog:
+    """The access log of one process. Used from its event loop."""
+
+    def __init__(self) -> None:
+        self._refused = 0
+        """In this interval."""
+        self._left_out: Counter[tuple[str, int, str]] = Counter()
+        """(endpoint, status, outcome) -> requests in this interval without a line of their own."""
+        self._interval: asyncio.TimerHandle | None = None
+
+    def ended(self, record: RequestRecord) -> None:
+        """Write the line of a request that has ended, or count it."""
+        if record.status not in _REFUSED:
+            log_access(record)
+            return
+        if self._interval is None:
+            self._interval = asyncio.get_running_loop().call_later(REFUSALS_S, self._next_interval)
+        self._refused += 1
+        if self._refused <= MOST_REFUSALS:
+            log_access(record)
+        else:
+            self._left_out[record.endpoint, record.status, record.outcome] += 1
+
+    def _next_interval(self) -> None:
+        for (endpoint, status, outcome), count in self._left_out.items():
+            access_logger.info("refused=%d more endpoint=%s status=%d outcome=%s", count, endpoint, status, outcome)
+        self._left_out.clear()
+        self._refused, self._interval = 0, None
 
 
 def log_access(record: RequestRecord, level: int = logging.INFO) -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import asyncio
 import logging
 
 import pytest
+from simulated_time import simulated_time
 
-from serve_app.observability.logs import RequestRecord, log_access
+from serve_app.observability.logs import MOST_REFUSALS, REFUSALS_S, AccessLog, RequestRecord, log_access
 
 
 def test_times_of_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,3 +29,22 @@ def test_the_line_of_a_request_that_never_began(caplog: pytest.LogCaptureFixture
     (line,) = caplog.messages
     assert line.startswith("request_id=abc endpoint=/stream status=499 outcome=disconnected ")
     assert "ttft_s=-" in line
+
+
+async def test_a_flood_of_refusals_is_counted_and_other_requests_keep_their_lines(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "serve_app.access")
+    log = AccessLog()
+    with simulated_time():
+        for number in range(MOST_REFUSALS + 7):
+            log.ended(RequestRecord(f"refused-{number}", "/stream", status=503, outcome="overloaded"))
+        log.ended(RequestRecord("good", "/stream", status=200, outcome="stop"))
+        log.ended(RequestRecord("bad", "/stream", status=500, outcome="internal_error"))
+        assert len(caplog.messages) == MOST_REFUSALS + 2
+        await asyncio.sleep(1.5 * REFUSALS_S)
+        assert caplog.messages[-1] == "refused=7 more endpoint=/stream status=503 outcome=overloaded"
+        log.ended(RequestRecord("later", "/stream", status=503, outcome="overloaded"))
+        assert caplog.messages[-1].startswith("request_id=later ")
+        await asyncio.sleep(1.5 * REFUSALS_S)
+        assert len(caplog.messages) == MOST_REFUSALS + 4, "nothing was left out: nothing is said"

@@ -22,7 +22,7 @@ from serve_app.api.http.guard import Guard
 from serve_app.api.http.pages import Pages
 from serve_app.core import RequestError
 from serve_app.observability import metrics as m
-from serve_app.observability.logs import NOBODY, RequestRecord, log_access, request_id_var
+from serve_app.observability.logs import NOBODY, AccessLog, RequestRecord, log_access, request_id_var
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ class RequestScope:
         self._metrics = metrics
         self._pages = pages
         self._error_shape = error_shape
+        self._access_log = AccessLog()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, whatever happens inside."""
@@ -117,7 +118,7 @@ class RequestScope:
         if path in PROBES:
             log_access(record, logging.DEBUG)
             return
-        log_access(record)
+        self._access_log.ended(record)
         endpoint = {"endpoint": record.endpoint}
         self._metrics.count(m.REQUESTS, 1, {**endpoint, "outcome": record.outcome})
         if record.tenant != NOBODY:
