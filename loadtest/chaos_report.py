@@ -118,10 +118,11 @@ def _breaks(outcome: Outcome) -> list[float]:
     return [*outcome.cut_s, *(at_s for at_s, _ in outcome.broken)]
 
 
-def pauses_of_resumes(judged: Iterable[Judged], *, own: bool) -> list[float]:
+def pauses_of_resumes(judged: Iterable[Judged], *, own: bool, since_it_went: bool = False) -> list[float]:
     """From the last event before a connection went to the first after it, in seconds, of clients that resume.
 
-    `own`: those that the client dropped itself, else those that it lost.
+    `own`: those that the client dropped itself, else those that it lost. `since_it_went`: not from the last event, but
+    from the moment when the connection went: a client may have waited already, since a model replica had died.
     """
     pauses = []
     for one in judged:
@@ -131,7 +132,9 @@ def pauses_of_resumes(judged: Iterable[Judged], *, own: bool) -> list[float]:
                 lost = any(before <= at_s <= after for at_s in lost_s)
                 dropped = any(before <= at_s <= after for at_s in one.outcome.cut_s)
                 if dropped and not lost if own else lost:
-                    pauses.append(after - before)
+                    gone_s = one.outcome.cut_s if own else lost_s
+                    went_s = min(at_s for at_s in gone_s if before <= at_s <= after)
+                    pauses.append(after - (went_s if since_it_went else before))
     return pauses
 
 
@@ -167,6 +170,7 @@ def summary(
         **_pauses_by_hit(judged, injected),
         "pause_of_drop_s": _percentiles(pauses_of_resumes(judged, own=True)),
         "pause_of_lost_connection_s": _percentiles(pauses_of_resumes(judged, own=False)),
+        "pause_since_connection_went_s": _percentiles(pauses_of_resumes(judged, own=False, since_it_went=True)),
         "injected": [
             {"at_s": fault.at_s, "fault": fault.fault, "hits": fault.hits, "peers": fault.peers} for fault in injected
         ],
@@ -312,6 +316,7 @@ def table(figures: dict[str, Any]) -> str:
         ("pause after all model replicas were killed", _pause(figures["pause_after_last_kill_s"])),
         ("pause of a client's own drop, with resume", _pause(figures["pause_of_drop_s"])),
         ("pause of a lost connection, with resume", _pause(figures["pause_of_lost_connection_s"])),
+        ("- counted from when the connection went", _pause(figures["pause_since_connection_went_s"])),
         ("not put to the test", "; ".join(untested(figures)) or "nothing"),
         ("back to idle", "yes" if figures["idle"]["ok"] else f"NO: {'; '.join(figures['idle']['wrong'])}"),
     ]

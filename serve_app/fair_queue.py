@@ -269,6 +269,15 @@ class _Class(Generic[_Item]):
             self._limit = max(FORGET_FROM, 2 * len(self._tenants))
 
 
+def may_take_from(taken: int, weight: float, holds: int, others_weight: float) -> bool:
+    """Whether a tenant that has taken so many places may take one more from another, which holds so many.
+
+    Only if the other one has no fewer for its weight afterwards. So no two tenants take a place from each other in
+    turns.
+    """
+    return (holds - 1) * weight >= (taken + 1) * others_weight
+
+
 class ExpectedTokens:
     """How long the next answer of a tenant will be, as its last ones tell: many requests allow far more than they use.
 

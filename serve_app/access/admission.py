@@ -203,6 +203,11 @@ class Admission:
         """How many places the tenant has to leave free for others; see `Shares`."""
         return self._shares.to_leave(tenant, weight, self._clock())
 
+    @property
+    def several_tenants(self) -> bool:
+        """Where one of them can't start, one of another may: somebody would make way for it."""
+        return self._shares.several
+
     # ---- for metrics ----
 
     def waiting(self) -> Counter[Priority]:
@@ -248,8 +253,10 @@ class Admission:
         """How long a new request would wait for its start, if no others came."""
         self.look_ahead()
         free = 0 if self.blocked else self.capacity.free(priority, leaves=self.leaves(tenant, weight))
-        turn = math.ceil(self.turns.before(tenant, weight, priority, fingerprint)) - free
-        if turn < 0 or not self.capacity.open:
+        before = math.ceil(self.turns.before(tenant, weight, priority, fingerprint))
+        at_once = before == 0 and self.capacity.makes_way(tenant, weight, priority)
+        turn = before + self.capacity.have_made_way() - free
+        if turn < 0 or at_once or not self.capacity.open:
             return 0.0
         return self._outlook.wait_s(turn)
 

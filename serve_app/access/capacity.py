@@ -6,11 +6,13 @@ of one and the arrival of the next. Pure: knows no clock and no thread.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from serve_app.access.entry import Entry
 from serve_app.core import Priority, ReplicaLoad
+from serve_app.fair_queue import may_take_from
 
 PLACES_PER_SPARE = 32
 """For so many places a replica gets one request more than it can start, and one at least. An ended request gives its
@@ -25,6 +27,8 @@ class _Replica:
     """Requests with a place there -> whether the replica has accepted them."""
     batch: int = 0
     """Those of the class `BATCH`."""
+    tenants: Counter[tuple[str, float]] = field(default_factory=Counter)
+    """(tenant, weight) -> the others of them."""
     sent: int = 0
     """Those that are on their way, or accepted."""
     others: int = 0
@@ -87,13 +91,24 @@ class Capacity:
         return {
             name: len(replica.ours) + replica.others
             for name, replica in self._replicas.items()
-            if self._room(replica, entry.priority, leaves) > 0 and _has_memory(replica, entry.prompt_tokens)
+            if (self._room(replica, entry.priority, leaves) > 0 and _has_memory(replica, entry.prompt_tokens))
+            or self._is_made_way_for(replica, *entry.payer, entry.priority)
         }
 
     def free(self, priority: Priority, *, leaves: int = 0) -> int:
         """Requests of this class that could start at once, memory aside. `leaves`: see `rooms`."""
         leaves = self._leaves_each(leaves)
         return sum(max(0, self._room(one, priority, leaves)) for one in self._replicas.values())
+
+    def have_made_way(self) -> int:
+        """Interactive requests that have places and go on only when others end."""
+        spares = self.spares
+        waiting = ((self._have_made_way(one) or 0, _spare(self._limit(one))) for one in self._replicas.values())
+        return sum(max(0, number - spare) if spares else number for number, spare in waiting)
+
+    def makes_way(self, tenant: str, weight: float, priority: Priority) -> bool:
+        """Whether a request of this tenant could start at once since one of another tenant would yield to it."""
+        return any(self._is_made_way_for(one, tenant, weight, priority) for one in self._replicas.values())
 
     def _leaves_each(self, leaves: int) -> int:
         return -(-leaves // max(1, sum(replica.limit > 0 for replica in self._replicas.values())))
@@ -106,7 +121,10 @@ class Capacity:
         """The request has a place at this replica."""
         replica = self._at[entry] = self._replicas[name]
         replica.ours[entry] = False
-        replica.batch += entry.priority is Priority.BATCH
+        if entry.priority is Priority.BATCH:
+            replica.batch += 1
+        else:
+            replica.tenants[entry.payer] += 1
         replica.new_tokens += entry.prompt_tokens
 
     def sent(self, entry: Entry) -> None:
@@ -139,7 +157,11 @@ class Capacity:
         """The request holds no place any more. `sent` was called for it, or not."""
         if (replica := self._at.pop(entry, None)) is not None:
             del replica.ours[entry]
-            replica.batch -= entry.priority is Priority.BATCH
+            if entry.priority is Priority.BATCH:
+                replica.batch -= 1
+            else:
+                replica.tenants[entry.payer] -= 1
+                replica.tenants += Counter()  # drops those that have none
             replica.sent -= sent
 
     def doubtful(self) -> bool:
@@ -169,6 +191,25 @@ class Capacity:
             limit = self._limit(replica)
             room -= min((_spare(limit) if self.spares else 0) + leaves, limit // 2)
         return min(room, replica.limit - used)
+
+    def _is_made_way_for(self, replica: _Replica, tenant: str, weight: float, priority: Priority) -> bool:
+        """Whether the replica's engine would preempt a request of another tenant, which has more than its share there,
+        for a new one of this tenant. Those that have made way already are still among the other tenant's."""
+        used = len(replica.ours) + replica.others
+        have_made_way = self._have_made_way(replica)
+        if priority is Priority.BATCH or used >= replica.limit or have_made_way is None:
+            return False
+        taken = replica.tenants[tenant, weight]
+        return any(
+            may_take_from(taken, weight, holds - have_made_way, others_weight)
+            for (other, others_weight), holds in replica.tenants.items()
+            if other != tenant
+        )
+
+    def _have_made_way(self, replica: _Replica) -> int | None:
+        """Its interactive requests that wait in its engine since others came; None where its places are not known."""
+        places = self._places if replica.load is None else replica.load.places
+        return None if places is None else max(0, len(replica.ours) + replica.others - replica.batch - places)
 
     def _left_to_others(self, replica: _Replica) -> int:
         return int(self._shared and replica.load is None and len(replica.ours) > 0)

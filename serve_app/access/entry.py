@@ -53,6 +53,11 @@ class Entry:
         return Priority.INTERACTIVE if self.request is None else self.request.priority
 
     @property
+    def payer(self) -> tuple[str, float]:
+        """Its tenant, and what that one's share is."""
+        return ("", 1.0) if self.request is None else (self.request.tenant, self.request.weight)
+
+    @property
     def begun(self) -> bool:
         """It continues an output, or its caller was told that it is accepted: it comes first and is not refused."""
         return self.request is None or self.request.accepted or bool(self.request.output_token_ids)

@@ -20,6 +20,11 @@ class Shares:
         self._asked: dict[str, tuple[float, float]] = {}
         """Tenants that have asked lately -> their weight, and when it was last."""
 
+    @property
+    def several(self) -> bool:
+        """More than one tenant has asked lately."""
+        return len(self._asked) > 1
+
     def came(self, tenant: str, weight: float, tokens: int, now: float) -> None:
         """A request of the tenant has come."""
         self._tokens[tenant] += tokens

@@ -2,13 +2,14 @@
 
 Uses no device and no clock. Every accepted sequence finishes: a single one always fits (larger requests are refused
 before they get here), and when pages run out the youngest sequence gives its pages back and is recomputed later, before
-new ones start. Which new one starts next is a matter of fairness between tenants (`serve_app.fair_queue`). Batch
+new ones start. Which new one starts next is a matter of fairness between tenants (`serve_app.fair_queue`). A sequence
+of a tenant that has more than its share yields to one of a tenant that has less, where there is no room for both. Batch
 sequences start when no interactive one waits, and yield to those that come.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -16,11 +17,11 @@ from serve_app.engine.kv_cache import PagePool, page_hash, root_hash
 from serve_app.engine.prompt_lookup import INDEXED_PER_STEP, ROW_COST, share_rows
 from serve_app.engine.sequence import DraftPosition, Sequence
 from serve_app.engine.waiting_line import WaitingLine, by_order
+from serve_app.fair_queue import may_take_from
 
 YIELD_TOKENS = 16
-"""A batch sequence that was preempted for an interactive one is preempted for another only after so many more tokens.
-So an output of n tokens yields n / 16 + 1 times at most, and an interactive request waits for at most 16 steps and the
-prefill of a batch sequence."""
+"""A sequence that has yielded yields again only after so many more tokens. So an output of n tokens yields n / 16 + 1
+times at most, and an interactive request waits for batch for at most 16 steps and the prefill of a batch sequence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +149,8 @@ class Scheduler:
         under_way = deque(sorted((s for s in self.running if s.remaining > 1), key=by_order))
         before = self.preemptions
         while step.budget > 0:
-            newcomer = self.line.next() if admitting else None
-            if newcomer is not None and newcomer.batch and self.preemptions > before:
+            newcomer = self.line.next(self._running_of_tenants) if admitting else None
+            if newcomer is not None and (newcomer.batch or newcomer.yielded) and self.preemptions > before:
                 newcomer = None  # it may just have yielded
             if newcomer is not None and not (under_way and under_way[0].order < newcomer.order):
                 admitting = self._admit(newcomer, step)
@@ -196,6 +197,7 @@ class Scheduler:
         if sequence.preemptions == 0:
             sequence.cached_prompt_tokens = min(sequence.computed, sequence.prompt_len)
         self.line.leave(sequence)
+        sequence.yielded = False
         self.running.append(sequence)
         if not (sequence.isolated and step.chunks):
             self._add_chunk(sequence, min(sequence.remaining, step.budget), step)
@@ -205,17 +207,40 @@ class Scheduler:
         return not sequence.isolated
 
     def _making_way(self, newcomer: Sequence) -> Sequence | None:
-        """A running sequence to preempt for the newcomer: the last of batch, or one without output that comes later.
+        """A running sequence to preempt for the newcomer: the last of those that yield, or one without output that
+        comes later.
 
-        Batch yields to interactive ones only if that makes enough room.
+        They yield only if that makes enough room.
         """
-        yielding = [s for s in self.running if s.batch and not newcomer.batch and s.output_len >= s.yields_from]
+        yielding = [] if newcomer.batch else self._yielding(newcomer)
         if yielding and self._fitting_prefix(newcomer, yielding) is not None:
             victim = max(yielding, key=by_order)
             victim.yields_from = victim.output_len + YIELD_TOKENS
+            victim.yielded = not victim.batch
             return victim
+        if newcomer.yielded:
+            return None
         last = max((s for s in self.running if newcomer.batch or not s.batch), key=by_order, default=None)
         return None if last is None or last.output_len > 0 or last.order < newcomer.order else last
+
+    def _yielding(self, newcomer: Sequence) -> list[Sequence]:
+        """The running sequences that yield to an interactive one: all of batch, and of each tenant with more than its
+        share as many as it has too much beside the newcomer's tenant, the last ones."""
+        able = sorted((s for s in self.running if s.output_len >= s.yields_from and not s.isolated), key=by_order)
+        yielding = [s for s in able if s.batch]
+        tenant, weight = newcomer.request.tenant, newcomer.request.weight
+        count = self._running_of_tenants()
+        for s in reversed(able):
+            other = s.request
+            if s.batch or other.tenant == tenant:
+                continue
+            if may_take_from(count[tenant], weight, count[other.tenant], other.weight):
+                yielding.append(s)
+                count[other.tenant] -= 1
+        return yielding
+
+    def _running_of_tenants(self) -> Counter[str]:
+        return Counter(s.request.tenant for s in self.running if not s.batch)
 
     def _fitting_prefix(self, newcomer: Sequence, without: Collection[Sequence] = ()) -> list[int] | None:
         """The cached pages of the newcomer's longest known prefix, or None when it can't run beside the others yet.

@@ -39,7 +39,10 @@ class Sequence:
     cached_prompt_tokens: int = 0
     preemptions: int = 0
     yields_from: int = 0
-    """Tokens of output from which a batch sequence may be preempted for an interactive one."""
+    """Tokens of output from which it may be preempted for a sequence of a higher class, or of a tenant that has less
+    than its share."""
+    yielded: bool = False
+    """It was preempted for a sequence of another tenant, and waits."""
     lookup: Lookup | None = None
     """Made when a step first has a free row for guesses."""
     may_guess: bool = True

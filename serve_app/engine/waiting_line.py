@@ -1,16 +1,18 @@
 """The sequences that wait for a place or for pages, and the accounts of their tenants.
 
 New ones take turns between tenants (`serve_app.fair_queue`). Those that were preempted, or that a failover brought here
-with output, come before new ones. Batch comes after interactive, in any case. Knows no pages.
+with output, come before new ones, but for one that has made way for other tenants: it waits while these have less than
+their share. Batch comes after interactive, in any case. Knows no pages.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 
 from serve_app.engine.sequence import Sequence
-from serve_app.fair_queue import ExpectedTokens, FairQueue
+from serve_app.fair_queue import ExpectedTokens, FairQueue, may_take_from
 
 
 class WaitingLine:
@@ -49,17 +51,20 @@ class WaitingLine:
             self._new.start(sequence)
             bisect.insort(self._returning, sequence, key=by_order)
 
-    def next(self) -> Sequence | None:
-        """Who is to be admitted next."""
+    def next(self, running: Callable[[], Counter[str]]) -> Sequence | None:
+        """Who is to be admitted next. `running`: counts each tenant's interactive sequences that run."""
         if not (self._returning or self._new):
             return None
         new = self._new.first()
         if new is not None:
             number, more = self._last_turn
             new.turn = max((new.arrival, 0), (number, more + 1))
-        if self._returning and (new is None or new.batch or not self._returning[0].batch):
-            return self._returning[0]
-        return new
+        if not self._returning:
+            return new
+        returning = self._returning[0]
+        if new is None or new.batch:
+            return returning
+        return new if returning.batch or _comes_before(new, returning, running) else returning
 
     def leave(self, sequence: Sequence) -> None:
         """The sequence is admitted: it is the one that `next` told."""
@@ -90,6 +95,15 @@ class WaitingLine:
         self._new.end(sequence, sequence.prompt_len - sequence.cached_prompt_tokens + made)
         if made:
             self._expected.ended(sequence.request.tenant, made)
+
+
+def _comes_before(new: Sequence, returning: Sequence, running: Callable[[], Counter[str]]) -> bool:
+    """Whether the tenant of `new` has less than its share beside that of `returning`, which has made way for others."""
+    mine, other = new.request, returning.request
+    if not returning.yielded or mine.tenant == other.tenant:
+        return False
+    count = running()
+    return may_take_from(count[mine.tenant], mine.weight, count[other.tenant] + 1, other.weight)
 
 
 def by_order(sequence: Sequence) -> tuple[bool, bool, tuple[int, int]]:

@@ -47,7 +47,9 @@ class Service:
         for lane in self.admission.turns.lanes():
             for entry in lane:
                 if not self.admission.capacity.rooms(entry):
-                    break
+                    if not self.admission.several_tenants:
+                        break
+                    continue
                 self.admission.place(entry, "a")
                 self.placed.append(entry)
 
@@ -150,6 +152,24 @@ def test_a_tenant_over_its_share_is_told_so_and_others_are_let_in(service: Servi
     assert codes([service.ask(tenant="other")]) == [None]
     assert codes([service.ask(tenant="greedy")]) == [FailureCode.OVER_SHARE]
     assert codes(service.ask_many(40, tenant="third"))[:2] == [None, None]
+
+
+@pytest.mark.parametrize(("weight", "at_once"), [(1.0, PLACES // 2), (3.0, 3 * PLACES // 4), (0.2, 0)])
+def test_another_tenant_gets_its_share_of_the_places_at_once(service: Service, weight: float, at_once: int) -> None:
+    service.ask_many(PLACES + 1, tenant="greedy")
+    service.ask_many(PLACES, tenant="modest", weight=weight)
+    placed = [entry for entry in service.placed if entry.payer == ("modest", weight)]
+    assert len(service.placed) == PLACES + at_once
+    assert len(placed) == at_once
+    for entry in placed[:1]:
+        service.end(entry)
+        assert len(service.placed) == PLACES + at_once, "the next one has its place"
+
+
+def test_batch_gets_no_place_that_others_would_have_to_leave(service: Service) -> None:
+    service.ask_many(PLACES + 1, tenant="greedy")
+    service.ask(tenant="modest", priority=Priority.BATCH)
+    assert len(service.placed) == PLACES
 
 
 def test_batch_requests_wait_for_all_interactive_ones(service: Service) -> None:

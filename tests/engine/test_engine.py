@@ -87,6 +87,17 @@ async def test_batch_work_that_yields_gives_the_same_tokens(make_engine: MakeEng
     assert engine.stats().preemptions >= 2
 
 
+async def test_a_tenant_that_makes_way_for_another_gets_the_same_tokens(make_engine: MakeEngine) -> None:
+    prompts = prompts_of((30, 31, 33, 20, 25), seed=4)
+    expected = [greedy_reference("llama", prompt, 40) for prompt in prompts]
+    engine = make_engine(max_running=3, max_step_tokens=32)
+    greedy = [asyncio.create_task(tokens_of(engine, request_for(p, 40, tenant="greedy"))) for p in prompts[:3]]
+    await until(lambda: engine.stats().counters.output_tokens >= 6)
+    assert await all_tokens(engine, [request_for(p, 40, tenant="modest") for p in prompts[3:]]) == expected[3:]
+    assert await asyncio.gather(*greedy) == expected[:3]
+    assert engine.stats().preemptions >= 1
+
+
 async def test_a_seed_gives_the_same_tokens_alone_in_a_batch_and_continued(make_engine: MakeEngine) -> None:
     prompts = prompts_of(LENGTHS, seed=1)
     requests = [

@@ -192,14 +192,48 @@ def drain(s: Scheduler, steps: int = 2_000) -> list[int]:
     raise AssertionError("not all of them finish")
 
 
-def test_a_tenant_with_many_requests_delays_another_by_one_of_them() -> None:
+def test_a_tenant_with_many_requests_makes_way_for_another_up_to_its_share() -> None:
     s = scheduler(running=2)
     for arrival in range(1, 9):
         s.add(sequence(arrival, 3, first_id=arrival * 100, tenant="greedy"))
     step(s)
     s.add(sequence(9, 3, first_id=900, tenant="modest"))
     s.add(sequence(10, 3, first_id=1000, tenant="modest"))
-    assert drain(s) == [9, 3, 10, 4, 5, 6, 7, 8]
+    assert drain(s) == [9, 10, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize(("weight", "at_once"), [(1.0, 2), (3.0, 3), (0.3, 0)])
+def test_who_yields_goes_on_before_the_other_tenant_gets_more_than_its_share(weight: float, at_once: int) -> None:
+    s = scheduler(running=4, budget=64)
+    greedy = [sequence(arrival, 3, new=60, first_id=arrival * 100, tenant="greedy") for arrival in range(5)]
+    for one in greedy:
+        s.add(one)
+    for _ in range(3):
+        step(s)
+    for arrival in range(10, 15):
+        s.add(sequence(arrival, 3, new=20, first_id=arrival * 100, tenant="modest", weight=weight))
+    step(s)
+    assert [one.arrival for one in s.running if one.request.tenant == "modest"] == [*range(10, 10 + at_once)]
+    assert sum(one.yielded for one in greedy) == at_once
+    order = drain(s, steps=1000)
+    assert [one.output_len for one in greedy] == [60] * 5
+    assert [one for one in order if one >= 10] == [*range(10 + at_once, 15)], "what ran already has begun"
+    assert s.preemptions <= 5, "nobody takes a place from each other in turns"
+
+
+def test_a_tenant_yields_pages_too_but_not_in_vain() -> None:
+    s = scheduler(pages=12, running=8, budget=64)
+    for arrival in (1, 2, 3):
+        s.add(sequence(arrival, 7, new=8, first_id=arrival * 100, tenant="greedy"))
+    step(s)
+    large = sequence(4, 40, new=1, first_id=400, tenant="modest")
+    s.add(large)
+    step(s)
+    assert s.preemptions == 0, "three would have to yield, and two is what the tenant may take"
+    s.remove(large)
+    s.add(sequence(5, 7, new=1, first_id=500, tenant="modest"))
+    assert (5, 7) in step(s)
+    assert s.preemptions == 1
 
 
 def test_a_tenants_weight_is_its_share_of_the_starts() -> None:

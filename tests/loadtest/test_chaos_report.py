@@ -160,7 +160,11 @@ def test_the_pause_after_a_kill_is_that_of_streams_that_moved() -> None:
     own = outcome(Mode.RESUME, arrivals_s=[4.9, 6.6], cut_s=[5.5])
     assert pauses_after([judged(own, moved=True)], [kill]) == []
     assert pauses_of_resumes([judged(own)], own=True) == [6.6 - 4.9]
+    assert pauses_of_resumes([judged(own)], own=True, since_it_went=True) == [6.6 - 5.5]
     assert pauses_of_resumes([judged(own)], own=False) == []
+    lost = outcome(Mode.RESUME, arrivals_s=[4.9, 6.6, 8.0], broken=[(5.5, "reset"), (6.0, "refused")])
+    assert pauses_of_resumes([judged(lost)], own=False) == [6.6 - 4.9]
+    assert pauses_of_resumes([judged(lost)], own=False, since_it_went=True) == [6.6 - 5.5]
     freeze = Injected(Fault.FREEZE_MODEL, 5.5, 1, 1)
     assert pauses_after([judged(one, moved=True)], [kill], [kill, freeze]) == []
     assert pauses_after([judged(one, moved=True)], [kill], [kill, Injected(Fault.KILL_PROXY, 9.0, 1)]) == [6.6 - 5.1]

@@ -176,7 +176,7 @@ class Places:
             if self._capacity.free(entry.priority, leaves=leaves) > 0:
                 self._admission.blocked = True
                 return False
-            return leaves > 0 and self._capacity.free(entry.priority) > 0
+            return self._admission.several_tenants
         self._admission.place(entry, chosen)
         self._places[waiter.key] = _Place(entry, waiter.stray)
         self._wake(entry, chosen)
