@@ -226,10 +226,12 @@ class Scheduler:
     def _yielding(self, newcomer: Sequence) -> list[Sequence]:
         """The running sequences that yield to an interactive one: all of batch, and of each tenant with more than its
         share as many as it has too much beside the newcomer's tenant, the last ones."""
-        able = sorted((s for s in self.running if s.output_len >= s.yields_from and not s.isolated), key=by_order)
-        yielding = [s for s in able if s.batch]
         tenant, weight = newcomer.request.tenant, newcomer.request.weight
         count = self._running_of_tenants()
+        if count.total() == count[tenant] == len(self.running):
+            return []  # they are all its own, and none is batch
+        able = sorted((s for s in self.running if s.output_len >= s.yields_from and not s.isolated), key=by_order)
+        yielding = [s for s in able if s.batch]
         for s in reversed(able):
             other = s.request
             if s.batch or other.tenant == tenant:
