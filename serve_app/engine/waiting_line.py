@@ -61,7 +61,8 @@ class WaitingLine:
             new.turn = max((new.arrival, 0), (number, more + 1))
         if not self._returning:
             return new
-        returning = self._returning[0]
+        first = self._returning[0]
+        returning = next((s for s in self._returning if s.batch == first.batch and not s.yielded), first)
         if new is None or new.batch:
             return returning
         return new if returning.batch or _comes_before(new, returning, running) else returning

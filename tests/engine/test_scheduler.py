@@ -221,6 +221,18 @@ def test_who_yields_goes_on_before_the_other_tenant_gets_more_than_its_share(wei
     assert s.preemptions <= 5, "nobody takes a place from each other in turns"
 
 
+def test_a_stream_that_a_failover_brought_does_not_wait_for_one_that_has_yielded() -> None:
+    s = scheduler(running=4, budget=64)
+    for arrival in range(4):
+        s.add(sequence(arrival, 3, new=60, first_id=arrival * 100, tenant="greedy"))
+    step(s)
+    s.add(sequence(5, 3, new=20, first_id=500, tenant="modest"))
+    step(s)
+    s.add(sequence(6, 3, new=20, delivered=5, first_id=600, tenant="modest"))
+    assert any(one.yielded for one in s.waiting)
+    assert (6, 8) in step(s)
+
+
 def test_a_tenant_yields_pages_too_but_not_in_vain() -> None:
     s = scheduler(pages=12, running=8, budget=64)
     for arrival in (1, 2, 3):
