@@ -163,17 +163,18 @@ def _talk(conversation: Conversation) -> None:
         try:
             text = _read_message()
         except EOFError:
-            print()
+            _leave()
             return
         except KeyboardInterrupt:
             if interrupted:
-                print()
+                _leave()
                 return
             interrupted = True
             print("\n(Ctrl-C again, or Ctrl-D, leaves)")
             continue
         interrupted = False
         if text == "/exit":
+            _ignore_ctrl_c()
             return
         if not text or _command(text, conversation):
             continue
@@ -185,6 +186,16 @@ def _talk(conversation: Conversation) -> None:
         except KeyboardInterrupt:
             interrupted = True
             print(" [ended]")
+
+
+def _leave() -> None:
+    _ignore_ctrl_c()
+    print()
+
+
+def _ignore_ctrl_c() -> None:
+    """The chat ends by itself now; one more Ctrl-C would only turn that into a failure."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _read_message() -> str:
