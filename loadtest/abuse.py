@@ -1,8 +1,9 @@
 """What do bad clients do to good ones? `python -m loadtest.abuse` starts a service of its own on loopback.
 
 The service asks for keys: the good clients are one tenant, the bad ones another. Good clients ask for short chats, one
-after the other, first alone and then beside each attack of `loadtest.attacks`. Exit status 1: a good client lost an
-answer, a server died, a guessed key was let in, an attempt got a 5xx other than 503, or something was left over.
+after the other, first alone and then beside each attack of `loadtest.attacks`; `--rounds` repeats all attacks. Exit
+status 1: a good client lost an answer, a server died, a guessed key was let in, an attempt got a 5xx other than 503,
+something was left over, or a process has grown since the first round.
 """
 
 from __future__ import annotations
@@ -198,6 +199,8 @@ def main() -> int:
     parser.add_argument("--config", type=Path, help="serve this instead of configs/serve.yaml")
     parser.add_argument("--output", type=Path, default=Path("loadtest/results/abuse.json"))
     arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error("--rounds must be at least 1")
     port = free_port()
     config = service_config(arguments.config, port, batch_invariant=False)
     application = config["applications"][0]

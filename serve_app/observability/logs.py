@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 from dataclasses import dataclass, field
 from time import monotonic
 
@@ -103,7 +103,9 @@ class AccessLog:
             log_access(record)
             return
         if self._interval is None:
-            self._interval = asyncio.get_running_loop().call_later(REFUSALS_S, self._next_interval)
+            # In a context of its own: the line of the count must not carry this request's id.
+            loop = asyncio.get_running_loop()
+            self._interval = loop.call_later(REFUSALS_S, self._next_interval, context=Context())
         self._refused += 1
         if self._refused <= MOST_REFUSALS:
             log_access(record)

@@ -6,7 +6,7 @@ import logging
 import pytest
 from simulated_time import simulated_time
 
-from serve_app.observability.logs import MOST_REFUSALS, REFUSALS_S, AccessLog, RequestRecord, log_access
+from serve_app.observability.logs import MOST_REFUSALS, REFUSALS_S, AccessLog, RequestRecord, log_access, request_id_var
 
 
 def test_times_of_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,10 +32,19 @@ def test_the_line_of_a_request_that_never_began(caplog: pytest.LogCaptureFixture
 
 
 async def test_a_flood_of_refusals_is_counted_and_other_requests_keep_their_lines(
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO, "serve_app.access")
     log = AccessLog()
+    ids: dict[str, str] = {}
+    told = caplog.handler.emit
+
+    def emit(record: logging.LogRecord) -> None:
+        ids[record.getMessage()] = request_id_var.get()
+        told(record)
+
+    monkeypatch.setattr(caplog.handler, "emit", emit)
+    request_id_var.set("of the first request")
     with simulated_time():
         for number in range(MOST_REFUSALS + 7):
             log.ended(RequestRecord(f"refused-{number}", "/stream", status=503, outcome="overloaded"))
@@ -44,6 +53,7 @@ async def test_a_flood_of_refusals_is_counted_and_other_requests_keep_their_line
         assert len(caplog.messages) == MOST_REFUSALS + 2
         await asyncio.sleep(1.5 * REFUSALS_S)
         assert caplog.messages[-1] == "refused=7 more endpoint=/stream status=503 outcome=overloaded"
+        assert ids[caplog.messages[-1]] == "-", "it is of no request"
         log.ended(RequestRecord("later", "/stream", status=503, outcome="overloaded"))
         assert caplog.messages[-1].startswith("request_id=later ")
         await asyncio.sleep(1.5 * REFUSALS_S)
