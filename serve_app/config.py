@@ -144,8 +144,8 @@ class EngineConfig(_Config):
     max_running: int = Field(default=32, ge=1)
     """Requests computed together in one step; more wait."""
     max_step_tokens: int = Field(default=512, ge=1)
-    """Tokens computed in one step: decodes first, then chunks of prefill. A long prompt
-    delays the other requests by at most one such step."""
+    """Tokens computed in one step: decodes first, then chunks of prefill. A long prompt delays the other requests by
+    at most one such step. Where several tenants ask, prompts get less of a step if its tokens take long."""
     max_waiting: int = Field(default=256, ge=0)
     """Requests that may wait for a place in a replica's engine; one more is refused as overloaded."""
     attention: Literal["auto", "plain", "sdpa", "varlen", "triton", "cpu"] = "auto"

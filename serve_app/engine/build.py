@@ -34,6 +34,7 @@ from serve_app.engine.load_check import check_batch_invariance, check_model, mea
 from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.numerics import numerics_id
 from serve_app.engine.prompt_lookup import ROW_COST
+from serve_app.engine.prompt_pace import PromptPace
 from serve_app.engine.recording import record_graphs
 from serve_app.engine.sampling import Sampler
 from serve_app.engine.scheduler import Scheduler
@@ -114,6 +115,7 @@ def build_core(
         max_step_tokens=config.max_step_tokens,
         prompt_lookup=config.prompt_lookup,
         row_cost=measure_row_cost(runner) if measured else ROW_COST,
+        pace=None if padded else PromptPace(),  # padded steps all take as long
     )
     sampler = Sampler(kernels)
     core = EngineCore(

@@ -133,7 +133,11 @@ class EngineCore:
         logits = self._score(chunks, logits)
         gains = self._collect(chunks, self._sample(chunks, logits, masks))
         self._finish(gains)
-        self.meter.step(time.monotonic() - begun, self.counters.output_tokens - made)
+        seconds = time.monotonic() - begun
+        self.meter.step(seconds, self.counters.output_tokens - made)
+        if self.scheduler.pace is not None:
+            tokens = sum(chunk.tokens + len(chunk.draft) for chunk in chunks)
+            self.scheduler.pace.took(seconds, tokens, sum(chunk.tokens == 1 for chunk in chunks))
         return gains
 
     def _begin(self, chunks: list[Chunk]) -> None:

@@ -9,19 +9,26 @@ sequences start when no interactive one waits, and yield to those that come.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from serve_app.engine.kv_cache import PagePool, page_hash, root_hash
 from serve_app.engine.prompt_lookup import INDEXED_PER_STEP, ROW_COST, share_rows
+from serve_app.engine.prompt_pace import PromptPace
 from serve_app.engine.sequence import DraftPosition, Sequence
+from serve_app.engine.tenant_shares import (
+    YIELD_TOKENS,
+    interactive_of_tenants,
+    pausing_tenants,
+    takes_part,
+    yielding_to,
+)
 from serve_app.engine.waiting_line import WaitingLine, by_order
-from serve_app.fair_queue import may_take_from
 
-YIELD_TOKENS = 16
-"""A sequence that has yielded yields again only after so many more tokens. So an output of n tokens yields n / 16 + 1
-times at most, and an interactive request waits for batch for at most 16 steps and the prefill of a batch sequence."""
+PAUSES = 3
+"""Steps in a row in which tenants with more than their share may pause. In the long run every second one is such, at
+most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +72,14 @@ class _Step:
     """The chunks chosen so far for a step, and the tokens that are left for others."""
 
     budget: int
+    """Tokens that are left."""
     rows: int
     """Rows of logits that are left: a step has no more than sequences may run. Its memory, and with batch invariance or
     CUDA graphs also its shape, depend on that."""
     chunks: dict[Sequence, Chunk] = field(default_factory=dict)
     """In the order of the step's tokens."""
+    not_for_prompts: int = 0
+    """Tokens of the budget that are kept from prompts, beside it while prompts are added."""
 
 
 class Scheduler:
@@ -84,7 +94,9 @@ class Scheduler:
         max_step_tokens: int,
         prompt_lookup: bool = False,
         row_cost: float = ROW_COST,
+        pace: PromptPace | None = None,
     ) -> None:
+        """`pace`: bounds the prompts of a step where several tenants ask. None: a step may be full of them."""
         self.pool = pool
         self.running: list[Sequence] = []
         self.line = WaitingLine()
@@ -94,6 +106,8 @@ class Scheduler:
         self._max_step_tokens = max(max_step_tokens, max_running)
         self.prompt_lookup = prompt_lookup
         self._row_cost = row_cost
+        self.pace = pace
+        self._pauses_left = PAUSES
 
     @property
     def free_tokens(self) -> int:
@@ -135,21 +149,59 @@ class Scheduler:
             self._add_chunk(isolated, min(isolated.remaining, step.budget), step)
             return list(step.chunks.values()) or self.schedule()
         preempted = self.preemptions
-        for sequence in sorted((s for s in self.running if s.remaining == 1 and not s.held), key=by_order):
-            if sequence in self.running and step.budget > 0:
-                self._add_chunk(sequence, 1, step)
-        self._prefill(step, admitting=self.preemptions == preempted)
+        if not self._fill_without_some(step):
+            self._pauses_left = min(PAUSES, self._pauses_left + 1)
+            self._decode(step)
+            self._limit_prompts(step)
+            self._prefill(step, admitting=self.preemptions == preempted)
+        step.budget += step.not_for_prompts
         constrained = any(sequence.constraint is not None for sequence in step.chunks)
         if (self.prompt_lookup or constrained) and self.preemptions == preempted:
             self._add_drafts(step)
         return list(step.chunks.values())
 
-    def _prefill(self, step: _Step, *, admitting: bool) -> None:
+    def _fill_without_some(self, step: _Step) -> bool:
+        """Fill a step in which tenants pause that have more than their share, if somebody gets a first token sooner by
+        that. Returns whether such a sequence is in it; otherwise others can be added."""
+        if self.pace is None or self._pauses_left == 0 or not self.line.several_tenants:
+            return False
+        pausing = pausing_tenants(self.running, self.line.firsts())
+        if not pausing:
+            return False
+        preempted = self.preemptions
+        self._decode(step, pausing)
+        self._limit_prompts(step, times=PAUSES)
+        self._prefill(step, admitting=self.preemptions == preempted, pausing=pausing)
+        if all(sequence.output_len > 0 for sequence in step.chunks):
+            return False
+        self._pauses_left -= 1
+        return True
+
+    def _decode(self, step: _Step, pausing: Collection[str] = ()) -> None:
+        """Add the next token of each sequence that decodes."""
+        able = (s for s in self.running if s.remaining == 1 and not s.held and s not in step.chunks)
+        for sequence in sorted((s for s in able if takes_part(s, pausing)), key=by_order):
+            if sequence in self.running and step.budget > 0:
+                self._add_chunk(sequence, 1, step)
+
+    def _limit_prompts(self, step: _Step, times: int = 1) -> None:
+        """Leave the step short where another tenant's request may come while it runs. `times`: this often as much is
+        left to prompts."""
+        step.budget += step.not_for_prompts
+        step.not_for_prompts = 0
+        if self.pace is None or not self.line.several_tenants or len(self.running) + len(self.line) < 2:
+            return
+        if (most := self.pace.most(len(step.chunks))) is not None:
+            step.not_for_prompts = max(0, step.budget - times * most)
+            step.budget -= step.not_for_prompts
+
+    def _prefill(self, step: _Step, *, admitting: bool, pausing: Collection[str] = ()) -> None:
         """Fill the rest of the budget with prompts in order: those under way and those that can be admitted."""
-        under_way = deque(sorted((s for s in self.running if s.remaining > 1), key=by_order))
+        able = (s for s in self.running if s.remaining > 1 and s not in step.chunks and takes_part(s, pausing))
+        under_way = deque(sorted(able, key=by_order))
         before = self.preemptions
         while step.budget > 0:
-            newcomer = self.line.next(self._running_of_tenants) if admitting else None
+            newcomer = self._newcomer(pausing) if admitting else None
             if newcomer is not None and (newcomer.batch or newcomer.yielded) and self.preemptions > before:
                 newcomer = None  # it may just have yielded
             if newcomer is not None and not (under_way and under_way[0].order < newcomer.order):
@@ -162,6 +214,12 @@ class Scheduler:
                 preempted = self.preemptions
                 self._add_chunk(sequence, min(sequence.remaining, step.budget), step)
                 admitting = admitting and self.preemptions == preempted
+
+    def _newcomer(self, pausing: Collection[str]) -> Sequence | None:
+        """Who is to be admitted next."""
+        if pausing:
+            return self.line.next_of_others(pausing)
+        return self.line.next(lambda: interactive_of_tenants(self.running))
 
     def _add_chunk(self, sequence: Sequence, tokens: int, step: _Step) -> None:
         """Add the sequence's next tokens, as far as there are rows of logits for them.
@@ -203,7 +261,7 @@ class Scheduler:
             self._add_chunk(sequence, min(sequence.remaining, step.budget), step)
         if sequence.isolated and step.chunks:
             # No other sequence may be added. If this step already has others, the isolated one gets the next step.
-            step.budget = 0
+            step.budget = step.not_for_prompts = 0
         return not sequence.isolated
 
     def _making_way(self, newcomer: Sequence) -> Sequence | None:
@@ -212,7 +270,7 @@ class Scheduler:
 
         They yield only if that makes enough room.
         """
-        yielding = [] if newcomer.batch else self._yielding(newcomer)
+        yielding = [] if newcomer.batch else yielding_to(newcomer, self.running)
         if yielding and self._fitting_prefix(newcomer, yielding) is not None:
             victim = max(yielding, key=by_order)
             victim.yields_from = victim.output_len + YIELD_TOKENS
@@ -222,27 +280,6 @@ class Scheduler:
             return None
         last = max((s for s in self.running if newcomer.batch or not s.batch), key=by_order, default=None)
         return None if last is None or last.output_len > 0 or last.order < newcomer.order else last
-
-    def _yielding(self, newcomer: Sequence) -> list[Sequence]:
-        """The running sequences that yield to an interactive one: all of batch, and of each tenant with more than its
-        share as many as it has too much beside the newcomer's tenant, the last ones."""
-        tenant, weight = newcomer.request.tenant, newcomer.request.weight
-        count = self._running_of_tenants()
-        if count.total() == count[tenant] == len(self.running):
-            return []  # they are all its own, and none is batch
-        able = sorted((s for s in self.running if s.output_len >= s.yields_from and not s.isolated), key=by_order)
-        yielding = [s for s in able if s.batch]
-        for s in reversed(able):
-            other = s.request
-            if s.batch or other.tenant == tenant:
-                continue
-            if may_take_from(count[tenant], weight, count[other.tenant], other.weight):
-                yielding.append(s)
-                count[other.tenant] -= 1
-        return yielding
-
-    def _running_of_tenants(self) -> Counter[str]:
-        return Counter(s.request.tenant for s in self.running if not s.batch)
 
     def _fitting_prefix(self, newcomer: Sequence, without: Collection[Sequence] = ()) -> list[int] | None:
         """The cached pages of the newcomer's longest known prefix, or None when it can't run beside the others yet.

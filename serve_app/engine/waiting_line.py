@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from serve_app.engine.sequence import Sequence
 from serve_app.fair_queue import ExpectedTokens, FairQueue, may_take_from
+
+SEVERAL_WITHIN = 512
+"""Requests within which another tenant must have asked, for there to be several."""
 
 
 class WaitingLine:
@@ -27,6 +30,15 @@ class WaitingLine:
         """In their order."""
         self._last_turn = (-1, 0)
         self._expected = ExpectedTokens()
+        self._tenant: str | None = None
+        """Of the newest request."""
+        self._since_another = SEVERAL_WITHIN
+        """Requests of that tenant since one of another tenant."""
+
+    @property
+    def several_tenants(self) -> bool:
+        """More than one tenant has asked lately."""
+        return self._since_another < SEVERAL_WITHIN
 
     def __len__(self) -> int:
         return len(self._returning) + len(self._new)
@@ -38,6 +50,8 @@ class WaitingLine:
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait. Its tenant is charged when it starts, for its prompt and the answer to be expected."""
         request, delivered = sequence.request, len(sequence.request.output_token_ids)
+        self._since_another = self._since_another + 1 if self._tenant in (None, request.tenant) else 0
+        self._tenant = request.tenant
         expected = self._expected.of(request.tenant, request.max_new_tokens - delivered)
         self._new.add(
             sequence,
@@ -51,14 +65,26 @@ class WaitingLine:
             self._new.start(sequence)
             bisect.insort(self._returning, sequence, key=by_order)
 
+    def firsts(self) -> Iterator[Sequence]:
+        """The first new sequence of each tenant and class, in the order of their turns."""
+        return self._new.firsts()
+
+    def next_of_others(self, tenants: Collection[str]) -> Sequence | None:
+        """The interactive sequence that is to be admitted next if the new ones of these tenants are passed over.
+
+        None where one of theirs was preempted and has not come back.
+        """
+        returning = next((s for s in self._returning if not (s.batch or s.yielded)), None)
+        if returning is not None:
+            return None if returning.request.tenant in tenants else returning
+        able = (s for s in self._new.firsts() if not s.batch and s.request.tenant not in tenants)
+        return self._with_turn(next(able, None))
+
     def next(self, running: Callable[[], Counter[str]]) -> Sequence | None:
         """Who is to be admitted next. `running`: counts each tenant's interactive sequences that run."""
         if not (self._returning or self._new):
             return None
-        new = self._new.first()
-        if new is not None:
-            number, more = self._last_turn
-            new.turn = max((new.arrival, 0), (number, more + 1))
+        new = self._with_turn(self._new.first())
         if not self._returning:
             return new
         first = self._returning[0]
@@ -67,8 +93,14 @@ class WaitingLine:
             return returning
         return new if returning.batch or _comes_before(new, returning, running) else returning
 
+    def _with_turn(self, new: Sequence | None) -> Sequence | None:
+        if new is not None:
+            number, more = self._last_turn
+            new.turn = max((new.arrival, 0), (number, more + 1))
+        return new
+
     def leave(self, sequence: Sequence) -> None:
-        """The sequence is admitted: it is the one that `next` told."""
+        """The sequence is admitted: it is the one that `next` or `next_of_others` told."""
         if sequence in self._new:
             self._new.start(sequence)
             self._last_turn = sequence.turn

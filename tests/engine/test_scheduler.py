@@ -11,7 +11,9 @@ from msgspec.structs import replace
 
 from serve_app.core import Fingerprint, GenerationRequest, Priority, SamplingParams
 from serve_app.engine import scheduler as scheduling
+from serve_app.engine import waiting_line
 from serve_app.engine.kv_cache import PagePool
+from serve_app.engine.prompt_pace import PromptPace
 from serve_app.engine.scheduler import Chunk, Scheduler
 from serve_app.engine.sequence import Sequence
 
@@ -47,11 +49,33 @@ def sequence(
     return Sequence(request, arrival)
 
 
+class Pace(PromptPace):
+    """So many tokens of prompts beside any number of decodes."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+    def most(self, decodes: int) -> int:
+        return self.tokens
+
+
 def scheduler(
-    pages: int = 64, running: int = 4, budget: int = 16, lookup: bool = False, in_runs: bool = True
+    pages: int = 64,
+    running: int = 4,
+    budget: int = 16,
+    lookup: bool = False,
+    in_runs: bool = True,
+    pace: int | None = None,
 ) -> Scheduler:
-    pool = PagePool(pages, in_runs=in_runs)
-    return Scheduler(pool, page_tokens=PAGE, max_running=running, max_step_tokens=budget, prompt_lookup=lookup)
+    return Scheduler(
+        PagePool(pages, in_runs=in_runs),
+        page_tokens=PAGE,
+        max_running=running,
+        max_step_tokens=budget,
+        prompt_lookup=lookup,
+        pace=None if pace is None else Pace(pace),
+    )
 
 
 def step(scheduler: Scheduler) -> list[tuple[int, int]]:
@@ -219,6 +243,71 @@ def test_who_yields_goes_on_before_the_other_tenant_gets_more_than_its_share(wei
     assert [one.output_len for one in greedy] == [60] * 5
     assert [one for one in order if one >= 10] == [*range(10 + at_once, 15)], "what ran already has begun"
     assert s.preemptions <= 5, "nobody takes a place from each other in turns"
+
+
+def several(running: int, pace: int | None, greedy: int = 8) -> Scheduler:
+    """With a tenant that has all places, and another one that has asked before."""
+    s = scheduler(running=running, budget=64, pages=256, pace=pace)
+    s.add(sequence(100, 3, new=1, first_id=9000, tenant="modest"))
+    drain(s)
+    for arrival in range(greedy):
+        s.add(sequence(arrival, 12, new=60, first_id=arrival * 100, tenant="greedy"))
+    return s
+
+
+def test_prompts_of_a_step_are_few_where_several_tenants_ask() -> None:
+    s = several(running=8, pace=10)
+    assert step(s) == [(0, 10)]
+    assert step(s) == [(0, 2), (1, 8)]
+    assert step(s) == [(0, 1), (1, 4), (2, 6)]
+    alone = several(running=8, pace=10, greedy=1)
+    assert step(alone) == [(0, 12)], "nobody else is there"
+
+
+def test_one_tenant_alone_may_fill_a_step_with_prompts() -> None:
+    s = scheduler(running=8, budget=64, pages=256, pace=10)
+    for arrival in range(8):
+        s.add(sequence(arrival, 12, first_id=arrival * 100, tenant="only"))
+    assert step(s) == [*((arrival, 12) for arrival in range(5)), (5, 4)]
+
+
+def test_another_tenant_that_has_not_asked_for_long_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting_line, "SEVERAL_WITHIN", 6)
+    s = several(running=8, pace=10)
+    assert not s.line.several_tenants
+    assert sum(tokens for _, tokens in step(s)) == 64
+
+
+def test_a_tenant_with_more_than_its_share_pauses_until_another_has_its_first_token() -> None:
+    s = several(running=4, pace=10)
+    for _ in range(8):
+        step(s)
+    s.add(sequence(20, 20, new=3, first_id=5000, tenant="modest"))
+    s.add(sequence(21, 8, new=3, first_id=6000, tenant="modest"))
+    assert step(s) == [(20, 20), (21, 8)], "the prompts of two, and no token of the others"
+    assert [arrival for arrival, _ in step(s)] == [0, 1, 20, 21]
+
+
+def test_a_tenant_that_keeps_sending_prompts_does_not_keep_the_others_from_every_step() -> None:
+    s = several(running=6, pace=10, greedy=4)
+    for _ in range(8):
+        step(s)
+    paused = 0
+    for number in range(40):
+        s.add(sequence(200 + number, 3, new=1, first_id=5000 + 100 * number, tenant="modest"))
+        paused += all(arrival >= 200 for arrival, _ in step(s))
+    assert paused == 20 + scheduling.PAUSES // 2
+
+
+def test_who_pauses_goes_on_if_the_other_does_not_fit() -> None:
+    s = several(running=4, pace=10)
+    for _ in range(8):
+        step(s)
+    running = list(s.running)
+    for one in running:
+        one.yields_from = 1000
+    s.add(sequence(20, 20, new=3, first_id=5000, tenant="modest"))
+    assert [arrival for arrival, _ in step(s)] == [one.arrival for one in running]
 
 
 def test_a_stream_that_a_failover_brought_does_not_wait_for_one_that_has_yielded() -> None:
@@ -441,6 +530,7 @@ def test_a_prompt_that_is_cached_whole_still_computes_its_last_token() -> None:
     budget=st.integers(1, 20),
     cancelled=st.sets(st.integers(0, 11)),
     in_runs=st.booleans(),
+    pace=st.none() | st.integers(1, 8),
 )
 def test_every_request_finishes_and_every_page_comes_back(
     requests: list[tuple[int, int, int, int, bool, bool, str, bool]],
@@ -449,8 +539,9 @@ def test_every_request_finishes_and_every_page_comes_back(
     budget: int,
     cancelled: set[int],
     in_runs: bool,
+    pace: int | None,
 ) -> None:
-    s = scheduler(pages, running, budget, in_runs=in_runs)
+    s = scheduler(pages, running, budget, in_runs=in_runs, pace=pace)
     sequences = [
         sequence(
             i, prompt, new, first_id=10 * family, delivered=new // 2 if moved else 0, isolated=suspect, tenant=of,
