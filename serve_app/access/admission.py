@@ -61,6 +61,7 @@ class Admission:
         self._entries: dict[int, Entry] = {}
         self._groups: dict[int, Group] = {}
         self._placed: dict[Entry, None] = {}
+        self._placements = 0
         self._shares = Shares()
         self._turned_away = 0.0
         """Requests that were refused and are expected back, as far as their `Retry-After` says."""
@@ -170,11 +171,11 @@ class Admission:
             self.changed()
 
     def look_ahead(self) -> None:
-        """Before places are given: a replica gets its spare request only if that will start soon.
+        """Before spare requests are sent: a replica gets its one only if that will start soon.
 
         Of many that came at once all end at once, and a spare one would wait for them where nobody can refuse it.
         """
-        self._outlook.look(self._placed, self.turns, self.capacity.others(), self._clock())
+        self._outlook.look(self._placed, self.turns, self.capacity.others(), self._clock(), self._placements)
         self.capacity.spares = self._outlook.first_s <= SPARE_WITHIN_S
 
     def place(self, entry: Entry, replica: str) -> None:
@@ -182,6 +183,7 @@ class Admission:
         self.turns.start(entry)
         self.capacity.take(entry, replica)
         self._placed[entry] = None
+        self._placements += 1
         if entry.request is not None:
             self._shares.placed(entry.request.tenant)
         entry.placed_at = self._clock()

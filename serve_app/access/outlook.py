@@ -30,15 +30,18 @@ class Outlook:
         self._service_s = 0.0
         self._left_s: list[float] = [0.0]
         self._until = -math.inf
-        self._basis = (0, False)
+        self._basis = (0, False, 0)
 
-    def look(self, placed: dict[Entry, None], waiting: Iterable[Entry], others: int, now: float) -> None:
-        """Estimate anew, if the last estimate is old. `others`: places that other ingresses hold.
+    def look(
+        self, placed: dict[Entry, None], waiting: Iterable[Entry], others: int, now: float, placements: int = 0
+    ) -> None:
+        """Estimate anew, if the last estimate is old. `others`: places that other ingresses hold. `placements`: counts
+        those that got their places so far.
 
         An ingress that has no place gets its share of those: half of them, as if there were one other ingress.
         """
         first = list(islice(waiting, _SAMPLE))
-        basis = len(placed), bool(first)
+        basis = len(placed), bool(first), placements
         if now < self._until and basis == self._basis:
             return
         self._until, self._basis = now + OUTLOOK_S, basis

@@ -9,8 +9,10 @@ import pytest
 from fake_replica import generation_request
 from simulated_time import simulated_time
 
-from serve_app.access.admission import Admission
+from serve_app.access.admission import SPARE_WITHIN_S, Admission
 from serve_app.access.entry import Entry
+from serve_app.access.outlook import START_ANSWER_TOKENS
+from serve_app.access.pace import START_S_PER_TOKEN
 from serve_app.core import GenerationRequest, Priority, ReplicaLoad
 from serve_app.deployments.dispatch.places import FIRST_PAUSE_S, MAX_PAUSE_S, Choose, Places
 
@@ -231,6 +233,26 @@ async def test_a_replica_gets_what_it_can_start_and_a_little_more() -> None:
     await asking.report("a", places=4, running=0)
     await asking.complete("0")
     assert len(asking.got) == 33, "it has only 4 places, and more than that already"
+
+
+async def test_of_many_that_end_at_once_no_spare_request_is_left_to_wait_for_the_next() -> None:
+    """It would wait in its replica for as long as a whole request takes, where nobody can refuse it."""
+    asking = Asking(a=256, places=4)
+    requests = [generation_request(max_new_tokens=START_ANSWER_TOKENS) for _ in range(12)]
+    for number, request in enumerate(requests):
+        asking.admission.enter(request)
+        asking.tasks[str(number)] = asyncio.create_task(asking._take(str(number), request, least_loaded))
+        await settled()
+    assert len(asking.got) == 4
+    await asyncio.sleep(START_ANSWER_TOKENS * START_S_PER_TOKEN - SPARE_WITHIN_S / 2)
+    asking.places._hand_out()
+    await settled()
+    assert len(asking.got) == 5, "a place falls free soon"
+    await asking.complete("0", "1", "2", "3")
+    assert len(asking.got) == 8
+    await asyncio.sleep(1)
+    await asking.complete("4", "5")
+    assert len(asking.got) == 10
 
 
 async def test_reports_tell_what_other_ingresses_use_and_nobody_asks_in_vain() -> None:
