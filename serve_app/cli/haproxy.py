@@ -34,6 +34,8 @@ _LAUNCHER = """\
 #!/bin/sh
 # Written by serve-app. Starts HAProxy with Serve's configuration, rewritten where Serve has no settings for it.
 # serve_app/cli/haproxy_config.py says what is changed, and why. Beside it runs serve_app/cli/haproxy_standin.py.
+# Its threads would each have an arena of glibc's malloc, and hardly any shrinks: its memory grew with each attack.
+export MALLOC_ARENA_MAX="${{MALLOC_ARENA_MAX:-1}}" MALLOC_TRIM_THRESHOLD_="${{MALLOC_TRIM_THRESHOLD_:-131072}}"
 file=
 for argument; do
   [ "$file" = - ] && file=$argument

@@ -77,6 +77,20 @@ def test_what_serve_writes_is_what_is_rewritten() -> None:
     assert elsewhere == ["bind *:{{ config.stats_port }}"]
 
 
+@pytest.mark.parametrize(("users", "expected"), [({}, "1 131072"), ({"MALLOC_ARENA_MAX": "4"}, "4 131072")])
+def test_its_threads_share_one_arena_unless_the_user_wants_more(
+    users: dict[str, str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "haproxy"
+    program.write_text("#!/bin/sh\necho $MALLOC_ARENA_MAX $MALLOC_TRIM_THRESHOLD_\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(haproxy, "bundled_haproxy", lambda: program)
+    launcher = haproxy_environment({}, tmp_path / "launcher", tmp_path)["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    others = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    run = subprocess.run([launcher, "-v"], env=others | users, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == expected
+
+
 def test_services_get_ports_of_their_own(tmp_path: Path) -> None:
     both = [set(ports(haproxy_environment({}, tmp_path / name, tmp_path)).values()) for name in ("a", "b")]
     assert [len(numbers) for numbers in both] == [4, 4]
