@@ -118,7 +118,8 @@ class Admission:
             if request is not None and self._entries.pop(id(request), None) is not None:
                 self._subtract(entry, request)
                 if new_tokens and entry.placed_at is not None:
-                    self._outlook.pace.ended(self._clock() - entry.placed_at, new_tokens, full=entry.full)
+                    began_at = entry.placed_at if entry.began_at is None else entry.began_at
+                    self._outlook.pace.ended(self._clock() - began_at, new_tokens, full=entry.full)
                     self._expected.ended(request.tenant, new_tokens + len(request.output_token_ids))
                     self._any_ended = True
         if waits:
@@ -170,34 +171,43 @@ class Admission:
         if waits:
             self.changed()
 
-    def look_ahead(self) -> None:
-        """Before spare requests are sent: a replica gets its one only if that will start soon.
+    def rounds(self) -> Iterator[None]:
+        """Once for the free places, and once more for spare requests, if they will start soon.
 
         Of many that came at once all end at once, and a spare one would wait for them where nobody can refuse it.
         """
+        self.capacity.spares = False
+        yield
+        self._look_ahead()
+        if self.capacity.spares:
+            yield
+
+    def _look_ahead(self) -> None:
         self._outlook.look(self._placed, self.turns, self.capacity.others(), self._clock(), self._placements)
         self.capacity.spares = self._outlook.first_s <= SPARE_WITHIN_S
 
     def place(self, entry: Entry, replica: str) -> None:
         """The entry has a place at this replica from now on."""
         self.turns.start(entry)
-        self.capacity.take(entry, replica)
+        starts = self.capacity.take(entry, replica)
         self._placed[entry] = None
         self._placements += 1
         if entry.request is not None:
             self._shares.placed(entry.request.tenant)
         entry.placed_at = self._clock()
+        entry.began_at = entry.placed_at if starts else None
         entry.full = self.capacity.free(entry.priority) < (1 - FULL_SHARE) * len(self._placed)
         entry.group.started = True
 
     def give_back(self, entry: Entry, *, sent: bool) -> None:
         """The entry's place is free. `sent`: it was on its way to the replica."""
-        self.capacity.free_place(entry, sent=sent)
+        if (spare := self.capacity.free_place(entry, sent=sent)) is not None:
+            spare.began_at = self._clock()
         self._unplace(entry)
 
     def come_back(self, entry: Entry) -> None:
         """The replica of the entry's place has refused it: it is the next to get another one."""
-        entry.placed_at = None
+        entry.placed_at = entry.began_at = None
         if entry.request is None or self.find(entry.request) is entry:
             self.turns.wait(entry)
 
@@ -253,7 +263,7 @@ class Admission:
 
     def _wait_s(self, tenant: str, weight: float, priority: Priority, fingerprint: Fingerprint) -> float:
         """How long a new request would wait for its start, if no others came."""
-        self.look_ahead()
+        self._look_ahead()
         free = 0 if self.blocked else self.capacity.free(priority, leaves=self.leaves(tenant, weight))
         before = math.ceil(self.turns.before(tenant, weight, priority, fingerprint))
         at_once = before == 0 and self.capacity.makes_way(tenant, weight, priority)

@@ -117,15 +117,19 @@ class Capacity:
         """Requests of other ingresses at all replicas."""
         return sum(replica.others for replica in self._replicas.values())
 
-    def take(self, entry: Entry, name: str) -> None:
-        """The request has a place at this replica."""
+    def take(self, entry: Entry, name: str) -> bool:
+        """The request has a place at this replica. Returns whether it starts at once, and is no spare one."""
         replica = self._at[entry] = self._replicas[name]
+        places = self._places if replica.load is None else replica.load.places
+        used = len(replica.ours) + replica.others - (replica.batch if entry.priority is Priority.INTERACTIVE else 0)
+        starts = places is None or used < places or self._is_made_way_for(replica, *entry.payer, entry.priority)
         replica.ours[entry] = False
         if entry.priority is Priority.BATCH:
             replica.batch += 1
         else:
             replica.tenants[entry.payer] += 1
         replica.new_tokens += entry.prompt_tokens
+        return starts
 
     def sent(self, entry: Entry) -> None:
         """The request is on its way to the replica of its place."""
@@ -153,16 +157,21 @@ class Capacity:
             replica.rejected = True
             replica.others = max(replica.others, replica.limit - len(replica.ours) + 1)
 
-    def free_place(self, entry: Entry, *, sent: bool) -> None:
-        """The request holds no place any more. `sent` was called for it, or not."""
-        if (replica := self._at.pop(entry, None)) is not None:
-            del replica.ours[entry]
-            if entry.priority is Priority.BATCH:
-                replica.batch -= 1
-            else:
-                replica.tenants[entry.payer] -= 1
-                replica.tenants += Counter()  # drops those that have none
-            replica.sent -= sent
+    def free_place(self, entry: Entry, *, sent: bool) -> Entry | None:
+        """The request holds no place any more. `sent` was called for it, or not. Returns the spare one that starts now,
+        if there is any."""
+        if (replica := self._at.pop(entry, None)) is None:
+            return None
+        del replica.ours[entry]
+        if entry.priority is Priority.BATCH:
+            replica.batch -= 1
+        else:
+            replica.tenants[entry.payer] -= 1
+            replica.tenants += Counter()  # drops those that have none
+        replica.sent -= sent
+        if entry.began_at is None:
+            return None
+        return next((one for one in replica.ours if one.began_at is None), None)
 
     def doubtful(self) -> bool:
         """Whether a replica may have more places than it seems: nothing will tell when others give one back."""

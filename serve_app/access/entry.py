@@ -34,6 +34,8 @@ class Entry:
     """How many tokens it has made, once it has ended; None if it made none."""
     placed_at: float | None = None
     """None: it waits."""
+    began_at: float | None = None
+    """When its replica could start it. None: it waits, here or as a spare one in its replica."""
     full: bool = False
     """Hardly any other place was left when it got its own."""
 

@@ -71,5 +71,5 @@ class Outlook:
 
 def _left_s(entry: Entry, s_per_token: float, now: float) -> float:
     takes_s = entry.answer_tokens * s_per_token
-    placed_at = now if entry.placed_at is None else entry.placed_at
-    return max(placed_at + takes_s - now, OVERDUE * takes_s)
+    began_at = now if entry.began_at is None else entry.began_at
+    return max(began_at + takes_s - now, OVERDUE * takes_s)

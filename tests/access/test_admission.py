@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -43,15 +44,17 @@ class Service:
         return [self.ask(**changes) for _ in range(number)]
 
     def hand_out(self) -> None:
-        self.admission.look_ahead()
-        for lane in self.admission.turns.lanes():
-            for entry in lane:
-                if not self.admission.capacity.rooms(entry):
-                    if not self.admission.several_tenants:
-                        break
-                    continue
+        for _ in self.admission.rounds():
+            for lane in self.admission.turns.lanes():
+                self.serve(lane)
+
+    def serve(self, lane: Iterator[Entry]) -> None:
+        for entry in lane:
+            if self.admission.capacity.rooms(entry):
                 self.admission.place(entry, "a")
                 self.placed.append(entry)
+            elif not self.admission.several_tenants:
+                break
 
     def end(self, entry: Entry, new_tokens: int = LONGEST) -> None:
         entry.new_tokens = new_tokens

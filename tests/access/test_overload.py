@@ -6,7 +6,7 @@ import heapq
 import itertools
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -36,6 +36,8 @@ class Tenant:
     priority: Priority = Priority.INTERACTIVE
     from_s: float = 0.0
     """When it begins."""
+    at_once: int = 0
+    """Requests that come together when it begins."""
     asked: int = 0
     waits_s: list[float] = field(default_factory=list)
     """Of those that started, from their arrival to their start."""
@@ -49,8 +51,10 @@ class Tenant:
 class Simulation:
     """An ingress in front of one replica."""
 
-    def __init__(self, seed: int = 1) -> None:
+    def __init__(self, seed: int = 1, answers: tuple[int, int] = TOKENS) -> None:
+        """`answers`: their least and most tokens."""
         self.now = 0.0
+        self._answers = answers
         self.admission = Admission(MAX_WAIT_S, clock=lambda: self.now)
         self.admission.capacity.configure(PLACES, shared=False)
         self.admission.update({"a": 256})
@@ -67,6 +71,8 @@ class Simulation:
 
     def run(self, seconds: float, **tenants: Tenant) -> None:
         for name, tenant in tenants.items():
+            for _ in range(tenant.at_once):
+                self._at(tenant.from_s, partial(self._ask, name, tenant))
             self._at(
                 tenant.from_s + self._random.expovariate(tenant.per_s), partial(self._arrive, name, tenant, seconds)
             )
@@ -81,6 +87,9 @@ class Simulation:
         if self.now > until:
             return
         self._at(self.now + self._random.expovariate(tenant.per_s), partial(self._arrive, name, tenant, until))
+        self._ask(name, tenant)
+
+    def _ask(self, name: str, tenant: Tenant) -> None:
         tenant.asked += 1
         request = generation_request(
             sampling=SamplingParams(seed=1), tenant=name, max_new_tokens=4000, priority=tenant.priority
@@ -101,18 +110,20 @@ class Simulation:
             self.admission.leave(entry)
 
     def _hand_out(self) -> None:
-        self.admission.look_ahead()
-        for lane in self.admission.turns.lanes():
-            for entry in lane:
-                assert entry.request is not None
-                leaves = self.admission.leaves(entry.request.tenant, entry.request.weight)
-                if not self.admission.capacity.rooms(entry, leaves=leaves):
-                    if not self.admission.several_tenants:
-                        break
-                    continue
+        for _ in self.admission.rounds():
+            for lane in self.admission.turns.lanes():
+                self._serve(lane)
+        self._start()
+
+    def _serve(self, lane: Iterator[Entry]) -> None:
+        for entry in lane:
+            assert entry.request is not None
+            leaves = self.admission.leaves(entry.request.tenant, entry.request.weight)
+            if self.admission.capacity.rooms(entry, leaves=leaves):
                 self.admission.place(entry, "a")
                 self._waiting_in_engine.append((entry, self._tenants[entry]))
-        self._start()
+            elif not self.admission.several_tenants:
+                break
 
     def _start(self) -> None:
         """As the engine does: who has made way goes on first, and then makes way again."""
@@ -123,7 +134,7 @@ class Simulation:
                 continue
             self._waiting_in_engine.remove((entry, tenant))
             tenant.waits_s.append(self.now - entry.came_at)
-            tokens = self._random.randint(*TOKENS)
+            tokens = self._random.randint(*self._answers)
             self._run(entry, PREFILL_S + tokens * S_PER_TOKEN, tokens)
 
     def _run(self, entry: Entry, seconds: float, tokens: int) -> None:
@@ -171,6 +182,14 @@ def test_ten_times_capacity_is_done_as_well_as_capacity_and_the_rest_is_told_at_
     assert crowd.late <= 0.02 * len(crowd.refused), "the rest was refused before it waited"
     assert all(refusal.retry_after_s is not None and refusal.retry_after_s >= 1 for refusal in crowd.refused)
     assert crowd.asked == crowd.done + len(crowd.refused)
+
+
+def test_answers_that_all_end_together_let_no_request_wait_in_the_engine_for_the_next_round() -> None:
+    crowd = Tenant(10 * CAPACITY, at_once=400)
+    Simulation(answers=(64, 64)).run(180, crowd=crowd)
+    late = [wait_s for wait_s in crowd.waits_s if wait_s > MAX_WAIT_S]
+    assert len(late) <= 1, "one, before any answer has told how long they take"
+    assert crowd.tokens >= 0.9 * PLACES / S_PER_TOKEN * 180
 
 
 def test_at_half_of_its_capacity_nothing_is_refused() -> None:

@@ -149,11 +149,11 @@ class Places:
                     self._wake(entry, None)
                 return
             admission.blocked = False
-            self._capacity.spares = False
-            self._serve_lanes()
-            admission.look_ahead()
-            if self._capacity.spares:
-                self._serve_lanes()
+            for _ in admission.rounds():
+                for lane in admission.turns.lanes():
+                    for entry in lane:
+                        if not self._give_place(entry):
+                            break
             doubtful = bool(self._waiters) and self._capacity.doubtful()
         if self._timer is not None and not doubtful:
             self._timer.cancel()
@@ -161,12 +161,6 @@ class Places:
         elif self._timer is None and doubtful:
             pause_s = backoff_s(self._failures + 1, FIRST_PAUSE_S, MAX_PAUSE_S)
             self._timer = asyncio.get_running_loop().call_later(pause_s, self._try_again)
-
-    def _serve_lanes(self) -> None:
-        for lane in self._admission.turns.lanes():
-            for entry in lane:
-                if not self._give_place(entry):
-                    break
 
     def _give_place(self, entry: Entry) -> bool:
         """Give the entry a place, if its router waits for one and there is one for it. Returns whether it is the turn
