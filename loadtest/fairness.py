@@ -73,8 +73,8 @@ def main() -> None:
     """Run all phases and write what they gave."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("configs/serve.yaml"))
-    parser.add_argument("--seconds", type=float, default=120.0, help="of each phase")
-    parser.add_argument("--share", type=float, default=0.25, help="of the capacity, for the modest tenant")
+    parser.add_argument("--seconds", type=float, default=150.0, help="of each phase")
+    parser.add_argument("--share", type=float, default=0.1, help="of the capacity, for the modest tenant")
     parser.add_argument("--times", type=float, default=20.0, help="how many times as much the greedy one asks")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULTS.with_name("fairness.json"))
