@@ -20,7 +20,7 @@ from loadtest.outcome import Broken, Cut, Outcome, Refused, ended_as_if_whole
 from loadtest.workload import Mode, Question, Visit, Wire
 
 DEADLINE_S = 150.0
-"""Of one request, with all its resumes: the service's own deadline is longer, and a run must end."""
+"""Of one request, with all its resumes, after its last event: an answer is late, and not lost, while it comes."""
 LAST_DEADLINE_S = 400.0
 """Of one client with all its repetitions."""
 TIMEOUT = httpx.Timeout(60, connect=30)
@@ -55,9 +55,10 @@ class ChaosClient:
 
     async def play(self) -> Outcome:
         """Until the answer is there or there will be none."""
+        self._last_s = asyncio.get_running_loop().time() + LAST_DEADLINE_S
         try:
-            async with asyncio.timeout(DEADLINE_S) as deadline:
-                await self._until_answered(deadline)
+            async with asyncio.timeout(DEADLINE_S) as self._deadline:
+                await self._until_answered()
         except TimeoutError:
             self.outcome.failure = f"no answer in time; {self._so_far()}"
         except (ValueError, KeyError, LookupError) as error:
@@ -68,9 +69,7 @@ class ChaosClient:
     def _so_far(self) -> str:
         return f"{len(self.outcome.arrivals_s)} events, connections broken: {[what for _, what in self.outcome.broken]}"
 
-    async def _until_answered(self, deadline: asyncio.Timeout) -> None:
-        now = asyncio.get_running_loop().time
-        last_s = now() + LAST_DEADLINE_S
+    async def _until_answered(self) -> None:
         failures = 0
         while not self._reply.over:
             resuming = bool(self.outcome.stream_id)
@@ -89,7 +88,7 @@ class ChaosClient:
                 failures += 1
                 if not self.outcome.stream_id:
                     self._reply, self.outcome.arrivals_s = new_reply(self._question), []
-                    deadline.reschedule(min(last_s, now() + DEADLINE_S))
+                    self._goes_on()
                 await asyncio.sleep(min(2.0, _BACKOFF_S * 2**failures))
         self.outcome.answer = self._reply.answer()
 
@@ -172,9 +171,14 @@ class ChaosClient:
     def _arrived(self) -> None:
         """An event came. Raises `Cut` where this client is to drop its connection."""
         self.outcome.arrivals_s.append(time.monotonic())
+        self._goes_on()
         if self._drops and self._reply.next_index > self._drops[0] and not self._reply.over:
             self._drops.pop(0)
             raise Cut
+
+    def _goes_on(self) -> None:
+        """The client waits for another `DEADLINE_S`, within its last deadline."""
+        self._deadline.reschedule(min(self._last_s, asyncio.get_running_loop().time() + DEADLINE_S))
 
     async def _refusal(self, response: httpx.Response) -> None:
         """Raises `Refused` after the time it names, `Broken` where trying again may help, else `ValueError`."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
 import pytest
+from simulated_time import simulated_time
 
 from loadtest import chaos_client
 from loadtest.chaos_client import ChaosClient
@@ -33,16 +35,19 @@ def numbered(index: int | None, text: str) -> bytes:
 
 
 class Script(httpx.AsyncByteStream):
-    """A body; an exception in it is raised where it stands."""
+    """A body; an exception in it is raised where it stands, and a number is a pause in seconds."""
 
-    def __init__(self, *parts: bytes | Exception) -> None:
+    def __init__(self, *parts: bytes | Exception | float) -> None:
         self._parts = parts
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         for part in self._parts:
             if isinstance(part, Exception):
                 raise part
-            yield part
+            if isinstance(part, float):
+                await asyncio.sleep(part)
+            else:
+                yield part
 
 
 class Server:
@@ -118,6 +123,19 @@ async def test_a_resuming_client_names_the_last_event_it_has(play: Callable[...,
     assert {request.url.path for request in server.requests[1:]} == {f"/v1/streams/{STREAM}"}
     assert seen.resumed == 2
     assert not seen.faults
+
+
+async def test_an_answer_is_late_and_not_lost_while_it_comes(
+    play: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chaos_client, "DEADLINE_S", 0.5)
+    with simulated_time():
+        slow = Script(event(None, 1), 0.4, event(None, 2), 0.4, event(None, 3), 0.4, done(None))
+        seen = await play(Server(httpx.Response(200, headers={"content-type": "text/event-stream"}, stream=slow)))
+        assert (seen.answer.token_ids, seen.failure) == ((1, 2, 3), None)
+        silent = Script(event(None, 1), 0.6, event(None, 2))
+        seen = await play(Server(httpx.Response(200, headers={"content-type": "text/event-stream"}, stream=silent)))
+        assert "no answer in time; 1 events" in str(seen.failure)
 
 
 async def test_it_drops_its_own_connection_when_told_to(play: Callable[..., Any]) -> None:
