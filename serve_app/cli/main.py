@@ -25,6 +25,7 @@ COMMANDS = {
     "keys": "make, list and revoke API keys",
     "models": "list the models of a running server",
     "chat": "chat with a running server in the terminal",
+    "bench": "measure a running server that speaks OpenAI's API",
 }
 _INTERRUPTED = 130  # what a shell reports for a program that SIGINT ended
 
