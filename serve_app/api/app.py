@@ -16,10 +16,11 @@ from serve_app.access.reservations import Quotas
 from serve_app.api.anthropic.messages import MessagesFormat
 from serve_app.api.anthropic.models import AnthropicModels
 from serve_app.api.error_shapes import ANTHROPIC_VERSION
+from serve_app.api.http.chat_page import chat_page
 from serve_app.api.http.endpoint import Admission, Call, Counted, Endpoint, Handler
 from serve_app.api.http.guard import Guard
 from serve_app.api.http.pages import Pages
-from serve_app.api.http.probes import probes
+from serve_app.api.http.probes import MetricsText, no_metrics, probes
 from serve_app.api.http.routing import application, route
 from serve_app.api.http.sse import EventStream, StreamSettings
 from serve_app.api.jina import JinaFormat
@@ -56,11 +57,12 @@ def create_app(
     keep_responses: bool = True,
     guard: Guard | None = None,
     quotas: Quotas | None = None,
+    metrics_text: MetricsText = no_metrics,
 ) -> Starlette:
     """The ASGI application of one ingress replica: one process, one event loop.
 
     `responses` are the streams of /v1/responses; `keep_responses` is their default of `store`. `guard`: by default one
-    that asks for no keys. Without `quotas`, nobody's limits are counted.
+    that asks for no keys. Without `quotas`, nobody's limits are counted. `metrics_text`: what `/metrics` answers.
     """
     guard = guard or Guard()
     settings = stream_settings or StreamSettings(config.heartbeat_s, config.slow_reader_bytes)
@@ -116,11 +118,12 @@ def create_app(
         generates("/v1/messages", partial(responder.answer, messages), "POST"),
         endpoint("/v1/messages/count_tokens", messages.handle_count, "POST"),
         *by_id.routes(endpoint),
-        endpoint(ENDPOINT, resume.handle, "GET", counted=Counted.NOTHING),
+        endpoint(ENDPOINT, _by_method(resume), "GET", "DELETE", counted=Counted.NOTHING),
         endpoint("/v1/models", list_models, "GET", "HEAD"),
         endpoint("/v1/models/{model:path}", one_model, "GET", "HEAD"),
-        *probes(service.state, service.sampling_defaults, guard),
+        *probes(service.state, service.sampling_defaults, guard, metrics_text),
         *pages_of_the_api(),
+        *chat_page(),
     ]
     return application(routes, metrics, pages, guard, unserved)
 
@@ -131,6 +134,15 @@ def _stream(responder: Responder, native: NativeFormat, jina: JinaFormat) -> Han
     async def handle(call: Call) -> Response | EventStream:
         from_jina = call.method == "GET" and call.body is not None
         return await responder.answer(jina if from_jina else native, call)
+
+    return handle
+
+
+def _by_method(resume: Resume) -> Handler:
+    """The handler of a stream's own path: its rest, or its end."""
+
+    async def handle(call: Call) -> Response | EventStream:
+        return await (resume.cancel if call.method == "DELETE" else resume.handle)(call)
 
     return handle
 

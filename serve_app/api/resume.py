@@ -82,15 +82,28 @@ class Resume:
 
     async def handle(self, call: Call) -> Response | EventStream:
         """`GET /v1/streams/{stream_id}`. Raises `ApiError`."""
-        stream_id = call.path_params["stream_id"]
-        if not _STREAM_ID.fullmatch(stream_id):
-            raise bad_request("That is not the id of a stream.", param="stream_id", code="invalid_stream_id")
+        stream_id = _stream_id(call)
         mark, last_event_id = Mark(), call.headers.get(LAST_EVENT_ID_HEADER)
         if last_event_id:
             of_stream, mark = _parse_event_id(last_event_id)
             if of_stream != stream_id:
                 raise bad_request("Last-Event-ID belongs to another stream.", code="invalid_event_id")
         return await self._rest(call, stream_id, mark)
+
+    async def cancel(self, call: Call) -> Response:
+        """`DELETE /v1/streams/{stream_id}`: no more of it is generated. Raises `ApiError`."""
+        stream_id = _stream_id(call)
+
+        def found(document: StreamDocument) -> Transcript:
+            _check_caller(call, stream_id, document)
+            return self._transcript(document)
+
+        stream = await self._streams.find(stream_id, found)
+        _check_caller(call, stream_id, stream.document)
+        if not stream.finished:
+            await self._streams.cancel(stream_id, found)
+        call.record.outcome = "cancelled"
+        return Response(status_code=204)
 
     async def open(self, call: Call, parsed: ParsedRequest, wire: WireFormat) -> EventStream:
         """A new stream that can be resumed. Raises `RequestError`."""
@@ -173,6 +186,7 @@ class _Reader:
             seen = 0 if mark is None else transcript.tokens
             yield b""
             yield _RETRY  # a field of the first event, not an event of its own
+            recoveries = len(stream.feed.recoveries_s)
             async with aclosing(stream.feed.read(mark or Mark(), max_lag_bytes)) as pieces:
                 async for first, events in pieces:
                     if transcript.tokens > seen:
@@ -180,9 +194,20 @@ class _Reader:
                         seen = transcript.tokens
                     if mark is None:  # cached tokens count only for the request with the prompt
                         record.cached_prompt_tokens = transcript.cached_prompt_tokens
+                    for seconds in stream.feed.recoveries_s[recoveries:]:
+                        yield b": continued on another replica after %.1f s\n" % seconds
+                    recoveries = len(stream.feed.recoveries_s)
                     self.position = first + len(events)
                     yield _numbered(stream.id, first, events)
             record.outcome = transcript.outcome
+
+
+def _stream_id(call: Call) -> str:
+    """The one in the path. Raises `ApiError`."""
+    stream_id = call.path_params["stream_id"]
+    if not _STREAM_ID.fullmatch(stream_id):
+        raise bad_request("That is not the id of a stream.", param="stream_id", code="invalid_stream_id")
+    return stream_id
 
 
 def _check_caller(call: Call, stream_id: str, document: StreamDocument) -> None:

@@ -60,6 +60,9 @@ class Generation:
         self._failure: Failure | None = None
         self.ended = False
         """`take` has handed out the last reply, or the generation was closed."""
+        self.recoveries_s: list[float] = []
+        """For each time that its replica was lost in the middle of the answer: seconds until the next token came."""
+        self._lost_at: float | None = None
         if prior is not None:
             self._output.append(prior)
             self._taken = len(self._output)
@@ -141,6 +144,8 @@ class Generation:
                 self._log_continued()
             if reason is None or self._failure is not None:
                 return
+            if len(self._output) and self._lost_at is None:
+                self._lost_at = asyncio.get_running_loop().time()
             logger.warning(
                 "request %s, choice %d: an attempt ended after %d tokens, of which it made %d (%s); trying again%s",
                 self._request.request_id,
@@ -223,6 +228,9 @@ class Generation:
     def _receive(self, batch: TokenBatch) -> None:
         self._output.append(batch)
         self._accepted = True
+        if self._lost_at is not None and batch.token_ids:
+            self.recoveries_s.append(asyncio.get_running_loop().time() - self._lost_at)
+            self._lost_at = None
         if batch.stats is not None:
             self._latest_stats = batch.stats
             if not self._request.numerics_id:
@@ -273,6 +281,11 @@ class Generations:
 
     async def __aexit__(self, *exc: object) -> None:
         await asyncio.gather(*(generation.aclose() for generation in self._running.values()))
+
+    @property
+    def recoveries_s(self) -> list[float]:
+        """Those of all choices; see `Generation`."""
+        return [seconds for generation in self._running.values() for seconds in generation.recoveries_s]
 
     async def stop(self, choice: int) -> None:
         """Generate no more of this choice."""

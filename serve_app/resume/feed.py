@@ -27,6 +27,9 @@ class EventFeed:
         self.events.append(transcript.opening())
         self.closed = False
         """No more events come: all are there, or this process neither generates nor follows the stream any more."""
+        self.recoveries_s: Sequence[float] = ()
+        """How long each interruption took after which another replica went on, as far as this process saw them. They
+        are no events: another process, which reads the journal, does not know them."""
         self._trouble: RequestError | None = None
         self._news = asyncio.Event()
 

@@ -126,6 +126,7 @@ class Owner:
                     self._fail(reply)
                     return
                 self._accept()
+                self.feed.recoveries_s = generations.recoveries_s
                 self._take(choice, reply)
                 if transcript.ended(choice):
                     await generations.stop(choice)  # a stop string ended it: the model would go on

@@ -19,6 +19,7 @@ from serve_app.access.reservations import Quotas
 from serve_app.api.app import create_app
 from serve_app.api.http.guard import Guard
 from serve_app.api.http.pages import Pages
+from serve_app.api.http.probes import MetricsText, no_metrics
 from serve_app.api.http.sse import StreamSettings
 from serve_app.chat.prompts import PromptFormatter
 from serve_app.chat.tokenizer import ChatTokenizer
@@ -126,6 +127,7 @@ async def make_app(
         text: ChatTokenizer = tokenizer,
         guard: Guard | None = None,
         full: IsFull = lambda tenant, weight, remaining_s: None,
+        metrics_text: MetricsText = no_metrics,
         **config: object,
     ) -> Starlette:
         failover = failover or FailoverSettings(silence_s=60, max_attempts=3, first_backoff_s=0.001, max_backoff_s=0.01)
@@ -166,6 +168,7 @@ async def make_app(
             keep_responses=keep_responses,
             guard=guard,
             quotas=quotas,
+            metrics_text=metrics_text,
         )
         app.state.responses = responses  # for tests in which an ingress dies
         return app

@@ -226,7 +226,7 @@ async def test_the_prompt_and_its_cache_hits_count_once_however_often_a_stream_i
     assert usage["prompt_tokens_details"] == {"cached_tokens": 2}
     assert len(replica.requests) == 2
     assert metrics.counters["serve_app_prompt_tokens", ()] == usage["prompt_tokens"]
-    assert metrics.counters["serve_app_cached_prompt_tokens", ()] == 2
+    assert metrics.counters["serve_app_prefix_cache_hits", ()] == 2
 
 
 async def test_without_resume_a_disconnect_stops_the_work_at_once(
@@ -465,6 +465,39 @@ async def test_a_last_event_id_without_resume_means_nothing(replica: FakeReplica
     await exchange.end()
     assert exchange.status == 200
     assert b"id: " not in exchange.body
+
+
+async def test_a_reader_is_told_when_another_replica_went_on(
+    replica: FakeReplica, make_app: MakeApp, writes: Writes, store: MemoryJournalStore
+) -> None:
+    whole = writes()
+    replica.scripts = [lambda request: [*whole(request)[:4], ReplicaLost("it died")], whole]
+    app = make_app(replica, journals=store)
+    exchange = Exchange(app, "POST", "/v1/chat/completions", {**HI, "stream": True}, RESUME)
+    await exchange.end()
+    assert len(re.findall(rb"^: continued on another replica after \d\.\d s\n", exchange.body, re.MULTILINE)) == 1
+    later = await fetch(app, stream_id_of(exchange), 0)
+    assert b": continued" not in later.body, "it was not there"
+    assert EVENT.findall(later.body) == EVENT.findall(exchange.body)
+
+
+async def test_a_stream_can_be_ended_by_who_opened_it(
+    replica: FakeReplica, make_app: MakeApp, writes: Writes, store: MemoryJournalStore, http: Http
+) -> None:
+    replica.scripts = [writes(" ".join(["word"] * 500), pause_s=0.01)]
+    app, other = make_app(replica, journals=store), make_app(replica, journals=store)
+    for number, ingress in enumerate((app, other), 1):
+        mine = {**RESUME, "authorization": "Bearer mine"}
+        exchange = Exchange(app, "POST", "/v1/chat/completions", {**HI, "stream": True}, mine)
+        await exchange.until(b"word")
+        path = f"/v1/streams/{stream_id_of(exchange)}"
+        assert (await http(ingress).delete(path)).status_code == 404
+        assert (await http(ingress).delete(path, headers={"authorization": "Bearer mine"})).status_code == 204
+        await exchange.end()
+        assert b'"code": "cancelled"' in exchange.body
+        assert replica.closed == number
+    assert (await http(app).delete("/v1/streams/nonsense")).status_code == 400
+    assert (await http(app).delete(f"/v1/streams/{'A' * 22}")).status_code == 410
 
 
 @pytest.mark.parametrize("elsewhere", [True, False])

@@ -1,7 +1,7 @@
 """Who may come in: finds the caller of a request by its API key, before the request is read.
 
-Promises that nothing but `/health` is answered without a key where the service asks for keys, and that a key stands in
-no answer and no log. Knows no endpoint.
+Promises that nothing but `/health` and the chat page's files is answered without a key where the service asks for keys,
+and that a key stands in no answer and no log. Knows no endpoint.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from serve_app.access.caller import ANONYMOUS, Caller
 from serve_app.access.guessing import Guesses, TooManyGuesses
 from serve_app.access.keys import ApiKeys, ExpiredKey, UnknownKey
 from serve_app.api.errors import ApiError
+from serve_app.api.http.chat_page import is_open
 from serve_app.api.http.pages import is_loopback
 from serve_app.api.http.slow_bodies import client_of
 
@@ -61,7 +62,7 @@ class Guard:
 
     def caller(self, scope: Scope, path: str, headers: Headers) -> Caller:
         """Who asks. `path`: below the application's prefix. Raises `ApiError`: 401, and 429 after many wrong keys."""
-        if not self.keys.required or path in OPEN_PATHS:
+        if not self.keys.required or path in OPEN_PATHS or is_open(scope["method"], path):
             return ANONYMOUS
         page = _is_page(scope["method"], path)
         presented = _presented(headers, basic=page)

@@ -12,6 +12,7 @@ import logging
 import re
 import uuid
 from collections.abc import Callable
+from time import monotonic
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -27,8 +28,8 @@ from serve_app.observability.logs import NOBODY, AccessLog, RequestRecord, log_a
 logger = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-PROBES = frozenset({"/health", "/ready"})
-"""Health checks call these every few seconds: access lines are at debug level, and the metrics don't count them."""
+PROBES = frozenset({"/health", "/ready", "/metrics"})
+"""Programs call these every few seconds: access lines are at debug level, and the metrics don't count them."""
 
 
 class RequestScope:
@@ -83,7 +84,11 @@ class RequestScope:
                 answer_headers["x-request-id"] = record.request_id
                 if id_header is not None:
                     answer_headers[id_header] = record.request_id
-                answer_headers.update(self._pages.answer_headers(headers))
+                for name, value in self._pages.answer_headers(headers).items():
+                    if name == "vary":
+                        answer_headers.add_vary_header(value)
+                    else:
+                        answer_headers[name] = value
                 if record.ignored_fields:
                     answer_headers["x-ignored-fields"] = ", ".join(record.ignored_fields)
                 answer_headers.update(record.limit_headers)
@@ -121,6 +126,8 @@ class RequestScope:
         self._access_log.ended(record)
         endpoint = {"endpoint": record.endpoint}
         self._metrics.count(m.REQUESTS, 1, {**endpoint, "outcome": record.outcome})
+        if record.ignored_fields:
+            self._metrics.count(m.IGNORED_FIELDS, len(record.ignored_fields))
         if record.tenant != NOBODY:
             self._report_key(record)
         if record.time_to_first_token_s is not None:
@@ -128,6 +135,7 @@ class RequestScope:
             self._metrics.count(m.CACHED_PROMPT_TOKENS, record.cached_prompt_tokens)
             self._metrics.count(m.OUTPUT_TOKENS, record.output_tokens)
             self._metrics.observe(m.TIME_TO_FIRST_TOKEN_S, record.time_to_first_token_s, endpoint)
+            self._metrics.observe(m.E2E_LATENCY_S, monotonic() - record.arrived, endpoint)
         if record.inter_token_latency_s is not None:
             self._metrics.observe(m.INTER_TOKEN_LATENCY_S, record.inter_token_latency_s, endpoint)
 
@@ -141,12 +149,13 @@ class RequestScope:
 
 
 def _without_slash_at_its_end(scope: Scope) -> str:
-    """Remove the slash at the end of the path in `scope`. Returns the path below the application's own prefix."""
+    """Remove the slash at the end of the path in `scope`, but for the application's own root, which is "/".
+
+    Returns the path below the application's own prefix.
+    """
     root = scope.get("root_path", "")
     path: str = scope["path"]
     prefix = root if path.startswith(root) else ""
-    below = path[len(prefix) :]
-    if len(below) > 1 and below.endswith("/"):
-        below = below.rstrip("/") or "/"
-        scope["path"] = prefix + below
+    below = path[len(prefix) :].rstrip("/") or "/"
+    scope["path"] = prefix + below
     return below

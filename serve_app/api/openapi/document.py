@@ -18,6 +18,7 @@ from serve_app.api.openapi.operations import OPERATIONS, Operation
 _SCHEMAS = "#/components/schemas/{model}"
 _JSON = "application/json"
 _EVENTS = "text/event-stream"
+_TEXT = "text/plain"
 _ANSWER_HEADERS = {
     "X-Request-Id": "The request's id, which stands in every log line of the request.",
     "X-Ignored-Fields": "Fields of the request that were ignored.",
@@ -128,12 +129,16 @@ def _responses(operation: Operation, schemas: _Schemas) -> Schema:
     content: Schema = {}
     if operation.answers:
         content[_JSON] = {"schema": _any_of(operation.answers, schemas)}
+    if operation.text:
+        content[_TEXT] = {"schema": {"type": "string"}}
     if operation.events:
         content[_EVENTS] = {"schema": _events(operation, schemas)}
-    headers = _headers(_ANSWER_HEADERS)
-    responses: Schema = {"200": {"description": "The answer.", "headers": headers, "content": content}}
+    responses: Schema = {}
+    if content:
+        headers = _headers(_ANSWER_HEADERS)
+        responses["200"] = {"description": "The answer.", "headers": headers, "content": content}
     for status, model in operation.others.items():
-        responses[str(status)] = {"description": "No content: everything was delivered."}
+        responses[str(status)] = {"description": "No content: nothing more will come."}
         if model is not None:
             responses[str(status)] = {"description": model.__doc__, "content": {_JSON: {"schema": schemas.of(model)}}}
     for status in operation.errors:

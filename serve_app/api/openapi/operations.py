@@ -35,6 +35,8 @@ class Operation:
     query: type[BaseModel] | None = None
     answers: tuple[type[BaseModel], ...] = ()
     """What its JSON may be. Empty: it has none."""
+    text: bool = False
+    """It answers plain text."""
     events: tuple[type[BaseModel], ...] = ()
     """What the data of the events of its stream may be. Empty: it never streams."""
     path_parameters: Mapping[str, str] = field(default_factory=dict)
@@ -92,6 +94,16 @@ OPERATIONS: tuple[Operation, ...] = (
         path_parameters={"stream_id": "The id in the header X-Stream-Id of the stream."},
         headers={"Last-Event-ID": "The id of the last event that arrived."},
         events=(openai.StreamedToken, openai.StreamDone, openai.ErrorAnswer),
+        others={204: None},
+        errors=READ_ERRORS,
+    ),
+    Operation(
+        method="delete",
+        path="/v1/streams/{stream_id}",
+        name="cancel_stream",
+        summary="End a stream that could be resumed: no more of it is generated",
+        tag="stream",
+        path_parameters={"stream_id": "The id in the header X-Stream-Id of the stream."},
         others={204: None},
         errors=READ_ERRORS,
     ),
@@ -308,5 +320,14 @@ OPERATIONS: tuple[Operation, ...] = (
         answers=(openai.Ready,),
         others={503: openai.NotReady},
         errors=(401, 403, 429),
+    ),
+    Operation(
+        method="get",
+        path="/metrics",
+        name="metrics",
+        summary="What the whole service does, in Prometheus's text format",
+        tag="probes",
+        text=True,
+        errors=(401, 403, 429, 500),
     ),
 )

@@ -63,7 +63,7 @@ def banner(
         f"  logs     {logs}",
         f"  cache    {cache}",
         f"  URLs     {url}/stream, and OpenAI's {url}/v1" + ("" if grpc is None else f", and gRPC at {grpc}"),
-        f"  chat     serve-app chat --url {url}",
+        f"  chat     {url}/ in a browser, or serve-app chat --url {url}",
         f"  stop     {stop}",
         f"  try      curl -N {url}/stream {key}-H 'Content-Type: application/json' -d '{body}'",
         "",

@@ -74,7 +74,7 @@ def requests_of(app: Starlette) -> Iterator[tuple[str, str]]:
     yield from [("GET", "/health/"), ("GET", "//health"), ("GET", "/health/x"), ("GET", "/v1/../health")]
 
 
-async def test_nothing_but_health_is_answered_without_a_key(
+async def test_nothing_but_health_and_the_chat_page_is_answered_without_a_key(
     app: Starlette, api: httpx.AsyncClient, loading: httpx.AsyncClient, replica: FakeReplica
 ) -> None:
     asked = list(requests_of(app))
@@ -87,7 +87,7 @@ async def test_nothing_but_health_is_answered_without_a_key(
             for client in (api, loading):
                 exchange = Exchange(client._transport.app, method, path, HI, headers)  # type: ignore[attr-defined]
                 await exchange.end()
-                open_to_all = path.rstrip("/") == "/health"
+                open_to_all = path.rstrip("/") == "/health" or (path == "/" and method in ("GET", "HEAD"))
                 assert (exchange.status == 401) is not open_to_all, (method, path, headers)
     assert not replica.requests
 
@@ -256,6 +256,19 @@ async def test_ready_tells_an_admin_how_the_keys_are(
     of_admin = (await api.get("/ready", headers=bearer())).json()["access"]
     assert (of_admin["keys"], "sha256" in of_admin["keys_fault"]) == (2, True)
     assert (await api.get("/ready", headers=bearer(other))).json()["access"] == {"keys_required": True}
+
+
+async def test_only_an_admin_reads_the_metrics(
+    replica: FakeReplica, make_app: MakeApp, http: Http, keys_file: Path
+) -> None:
+    """They name all tenants and what each uses."""
+    other = new_key()
+    guard = guard_of(keys_file, entry("alice", KEY, admin=True), entry("bob", other))
+    api = http(make_app(replica, guard=guard))
+    assert (await api.get("/metrics", headers=bearer())).status_code == 200
+    refused = await api.get("/metrics", headers=bearer(other))
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "admin_only")
+    assert "--admin" in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

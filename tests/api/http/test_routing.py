@@ -22,12 +22,12 @@ PATHS = {
     "/stream": {"GET", "POST"},
     "/v1/chat/completions": {"POST"},
     "/v1/completions": {"POST"},
-    "/v1/streams/abc": {"GET"},
+    "/v1/streams/abc": {"GET", "DELETE"},
     "/v1/models": {"GET", "HEAD"},
     "/v1/models/tiny": {"GET", "HEAD"},
     "/health": {"GET", "HEAD"},
     "/ready": {"GET", "HEAD"},
-    "/": set(),
+    "/ui/nothing": set(),
     "/nothing/here": set(),
     "/%00": set(),
 }
@@ -83,7 +83,7 @@ async def test_a_slash_at_the_end_loses_no_body(api: httpx.AsyncClient, path: st
 
 
 async def test_a_slash_at_the_end_below_a_prefix(replica: FakeReplica, make_app: MakeApp) -> None:
-    for path, status in (("/app/health/", 200), ("/app/", 404), ("/app", 404)):
+    for path, status in (("/app/health/", 200), ("/app/", 200), ("/app", 200), ("/app/x/", 404)):
         exchange = Exchange(make_app(replica), "GET", path)
         exchange._scope["root_path"] = "/app"
         await exchange.end()
