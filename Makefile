@@ -34,7 +34,7 @@ AUDITED = $(VENV)/.audited-$(KEY)-$(shell date +%F)
 # Three processes: two for the tests that need a Ray cluster, which mostly wait, and one for the others.
 PYTEST = $(VENV)/bin/pytest -n 3
 
-.PHONY: help serve stop test check audit lock contracts client proto bench compare chaos clean
+.PHONY: help serve stop test check audit lock contracts client proto bench compare chaos observe clean
 .DEFAULT_GOAL := help
 
 help:
@@ -50,6 +50,7 @@ help:
 	@echo 'make bench   measure the engine and the service (loadtest/README.md)'
 	@echo 'make compare install llama.cpp, transformers serve, vLLM and ray.serve.llm, and measure them beside it'
 	@echo 'make chaos   five minutes of load while replicas die: is any answer lost or changed?'
+	@echo 'make observe Prometheus (and Grafana, where it is installed) for a service that runs (docs/operations.md#metrics)'
 	@echo 'make clean   remove the environments and caches in this folder; fetched models stay'
 	@echo 'Variables: PORT, GRPC_PORT, HOST, CONFIG, GPU=1, PYTHON, TORCH_INDEX, HASHES; see the head of the Makefile.'
 
@@ -97,6 +98,9 @@ compare: $(DEVELOPMENT)
 
 chaos: $(DEVELOPMENT)
 	$(VENV)/bin/python -m loadtest.chaos $(ARGS)
+
+observe: $(RUNTIME)
+	@$(VENV)/bin/python scripts/observe.py $(ARGS)
 
 clean:
 	rm -rf .venv .venv-gpu .venv-clients $(CONTRACTS)/node_modules build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

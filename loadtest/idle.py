@@ -20,7 +20,11 @@ from loadtest.faults import INGRESS, MODEL
 from loadtest.service import ChaosService, Replica
 
 ZERO = {
-    MODEL: ("ray_serve_app_running", "ray_serve_app_waiting", "ray_serve_app_cache_use"),
+    MODEL: (
+        "ray_serve_app_num_requests_running",
+        "ray_serve_app_num_requests_waiting",
+        "ray_serve_app_kv_cache_usage_perc",
+    ),
     INGRESS: ("ray_serve_app_requests_in_progress",),
 }
 """Gauges of each replica that are 0 at rest."""

@@ -34,6 +34,7 @@ from serve_app.deployments.garbage import freeze
 from serve_app.deployments.journal_actor import open_responses, open_streams
 from serve_app.deployments.logs import use_serve_log
 from serve_app.deployments.metrics import RayMetrics
+from serve_app.deployments.node_metrics import NodeMetrics
 from serve_app.deployments.quota_actor import open_quotas
 from serve_app.deployments.ray_internals import AsgiDeployment, http_host
 from serve_app.deployments.revisions import settled
@@ -94,7 +95,9 @@ class Ingress(AsgiDeployment):
         host = await asyncio.to_thread(http_host) or "127.0.0.1"
         self._pages = Pages(config.api, host)
         self._guard = await asyncio.to_thread(_guard, config.auth, host)
-        self._front = _Front(create_loading_app(self._state, self._metrics, self._pages, self._guard))
+        self._node_metrics = NodeMetrics(replica.app_name)
+        loading = create_loading_app(self._state, self._metrics, self._pages, self._guard, self._node_metrics.text)
+        self._front = _Front(loading)
         self._servicer = Servicer(self._front.in_process, self._state, host)
         self._streams: tuple[ResumableStreams, ...] = ()
         """The resumable streams, and the responses; none while the tokenizer loads."""
@@ -113,7 +116,7 @@ class Ingress(AsgiDeployment):
 
     async def __del__(self) -> None:
         """Awaited by Serve when this replica stops: other ingresses may take its resumable streams over."""
-        await asyncio.gather(*(streams.aclose() for streams in self._streams))
+        await asyncio.gather(*(streams.aclose() for streams in self._streams), self._node_metrics.aclose())
         if self._quotas is not None:
             await self._quotas.aclose()
         if self._grammars is not None:
@@ -217,6 +220,7 @@ class Ingress(AsgiDeployment):
             keep_responses=self._config.responses.store,
             guard=self._guard,
             quotas=quotas,
+            metrics_text=self._node_metrics.text,
         )
         self._streams, self._quotas = (streams, responses), quotas
         freeze()

@@ -30,7 +30,19 @@ from serve_app.deployments.revisions import settled
 from serve_app.deployments.status.progress import ProgressBoard, Reporter
 from serve_app.engine.engine_error import EngineError
 from serve_app.models.model_error import ModelError
-from serve_app.observability.metrics import ACCEPTED_TOKENS, CACHE_USE, DRAFTED_TOKENS, RUNNING, WAITING, MetricsSink
+from serve_app.observability.metrics import (
+    ACCEPTED_TOKENS,
+    CACHE_USE,
+    DRAFTED_TOKENS,
+    NO_TAGS,
+    PREEMPTIONS,
+    RUNNING,
+    STEP_TIME_S,
+    STEPS,
+    WAITING,
+    Metric,
+    MetricsSink,
+)
 
 if TYPE_CHECKING:
     from serve_app.engine.engine import Engine, EngineStats
@@ -149,13 +161,13 @@ class ModelServer:
             raise RuntimeError(f"an engine step has been running for {health.step_running_s:.0f} s")
 
     async def _report_metrics(self, metrics: MetricsSink) -> None:
-        drafted = accepted = 0
+        told: dict[tuple[Metric, str], float] = {}
         while True:
             stats = self._engine.stats()
-            counters = stats.counters
-            metrics.count(DRAFTED_TOKENS, counters.drafted_tokens - drafted)
-            metrics.count(ACCEPTED_TOKENS, counters.accepted_tokens - accepted)
-            drafted, accepted = counters.drafted_tokens, counters.accepted_tokens
+            for metric, phase, total in _totals(stats):
+                tags = {"phase": phase} if phase else NO_TAGS
+                metrics.count(metric, total - told.get((metric, phase), 0), tags)
+                told[metric, phase] = total
             metrics.gauge(RUNNING, stats.running)
             metrics.gauge(WAITING, stats.waiting)
             metrics.gauge(CACHE_USE, stats.used_pages / stats.total_pages)
@@ -166,6 +178,20 @@ class ModelServer:
         if hasattr(self, "_metrics"):
             self._metrics.cancel()
             self._engine.stop()
+
+
+def _totals(stats: EngineStats) -> tuple[tuple[Metric, str, float], ...]:
+    """(counter, phase or "", value since the start)."""
+    counters = stats.counters
+    return (
+        (DRAFTED_TOKENS, "", counters.drafted_tokens),
+        (ACCEPTED_TOKENS, "", counters.accepted_tokens),
+        (PREEMPTIONS, "", stats.preemptions),
+        (STEPS, "prefill", counters.prefill_steps),
+        (STEPS, "decode", counters.steps - counters.prefill_steps),
+        (STEP_TIME_S, "prefill", counters.prefill_step_s),
+        (STEP_TIME_S, "decode", counters.step_s - counters.prefill_step_s),
+    )
 
 
 def _channel_host() -> str | None:

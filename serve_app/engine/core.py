@@ -33,6 +33,10 @@ class StepCounters:
     """Totals since the start. A prompt counts when its first step begins."""
 
     steps: int = 0
+    prefill_steps: int = 0
+    """Of the steps, those that computed prompts, beside decodes or alone."""
+    step_s: float = 0.0
+    prefill_step_s: float = 0.0
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     """Prompt tokens that were taken from the cache instead of computed."""
@@ -135,9 +139,13 @@ class EngineCore:
         self._finish(gains)
         seconds = time.monotonic() - begun
         self.meter.step(seconds, self.counters.output_tokens - made)
+        decodes = sum(chunk.tokens == 1 for chunk in chunks)
+        self.counters.step_s += seconds
+        if decodes < len(chunks):
+            self.counters.prefill_steps += 1
+            self.counters.prefill_step_s += seconds
         if self.scheduler.pace is not None:
-            tokens = sum(chunk.tokens + len(chunk.draft) for chunk in chunks)
-            self.scheduler.pace.took(seconds, tokens, sum(chunk.tokens == 1 for chunk in chunks))
+            self.scheduler.pace.took(seconds, sum(chunk.tokens + len(chunk.draft) for chunk in chunks), decodes)
         return gains
 
     def _begin(self, chunks: list[Chunk]) -> None:

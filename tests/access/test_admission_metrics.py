@@ -22,6 +22,6 @@ def test_those_that_wait_and_those_that_were_refused_are_told() -> None:
         told.report(metrics)
     assert metrics.gauges["serve_app_queued", ("interactive",)] == 1
     assert metrics.gauges["serve_app_queued", ("batch",)] == 1
-    assert metrics.gauges["serve_app_expected_wait_s", ()] == 10.0
+    assert metrics.gauges["serve_app_expected_wait_seconds", ()] == 10.0
     assert metrics.counters["serve_app_refusals", ("full",)] == 3
     assert isinstance(admission.refusal("", 1.0, None), Failure)

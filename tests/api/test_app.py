@@ -128,10 +128,10 @@ async def test_metrics_of_a_request(api: httpx.AsyncClient, replica: FakeReplica
     await api.post("/stream", json=HI)
     assert metrics.counters["serve_app_requests", ("/stream", "stop")] == 1
     assert metrics.counters["serve_app_prompt_tokens", ()] == len(replica.requests[0].prompt_token_ids)
-    assert metrics.counters["serve_app_cached_prompt_tokens", ()] == 2
-    assert metrics.counters["serve_app_output_tokens", ()] > 5
-    assert len(metrics.observations["serve_app_time_to_first_token_s", ("/stream",)]) == 1
-    assert len(metrics.observations["serve_app_inter_token_latency_s", ("/stream",)]) == 1
+    assert metrics.counters["serve_app_prefix_cache_hits", ()] == 2
+    assert metrics.counters["serve_app_generation_tokens", ()] > 5
+    assert len(metrics.observations["serve_app_time_to_first_token_seconds", ("/stream",)]) == 1
+    assert len(metrics.observations["serve_app_inter_token_latency_seconds", ("/stream",)]) == 1
 
 
 async def test_what_generates_nothing_and_is_answered_is_ok(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import psutil
 import pytest
 import torch
 from opened import ALL, LOOPBACK, listening, ray_processes, told, written
+from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,6 +23,7 @@ from serve_app.app import build
 from serve_app.config import AppConfig, ModelConfig
 from serve_app.models.cache import cache_directory
 from serve_app.models.source import resolve
+from serve_app.observability.panels import PANELS
 
 pytestmark = [pytest.mark.ray, pytest.mark.demo]
 
@@ -100,6 +103,25 @@ async def test_a_disconnect_stops_the_engine(url: str) -> None:
             await asyncio.sleep(0.01)
     assert after.counters.output_tokens - before.counters.output_tokens < ASKED / 2
     assert after.used_pages == 0
+
+
+def test_every_panel_of_the_dashboard_has_data(url: str, until: Callable[..., httpx.Response]) -> None:
+    for _ in range(2):
+        httpx.post(f"{url}/stream", json={"messages": MESSAGES, "max_tokens": TOKENS}, timeout=60).raise_for_status()
+    asked = [query.expression for panel in PANELS for query in panel.queries]
+    wanted = {name for text in asked if "or vector(0)" not in text for name in re.findall(r"serve_app_\w+", text)}
+    assert len(wanted) > 10
+
+    def missing(response: httpx.Response) -> set[str]:
+        families = text_string_to_metric_families(response.text)
+        return wanted - {sample.name for family in families for sample in family.samples}
+
+    answer = until(f"{url}/metrics", lambda response: not missing(response))
+    told = {
+        (s.name, s.labels.get("phase")): s.value for f in text_string_to_metric_families(answer.text) for s in f.samples
+    }
+    assert told["serve_app_steps_total", "decode"] > 0
+    assert told["serve_app_step_time_seconds_total", "prefill"] > 0
 
 
 def test_every_port_and_file_is_in_the_tables(url: str, ray_folder: Path) -> None:

@@ -14,6 +14,8 @@ import httpx
 import pytest
 import ray
 from fake_model_server import CARD, FakeModelServer
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 from ray import serve
 
 from serve_app.config import AppConfig
@@ -87,9 +89,29 @@ def test_rays_metrics_endpoint_has_the_counters(url: str, until: Until) -> None:
         return sum(float(line.split()[-1]) for line in own(response) if line.startswith("ray_serve_app_journals{"))
 
     assert journals(until(endpoint, lambda response: journals(response) > 0)) == 1  # told by one of the two ingresses
-    lines = own(until(endpoint, lambda response: any("serve_app_output_tokens" in line for line in own(response))))
+    lines = own(until(endpoint, lambda response: any("serve_app_generation_tokens" in line for line in own(response))))
     requests = [line for line in lines if line.startswith("ray_serve_app_requests_total")]
     assert any('endpoint="/stream"' in line and 'outcome="length"' in line for line in requests)
+
+
+def test_the_service_itself_tells_the_metrics_of_all_its_replicas(url: str, until: Until) -> None:
+    post(f"{url}/stream", json=chat())
+
+    def families(response: httpx.Response) -> dict[str, list[Sample]]:
+        return {family.name: family.samples for family in text_string_to_metric_families(response.text)}
+
+    found = families(
+        until(
+            f"{url}/metrics", lambda response: len(families(response).get("serve_app_expected_wait_seconds", ())) == 2
+        )
+    )
+    assert {sample.labels["application"] for samples in found.values() for sample in samples} == {APP}
+    assert len({sample.labels["replica"] for sample in found["serve_app_expected_wait_seconds"]}) == 2
+    answer = get(f"{url}/metrics")
+    assert "ray_" not in answer.text
+    found = families(until(f"{url}/metrics", lambda response: "serve_app_admission_wait_seconds" in families(response)))
+    ended = [sample for sample in found["serve_app_requests"] if sample.labels["endpoint"] == "/stream"]
+    assert sum(sample.value for sample in ended) >= 1
 
 
 def test_the_request_id_comes_back_once(url: str) -> None:

@@ -24,6 +24,7 @@ from serve_app.access.admission import MAX_WAIT_S
 from serve_app.access.admission_metrics import AdmissionMetrics
 from serve_app.access.entry import Entry
 from serve_app.core import Failure, FailureCode, GenerationRequest, LoadStage, ModelCard, Reply, TokenBatch
+from serve_app.deployments.dispatch.attempt_metrics import AttemptMetrics
 from serve_app.deployments.dispatch.channel_reader import ChannelReader
 from serve_app.deployments.dispatch.directory import Attempt, replica_directory
 from serve_app.deployments.dispatch.inbox import Inbox
@@ -64,6 +65,7 @@ class RayReplicaClient:
         self._admission = self._directory.admission
         self._admission.max_wait_s = max_wait_s
         self._of_waiting = AdmissionMetrics(self._admission)
+        self._of_attempts = AttemptMetrics()
         self._poison = PoisonNotes(model_server.app_name)
         self._ingress_id = own_name()
         self._channels = ChannelReader(self._directory.channel, self._ingress_id, self._admission.loaded)
@@ -81,8 +83,9 @@ class RayReplicaClient:
         return self._admission.refusal(tenant, weight, remaining_s)
 
     def report(self, metrics: MetricsSink) -> None:
-        """Tell the metrics of those that wait."""
+        """Tell the metrics of those that wait, and how attempts went."""
         self._of_waiting.report(metrics)
+        self._of_attempts.report(metrics)
 
     async def open(self, request: GenerationRequest) -> AsyncGenerator[Reply | Waiting, None]:
         """Start one attempt and yield its replies; see `ReplicaClient.open`.
@@ -114,12 +117,15 @@ class RayReplicaClient:
                 async with aclosing(self._replies(attempt, entry, inbox, reading)) as replies:
                     async for reply in replies:
                         if isinstance(reply, TokenBatch):
+                            if reply.stats is not None and reply.first_index == len(request.output_token_ids):
+                                self._of_attempts.begun(reply.stats)
                             last = reply
                             finished = reply.finish_reason is not None
                         elif isinstance(reply, Failure):
                             finished = attempt.replica is not None
                         yield reply
             finally:
+                self._of_attempts.ended(entry)
                 if last is not None:
                     entry.new_tokens = last.first_index + len(last.token_ids) - len(request.output_token_ids)
                 # A call whose last reply came through a channel is about to end by itself.
@@ -174,6 +180,7 @@ class RayReplicaClient:
                     ended = isinstance(word, Failure)
                     yield word
                 if not ended and self._directory.should_leave(attempt):
+                    self._of_attempts.moved()
                     raise ReplicaLost(f"replica {attempt.replica} is leaving and another goes on", taken=False)
         finally:
             # When an attempt is given up, the heartbeat that was due next counts as missed too.
@@ -223,6 +230,7 @@ class RayReplicaClient:
 
     async def _lost(self, reason: str, attempt: Attempt, *, taken: bool | None = None) -> ReplicaLost:
         """The exception for a lost attempt. `taken` None: taken if the attempt was at a replica."""
+        self._of_attempts.lost()
         self._readiness.doubt()
         implicated = (
             attempt.request.isolated

@@ -100,7 +100,7 @@ async def test_cache_hits_are_told_though_a_stop_string_ends_the_answer(
     line = next(line for line in reversed(text.splitlines()) if '"usage": {' in line)
     usage = json.loads(line.removeprefix("data: "))["usage"]
     assert usage["prompt_tokens_details"] == {"cached_tokens": 2}
-    assert metrics.counters["serve_app_cached_prompt_tokens", ()] == 2
+    assert metrics.counters["serve_app_prefix_cache_hits", ()] == 2
     assert len(replica.requests) == 2
 
 
