@@ -109,7 +109,7 @@ def test_the_service_itself_tells_the_metrics_of_all_its_replicas(url: str, unti
     assert len({sample.labels["replica"] for sample in found["serve_app_expected_wait_seconds"]}) == 2
     answer = get(f"{url}/metrics")
     assert "ray_" not in answer.text
-    found = families(until(f"{url}/metrics", lambda response: "serve_app_admission_wait_seconds" in families(response)))
+    found = families(until(f"{url}/metrics", lambda response: "serve_app_requests" in families(response)))
     ended = [sample for sample in found["serve_app_requests"] if sample.labels["endpoint"] == "/stream"]
     assert sum(sample.value for sample in ended) >= 1
 
