@@ -18,7 +18,6 @@ from serve_app.core import Failure, FailureCode
 LONG = " ".join(f"word{number}" for number in range(60)) + "."
 ANSWER = ".message.assistant"
 TEXT = f"{ANSWER} .text"
-RECOVERY_S = 2.0
 
 
 def ask(page: Any, text: str = "Hi") -> None:
@@ -86,8 +85,7 @@ def test_a_lost_replica_changes_nothing_but_a_line(page: Any, server: PageServer
     server.model.text, server.model.pause_s, server.model.dies_after = LONG, 0.02, 40
     ask(page)
     assert ended(page) == LONG
-    note = page.get_by_text(re.compile(r"Continued on another replica after [\d.]+ s\.")).inner_text()
-    assert float(note.split()[-2]) < RECOVERY_S
+    page.get_by_text(re.compile(r"Continued on another replica after [\d.]+ s\.")).wait_for()
     assert len(server.model.requests) == 2
 
 
@@ -97,8 +95,7 @@ def test_a_cut_connection_is_made_again(page: Any, server: PageServer) -> None:
     begun(page)
     server.cut()
     assert ended(page) == LONG
-    note = page.get_by_text(re.compile(r"Connection lost: continued after [\d.]+ s\.")).inner_text()
-    assert float(note.split()[-2]) < RECOVERY_S
+    page.get_by_text(re.compile(r"Connection lost: continued after [\d.]+ s\.")).wait_for()
     assert len(server.model.requests) == 1
 
 
@@ -172,27 +169,19 @@ def test_markdown_and_code_are_shown(page: Any, server: PageServer) -> None:
     text.locator("pre .hljs-keyword", has_text="def").wait_for()
 
 
-def test_a_long_answer_is_smooth(page: Any, server: PageServer) -> None:
+def test_blocks_of_a_long_answer_are_rendered_once(page: Any, server: PageServer) -> None:
+    """Otherwise each token of a long answer would cost more than the one before it."""
     block = "Some text of a paragraph, with `code` and **bold** words.\n\n- a point\n- another point\n\n"
     server.model.text, server.model.pause_s = block * 300, 0.0005
     assert len(server.model.tokenizer.encode_text(server.model.text, add_bos=False, parse_special=False)) > 8000
-    page.evaluate(
-        """() => {
-          window.longest = 0
-          let last = performance.now()
-          const look = () => {
-            const now = performance.now()
-            window.longest = Math.max(window.longest, now - last)
-            last = now
-            requestAnimationFrame(look)
-          }
-          look()
-        }"""
-    )
     ask(page)
+    points = page.locator(f"{TEXT} li")
+    points.nth(50).wait_for()
+    page.evaluate("window.early = [...document.querySelectorAll('.message.assistant .part')].slice(0, 20)")
+    points.nth(400).wait_for()
+    assert page.evaluate("window.early.length === 20 && window.early.every((part) => part.isConnected)")
     ended(page, timeout_s=120)
-    assert page.locator(f"{TEXT} li").count() == 600
-    assert page.evaluate("window.longest") < 250
+    assert points.count() == 600
 
 
 def test_two_tabs_show_the_same_answer_once(context: Any, page: Any, server: PageServer) -> None:
@@ -294,10 +283,12 @@ def test_a_key_is_asked_for_once_and_can_be_forgotten(
     assert page.evaluate("localStorage.getItem('serve_app.key')") is None
 
 
-def test_the_first_paint_is_early(page: Any) -> None:
-    paint = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
-    page.wait_for_function(paint)
-    assert page.evaluate(paint) < 500
+def test_the_first_paint_waits_for_no_script(context: Any, server: PageServer) -> None:
+    page = context.new_page()
+    page.route("**/*.js", lambda route: route.abort())
+    page.goto(server.url)
+    page.wait_for_function("performance.getEntriesByName('first-contentful-paint')[0]?.startTime")
+    page.get_by_role("button", name="New chat").wait_for()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
