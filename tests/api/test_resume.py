@@ -489,7 +489,7 @@ async def test_a_stream_can_be_ended_by_who_opened_it(
     for number, ingress in enumerate((app, other), 1):
         mine = {**RESUME, "authorization": "Bearer mine"}
         exchange = Exchange(app, "POST", "/v1/chat/completions", {**HI, "stream": True}, mine)
-        await exchange.until(b"word")
+        await exchange.until(b'"content"')
         path = f"/v1/streams/{stream_id_of(exchange)}"
         assert (await http(ingress).delete(path)).status_code == 404
         assert (await http(ingress).delete(path, headers={"authorization": "Bearer mine"})).status_code == 204

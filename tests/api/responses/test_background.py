@@ -64,8 +64,8 @@ async def test_it_goes_on_without_a_reader_and_any_ingress_tells(
     events = events_of((await api.get(f"/v1/responses/{begun['id']}?stream=true")).content)
     assert [event["type"] for event in events][:3] == ["response.created", "response.queued", "response.in_progress"]
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
-    counted = {name: metrics.counters[f"serve_app_{name}_tokens", ()] for name in ("prompt", "output")}
-    assert counted == {"prompt": document["usage"]["input_tokens"], "output": document["usage"]["output_tokens"]}
+    counted = [metrics.counters[f"serve_app_{name}_tokens", ()] for name in ("prompt", "generation")]
+    assert counted == [document["usage"]["input_tokens"], document["usage"]["output_tokens"]]
 
 
 async def test_its_stream_goes_on_when_its_reader_goes(
