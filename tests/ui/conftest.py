@@ -29,9 +29,9 @@ def server(start_server: StartServer) -> PageServer:
     return start_server()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """Debian's Chromium, headless."""
+    """Debian's Chromium, headless. Playwright keeps an event loop running meanwhile, beside which no async test can."""
     if not CHROMIUM.exists():
         pytest.skip(f"{CHROMIUM} is absent: install the package chromium to run the chat page's tests")
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
