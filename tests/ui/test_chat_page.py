@@ -176,9 +176,9 @@ def test_blocks_of_a_long_answer_are_rendered_once(page: Any, server: PageServer
     assert len(server.model.tokenizer.encode_text(server.model.text, add_bos=False, parse_special=False)) > 8000
     ask(page)
     points = page.locator(f"{TEXT} li")
-    points.nth(50).wait_for()
+    points.nth(50).wait_for(timeout=60_000)
     page.evaluate("window.early = [...document.querySelectorAll('.message.assistant .part')].slice(0, 20)")
-    points.nth(400).wait_for()
+    points.nth(400).wait_for(timeout=120_000)
     assert page.evaluate("window.early.length === 20 && window.early.every((part) => part.isConnected)")
     ended(page, timeout_s=120)
     assert points.count() == 600

@@ -43,11 +43,12 @@ export class Store {
     return found.sort((one, other) => other.updated - one.updated)
   }
 
-  /** The messages of a chat by their ids. */
+  /** The messages of a chat by their ids, in the order in which they were made. */
   async messages(chat) {
     const found = this.#database
       ? await this.#ask('messages', 'readonly', (store) => store.index('chat').getAll(chat))
       : [...this.#memory.messages.values()].filter((message) => message.chat === chat)
+    found.sort((one, other) => one.created - other.created || Number(one.parent === other.id) - Number(other.parent === one.id))
     return new Map(found.map((message) => [message.id, message]))
   }
 
