@@ -33,7 +33,7 @@ class Outlook:
         self._basis = (0, False, 0)
 
     def look(
-        self, placed: dict[Entry, None], waiting: Iterable[Entry], others: int, now: float, placements: int = 0
+        self, placed: dict[Entry, None], waiting: Iterable[Entry], others: int, now: float, placements: int
     ) -> None:
         """Estimate anew, if the last estimate is old. `others`: places that other ingresses hold. `placements`: counts
         those that got their places so far.

@@ -44,9 +44,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Print a line for each level. Status 1 where a level had no answer."""
     if any(rate <= 0 for rate in arguments.rates) or arguments.seconds <= 0:
         raise CommandError("--rates and --seconds must be above 0", status=2)
+    try:
+        target = None if arguments.json is None else arguments.json.open("w")
+    except OSError as error:
+        raise CommandError(f"--json {arguments.json} can't be written: {error.strerror}", status=2) from error
     levels = asyncio.run(_measure(arguments))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps([asdict(level) for level in levels]))
+    if target is not None:
+        with target:
+            json.dump([asdict(level) for level in levels], target)
     return 0 if all(Summary.of(level).answered for level in levels) else 1
 
 

@@ -14,28 +14,12 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 from httpx_sse import EventSource
 
-_WORDS = (
-    *(
-        "river",
-        "stone",
-        "cloud",
-        "apple",
-        "window",
-        "garden",
-        "paper",
-        "bridge",
-        "candle",
-        "forest",
-        "silver",
-        "winter",
-    ),
-    *("mountain", "letter", "ocean", "carpet", "violin", "harbor", "lantern", "meadow", "pepper", "thunder", "castle"),
-    *("feather", "market", "orchard", "puzzle", "saddle", "tunnel", "velvet", "wagon", "yellow"),
-)
+_WORDS = ("river", "stone", "cloud", "apple", "window", "garden", "paper", "bridge", "candle", "forest", "winter")
 _SHOWN = 200
 """Characters of an error that are kept."""
 
@@ -106,6 +90,8 @@ class Load:
             await self._ask(outcome, due)
         except httpx.HTTPError as error:
             outcome.error = f"{type(error).__name__}: {error}"[:_SHOWN]
+        except _Garbled as error:
+            outcome.error = f"an event is no chunk of OpenAI's API: {error}"[:_SHOWN]
         outcome.ended_s = time.perf_counter() - due
         outcome.tokens = outcome.tokens or len(outcome.pieces_s)
         return outcome
@@ -127,12 +113,12 @@ class Load:
             async for event in EventSource(response).aiter_sse():
                 if event.data == "[DONE]":
                     break
-                finished = self._take(json.loads(event.data), outcome, due) or finished
+                finished = self._take(_chunk(event.data), outcome, due) or finished
         if not (finished or outcome.error):
             outcome.error = "the stream ended before the answer did"
 
     @staticmethod
-    def _take(chunk: dict[str, object], outcome: Outcome, due: float) -> bool:
+    def _take(chunk: dict[str, Any], outcome: Outcome, due: float) -> bool:
         """Note one event of a stream. Returns whether it ends the answer."""
         if "error" in chunk:
             outcome.error = _message(json.dumps(chunk))[:_SHOWN]
@@ -140,8 +126,7 @@ class Load:
         if isinstance(usage := chunk.get("usage"), dict):
             outcome.tokens = usage.get("completion_tokens") or outcome.tokens
         ends = False
-        choices = chunk.get("choices")
-        for choice in choices if isinstance(choices, list) else ():
+        for choice in chunk.get("choices") or ():
             if any((choice.get("delta") or {}).get(name) for name in ("content", "reasoning_content", "reasoning")):
                 outcome.pieces_s.append(time.perf_counter() - due)
             ends = ends or choice.get("finish_reason") is not None
@@ -150,6 +135,22 @@ class Load:
     def _question(self) -> str:
         words = " ".join(self._chance.choice(_WORDS) for _ in range(self._words))
         return f"Number {self._chance.randrange(10**9)}. Write a long story with these words: {words}."
+
+
+class _Garbled(Exception):
+    """What a server sent is not what a client of OpenAI's API can read."""
+
+
+def _chunk(data: str) -> dict[str, Any]:
+    """The JSON of an event. Raises `_Garbled`."""
+    try:
+        chunk = json.loads(data)
+    except ValueError as error:
+        raise _Garbled(data) from error
+    choices = chunk.get("choices") if isinstance(chunk, dict) else chunk
+    if choices is not None and not (isinstance(choices, list) and all(isinstance(one, dict) for one in choices)):
+        raise _Garbled(data)
+    return dict(chunk)
 
 
 def _message(text: str) -> str:

@@ -12,6 +12,7 @@ import logging
 import httpx
 import ray
 
+from serve_app.api.errors import SERVER_ERROR, ApiError
 from serve_app.observability.exposition import Exposition
 from serve_app.observability.metrics import METRICS
 
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 5.0
 """For each node's answer. Prometheus itself waits for 10 s by default."""
+RETRY_AFTER_S = 5.0
 FRESH_S = 1.0
 """A scrape answers all who ask within this time: what is behind it changes more seldom."""
 
@@ -34,7 +36,10 @@ class NodeMetrics:
         self._made_at = 0.0
 
     async def text(self) -> bytes:
-        """In Prometheus's text format. A node that does not answer is left out, with a warning in the log."""
+        """In Prometheus's text format. A node that does not answer is left out, with a warning in the log.
+
+        Raises `ApiError` (503) if none answers: a scrape without any metric would look like a service without work.
+        """
         loop = asyncio.get_running_loop()
         if self._scrape is None or (self._scrape.done() and loop.time() - self._made_at > FRESH_S):
             self._scrape = loop.create_task(self._make(), name="metrics")
@@ -52,20 +57,23 @@ class NodeMetrics:
             for node in nodes
             if node["Alive"] and node["MetricsExportPort"] > 0
         ]
-        texts = await asyncio.gather(*map(self._fetch, urls))
+        texts = [text for text in await asyncio.gather(*map(self._fetch, urls)) if text is not None]
+        if not texts:
+            message = "No Ray node tells its metrics at the moment; the ingress's log says why."
+            raise ApiError(503, message, type=SERVER_ERROR, code="no_metrics", retry_after_s=RETRY_AFTER_S)
         return await asyncio.to_thread(self._exposed, texts)
 
     def _exposed(self, texts: list[str]) -> bytes:
         labels = {metric.name: metric.tag_keys for metric in METRICS}
         return Exposition(texts, self._application, labels).text()
 
-    async def _fetch(self, url: str) -> str:
+    async def _fetch(self, url: str) -> str | None:
         try:
             answer = await self._http.get(url)
             answer.raise_for_status()
         except httpx.HTTPError as error:
             logger.warning("no metrics from %s: %s", url, error or type(error).__name__)
-            return ""
+            return None
         return answer.text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -43,6 +44,15 @@ def failing(exchange: Exchange) -> None:
     exchange.end_stream()
 
 
+def streaming(events: bytes) -> Callable[[Exchange], None]:
+    def route(exchange: Exchange) -> None:
+        exchange.start_stream()
+        exchange.write(events)
+        exchange.end_stream()
+
+    return route
+
+
 def bench(api: FakeApi, tmp_path: Path, *arguments: str) -> tuple[int, list[dict[str, object]]]:
     path = tmp_path / "bench.json"
     status = main(["bench", api.url, "--seconds", "0.2", "--json", str(path), *arguments])
@@ -75,6 +85,10 @@ def test_both_loops_and_what_they_ask(api: FakeApi, tmp_path: Path, capsys: pyte
         (lambda exchange: exchange.refuse(503, "overloaded", "The service is full."), "503: The service is full."),
         (lambda exchange: exchange.answer(500, b"oh"), "500: oh"),
         (lambda exchange: exchange.drop(), "RemoteProtocolError"),
+        (streaming(b"data: oh no\n\n"), "an event is no chunk of OpenAI's API: oh no"),
+        (streaming(b"data: [1]\n\n"), "an event is no chunk"),
+        (streaming(b'data: {"choices": ["x"]}\n\n'), "an event is no chunk"),
+        (lambda exchange: exchange.answer(200, b"<html>"), "SSEError"),
     ],
 )
 def test_what_has_no_answer_is_counted_and_said(
@@ -128,6 +142,7 @@ def test_nothing_came() -> None:
         (["http://127.0.0.1:1"], 1, "no server answers at http://127.0.0.1:1/v1"),
         (["--rates", "0"], 2, "must be above 0"),
         (["--seconds", "-1"], 2, "must be above 0"),
+        (["--json", "/nowhere/bench.json"], 2, "/nowhere/bench.json can't be written"),
     ],
 )
 def test_what_can_not_be_measured(

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
+from scripts import observe
 from serve_app.observability.metrics import METRICS
 from serve_app.observability.panels import ALERTS, PANELS
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-import observe  # noqa: E402
 
 NAMES = {metric.name: metric for metric in METRICS}
 EXPRESSIONS = [
