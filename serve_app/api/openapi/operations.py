@@ -328,6 +328,6 @@ OPERATIONS: tuple[Operation, ...] = (
         summary="What the whole service does, in Prometheus's text format",
         tag="probes",
         text=True,
-        errors=(401, 403, 429, 500),
+        errors=(401, 403, 429, 500, 503),
     ),
 )
